@@ -1,0 +1,242 @@
+"""What a network is, in plain numbers. Standard library only.
+
+A `Variant` is a row of the table as the papers print it: stages, a width and a depth coefficient. `resolve()` turns
+it, once, into an `Architecture`: a tuple of `Block`s whose fields are final integers. Everything else (builders,
+descriptions, plots, weight names) reads the blocks and multiplies nothing.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage before scaling: a row of table 1 of arXiv 1905.11946.
+
+    Args:
+        repeats: Integer, number of blocks.
+        kernel_size: Integer, side of the spatial convolution's kernel.
+        strides: Integer, strides of the first block; the others have 1.
+        expand_ratio: Integer, width inside a block over `filters_in`. 1: no expansion convolution.
+        filters_in: Integer, declared input channels. The widths inside the first block follow from this number, also
+            where the tensor that arrives has another one (EdgeTPU declares 24 behind a stem of 32).
+        filters_out: Integer, output channels.
+        se_ratio: Float, squeeze-and-excite width over `filters_in`. 0: none.
+        operator: `"mbconv"` (depthwise) or `"fused"` (one full convolution in place of expansion and depthwise).
+        residual: Boolean, whether blocks that keep their shape have a skip connection.
+        num_experts: Integer, kernels per convolution that are mixed for each example. 0: an ordinary convolution.
+    """
+
+    repeats: int
+    kernel_size: int
+    strides: int
+    expand_ratio: int
+    filters_in: int
+    filters_out: int
+    se_ratio: float = 0.25
+    operator: str = "mbconv"
+    residual: bool = True
+    num_experts: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block after scaling; every width is the number of channels of a tensor.
+
+    Args:
+        name: String, stage and place in it as in keras.applications: `"1a"`, `"2a"`, `"2b"`, ...
+        operator: `"mbconv"` or `"fused"`.
+        kernel_size: Integer, side of the spatial convolution's kernel.
+        strides: Integer, 1 or 2.
+        filters_in: Integer, channels that arrive.
+        expand_filters: Integer, channels of the expansion. 0: no expansion convolution.
+        se_filters: Integer, squeeze-and-excite width. 0: none.
+        filters_out: Integer, channels that leave.
+        residual: Boolean, whether the input is added to the output.
+        num_experts: Integer, see `Stage`.
+    """
+
+    name: str
+    operator: str
+    kernel_size: int
+    strides: int
+    filters_in: int
+    expand_filters: int
+    se_filters: int
+    filters_out: int
+    residual: bool
+    num_experts: int = 0
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage that the block belongs to, from 1."""
+        return int(self.name.rstrip("abcdefghijklmnopqrstuvwxyz"))
+
+    @property
+    def inner_filters(self) -> int:
+        """Channels between expansion and projection."""
+        return self.expand_filters or self.filters_in
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One member of the family as its paper or repository declares it.
+
+    Args:
+        name: String, as the TPU repository spells it.
+        stages: Tuple of `Stage`.
+        width: Float, width coefficient.
+        depth: Float, depth coefficient.
+        resolution: Integer, side of the input in pixels.
+        dropout_rate: Float, rate before the classifier.
+        source: String, where the numbers come from.
+        activation: Name of a Keras activation.
+        drop_connect_rate: Float, rate that the last block would reach if the blocks were counted from 1.
+        fixed_ends: Boolean, whether stem and head keep their width and first and last stage their depth (Lite).
+        preprocessing: String, the usual scheme of the variant's weights (a key of `preprocessing.SCHEMES`).
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    width: float
+    depth: float
+    resolution: int
+    dropout_rate: float
+    source: str
+    activation: str = "silu"
+    drop_connect_rate: float = 0.2
+    fixed_ends: bool = False
+    preprocessing: str = "imagenet"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network as final integers. See `resolve()`."""
+
+    name: str
+    resolution: int
+    stem_filters: int
+    blocks: tuple[Block, ...]
+    head_filters: int
+    activation: str
+    dropout_rate: float
+    drop_connect_rate: float
+    preprocessing: str
+
+    @property
+    def drop_connect_rates(self) -> tuple[float, ...]:
+        """Rate of each block: it grows linearly over all blocks, counted after depth scaling.
+
+        tensorflow/tpu efficientnet_model.py:656-659: block 0 never drops and the last of N drops (N - 1) / N of the rate.
+        """
+        return tuple(self.drop_connect_rate * index / len(self.blocks) for index in range(len(self.blocks)))
+
+    @property
+    def reductions(self) -> tuple[int, ...]:
+        """Index of the block behind each endpoint reduction_1, reduction_2, ...: the last before a stride and the last of all."""
+        following = [block.strides for block in self.blocks[1:]] + [2]
+        return tuple(index for index, strides in enumerate(following) if strides > 1)
+
+
+STEM_FILTERS, HEAD_FILTERS = 32, 1280  # before scaling: tensorflow/tpu efficientnet_model.py:518-521, :586-589
+
+
+def round_filters(filters: int, width: float, divisor: int = 8) -> int:
+    """Scales a width to the nearest multiple of `divisor`, but never down by more than a tenth.
+
+    Args:
+        filters: Integer, channels before scaling.
+        width: Float, width coefficient. 1 leaves `filters` as a multiple of `divisor`.
+        divisor: Integer, defaults to 8.
+
+    Returns:
+        Integer, channels after scaling.
+
+    Example:
+
+    >>> round_filters(24, 1.1), round_filters(32, 1.2), round_filters(1280, 4.3)
+    (24, 40, 5504)
+
+    Reference:
+        tensorflow/tpu efficientnet_model.py:106-122.
+    """
+    scaled = filters * width
+    rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * scaled else rounded
+
+
+def round_repeats(repeats: int, depth: float) -> int:
+    """Scales a number of blocks, rounding up.
+
+    Args:
+        repeats: Integer, blocks before scaling.
+        depth: Float, depth coefficient.
+
+    Returns:
+        Integer, blocks after scaling.
+
+    Example:
+
+    >>> round_repeats(4, 3.1)
+    13
+
+    Reference:
+        tensorflow/tpu efficientnet_model.py:125-130.
+    """
+    return math.ceil(repeats * depth)
+
+
+def resolve(variant: Variant) -> Architecture:
+    """Scales a variant's stages into final integers.
+
+    Args:
+        variant: A `Variant`.
+
+    Returns:
+        An `Architecture`.
+
+    Example:
+
+    >>> from keras_effnet.variants import VARIANTS
+    >>> b0 = resolve(VARIANTS["efficientnet-b0"])
+    >>> len(b0.blocks), b0.blocks[1].expand_filters, b0.blocks[1].se_filters
+    (16, 96, 4)
+
+    Reference:
+        tensorflow/tpu efficientnet_model.py:211, :253-263, :518-545, :586-589.
+    """
+    stem_filters, head_filters = (
+        filters if variant.fixed_ends else round_filters(filters, variant.width) for filters in (STEM_FILTERS, HEAD_FILTERS)
+    )
+    ends = (0, len(variant.stages) - 1) if variant.fixed_ends else ()
+    blocks: list[Block] = []
+    arriving = stem_filters
+    for number, stage in enumerate(variant.stages):
+        filters_out = round_filters(stage.filters_out, variant.width)
+        declared = round_filters(stage.filters_in, variant.width)
+        repeats = stage.repeats if number in ends else round_repeats(stage.repeats, variant.depth)
+        for repeat in range(repeats):
+            strides = stage.strides if repeat == 0 else 1
+            blocks.append(
+                Block(
+                    name=f"{number + 1}{chr(ord('a') + repeat)}",
+                    operator=stage.operator,
+                    kernel_size=stage.kernel_size,
+                    strides=strides,
+                    filters_in=arriving,
+                    expand_filters=declared * stage.expand_ratio if stage.expand_ratio != 1 else 0,
+                    se_filters=max(1, int(declared * stage.se_ratio)) if stage.se_ratio else 0,
+                    filters_out=filters_out,
+                    residual=stage.residual and strides == 1 and arriving == filters_out,
+                    num_experts=stage.num_experts,
+                )
+            )
+            arriving = declared = filters_out
+    shared = {field.name for field in dataclasses.fields(Architecture)} & {field.name for field in dataclasses.fields(Variant)}
+    return Architecture(
+        stem_filters=stem_filters,
+        head_filters=head_filters,
+        blocks=tuple(blocks),
+        **{name: getattr(variant, name) for name in shared},
+    )

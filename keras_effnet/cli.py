@@ -1,0 +1,184 @@
+"""`keras-effnet`: parsing and printing only, every verb one call into the library."""
+
+import contextlib
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from keras_effnet import __version__
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on standard output.")
+
+
+class _Commands(click.Group):
+    """Tells an error of the library in one line. Exit status 2."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            _complain(error)
+            ctx.exit(2)
+
+
+def _complain(error) -> None:
+    click.echo(f"error: {' '.join(str(error).split())}", err=True)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="keras-effnet")
+def main() -> None:
+    """EfficientNets in Keras."""
+
+
+def _table(title: str, *columns: str):
+    """A table whose last lines are rows; a column that begins with > is aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+def _print(*parts) -> None:
+    from rich.console import Console
+
+    # Where nobody's window is measured, no row is cut.
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for part in parts:
+        console.print(part)
+
+
+def _print_json(value: dict) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def _choose_backend() -> None:
+    """Keras takes TensorFlow unless told otherwise; where that is not installed, the first backend that is."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if "KERAS_BACKEND" in os.environ:
+        return
+    configured = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "keras.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if find_spec(str(json.loads(configured.read_text()).get("backend", "tensorflow"))):
+            return
+    installed = [backend for backend in ("tensorflow", "jax", "torch") if find_spec(backend)]
+    if not installed:
+        raise ImportError("Expected TensorFlow, JAX or PyTorch, which Keras computes with. Bring one with: pip install tensorflow")
+    os.environ["KERAS_BACKEND"] = installed[0]
+
+
+@main.command()
+@click.argument("photographs", nargs=-1, required=True, metavar="PHOTO...")
+@click.option("--model", default="efficientnet-lite0", show_default=True, help="See `keras-effnet list`.")
+@click.option("--weights", default="imagenet", show_default=True, help="Tag of published weights, or path of a file.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes per photograph.")
+@AS_JSON
+@click.pass_context
+def predict(ctx, photographs, model, weights, top, as_json) -> None:
+    """Name what is on photographs (files, or folders of them)."""
+    _choose_backend()
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from keras_effnet import predictor
+
+    count = len(predictor.photographs(photographs))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), disable=count < 8, redirect_stdout=False)
+    # Keras writes its own progress on standard output, which belongs to the result.
+    with bar, contextlib.redirect_stdout(sys.stderr):
+        task = bar.add_task("Photographs", total=count)
+        results = predictor.classify(photographs, model, weights, top, lambda done: bar.advance(task, done))
+    failed = [result for result in results if "error" in result]
+    if as_json:
+        _print_json({"model": model, "weights": weights, "photographs": results})
+    else:
+        for result in results:
+            if "predictions" in result:
+                table = _table(result["path"], ">class id", "name", ">probability")
+                for row in result["predictions"]:
+                    table.add_row(str(row["class_id"]), row["name"], f"{row['probability']:.1%}")
+                _print(table, "")
+    for result in failed:
+        _complain(result["error"])
+    ctx.exit(2 if failed else 0)
+
+
+@main.command("list")
+@click.argument("pattern", required=False)
+@AS_JSON
+def list_(pattern, as_json) -> None:
+    """List the models, all or those like PATTERN (with * and ?)."""
+    from keras_effnet.describe import describe
+    from keras_effnet.variants import list_models
+
+    rows = [describe(name) for name in list_models(pattern)]
+    if as_json:
+        _print_json({"models": [{key: row[key] for key in ("name", "resolution", "params", "macs", "weights")} for row in rows]})
+        return
+    table = _table("", "name", ">pixels", ">parameters", ">multiply-adds", "weights (top-1 in per cent)")
+    for row in rows:
+        sets = ", ".join(f"{record['tag']} {record['top1']}" for record in row["weights"])
+        table.add_row(row["name"], str(row["resolution"][0]), f"{row['params'] / 1e6:.1f} M", f"{row['macs'] / 1e9:.2f} G", sets)
+    _print(table)
+
+
+@main.command("describe")
+@click.argument("name")
+@AS_JSON
+def describe_(name, as_json) -> None:
+    """Show a model's stages, cost and published weights."""
+    from keras_effnet.describe import describe
+
+    found = describe(name)
+    if as_json:
+        _print_json(found)
+        return
+    stages = _table("Stages", ">stage", "operator", "kernel", ">stride", ">resolution", ">channels", ">layers")
+    for row in found["stages"]:
+        height, width = row["resolution"]
+        kernel = f"{row['kernel_size']}x{row['kernel_size']}"
+        cells = (row["stage"], row["operator"], kernel, row["strides"], f"{height}x{width}", row["channels"], row["layers"])
+        stages.add_row(*map(str, cells))
+    facts = _table(found["name"], "", ">")
+    counted = found["layers"]
+    for label, value in (
+        ("parameters", f"{found['params']:,}"),
+        ("batch-norm statistics", f"{found['non_trainable_params']:,}"),
+        ("multiply-adds", f"{found['macs']:,}"),
+        ("layers with no top", f"{counted['ours']:,}"),
+        ("as keras.applications counts them", f"{counted['keras_applications']:,}"),
+        ("activation", found["activation"]),
+        ("dropout, drop connect", f"{found['dropout_rate']}, {found['drop_connect_rate']}"),
+    ):
+        facts.add_row(label, value)
+    sets = _table("Published weights", "tag", ">top-1 %", "preprocessing", "source")
+    for record in found["weights"]:
+        sets.add_row(record["tag"], str(record["top1"]), record["preprocessing"], record["source"])
+    _print(facts, "", stages, "", sets)
+
+
+@main.command("plot")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("out", metavar="OUT.svg|png")
+@AS_JSON
+def plot_(names, out, as_json) -> None:
+    """Draw models side by side, a row of blocks per stage."""
+    from keras_effnet.describe import plot
+
+    path = plot(list(names), out)
+    if as_json:
+        _print_json({"path": str(path)})
+    else:
+        click.echo(f"Wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

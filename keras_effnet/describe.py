@@ -1,0 +1,250 @@
+"""Looking at a model: `describe()` as data, `plot()` as a block diagram. No Keras unless a model is given."""
+
+import math
+import os
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keras_effnet.arch import Architecture, Block, resolve
+from keras_effnet.errors import unknown
+from keras_effnet.preprocessing import scheme_of
+from keras_effnet.variants import VARIANTS
+
+if TYPE_CHECKING:
+    import keras
+
+
+def _halved(size: tuple[int, int], strides: int) -> tuple[int, int]:
+    """Height and width behind a convolution with padding "same"."""
+    return math.ceil(size[0] / strides), math.ceil(size[1] / strides)
+
+
+def _block_cost(block: Block, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Kernel and bias parameters, batch-norm channels, and multiply-adds of one image of `size`."""
+    inside, pixels, out_pixels = block.inner_filters, math.prod(size), math.prod(_halved(size, block.strides))
+    taps = block.kernel_size**2
+    project = inside * block.filters_out
+    if block.operator == "fused":
+        spatial = taps * block.filters_in * inside
+        return spatial + project, inside + block.filters_out, out_pixels * (spatial + project)
+    expand = block.filters_in * block.expand_filters
+    gate = 2 * inside * block.se_filters
+    biases = block.se_filters + inside if block.se_filters else 0
+    params = expand + taps * inside + gate + biases + project
+    return params, block.expand_filters + inside + block.filters_out, pixels * expand + out_pixels * (taps * inside + project) + gate
+
+
+def _block_layers(block: Block, drops: bool) -> tuple[int, int]:
+    """Number of layers: ours, and as keras.applications builds such a block."""
+    shared = 5 if block.operator == "fused" else 5 + 3 * bool(block.expand_filters)
+    ours = shared + 4 * bool(block.se_filters) + 2 * block.residual
+    # It pads strided convolutions by a layer, reshapes in squeeze-and-excite, and has no dropout layer for a rate of 0.
+    theirs = shared + 5 * bool(block.se_filters) + block.residual * (1 + drops) + (block.strides > 1)
+    return ours, theirs
+
+
+def _operator(block: Block) -> str:
+    name = {"mbconv": "MBConv", "fused": "FusedMBConv"}[block.operator]
+    return f"{name}{block.inner_filters / block.filters_in if block.expand_filters else 1:.2g}"
+
+
+def describe(model: "str | keras.Model") -> dict[str, Any]:
+    """What a model is, as data.
+
+    Args:
+        model: Name of a model, or a model of this package.
+
+    Returns:
+        Dict with `name`; `resolution` ([height, width] in pixels); `channels` and `classes` (None without top); `params`
+        (trainable, as papers count them) and `non_trainable_params` (batch-norm statistics); `macs` (multiply-adds of
+        the convolutions and the classifier for one image); `layers` (without top: `ours`, and as `keras_applications`
+        counts them); `activation`, `dropout_rate`, `drop_connect_rate`; `preprocessing` (name of the scheme, None, or a pair); `stages` (a dict per row of the
+        paper's table: `stage`, `operator`, `resolution` at its input, `channels` at its output, `layers`,
+        `kernel_size`, `strides`, `expand_filters` and `se_filters` per block); `weights` (a dict per published set: `tag`, `top1`
+        in per cent, `preprocessing`, `source`).
+
+    Raises:
+        ValueError: If the model is unknown, or not of this package.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> b0 = ke.describe("efficientnet-b0")
+    >>> b0["params"], b0["macs"], b0["layers"]["keras_applications"]
+    (5288548, 385814792, 237)
+
+    Reference:
+        arXiv 1905.11946, tables 1 and 2.
+    """
+    from keras_effnet.weights import registry
+
+    if isinstance(model, str):
+        if model not in VARIANTS:
+            raise unknown("model", model, VARIANTS)
+        architecture = resolve(VARIANTS[model])
+        size, channels, classes = (architecture.resolution,) * 2, 3, 1000
+        variant, preprocessing = model, architecture.preprocessing
+    else:
+        from keras_effnet import blocks
+
+        reading = blocks.read(model)
+        architecture, channels, classes = reading.architecture, reading.channels, reading.classes
+        variant = next((name for name, row in VARIANTS.items() if resolve(row).blocks == architecture.blocks), None)
+        usual = resolve(VARIANTS[variant]).resolution if variant else None
+        size = tuple(side or usual for side in reading.size)
+        preprocessing = scheme_of(reading.scale, reading.offset)
+    known_size: Any = size if None not in size else None
+    stages = list(_stages(architecture, known_size, channels, classes))
+    norms = sum(stage["_norms"] for stage in stages)
+    ours, theirs = (sum(stage["_layers"][side] for stage in stages) for side in (0, 1))
+    return {
+        "name": architecture.name,
+        "variant": variant,
+        "resolution": list(known_size) if known_size else None,
+        "channels": channels,
+        "classes": classes,
+        "params": sum(stage["_params"] for stage in stages) + 2 * norms,
+        "non_trainable_params": 2 * norms,
+        "macs": sum(stage["_macs"] for stage in stages) if known_size else None,
+        "layers": {"ours": ours, "keras_applications": theirs},
+        "activation": architecture.activation,
+        "dropout_rate": architecture.dropout_rate,
+        "drop_connect_rate": architecture.drop_connect_rate,
+        "preprocessing": preprocessing,
+        "stages": [{key: value for key, value in stage.items() if not key.startswith("_")} for stage in stages],
+        "weights": [
+            {"tag": record.tag, "top1": record.top1, "preprocessing": record.preprocessing, "source": record.source}
+            for record in (registry.of_model(variant) if variant else ())
+        ],
+    }
+
+
+def _stages(architecture: Architecture, size, channels: int, classes: int | None):
+    """Rows of the paper's table 1: stem, stages, head. Keys that begin with _ are summed up by `describe()`."""
+    known, size = size is not None, size or (0, 0)
+
+    def row(stage, operator, filters, layers, kernel_size, strides, **private):
+        resolution = list(size) if known else None
+        shown = dict(stage=stage, operator=operator, resolution=resolution, channels=filters, layers=layers)
+        return {**shown, "kernel_size": kernel_size, "strides": strides, **private}
+
+    stem = 9 * channels * architecture.stem_filters
+    after = _halved(size, 2)
+    cost = dict(_params=stem, _norms=architecture.stem_filters, _macs=math.prod(after) * stem, _layers=(5, 7))
+    yield row(1, "Conv3x3", architecture.stem_filters, 1, 3, 2, **cost)
+    size = after
+    drops = dict(zip(architecture.blocks, architecture.drop_connect_rates, strict=True))
+    for number, group in groupby(architecture.blocks, key=lambda block: block.stage):
+        members, arriving = list(group), size
+        totals = [0, 0, 0, 0, 0]
+        for block in members:
+            numbers = (*_block_cost(block, size), *_block_layers(block, drops[block] > 0))
+            totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+            size = _halved(size, block.strides)
+        first, (params, norms, macs, ours, theirs), leaving = members[0], totals, size
+        size = arriving
+        yield row(
+            number + 1,
+            _operator(first),
+            first.filters_out,
+            len(members),
+            first.kernel_size,
+            first.strides,
+            expand_filters=[block.expand_filters for block in members],
+            se_filters=[block.se_filters for block in members],
+            _params=params,
+            _norms=norms,
+            _macs=macs,
+            _layers=(ours, theirs),
+        )
+        size = leaving
+    arriving, filters = architecture.blocks[-1].filters_out, architecture.head_filters
+    top = 0 if classes is None else filters * classes
+    cost = dict(_params=arriving * filters + top + (classes or 0), _norms=filters)
+    cost |= dict(_macs=math.prod(size) * arriving * filters + top, _layers=(3, 3))
+    yield row(number + 2, "Conv1x1" if classes is None else "Conv1x1 & Pooling & FC", filters, 1, 1, 1, **cost)
+
+
+_COLOURS = {1: "#8c8c8c", 3: "#3b76af", 5: "#c8553d"}  # by kernel size
+_SUFFIXES = (".svg", ".png", ".pdf")
+
+
+def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.PathLike) -> Path:
+    """Draws a block diagram: stem, each stage as a row of its blocks, head; several models side by side.
+
+    Args:
+        models: Name of a model, a model of this package, or a list of them.
+        path: Path of the picture, which ends in .svg, .png or .pdf. Its folder exists.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If a model is unknown, or the path ends otherwise.
+        OSError: If the picture cannot be written.
+
+    Example:
+
+    >>> import tempfile, keras_effnet as ke
+    >>> ke.plot(["efficientnet-b0", "efficientnet-b1"], f"{tempfile.mkdtemp()}/b0-b1.svg").name
+    'b0-b1.svg'
+    """
+    models = models if isinstance(models, list | tuple) else [models]
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise unknown("kind of picture", path.suffix or path.name, _SUFFIXES)
+    descriptions = [describe(model) for model in models]
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"Expected a folder for the picture. Received: {str(path.parent)!r}, which does not exist")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Expected matplotlib, which draws the picture. Bring it with: pip install matplotlib") from error
+
+    box = 0.5 if len(models) == 1 else 0.19  # inches
+    widths = [max(2.1, box * max(stage["layers"] for stage in description["stages"])) + 0.25 for description in descriptions]
+    width = max(sum(widths) + 0.2, 3.6)
+    height = 0.62 * max(len(description["stages"]) for description in descriptions) + 1.3
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    left = 0.2
+    for description, column in zip(descriptions, widths, strict=True):
+        _draw(axes, description, left, box)
+        left += column
+    for place, (colour, label) in enumerate([(_COLOURS[3], "kernel 3x3"), (_COLOURS[5], "kernel 5x5"), (_COLOURS[1], "stem, head")]):
+        axes.text(0.2 + 0.85 * place, height - 0.4, f"■ {label}", color=colour, fontsize=7, va="center")
+    notes = "px: side of the stage's input. Dark: stride 2." + " In a box: channels inside." * (box > 0.4)
+    axes.text(0.2, height - 0.2, notes, color=_COLOURS[1], fontsize=6.5, va="center")
+    # Fixed identifiers and no date: the same call writes the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "keras_effnet"}):
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    return path
+
+
+def _draw(axes, description: dict, left: float, box: float) -> None:
+    """One model's column: a title, then a caption and a row of boxes per stage. The channels give a box its height."""
+    from matplotlib.patches import Rectangle
+
+    macs = "" if description["macs"] is None else f", {description['macs'] / 1e9:.2f} G multiply-adds"
+    axes.text(left, 0.28, description["name"], fontsize=10, weight="bold", va="center")
+    axes.text(left, 0.5, f"{description['params'] / 1e6:.1f} M parameters{macs}", fontsize=6.5, va="center")
+    for number, stage in enumerate(description["stages"]):
+        top = 0.9 + 0.62 * number
+        side = "" if stage["resolution"] is None else f", {stage['resolution'][0]} px"
+        kernel = f" {stage['kernel_size']}x{stage['kernel_size']}" if "MBConv" in stage["operator"] else ""
+        operator = stage["operator"].split(" &")[0]
+        axes.text(left, top - 0.09, f"{operator}{kernel}, {stage['channels']} channels{side}", fontsize=6.5, va="center")
+        colour = _COLOURS[stage["kernel_size"] if "MBConv" in stage["operator"] else 1]
+        tall = min(0.36, 0.08 + 0.026 * math.log2(stage["channels"]))
+        for index in range(stage["layers"]):
+            strided = index == 0 and stage["strides"] > 1
+            place = (left + index * box, top)
+            axes.add_patch(Rectangle(place, box * 0.86, tall, facecolor=colour, alpha=1.0 if strided else 0.55, edgecolor="none"))
+            if box > 0.4 and "expand_filters" in stage:
+                inside = stage["expand_filters"][index] or "-"
+                ink = "white" if strided else "black"
+                axes.text(left + (index + 0.43) * box, top + tall / 2, inside, color=ink, fontsize=6.5, ha="center", va="center")

@@ -1,0 +1,28 @@
+"""How a wrong choice is told: what was expected, what was received, the nearest valid choice. Standard library only."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown(what: str, received: object, choices: Iterable[str]) -> ValueError:
+    """The error for a name that is not among the choices.
+
+    Args:
+        what: String, what the name stands for: `"model"`, `"weights"`, ...
+        received: The value that came.
+        choices: The valid names.
+
+    Returns:
+        A `ValueError`, to be raised by the caller.
+
+    Example:
+
+    >>> print(unknown("pooling", "average", ["avg", "max"]))
+    Unknown pooling. Expected one of: avg, max. Received: 'average'. Nearest: 'avg'
+    """
+    choices = list(choices)
+    by_lower = {choice.lower(): choice for choice in choices}
+    key = str(received).lower()
+    nearest = difflib.get_close_matches(key, by_lower, n=1, cutoff=0.4) or [choice for choice in by_lower if key and choice.endswith(key)]
+    hint = f". Nearest: {by_lower[nearest[0]]!r}" if nearest else ""
+    return ValueError(f"Unknown {what}. Expected one of: {', '.join(choices)}. Received: {received!r}{hint}")

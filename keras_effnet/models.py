@@ -1,0 +1,311 @@
+"""The models: `create_model()` and a function per member of the family, which is the same call with its name filled in."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
+
+import keras
+
+from keras_effnet import blocks
+from keras_effnet.arch import resolve
+from keras_effnet.errors import unknown
+from keras_effnet.preprocessing import constants, scheme_of
+from keras_effnet.variants import VARIANTS
+
+Arguments = ParamSpec("Arguments")
+
+
+def create_model(
+    variant: str,
+    /,
+    include_top: bool = True,
+    weights: str | os.PathLike | None = "imagenet",
+    input_tensor: Any = None,
+    input_shape: tuple[int | None, ...] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: str | Callable | None = "softmax",
+    name: str | None = None,
+    *,
+    preprocessing: Any = "auto",
+    dropout_rate: float | None = None,
+    drop_connect_rate: float | None = None,
+    bn_momentum: float | None = None,
+    bn_epsilon: float | None = None,
+    data_format: str | None = None,
+    dtype: Any = None,
+) -> keras.Model:
+    """Builds one of the family's networks as a functional model that takes pixels 0-255.
+
+    Args:
+        variant: String, one of `keras_effnet.list_models()`.
+        include_top: Boolean, whether to include the classifier. Defaults to True.
+        weights: Tag of a published set (`keras_effnet.weights.registry`), `"imagenet"` for the best known one that was
+            trained on ImageNet alone, path of a file, or None for random values. Defaults to `"imagenet"`. The layers are
+            the same for every value.
+        input_tensor: Keras tensor to build on, such as the output of `keras.layers.Input()`. Defaults to None. Where
+            its graph already holds layers of the same names, the new ones are prefixed with the model's name.
+        input_shape: Tuple of height, width and channels (channels, height and width for `channels_first`); height and
+            width may be None. Defaults to the variant's resolution with the top, and to any size without.
+        pooling: Without the top: `"avg"` or `"max"` for a global pool, None for the last convolution's output.
+        classes: Integer, outputs of the classifier. Defaults to 1000.
+        classifier_activation: Activation of the classifier, None for logits. Defaults to `"softmax"`.
+        name: String, the model's name. Defaults to `variant`.
+        preprocessing: `"auto"` for what the weights expect, `"imagenet"`, `"inception"` or `"tpu127"`, a pair (scale,
+            offset) for `pixels * scale + offset`, or None for inputs that are normalised already.
+        dropout_rate: Float, rate before the classifier. Defaults to the variant's.
+        drop_connect_rate: Float, rate at which the last blocks are dropped. Defaults to the variant's, 0.2.
+        bn_momentum: Float. Defaults to 0.99.
+        bn_epsilon: Float. Defaults to 1e-3.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras' setting.
+        dtype: Dtype or dtype policy, such as `"mixed_bfloat16"`. Defaults to Keras' policy. The input's arithmetic and the
+            classifier stay in the policy's variable dtype.
+
+    Returns:
+        A `keras.Model`.
+
+    Raises:
+        ValueError: If an argument is not valid, or the weights do not fit.
+        OSError: If the weights cannot be brought.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> model = ke.create_model("efficientnet-b0", weights=None, classes=10)
+    >>> model.count_params()
+    4062374
+
+    Reference:
+        Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv 1905.11946, table 1.
+    """
+    if variant not in VARIANTS:
+        raise unknown("model", variant, VARIANTS)
+    origin = _Origin.of(variant, weights, include_top)
+    architecture = _override(resolve(VARIANTS[variant]), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
+    data_format = _choice("data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first"))
+    _check_head(include_top, pooling, classes, classifier_activation, pretrained=origin.record is not None, variant=variant)
+    name = name or variant
+    inputs = _inputs(input_tensor, input_shape, origin.resolution or architecture.resolution, include_top, data_format)
+    channels = inputs.shape[-1 if data_format == "channels_last" else 1]
+    if origin.record is not None and channels != 3:
+        raise ValueError(f"Expected 3 channels, which the pretrained {variant} has. Received: {channels} channels. Pass weights=None")
+    scale, offset = constants(origin.preprocessing(preprocessing, architecture.preprocessing, channels), channels)
+
+    style = blocks.Style(
+        activation=architecture.activation,
+        bn_momentum=_between("bn_momentum", bn_momentum, 0.99),
+        bn_epsilon=_between("bn_epsilon", bn_epsilon, 1e-3),
+        data_format=data_format,
+        dtype=_policy(dtype),
+        prefix=f"{name}_" if input_tensor is not None and "stem_conv" in _names_around(inputs) else "",
+    )
+    x = blocks.stem(style, inputs, architecture.stem_filters, scale, offset)
+    for block, rate in zip(architecture.blocks, architecture.drop_connect_rates, strict=True):
+        x = blocks.body(style, x, block, rate)
+    x = blocks.head(style, x, architecture.head_filters)
+    if include_top:
+        x = blocks.classifier(style, x, classes, architecture.dropout_rate, classifier_activation)
+    elif pooling:
+        x = style.pool(x, pooling)
+    model = keras.Model(inputs if input_tensor is None else keras.utils.get_source_inputs(inputs), x, name=name)
+
+    origin.load_into(model)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where a model's values come from: a published record, a file, or neither."""
+
+    record: Any = None
+    path: Any = None
+
+    @classmethod
+    def of(cls, variant, weights, include_top) -> "_Origin":
+        if weights is None:
+            return cls()
+        from keras_effnet.weights import registry, store
+
+        if isinstance(weights, os.PathLike) or (isinstance(weights, str) and os.path.isfile(weights)):
+            return cls(path=weights)
+        if isinstance(weights, str) and (os.sep in weights or weights.endswith((".h5", ".keras", ".pth"))):
+            raise FileNotFoundError(f"Expected a file of weights. Received: weights={weights!r}, which does not exist")
+        record = registry.find(variant, weights)
+        return cls(record, store.locate(record, include_top))
+
+    @property
+    def resolution(self) -> int | None:
+        return self.record and self.record.resolution
+
+    def preprocessing(self, asked, usual, channels: int):
+        """What to build with. A scheme that is not the one that the weights were trained with is an error."""
+        from keras_effnet.weights import readers
+
+        known = None
+        if self.record is not None:
+            known = self.record.preprocessing
+        elif self.path is not None:
+            known = readers.preprocessing_of(self.path)
+        if isinstance(asked, str) and asked == "auto":
+            return known or usual
+        if known is not None and isinstance(asked, str) and constants(asked, channels) != constants(known, channels):
+            raise ValueError(
+                f"Expected preprocessing {scheme_of(*constants(known, channels))!r}, with which these weights were trained ('auto' "
+                f"chooses it). Received: preprocessing={asked!r}. Pass a pair (scale, offset), or None, to do your own arithmetic"
+            )
+        return asked
+
+    def load_into(self, model) -> None:
+        if self.path is not None:
+            from keras_effnet.weights import convert
+
+            convert.load(model, self.path)
+        model.weights_record = self.record
+
+
+def _override(architecture, **rates):
+    given = {name: _between(name, rate, None) for name, rate in rates.items() if rate is not None}
+    return dataclasses.replace(architecture, **given)
+
+
+def _between(name: str, value, default):
+    """A rate: at least 0, below 1."""
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"Expected {name} of at least 0 and less than 1. Received: {name}={value!r}")
+    return value
+
+
+def _choice(name: str, value, choices):
+    if value not in choices:
+        raise unknown(name, value, choices)
+    return value
+
+
+def _policy(dtype) -> keras.DTypePolicy:
+    if dtype is None:
+        dtype = keras.config.dtype_policy()
+    try:
+        return dtype if isinstance(dtype, keras.DTypePolicy) else keras.DTypePolicy(dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected a dtype or a policy, such as 'float32' or 'mixed_bfloat16'. Received: dtype={dtype!r}") from error
+
+
+def _check_head(include_top, pooling, classes, classifier_activation, pretrained, variant) -> None:
+    if pooling is not None:
+        _choice("pooling", pooling, ("avg", "max"))
+    if not include_top:
+        return
+    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
+        raise ValueError(f"Expected classes as a positive integer. Received: classes={classes!r}")
+    if pretrained and classes != 1000:
+        raise ValueError(
+            f"Expected classes=1000, which the pretrained top of {variant} has. Received: classes={classes}. "
+            "Pass include_top=False and add your own classifier, or weights=None"
+        )
+    if pretrained and classifier_activation not in (None, "softmax", keras.activations.softmax, keras.activations.linear, "linear"):
+        raise ValueError(
+            f"Expected classifier_activation 'softmax' or None for a pretrained top. Received: classifier_activation={classifier_activation!r}"
+        )
+
+
+def _inputs(input_tensor, input_shape, resolution, include_top, data_format):
+    channels_last = data_format == "channels_last"
+    if input_tensor is not None:
+        if not keras.utils.is_keras_tensor(input_tensor):
+            raise ValueError(f"Expected input_tensor as a Keras tensor, such as keras.Input(...). Received: {type(input_tensor).__name__}")
+        shape = tuple(input_tensor.shape[1:])
+        if input_shape is not None and tuple(input_shape) != shape:
+            raise ValueError(f"Expected input_shape of input_tensor, {shape}, or none. Received: input_shape={input_shape}")
+    elif input_shape is None:
+        side = resolution if include_top else None
+        shape = (side, side, 3) if channels_last else (3, side, side)
+    else:
+        shape = tuple(input_shape)
+    channels_axis = 2 if channels_last else 0
+    whole = all(isinstance(size, int) and size > 0 or (size is None and axis != channels_axis) for axis, size in enumerate(shape))
+    if len(shape) != 3 or not whole:
+        order = "height, width, channels" if channels_last else "channels, height, width"
+        raise ValueError(f"Expected input_shape as three positive numbers ({order}); height and width may be None. Received: {shape}")
+    return keras.Input(shape, name="input_layer") if input_tensor is None else input_tensor
+
+
+def _names_around(tensor) -> set[str]:
+    """Names of all layers in the graph that a Keras tensor belongs to."""
+    found, queue = {}, [tensor._keras_history.operation]
+    while queue:
+        operation = queue.pop()
+        if id(operation) in found:
+            continue
+        found[id(operation)] = operation.name
+        for node in operation._inbound_nodes:
+            queue += [parent.operation for parent in node.parent_nodes]
+        queue += [node.operation for node in operation._outbound_nodes]
+    return set(found.values())
+
+
+def features(model: keras.Model, levels: tuple[int, ...] = (1, 2, 3, 4, 5)) -> keras.Model:
+    """A model that gives the feature maps of another one at strides 2, 4, 8, 16 and 32.
+
+    Args:
+        model: A model of this package, with or without top. Its layers are shared.
+        levels: Tuple of integers from 1 to 5: `reduction_i` has the stride 2 ** i. Defaults to all.
+
+    Returns:
+        A `keras.Model` whose output is a dict from `"reduction_1"`, ... to tensors (batch, height, width, channels).
+
+    Raises:
+        ValueError: If the model is not of this package, or a level does not exist.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> model = ke.EfficientNetB0(weights=None)
+    >>> ke.features(model).output_shape["reduction_5"]
+    (None, 7, 7, 320)
+
+    Reference:
+        tensorflow/tpu efficientnet_model.py:646-665: the last block before each stride.
+    """
+    reading = blocks.read(model)
+    reductions = reading.architecture.reductions
+    outputs = {}
+    for level in levels:
+        if level not in range(1, len(reductions) + 1):
+            raise ValueError(f"Expected levels from 1 to {len(reductions)}. Received: levels={levels}")
+        outputs[f"reduction_{level}"] = reading.block_ends[reductions[level - 1]].output
+    return keras.Model(model.inputs, outputs, name=f"{model.name}_features")
+
+
+def _named(function: Callable[Concatenate[str, Arguments], keras.Model], variant: str) -> Callable[Arguments, keras.Model]:
+    def build(*args: Arguments.args, **kwargs: Arguments.kwargs) -> keras.Model:
+        return function(variant, *args, **kwargs)
+
+    row = VARIANTS[variant]
+    build.__doc__ = (
+        f"`create_model({variant!r}, ...)`: {row.resolution} x {row.resolution} pixels, width {row.width}, depth {row.depth} ({row.source})."
+        "\n\n    See `create_model()` for the arguments, which are the same.\n"
+    )
+    return build
+
+
+EfficientNetB0 = _named(create_model, "efficientnet-b0")
+EfficientNetB1 = _named(create_model, "efficientnet-b1")
+EfficientNetB2 = _named(create_model, "efficientnet-b2")
+EfficientNetB3 = _named(create_model, "efficientnet-b3")
+EfficientNetB4 = _named(create_model, "efficientnet-b4")
+EfficientNetB5 = _named(create_model, "efficientnet-b5")
+EfficientNetB6 = _named(create_model, "efficientnet-b6")
+EfficientNetB7 = _named(create_model, "efficientnet-b7")
+EfficientNetB8 = _named(create_model, "efficientnet-b8")
+EfficientNetL2 = _named(create_model, "efficientnet-l2")
+EfficientNetLite0 = _named(create_model, "efficientnet-lite0")
+EfficientNetLite1 = _named(create_model, "efficientnet-lite1")
+EfficientNetLite2 = _named(create_model, "efficientnet-lite2")
+EfficientNetLite3 = _named(create_model, "efficientnet-lite3")
+EfficientNetLite4 = _named(create_model, "efficientnet-lite4")
+EfficientNetEdgeTPUS = _named(create_model, "efficientnet-edgetpu-s")
+EfficientNetEdgeTPUM = _named(create_model, "efficientnet-edgetpu-m")
+EfficientNetEdgeTPUL = _named(create_model, "efficientnet-edgetpu-l")

@@ -1,0 +1,116 @@
+"""The tables: every member of the family, a row each, with its source. No Keras.
+
+Lines are those of tensorflow/tpu @ 7dc921f, models/official/efficientnet.
+"""
+
+from dataclasses import replace
+from fnmatch import fnmatch
+
+from keras_effnet.arch import Stage, Variant
+from keras_effnet.errors import unknown
+
+# Table 1 of arXiv 1905.11946; efficientnet_builder.py:172-177.
+B0_STAGES = (
+    Stage(repeats=1, kernel_size=3, strides=1, expand_ratio=1, filters_in=32, filters_out=16),
+    Stage(repeats=2, kernel_size=3, strides=2, expand_ratio=6, filters_in=16, filters_out=24),
+    Stage(repeats=2, kernel_size=5, strides=2, expand_ratio=6, filters_in=24, filters_out=40),
+    Stage(repeats=3, kernel_size=3, strides=2, expand_ratio=6, filters_in=40, filters_out=80),
+    Stage(repeats=3, kernel_size=5, strides=1, expand_ratio=6, filters_in=80, filters_out=112),
+    Stage(repeats=4, kernel_size=5, strides=2, expand_ratio=6, filters_in=112, filters_out=192),
+    Stage(repeats=1, kernel_size=3, strides=1, expand_ratio=6, filters_in=192, filters_out=320),
+)
+
+# lite/efficientnet_lite_builder.py:49-54 and use_se=False.
+LITE_STAGES = tuple(replace(stage, se_ratio=0.0) for stage in B0_STAGES)
+
+# edgetpu/efficientnet_edgetpu_builder.py:51-58. A fused block's kernel is 3 (efficientnet_model.py:399-469).
+EDGETPU_STAGES = (
+    Stage(
+        repeats=1, kernel_size=3, strides=1, expand_ratio=4, filters_in=24, filters_out=24, se_ratio=0.0, operator="fused", residual=False
+    ),
+    Stage(repeats=2, kernel_size=3, strides=2, expand_ratio=8, filters_in=24, filters_out=32, se_ratio=0.0, operator="fused"),
+    Stage(repeats=4, kernel_size=3, strides=2, expand_ratio=8, filters_in=32, filters_out=48, se_ratio=0.0, operator="fused"),
+    Stage(repeats=5, kernel_size=5, strides=2, expand_ratio=8, filters_in=48, filters_out=96, se_ratio=0.0),
+    Stage(repeats=4, kernel_size=5, strides=1, expand_ratio=8, filters_in=96, filters_out=144, se_ratio=0.0),
+    Stage(repeats=2, kernel_size=5, strides=2, expand_ratio=8, filters_in=144, filters_out=192, se_ratio=0.0),
+)
+
+# name: (width, depth, resolution, dropout_rate)
+_B = {  # efficientnet_builder.py:37-48
+    "efficientnet-b0": (1.0, 1.0, 224, 0.2),
+    "efficientnet-b1": (1.0, 1.1, 240, 0.2),
+    "efficientnet-b2": (1.1, 1.2, 260, 0.3),
+    "efficientnet-b3": (1.2, 1.4, 300, 0.3),
+    "efficientnet-b4": (1.4, 1.8, 380, 0.4),
+    "efficientnet-b5": (1.6, 2.2, 456, 0.4),
+    "efficientnet-b6": (1.8, 2.6, 528, 0.5),
+    "efficientnet-b7": (2.0, 3.1, 600, 0.5),
+    "efficientnet-b8": (2.2, 3.6, 672, 0.5),
+    "efficientnet-l2": (4.3, 5.3, 800, 0.5),
+}
+_LITE = {  # lite/efficientnet_lite_builder.py:38-45
+    "efficientnet-lite0": (1.0, 1.0, 224, 0.2),
+    "efficientnet-lite1": (1.0, 1.1, 240, 0.2),
+    "efficientnet-lite2": (1.1, 1.2, 260, 0.3),
+    "efficientnet-lite3": (1.2, 1.4, 280, 0.3),
+    "efficientnet-lite4": (1.4, 1.8, 300, 0.3),
+}
+_EDGETPU = {  # edgetpu/efficientnet_edgetpu_builder.py:37-42
+    "efficientnet-edgetpu-s": (1.0, 1.0, 224, 0.2),
+    "efficientnet-edgetpu-m": (1.0, 1.1, 240, 0.2),
+    "efficientnet-edgetpu-l": (1.2, 1.4, 300, 0.3),
+}
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        *(Variant(name, B0_STAGES, *row, source="arXiv 1905.11946, table 1") for name, row in _B.items()),
+        *(
+            Variant(
+                name,
+                LITE_STAGES,
+                *row,
+                source="tensorflow/tpu efficientnet/lite",
+                activation="relu6",
+                fixed_ends=True,
+                preprocessing="tpu127",
+            )
+            for name, row in _LITE.items()
+        ),
+        *(
+            Variant(
+                name,
+                EDGETPU_STAGES,
+                *row,
+                source="tensorflow/tpu efficientnet/edgetpu",
+                activation="relu",
+                preprocessing="tpu127",
+            )
+            for name, row in _EDGETPU.items()
+        ),
+    )
+}
+
+
+def list_models(pattern: str | None = None) -> list[str]:
+    """Names of all models that `create_model()` builds.
+
+    Args:
+        pattern: String with the wildcards * and ?. Defaults to None: all.
+
+    Returns:
+        List of strings.
+
+    Raises:
+        ValueError: If no name is like the pattern.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> ke.list_models("*edgetpu*")
+    ['efficientnet-edgetpu-s', 'efficientnet-edgetpu-m', 'efficientnet-edgetpu-l']
+    """
+    found = [name for name in VARIANTS if pattern is None or fnmatch(name, pattern)]
+    if not found:
+        raise unknown("model", pattern, VARIANTS)
+    return found
