@@ -72,7 +72,7 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
     >>> import keras_effnet as ke
     >>> b0 = ke.describe("efficientnet-b0")
     >>> b0["params"], b0["macs"], b0["layers"]["keras_applications"]
-    (5288548, 385814792, 237)
+    (5288548, 385814752, 237)
 
     Reference:
         arXiv 1905.11946, tables 1 and 2.

@@ -110,6 +110,7 @@ def create_model(
         x = style.pool(x, pooling)
     model = keras.Model(inputs if input_tensor is None else keras.utils.get_source_inputs(inputs), x, name=name)
 
+    model._called = True  # Keras exports to ONNX only what was called; this model's layers were
     origin.load_into(model)
     return model
 
@@ -263,7 +264,7 @@ def features(model: keras.Model, levels: tuple[int, ...] = (1, 2, 3, 4, 5)) -> k
 
     >>> import keras_effnet as ke
     >>> model = ke.EfficientNetB0(weights=None)
-    >>> ke.features(model).output_shape["reduction_5"]
+    >>> ke.features(model).output["reduction_5"].shape
     (None, 7, 7, 320)
 
     Reference:

@@ -103,8 +103,8 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
         raise ValueError(f"Expected 1, 3 or 4 channels, since an image has no others. Received: channels={channels}")
     name, data = _read(source)
     with warnings.catch_warnings():
-        # Pillow warns from half of its limit on, which cameras reach; at the limit it raises.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # Pillow warns of odd metadata, and of sizes from half of its limit on, which cameras reach; at the limit it raises.
+        warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data))
             image.load()

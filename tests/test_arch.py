@@ -1,0 +1,83 @@
+"""The resolution of tables into integers: published numbers, the original's own blocks, properties."""
+
+import pytest
+from conftest import golden
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_effnet import describe, list_models
+from keras_effnet.arch import resolve, round_filters, round_repeats
+from keras_effnet.variants import VARIANTS
+
+# Trainable parameters: B0, B7 and the others of tensorflow/tpu and timm 1.0.31 (which agree); facts of the READMEs in M.
+PUBLISHED_M = {
+    "efficientnet-b0": 5.3,
+    "efficientnet-b1": 7.8,
+    "efficientnet-b2": 9.2,
+    "efficientnet-b3": 12,
+    "efficientnet-b4": 19,
+    "efficientnet-b5": 30,
+    "efficientnet-b6": 43,
+    "efficientnet-b7": 66,
+    "efficientnet-l2": 480,
+    "efficientnet-lite0": 4.7,
+    "efficientnet-lite1": 5.4,
+    "efficientnet-lite2": 6.1,
+    "efficientnet-lite3": 8.2,
+    "efficientnet-lite4": 13.0,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_M)
+def test_parameters_are_the_published_ones(name):
+    published = PUBLISHED_M[name]
+    # The paper's B2 rounds 9.11 up.
+    assert describe(name)["params"] / 1e6 == pytest.approx(published, abs=0.1 if published < 10 else 0.5)
+
+
+@pytest.mark.parametrize("file", ["efficientnet-b0", "efficientnet-lite0", "efficientnet-edgetpu-S"])
+def test_blocks_are_the_originals(file):
+    reference = golden(f"tpu/{file}.json")
+    architecture = resolve(VARIANTS[file.lower()])
+    assert len(architecture.blocks) == reference["num_blocks"]
+    for block, rate, row in zip(architecture.blocks, architecture.drop_connect_rates, reference["blocks"], strict=True):
+        assert [block.kernel_size, block.strides] == [row["kernel_size"], row["strides"][0]]
+        assert (block.filters_out, block.se_filters, block.residual) == (row["output_filters"], row["se_filters"] or 0, row["residual"])
+        assert block.inner_filters == row["input_filters"] * row["expand_ratio"]
+        # The original leaves a rate out where there is no skip connection to drop.
+        assert 1 - rate == pytest.approx(row["survival_prob"], abs=1e-12)
+    assert {f"reduction_{n + 1}": index for n, index in enumerate(architecture.reductions)} == reference["reduction_endpoint_block"]
+
+
+def test_multiply_adds_are_those_that_timm_counts():
+    # macs_conv_linear of timm 1.0.31 at the variant's resolution.
+    assert describe("efficientnet-b0")["macs"] == 385_814_752
+    assert describe("efficientnet-lite0")["macs"] == 385_187_552
+    assert describe("efficientnet-b1")["macs"] == 686_802_832
+    assert describe("efficientnet-b3")["macs"] == 1_827_141_392
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_widths_fit_together(name):
+    architecture = resolve(VARIANTS[name])
+    arriving = architecture.stem_filters
+    for block in architecture.blocks:
+        assert block.filters_in == arriving
+        assert not block.residual or block.filters_in == block.filters_out
+        arriving = block.filters_out
+    assert len({block.name for block in architecture.blocks}) == len(architecture.blocks)
+    assert len(architecture.reductions) == 5
+    assert max(architecture.drop_connect_rates) < architecture.drop_connect_rate
+
+
+@given(st.integers(1, 4096), st.floats(0.1, 6))
+def test_round_filters_keeps_within_a_tenth_and_the_divisor(filters, width):
+    rounded = round_filters(filters, width)
+    assert rounded % 8 == 0 and rounded >= 8
+    assert rounded >= 0.9 * filters * width
+    assert rounded <= max(8, filters * width + 8)
+
+
+@given(st.integers(1, 20), st.floats(0.1, 6))
+def test_round_repeats_never_loses_a_block(repeats, depth):
+    assert repeats * depth <= round_repeats(repeats, depth) < repeats * depth + 1

@@ -1,0 +1,19 @@
+"""The same tests on Keras' other backends, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import BACKEND, ROOT
+
+SLOW = ("test_export.py", "test_cli.py", "test_describe.py", "test_preprocessing.py", "test_weights.py")
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="started from the run on TensorFlow")
+@pytest.mark.parametrize("file", ["test_models.py", *(pytest.param(file, marks=pytest.mark.slow) for file in SLOW)])
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_backend(backend, file):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": backend})
+    assert result.returncode == 0, result.stdout[-6000:]

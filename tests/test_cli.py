@@ -1,0 +1,120 @@
+"""The commands as a user types them: real processes, real files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BACKEND, ROOT
+from PIL import Image
+
+import keras_effnet as ke
+
+CAT, COFFEE = (str(ROOT / "docs" / name) for name in ("cat.png", "coffee.png"))
+
+
+def run(*arguments, cwd=None, **environment):
+    command = [str(Path(sys.executable).parent / "keras-effnet"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "KERAS_BACKEND": BACKEND, **environment})
+
+
+def test_predict_names_a_cat_and_a_coffee_cup():
+    result = run("predict", CAT, COFFEE)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.split(COFFEE)
+    assert CAT in first and "tabby cat" in first and "espresso" in second
+    assert first.count("%") == second.count("%") == 5
+
+
+def test_predict_as_json_is_one_object_and_equals_the_library():
+    result = run("predict", CAT, "--model", "efficientnet-lite1", "--top", 3, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    model = ke.EfficientNetLite1()
+    expected = ke.decode_predictions(model.predict_on_batch(ke.load_image(CAT, model)[None]), top=3)[0]
+    assert found["model"] == "efficientnet-lite1"
+    rows = found["photographs"][0]["predictions"]
+    assert [row["wnid"] for row in rows] == [wnid for wnid, _, _ in expected]
+    assert [row["probability"] for row in rows] == pytest.approx([score for *_, score in expected], abs=1e-4)
+    assert rows[0]["class_id"] in (281, 282, 285)
+
+
+def test_predict_goes_on_behind_bad_photographs_and_exits_2(tmp_path):
+    (tmp_path / "text.jpg").write_text("no photograph")
+    jpeg = tmp_path / "cut.jpg"
+    Image.open(CAT).convert("RGB").save(jpeg)
+    jpeg.write_bytes(jpeg.read_bytes()[:-3000])
+    (tmp_path / "empty").mkdir()
+    bad = ["text.jpg", "cut.jpg", "empty", "missing.jpg"]
+    result = run("predict", *bad, COFFEE, "--json", cwd=tmp_path)
+    assert result.returncode == 2
+    *failed, good = json.loads(result.stdout)["photographs"]
+    assert [Path(row["path"]).name for row in failed] == bad and all("Expected" in row["error"] for row in failed)
+    assert good["predictions"][0]["name"] == "espresso"
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 4 and "espresso" not in result.stderr
+
+
+def test_predict_takes_folders_and_shows_progress_from_8_photographs_on(tmp_path):
+    for number in range(17):  # more than a batch
+        Image.open(COFFEE if number else CAT).save(tmp_path / f"{number:02}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    result = run("predict", tmp_path, "--json", "--top", 1)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["photographs"]
+    names = [row["predictions"][0]["name"] for row in rows]
+    assert len(rows) == 17 and names[1:] == ["espresso"] * 16 and names[0] != "espresso"
+    assert "17/17" in result.stderr
+    assert "Photographs" not in run("predict", CAT, "--json").stderr
+
+
+def test_list_describe_and_plot(tmp_path):
+    listed = run("list")
+    assert all(name in listed.stdout for name in ke.list_models()) and "noisy-student-475 88.2" in listed.stdout
+    assert [row["name"] for row in json.loads(run("list", "*lite*", "--json").stdout)["models"]] == ke.list_models("*lite*")
+    described = run("describe", "efficientnet-b7")
+    assert "813" in described.stdout and "66,347,960" in described.stdout and "randaugment" in described.stdout
+    assert json.loads(run("describe", "efficientnet-b7", "--json").stdout) == ke.describe("efficientnet-b7")
+    drawn = run("plot", "efficientnet-b0", "efficientnet-l2", tmp_path / "x.svg", "--json")
+    assert json.loads(drawn.stdout) == {"path": str(tmp_path / "x.svg")} and (tmp_path / "x.svg").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["predict", CAT, "--model", "efficientnet-lite9"], "Nearest: 'efficientnet-lite"),
+        (["predict", CAT, "--weights", "imagnet"], "Nearest: 'imagenet'"),
+        (["predict", CAT, "--model", "efficientnet-b0", "--weights", "noisy-student"], "TensorFlow checkpoint only"),
+        (["predict", CAT, "--weights", CAT], "first bytes"),
+        (["predict", CAT, "--top", "0"], "1<=x<=1000"),
+        (["predict"], "PHOTO"),
+        (["describe", "b0"], "Nearest: 'efficientnet-b0'"),
+        (["list", "*v2*"], "Unknown model"),
+        (["plot", "efficientnet-b0", "x.jpg"], "Expected one of: .svg, .png"),
+        (["plot", "efficientnet-b0"], "Missing argument"),
+        (["predcit", CAT], "Did you mean 'predict'"),
+        (["list", "--jsn"], "--json"),
+    ],
+)
+def test_wrong_input_is_told_in_one_line(arguments, told):
+    result = run(*arguments)
+    assert result.returncode == 2 and not result.stdout
+    lines = [line for line in result.stderr.splitlines() if line.lower().startswith("error: ")]
+    assert len(lines) == 1 and told in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_predict_uses_the_backend_that_is_installed(tmp_path):
+    """Without a configured backend, and with TensorFlow hidden, the command finds another."""
+    if BACKEND != "tensorflow":
+        pytest.skip("one run is enough")
+    code = (
+        "import importlib.util as u, os, sys; real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'tensorflow' else real(name, *a)\n"
+        "from keras_effnet import cli; cli._choose_backend(); import keras; print(keras.backend.backend())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "KERAS_BACKEND"} | {"KERAS_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == "jax", result.stderr

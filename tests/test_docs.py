@@ -1,0 +1,51 @@
+"""Examples in docstrings and the README run; public names are documented."""
+
+import doctest
+import inspect
+import os
+import re
+from importlib import import_module
+
+import pytest
+from conftest import BACKEND, ROOT
+from test_layering import FILES
+
+import keras_effnet as ke
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+@pytest.mark.parametrize("module", FILES)
+def test_examples_run(module, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = doctest.testmod(import_module(module.removesuffix(".__init__")), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert not result.failed
+
+
+@pytest.mark.parametrize("name", [name for name in dir(ke) if not name.startswith("_") and callable(getattr(ke, name))])
+def test_public_names_are_documented(name):
+    value = getattr(ke, name)
+    text = inspect.getdoc(value) or ""
+    assert text.splitlines()[0].endswith(".")
+    if not name.startswith("EfficientNet"):
+        for section in ("Args:", "Returns:", "Example:"):
+            assert section in text
+        for parameter in inspect.signature(value).parameters:
+            assert parameter == "variant" or f"{parameter}:" in text
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+def test_the_readmes_python_runs(monkeypatch, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    os.symlink(ROOT / "docs", tmp_path / "docs")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_the_readmes_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target

@@ -1,0 +1,104 @@
+"""Saving and exporting: the same numbers after a reload in a fresh process, and in the runtimes that people deploy with."""
+
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import BACKEND, ROOT, run
+
+import keras_effnet as ke
+
+TOLERANCE = 1e-5  # of probabilities
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ke.EfficientNetLite0()
+
+
+@pytest.fixture(scope="module")
+def swish():
+    """B0 has squeeze-and-excite, which Lite has not. Logits, since random probabilities are all alike."""
+    keras.utils.set_random_seed(1)
+    return ke.EfficientNetB0(weights=None, input_shape=(64, 64, 3), classifier_activation=None)
+
+
+@pytest.fixture(scope="module")
+def pixels(model):
+    return np.stack([ke.load_image(ROOT / "docs" / name, model) for name in ("cat.png", "coffee.png")])
+
+
+FRESH = """
+import json, sys, numpy as np, keras
+sys.modules["keras_effnet"] = None  # plain Keras is all that a saved model needs
+path, images, config = sys.argv[1:4]
+if path.endswith(".keras"):
+    model = keras.saving.load_model(path)
+else:
+    model = keras.models.model_from_json(open(config).read())
+    model.load_weights(path)
+np.save(sys.argv[4], keras.ops.convert_to_numpy(model.predict_on_batch(np.load(images))))
+"""
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_a_fresh_process_with_plain_keras_gives_the_same(model, pixels, tmp_path, suffix):
+    path, images, config, output = (str(tmp_path / name) for name in (f"m{suffix}", "x.npy", "m.json", "y.npy"))
+    model.save(path) if suffix == ".keras" else model.save_weights(path)
+    np.save(images, pixels)
+    (tmp_path / "m.json").write_text(model.to_json())
+    subprocess.run([sys.executable, "-c", FRESH, path, images, config, output], check=True, capture_output=True)
+    assert np.abs(np.load(output) - run(model, pixels)).max() < 1e-6
+
+
+def test_the_configuration_is_plain(model):
+    text = model.to_json()
+    assert "keras_effnet" not in text and json.loads(text)["class_name"] == "Functional"
+
+
+@pytest.mark.parametrize("which", ["model", "swish"])
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras 3.15.1 on torch exports no SavedModel, keras.applications' neither")
+def test_saved_model(which, request, pixels, tmp_path):
+    import tensorflow as tf
+
+    net = request.getfixturevalue(which)
+    x = pixels[:, :64, :64] if which == "swish" else pixels
+    net.export(tmp_path / "saved", format="tf_saved_model", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "saved")
+    expected = run(net, x)
+    assert np.abs(loaded.serve(x).numpy() - expected).max() < TOLERANCE * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("which", ["model", "swish"])
+def test_onnx_has_one_input_and_the_same_numbers(which, request, pixels, tmp_path):
+    import onnxruntime
+
+    net = request.getfixturevalue(which)
+    x = pixels[:, :64, :64] if which == "swish" else pixels
+    net.export(tmp_path / "m.onnx", format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (node,) = session.get_inputs()
+    expected = run(net, x)
+    found = session.run(None, {node.name: x})[0]
+    assert np.abs(found - expected).max() < TOLERANCE * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("which", ["model", "swish"])
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras exports LiteRT from TensorFlow; from torch with litert-torch")
+def test_litert(which, request, pixels, tmp_path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    net = request.getfixturevalue(which)
+    x = pixels[:1, :64, :64] if which == "swish" else pixels[:1]
+    net.export(tmp_path / "m.tflite", format="litert", verbose=False)
+    interpreter = Interpreter(str(tmp_path / "m.tflite"))
+    interpreter.allocate_tensors()
+    (node,) = interpreter.get_input_details()
+    interpreter.set_tensor(node["index"], x)
+    interpreter.invoke()
+    expected = run(net, x)
+    found = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    assert np.abs(found - expected).max() < TOLERANCE * max(1, np.abs(expected).max())

@@ -1,0 +1,78 @@
+"""Who imports whom, read from the source; and what an import costs."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FOLDERS = {"keras_effnet": ROOT / "keras_effnet", "keras_effnet.weights": ROOT / "weights", "keras_effnet.tpu": ROOT / "tpu"}
+FILES = {f"{package}.{path.stem}": path for package, folder in FOLDERS.items() for path in folder.glob("*.py")}
+
+# What a module may import while it is itself imported, of this package and of the heavy libraries.
+ALLOWED = {
+    "arch": set(),
+    "errors": set(),
+    "variants": {"arch", "errors"},
+    "initializers": {"keras"},
+    "preprocessing": {"errors", "variants"},
+    "blocks": {"arch", "initializers", "keras"},
+    "models": {"arch", "blocks", "errors", "preprocessing", "variants", "keras"},
+    "describe": {"arch", "errors", "preprocessing", "variants"},
+    "predictor": {"preprocessing"},
+    "cli": {"__version__"},
+    "__init__": set(),
+    "weights.__init__": set(),
+    "weights.registry": {"errors", "preprocessing", "variants"},
+    "weights.layouts": set(),
+    "weights.namemaps": set(),
+    "weights.readers": set(),
+    "weights.convert": {"errors", "weights.layouts", "weights.namemaps", "weights.readers"},
+    "weights.store": {"weights.readers", "weights.registry"},
+    "tpu.__init__": set(),
+}
+HEAVY = {"keras", "tensorflow", "jax", "torch", "h5py", "matplotlib", "PIL", "rich"}
+TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.readers", "export")
+
+
+def imports(tree, everywhere: bool):
+    """Modules that are imported at the top of a file, or also inside functions; what only type checkers read is left out."""
+    body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
+    nodes = [inner for node in body for inner in ast.walk(node)] if everywhere else body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "absolute imports only"
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in FILES or node.module == "keras_effnet" else node.module for name in submodules)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_modules_import_what_they_may(module):
+    short = module.removeprefix("keras_effnet.")
+    assert short in ALLOWED, f"{module} has no row: say in ALLOWED what it may import"
+    tree = ast.parse(FILES[module].read_text())
+    found = {name.removeprefix("keras_effnet.") if name.startswith("keras_effnet") else name.split(".")[0] for name in imports(tree, False)}
+    ours = {name.removeprefix("keras_effnet.") for name in FILES} | {"__version__"}
+    assert found & (ours | HEAVY) <= ALLOWED[short]
+    everywhere = {name.split(".")[0] for name in imports(tree, True)}
+    if not short.startswith(TENSORFLOW_MAY_BE_USED_IN):
+        assert not everywhere & {"tensorflow", "jax", "torch", "orbit"}
+    if not short.startswith(("tpu.", "cli")):
+        assert not any(name.startswith("keras_effnet.tpu") for name in imports(tree, True))
+
+
+def test_describing_a_name_needs_no_keras():
+    code = "import sys, keras_effnet as ke; ke.describe('efficientnet-b0'); ke.list_models(); ke.weights; print('keras' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_images_and_names_need_no_backend():
+    code = (
+        "import sys, numpy, keras_effnet as ke; ke.load_image('docs/cat.png', 'efficientnet-lite0', weights='imagenet'); "
+        "ke.decode_predictions(numpy.eye(1000)); print([name for name in ('keras', 'tensorflow', 'jax', 'torch') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result.stderr

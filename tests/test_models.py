@@ -1,0 +1,274 @@
+"""The models as Keras users meet them. Runs on any backend: test_backends.py repeats it on the others."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from conftest import BACKEND, GOLDEN, ROOT, fill, golden, image, run, same_weights, seeded
+
+import keras_effnet as ke
+from keras_effnet import blocks
+from keras_effnet.arch import resolve
+from keras_effnet.preprocessing import SCHEMES
+from keras_effnet.variants import VARIANTS
+from keras_effnet.weights import convert, namemaps
+
+SMALL = (32, 32, 3)
+ORIGINALS = {"efficientnet-b0": 2e-5, "efficientnet-lite0": 2e-5, "efficientnet-edgetpu-S": 2e-4}
+
+
+def original(file, **kwargs):
+    """Our model with the original's variables, and its reference values."""
+    reference = golden(f"tpu/{file}.json")
+    arguments = dict(weights=None, preprocessing=None, classes=reference["num_classes"], classifier_activation=None)
+    model = ke.create_model(file.lower(), **arguments | kwargs)
+    tensors = {name: seeded(name, shape) for name, shape, _ in reference["variables"]}
+    convert.assign(model, tensors, namemaps.TPU, file)
+    return model, reference
+
+
+def logits_error(model, reference):
+    """Largest difference of the logits over their standard deviation."""
+    ours, expected = run(model, image(224)), reference["golden"]
+    first = np.abs(ours[:, :16] - expected["logits_first16"]).max()
+    norm = np.abs(np.linalg.norm(ours, axis=1) - expected["logits_l2"]).max() / ours.shape[1] ** 0.5
+    assert (np.argsort(-ours)[:, :5] == expected["logits_top5"]).all()
+    return max(first, norm) / ours.std()
+
+
+@pytest.mark.parametrize("file", ORIGINALS)
+def test_original_outputs(file):
+    model, reference = original(file)
+    expected = reference["golden"]
+    assert model.count_params() == reference["num_params_total"]
+    assert logits_error(model, reference) < ORIGINALS[file]
+    layers = blocks.read(model).layers
+    names = {"stem": "stem_activation", "features": list(layers)[list(layers).index("top_conv") - 1], "head_1x1": "top_activation"}
+    endpoints = {key: layers[name].output for key, name in names.items()} | ke.features(model).output
+    endpoints["pooled"] = layers["avg_pool"].output
+    found = run(keras.Model(model.inputs, endpoints), image(224))
+    pooled = found.pop("pooled")
+    assert np.linalg.norm(pooled, axis=1) == pytest.approx(np.array(expected["pooled_l2"]), rel=2e-5)
+    assert np.abs(pooled[:, :8] - expected["pooled_first8"]).max() < 2e-5 * pooled.std()
+    assert found.keys() == expected["endpoints"].keys()
+    for key, value in found.items():
+        row = expected["endpoints"][key]
+        assert list(value.shape) == row["shape"]
+        assert np.linalg.norm(value) == pytest.approx(row["l2"], rel=2e-5)
+        assert np.abs(value).max() == pytest.approx(row["max_abs"], rel=2e-5)
+
+
+def test_original_outputs_tell_a_wrong_epsilon():
+    assert logits_error(*original("efficientnet-b0", bn_epsilon=1e-5)) > 100 * ORIGINALS["efficientnet-b0"]
+
+
+def test_real_weights_name_real_photographs():
+    reference = np.load(GOLDEN / "lite_real" / "lite0_logits.npz")
+    names = sorted({key.rsplit("/", 1)[0] for key in reference.files})
+    pixels = np.stack([reference[f"{name}/pixels_uint8"] for name in names])
+    expected = np.stack([reference[f"{name}/logits"] for name in names])
+    found = run(ke.EfficientNetLite0(classifier_activation=None), pixels)
+    assert len(names) == 28
+    assert np.abs(found - expected).max() < 2e-3
+    assert (np.argsort(-found)[:, :5] == np.argsort(-expected)[:, :5]).all()
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite1", "efficientnet-lite2"])
+def test_other_packaged_weights_know_a_cat(name):
+    model = ke.create_model(name)
+    found = ke.decode_predictions(run(model, ke.load_image(ROOT / "docs/cat.png", model)[None]))[0]
+    assert {wnid for wnid, _, _ in found} >= {"n02123045", "n02123159", "n02124075"}  # tabby, tiger cat, Egyptian cat
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the same arithmetic is compared on every backend by the tests above")
+@pytest.mark.parametrize("number", range(8))
+def test_equals_keras_applications(number):
+    theirs = getattr(keras.applications, f"EfficientNetB{number}")(weights=None, input_shape=(64, 64, 3), classifier_activation=None)
+    ours = fill(
+        ke.create_model(
+            f"efficientnet-b{number}", weights=None, input_shape=(64, 64, 3), classifier_activation=None, preprocessing=(1 / 255, 0)
+        )
+    )
+    for layer in ours.layers:
+        if layer.weights:
+            theirs.get_layer(layer.name).set_weights(layer.get_weights())
+    weighted = [layer.name for layer in theirs.layers if layer.weights and not layer.name.startswith("normalization")]
+    assert [layer.name for layer in ours.layers if layer.get_weights()] == [name for name in weighted if theirs.get_layer(name).get_weights()]
+    x = 255 * np.random.default_rng(0).random((2, 64, 64, 3), "float32")
+    expected = run(theirs, x)
+    assert np.abs(run(ours, x) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_odd_and_unknown_sizes_compute_the_same():
+    fixed = fill(ke.EfficientNetB1(weights=None, include_top=False, input_shape=(75, 61, 3)))
+    free = fill(ke.EfficientNetB1(weights=None, include_top=False))
+    assert free.input_shape == (None, None, None, 3)
+    x = image(75)[:, :, :61]
+    assert run(fixed, x).shape == (2, 3, 2, 1280)
+    assert np.abs(run(free, x) - run(fixed, x)).max() < 1e-4
+
+
+def test_the_graph_does_not_depend_on_weights():
+    def layers(**kwargs):
+        config = json.loads(ke.EfficientNetLite0(**kwargs).to_json())["config"]["layers"]
+        return [(layer["class_name"], layer["config"]["name"]) for layer in config]
+
+    assert layers(weights=None) == layers(weights="imagenet") == layers(weights=None, preprocessing=None)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_preprocessing_is_the_schemes(scheme):
+    model = ke.EfficientNetB0(weights=None, preprocessing=scheme, input_shape=SMALL)
+    x = 255 * np.random.default_rng(0).random((1, *SMALL), "float32")
+    mean, deviation = SCHEMES[scheme]
+    found = run(keras.Model(model.inputs, model.get_layer("rescaling").output), x)
+    assert np.abs(found - (x - mean) / deviation).max() < 1e-5
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channel_counts(channels):
+    model = ke.EfficientNetB0(weights=None, input_shape=(32, 32, channels), classes=3)
+    layer = model.get_layer("rescaling")
+    assert np.ravel(layer.scale).tolist() == pytest.approx([np.mean([1 / n for n in SCHEMES["imagenet"][1]])] * channels)
+    assert run(model, image(32)[..., :1].repeat(channels, -1)).shape == (2, 3)
+
+
+def test_arguments_of_keras_applications():
+    x = image(32)
+    assert run(ke.EfficientNetB0(False, None, None, SMALL, "avg"), x).shape == (2, 1280)
+    assert run(ke.EfficientNetB0(False, None, None, SMALL, "max"), x).shape == (2, 1280)
+    assert run(ke.EfficientNetB0(False, None, None, SMALL), x).shape == (2, 1, 1, 1280)
+    model = ke.EfficientNetB0(True, None, None, SMALL, None, 7, None, "seven")
+    assert model.name == "seven" and run(model, x).shape == (2, 7)
+    probabilities = run(ke.EfficientNetB0(weights=None, input_shape=SMALL), x)
+    assert probabilities.sum(1) == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_rates_and_batch_norm_arguments_reach_the_layers():
+    model = ke.EfficientNetB0(weights=None, dropout_rate=0.5, drop_connect_rate=0.4, bn_momentum=0.9, bn_epsilon=1e-5)
+    drops = [layer.rate for layer in model.layers if layer.name.endswith("_drop")]
+    assert max(drops) == pytest.approx(0.4 * 14 / 16) and model.get_layer("top_dropout").rate == 0.5
+    norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert {(layer.momentum, layer.epsilon) for layer in norms} == {(0.9, 1e-5)} and len(norms) == 49
+
+
+def test_drop_connect_drops_whole_examples():
+    model = ke.EfficientNetB0(weights=None, drop_connect_rate=0.9, input_shape=SMALL)
+    drop = blocks.read(model).layers["block5c_drop"]
+    x = keras.ops.ones((64, *drop.input.shape[1:]))
+    kept = keras.ops.convert_to_numpy(drop(x, training=True)).reshape(64, -1)
+    assert {len(set(row)) for row in kept} == {1}
+    assert set(np.round(kept[:, 0], 4)) == {0, np.round(1 / (1 - drop.rate), 4).astype("float32")}
+
+
+def test_input_tensor_and_two_models_in_one_graph():
+    inputs = keras.Input((32, 32, 3))
+    left = ke.EfficientNetB0(weights=None, include_top=False, pooling="avg", input_tensor=inputs)
+    right = ke.EfficientNetB0(weights=None, include_top=False, pooling="avg", input_tensor=inputs, name="right")
+    assert left.get_layer("stem_conv") and right.get_layer("right_stem_conv")
+    joined = keras.Model(inputs, keras.layers.Concatenate()([left.output, right.output]))
+    assert run(joined, image(32)).shape == (2, 2560)
+    fill(right)  # weights are found behind the prefix
+    assert np.abs(run(joined, image(32))[:, 1280:] - run(right, image(32))).max() < 1e-4
+    nested = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.RandomFlip(), left])
+    assert nested.output_shape == (None, 1280)
+
+
+def test_a_model_on_a_layer_of_another():
+    inputs = keras.Input((64, 64, 1))
+    x = keras.layers.Conv2D(3, 1)(inputs)
+    model = ke.EfficientNetLite0(weights=None, include_top=False, input_tensor=x)
+    assert model.input_shape == (None, 64, 64, 1) and model.output_shape == (None, 2, 2, 1280)
+
+
+def test_mixed_bfloat16_keeps_input_and_output_in_float32():
+    model = fill(ke.EfficientNetB0(weights=None, dtype="mixed_bfloat16", input_shape=SMALL, classes=10, preprocessing=None))
+    plain = fill(ke.EfficientNetB0(weights=None, input_shape=SMALL, classes=10, preprocessing=None))
+    assert model.get_layer("block1a_dwconv").compute_dtype == "bfloat16"
+    assert model.get_layer("rescaling").compute_dtype == model.get_layer("predictions").compute_dtype == "float32"
+    found = run(model, image(32))
+    assert found.dtype == np.float32
+    assert np.abs(found - run(plain, image(32))).max() < 0.05
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow has no such convolutions on a CPU")
+def test_channels_first():
+    first = fill(ke.EfficientNetB0(weights=None, data_format="channels_first", input_shape=(3, 64, 64), preprocessing="imagenet"))
+    last = fill(ke.EfficientNetB0(weights=None, input_shape=(64, 64, 3), preprocessing="imagenet"))
+    assert np.abs(run(first, image(64).transpose(0, 3, 1, 2)) - run(last, image(64))).max() < 1e-5
+    assert ke.load_image(ROOT / "docs/cat.png", first).shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-lite3", "efficientnet-edgetpu-l"])
+def test_reading_a_model_gives_what_it_was_built_from(name):
+    built = resolve(VARIANTS[name])
+    reading = blocks.read(ke.create_model(name, weights=None))
+    assert reading.architecture.blocks == built.blocks
+    for field in ("name", "resolution", "stem_filters", "head_filters", "activation", "dropout_rate", "drop_connect_rate"):
+        assert getattr(reading.architecture, field) == getattr(built, field)
+
+
+def test_training_by_fit_learns_and_moves_every_variable():
+    keras.utils.set_random_seed(0)
+    model = ke.EfficientNetB0(weights=None, input_shape=SMALL, classes=2, drop_connect_rate=0.0, dropout_rate=0.0)
+    model.compile("adam", "sparse_categorical_crossentropy")
+    before = model.get_weights()
+    y = np.arange(16) % 2
+    x = 255 * np.random.default_rng(0).random((16, *SMALL), "float32") * (0.3 + 0.7 * y[:, None, None, None])
+    losses = model.fit(x, y, epochs=4, batch_size=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    still = [weight.path for weight, value in zip(model.weights, before, strict=True) if np.array_equal(weight, value)]
+    assert not [path for path in still if "seed" not in path]
+
+
+def test_equal_seeds_give_equal_models():
+    models = []
+    for seed in (1, 1, 2):
+        keras.utils.set_random_seed(seed)
+        models.append(ke.EfficientNetLite0(weights=None))
+    assert same_weights(*models[:2]) and not same_weights(*models[1:])
+
+
+def test_initial_values_have_the_originals_distribution():
+    keras.utils.set_random_seed(0)
+    model = ke.EfficientNetB0(weights=None)
+    for name, variance in {"top_conv": 2 / 1280, "block6b_dwconv": 2 / 25, "block4a_se_expand": 2 / 240}.items():
+        kernel = np.asarray(model.get_layer(name).get_weights()[0])
+        assert kernel.var() == pytest.approx(variance, rel=0.1) and abs(kernel.mean()) < 0.1 * variance**0.5
+    kernel = model.get_layer("predictions").get_weights()[0]
+    assert np.abs(kernel).max() == pytest.approx(1000**-0.5, rel=0.01)
+
+
+WRONG = {
+    "model": (lambda: ke.create_model("efficientnet-b9"), "Nearest: 'efficientnet-b"),
+    "weights": (lambda: ke.EfficientNetB0(weights="noisystudent"), "Nearest: 'noisy-student'"),
+    "no single-dataset weights": (lambda: ke.EfficientNetL2(), "noisy-student-475"),
+    "file": (lambda: ke.EfficientNetB0(weights="nowhere/b0.weights.h5"), "does not exist"),
+    "classes with pretrained top": (lambda: ke.EfficientNetLite0(classes=10), "Expected classes=1000"),
+    "classes": (lambda: ke.EfficientNetB0(weights=None, classes=0), "positive integer"),
+    "activation with pretrained top": (lambda: ke.EfficientNetLite0(classifier_activation="relu"), "'softmax' or None"),
+    "pooling": (lambda: ke.EfficientNetB0(False, None, pooling="mean"), "Expected one of: avg, max"),
+    "shape": (lambda: ke.EfficientNetB0(weights=None, input_shape=(224, 224)), "height, width, channels"),
+    "channels": (lambda: ke.EfficientNetB0(weights=None, input_shape=(224, 224, None)), "three positive numbers"),
+    "pretrained channels": (lambda: ke.EfficientNetLite0(input_shape=(224, 224, 1)), "Expected 3 channels"),
+    "tensor": (lambda: ke.EfficientNetB0(weights=None, input_tensor=np.zeros((1, 32, 32, 3))), "Keras tensor"),
+    "tensor and shape": (lambda: ke.EfficientNetB0(weights=None, input_tensor=keras.Input(SMALL), input_shape=(64, 64, 3)), "input_shape of"),
+    "preprocessing": (lambda: ke.EfficientNetB0(weights=None, preprocessing="imagnet"), "Nearest: 'imagenet'"),
+    "preprocessing pair": (lambda: ke.EfficientNetB0(weights=None, preprocessing=(1, 2, 3)), "a pair (scale, offset)"),
+    "conflicting preprocessing": (lambda: ke.EfficientNetLite0(preprocessing="imagenet"), "'tpu127'"),
+    "rate": (lambda: ke.EfficientNetB0(weights=None, drop_connect_rate=1.0), "less than 1"),
+    "data format": (lambda: ke.EfficientNetB0(weights=None, data_format="NHWC"), "channels_last"),
+    "dtype": (lambda: ke.EfficientNetB0(weights=None, dtype="bfloat17"), "mixed_bfloat16"),
+    "levels": (lambda: ke.features(ke.EfficientNetB0(False, None), levels=(6,)), "from 1 to 5"),
+    "foreign model": (lambda: ke.features(keras.Sequential([keras.layers.Dense(1)])), "EfficientNet of this package"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_told_in_one_line(case):
+    call, expected = WRONG[case]
+    with pytest.raises((ValueError, OSError)) as caught:
+        call()
+    message = str(caught.value)
+    assert expected in message and "Received" in message and "\n" not in message
