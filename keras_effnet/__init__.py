@@ -1,7 +1,7 @@
 """EfficientNets in Keras 3: B0-B8, L2, Lite and EdgeTPU, with their published weights.
 
-The public names stand in `__init__.pyi`. Each is resolved when it is first used (PEP 562), so that a command that needs no
-Keras starts without it.
+The public names stand in `__init__.pyi`. Each is resolved when it is first used (PEP 562), so that a command that needs
+no Keras starts without it.
 """
 
 import lazy_loader

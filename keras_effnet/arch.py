@@ -128,13 +128,13 @@ class Architecture:
     def drop_connect_rates(self) -> tuple[float, ...]:
         """Rate of each block: it grows linearly over all blocks, counted after depth scaling.
 
-        tensorflow/tpu efficientnet_model.py:656-659: block 0 never drops and the last of N drops (N - 1) / N of the rate.
+        tensorflow/tpu efficientnet_model.py:656-659: block 0 never drops, the last of N drops (N - 1) / N of the rate.
         """
         return tuple(self.drop_connect_rate * index / len(self.blocks) for index in range(len(self.blocks)))
 
     @property
     def reductions(self) -> tuple[int, ...]:
-        """Index of the block behind each endpoint reduction_1, reduction_2, ...: the last before a stride and the last of all."""
+        """Index of the block behind each endpoint reduction_1, ...: the last before a stride, and the last of all."""
         following = [block.strides for block in self.blocks[1:]] + [2]
         return tuple(index for index, strides in enumerate(following) if strides > 1)
 
@@ -207,7 +207,8 @@ def resolve(variant: Variant) -> Architecture:
         tensorflow/tpu efficientnet_model.py:211, :253-263, :518-545, :586-589.
     """
     stem_filters, head_filters = (
-        filters if variant.fixed_ends else round_filters(filters, variant.width) for filters in (STEM_FILTERS, HEAD_FILTERS)
+        filters if variant.fixed_ends else round_filters(filters, variant.width)
+        for filters in (STEM_FILTERS, HEAD_FILTERS)
     )
     ends = (0, len(variant.stages) - 1) if variant.fixed_ends else ()
     blocks: list[Block] = []
@@ -233,7 +234,9 @@ def resolve(variant: Variant) -> Architecture:
                 )
             )
             arriving = declared = filters_out
-    shared = {field.name for field in dataclasses.fields(Architecture)} & {field.name for field in dataclasses.fields(Variant)}
+    shared = {field.name for field in dataclasses.fields(Architecture)} & {
+        field.name for field in dataclasses.fields(Variant)
+    }
     return Architecture(
         stem_filters=stem_filters,
         head_filters=head_filters,

@@ -6,6 +6,7 @@ compute another net where a size is odd or unknown.
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 from keras import layers
@@ -48,7 +49,15 @@ class Style:
         """A convolution, without bias unless asked for."""
         kwargs = {"use_bias": False, "kernel_initializer": initializers.kernel(), **kwargs}
         return self.apply(
-            layers.Conv2D, name, x, filters, kernel_size, strides=strides, padding="same", data_format=self.data_format, **kwargs
+            layers.Conv2D,
+            name,
+            x,
+            filters,
+            kernel_size,
+            strides=strides,
+            padding="same",
+            data_format=self.data_format,
+            **kwargs,
         )
 
     def depthwise(self, x, kernel_size: int, name: str, strides: int = 1):
@@ -68,7 +77,9 @@ class Style:
     def norm(self, x, name: str, activation_name: str | None = None):
         """Batch normalisation, and the net's activation behind it if that has a name."""
         axis = -1 if self.data_format == "channels_last" else 1
-        x = self.apply(layers.BatchNormalization, name, x, axis=axis, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
+        x = self.apply(
+            layers.BatchNormalization, name, x, axis=axis, momentum=self.bn_momentum, epsilon=self.bn_epsilon
+        )
         return x if activation_name is None else self.apply(layers.Activation, activation_name, x, self.activation)
 
     def pool(self, x, kind: str, keepdims: bool = False, name: str | None = None):
@@ -91,14 +102,18 @@ def stem(style: Style, x, filters: int, scale, offset):
         Keras tensor of half the height and width, rounded up.
     """
     # Rank 3 says by itself which axis is the channels': Keras places a flat list by a global setting.
-    nest = (lambda row: [[list(row)]]) if style.data_format == "channels_last" else (lambda row: [[[value]] for value in row])
+    nest = (
+        (lambda row: [[list(row)]])
+        if style.data_format == "channels_last"
+        else (lambda row: [[[value]] for value in row])
+    )
     x = style.apply(layers.Rescaling, "rescaling", x, nest(scale), nest(offset), dtype=style.float_dtype)
     x = style.conv(x, filters, 3, "stem_conv", strides=2)
     return style.norm(x, "stem_bn", "stem_activation")
 
 
 def mbconv(style: Style, x, block: Block, name: str):
-    """Expansion, depthwise convolution, squeeze-and-excite, projection. tensorflow/tpu efficientnet_model.py:306-396."""
+    """Expansion, depthwise, squeeze-and-excite, projection. tensorflow/tpu efficientnet_model.py:306-396."""
     if block.expand_filters:
         x = style.conv(x, block.expand_filters, 1, f"{name}expand_conv")
         x = style.norm(x, f"{name}expand_bn", f"{name}expand_activation")
@@ -180,8 +195,8 @@ class Reading:
     """
 
     architecture: Architecture
-    layers: dict[str, layers.Layer]
-    block_ends: tuple[layers.Layer, ...]
+    layers: dict[str, Any]
+    block_ends: tuple[Any, ...]
     scale: tuple[float, ...]
     offset: tuple[float, ...]
     size: tuple[int | None, int | None]
@@ -208,7 +223,11 @@ def read(model: keras.Model) -> Reading:
     >>> reading.architecture.blocks[1].expand_filters, reading.classes
     (96, 10)
     """
-    stems = [layer.name.removesuffix("stem_conv") for layer in getattr(model, "layers", []) if layer.name.endswith("stem_conv")]
+    stems = [
+        layer.name.removesuffix("stem_conv")
+        for layer in getattr(model, "layers", [])
+        if layer.name.endswith("stem_conv")
+    ]
     if len(stems) != 1:
         raise ValueError(
             "Expected a model with the layers of one EfficientNet of this package, from its own call or its own file. "
@@ -220,7 +239,8 @@ def read(model: keras.Model) -> Reading:
         return _read(model, named)
     except (KeyError, AttributeError) as error:
         raise ValueError(
-            f"Expected the layers of an EfficientNet of this package. Received: model={model.name!r}, where {error} is missing"
+            "Expected the layers of an EfficientNet of this package. "
+            f"Received: model={model.name!r}, where {error} is missing"
         ) from error
 
 

@@ -11,7 +11,9 @@ import click
 
 from keras_effnet import __version__
 
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on standard output.")
+AS_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on standard output."
+)
 
 
 class _Commands(click.Group):
@@ -70,7 +72,9 @@ def _choose_backend() -> None:
             return
     installed = [backend for backend in ("tensorflow", "jax", "torch") if find_spec(backend)]
     if not installed:
-        raise ImportError("Expected TensorFlow, JAX or PyTorch, which Keras computes with. Bring one with: pip install tensorflow")
+        raise ImportError(
+            "Expected TensorFlow, JAX or PyTorch, which Keras computes with. Bring one with: pip install tensorflow"
+        )
     os.environ["KERAS_BACKEND"] = installed[0]
 
 
@@ -121,12 +125,16 @@ def list_(pattern, as_json) -> None:
 
     rows = [describe(name) for name in list_models(pattern)]
     if as_json:
-        _print_json({"models": [{key: row[key] for key in ("name", "resolution", "params", "macs", "weights")} for row in rows]})
+        _print_json(
+            {"models": [{key: row[key] for key in ("name", "resolution", "params", "macs", "weights")} for row in rows]}
+        )
         return
     table = _table("", "name", ">pixels", ">parameters", ">multiply-adds", "weights (top-1 in per cent)")
     for row in rows:
         sets = ", ".join(f"{record['tag']} {record['top1']}" for record in row["weights"])
-        table.add_row(row["name"], str(row["resolution"][0]), f"{row['params'] / 1e6:.1f} M", f"{row['macs'] / 1e9:.2f} G", sets)
+        table.add_row(
+            row["name"], str(row["resolution"][0]), f"{row['params'] / 1e6:.1f} M", f"{row['macs'] / 1e9:.2f} G", sets
+        )
     _print(table)
 
 
@@ -145,7 +153,15 @@ def describe_(name, as_json) -> None:
     for row in found["stages"]:
         height, width = row["resolution"]
         kernel = f"{row['kernel_size']}x{row['kernel_size']}"
-        cells = (row["stage"], row["operator"], kernel, row["strides"], f"{height}x{width}", row["channels"], row["layers"])
+        cells = (
+            row["stage"],
+            row["operator"],
+            kernel,
+            row["strides"],
+            f"{height}x{width}",
+            row["channels"],
+            row["layers"],
+        )
         stages.add_row(*map(str, cells))
     facts = _table(found["name"], "", ">")
     counted = found["layers"]

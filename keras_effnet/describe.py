@@ -32,7 +32,8 @@ def _block_cost(block: Block, size: tuple[int, int]) -> tuple[int, int, int]:
     gate = 2 * inside * block.se_filters
     biases = block.se_filters + inside if block.se_filters else 0
     params = expand + taps * inside + gate + biases + project
-    return params, block.expand_filters + inside + block.filters_out, pixels * expand + out_pixels * (taps * inside + project) + gate
+    macs = pixels * expand + out_pixels * (taps * inside + project) + gate
+    return params, block.expand_filters + inside + block.filters_out, macs
 
 
 def _block_layers(block: Block, drops: bool) -> tuple[int, int]:
@@ -46,7 +47,8 @@ def _block_layers(block: Block, drops: bool) -> tuple[int, int]:
 
 def _operator(block: Block) -> str:
     name = {"mbconv": "MBConv", "fused": "FusedMBConv"}[block.operator]
-    return f"{name}{block.inner_filters / block.filters_in if block.expand_filters else 1:.2g}"
+    ratio = block.inner_filters / block.filters_in if block.expand_filters else 1
+    return f"{name}{ratio:.2g}"
 
 
 def describe(model: "str | keras.Model") -> dict[str, Any]:
@@ -56,13 +58,17 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         model: Name of a model, or a model of this package.
 
     Returns:
-        Dict with `name`; `resolution` ([height, width] in pixels); `channels` and `classes` (None without top); `params`
-        (trainable, as papers count them) and `non_trainable_params` (batch-norm statistics); `macs` (multiply-adds of
-        the convolutions and the classifier for one image); `layers` (without top: `ours`, and as `keras_applications`
-        counts them); `activation`, `dropout_rate`, `drop_connect_rate`; `preprocessing` (name of the scheme, None, or a pair); `stages` (a dict per row of the
-        paper's table: `stage`, `operator`, `resolution` at its input, `channels` at its output, `layers`,
-        `kernel_size`, `strides`, `expand_filters` and `se_filters` per block); `weights` (a dict per published set: `tag`, `top1`
-        in per cent, `preprocessing`, `source`).
+        Dict with
+
+        - `name`, `variant` (None where the blocks are no known model's), `activation`, `dropout_rate`,
+          `drop_connect_rate`, `preprocessing` (name of the scheme, None, or a pair);
+        - `resolution` ([height, width] in pixels), `channels`, `classes` (None without top);
+        - `params` (trainable, as papers count them), `non_trainable_params` (batch-norm statistics), `macs`
+          (multiply-adds of the convolutions and the classifier for one image);
+        - `layers`: without top, `ours` and as `keras_applications` counts them;
+        - `stages`, a dict per row of the paper's table: `stage`, `operator`, `resolution` at its input, `channels` at
+          its output, `layers`, `kernel_size`, `strides`, and lists of `expand_filters` and `se_filters` per block;
+        - `weights`, a dict per published set: `tag`, `top1` in per cent, `preprocessing`, `source`.
 
     Raises:
         ValueError: If the model is unknown, or not of this package.
@@ -124,26 +130,23 @@ def _stages(architecture: Architecture, size, channels: int, classes: int | None
     """Rows of the paper's table 1: stem, stages, head. Keys that begin with _ are summed up by `describe()`."""
     known, size = size is not None, size or (0, 0)
 
-    def row(stage, operator, filters, layers, kernel_size, strides, **private):
-        resolution = list(size) if known else None
-        shown = dict(stage=stage, operator=operator, resolution=resolution, channels=filters, layers=layers)
-        return {**shown, "kernel_size": kernel_size, "strides": strides, **private}
+    def row(stage, operator, filters, layers, kernel_size, strides, **more):
+        shown = {"stage": stage, "operator": operator, "resolution": list(size) if known else None, "channels": filters}
+        return {**shown, "layers": layers, "kernel_size": kernel_size, "strides": strides, **more}
 
-    stem = 9 * channels * architecture.stem_filters
-    after = _halved(size, 2)
-    cost = dict(_params=stem, _norms=architecture.stem_filters, _macs=math.prod(after) * stem, _layers=(5, 7))
-    yield row(1, "Conv3x3", architecture.stem_filters, 1, 3, 2, **cost)
+    filters = architecture.stem_filters
+    params, after = 9 * channels * filters, _halved(size, 2)
+    cost = {"_params": params, "_norms": filters, "_macs": math.prod(after) * params, "_layers": (5, 7)}
+    yield row(1, "Conv3x3", filters, 1, 3, 2, **cost)
     size = after
-    drops = dict(zip(architecture.blocks, architecture.drop_connect_rates, strict=True))
+    rates = iter(architecture.drop_connect_rates)
     for number, group in groupby(architecture.blocks, key=lambda block: block.stage):
-        members, arriving = list(group), size
-        totals = [0, 0, 0, 0, 0]
+        members, leaving, costs = list(group), size, []
         for block in members:
-            numbers = (*_block_cost(block, size), *_block_layers(block, drops[block] > 0))
-            totals = [total + number for total, number in zip(totals, numbers, strict=True)]
-            size = _halved(size, block.strides)
-        first, (params, norms, macs, ours, theirs), leaving = members[0], totals, size
-        size = arriving
+            costs.append((*_block_cost(block, leaving), *_block_layers(block, next(rates) > 0)))
+            leaving = _halved(leaving, block.strides)
+        params, norms, macs, ours, theirs = map(sum, zip(*costs, strict=True))
+        first = members[0]
         yield row(
             number + 1,
             _operator(first),
@@ -159,11 +162,11 @@ def _stages(architecture: Architecture, size, channels: int, classes: int | None
             _layers=(ours, theirs),
         )
         size = leaving
-    arriving, filters = architecture.blocks[-1].filters_out, architecture.head_filters
-    top = 0 if classes is None else filters * classes
-    cost = dict(_params=arriving * filters + top + (classes or 0), _norms=filters)
-    cost |= dict(_macs=math.prod(size) * arriving * filters + top, _layers=(3, 3))
-    yield row(number + 2, "Conv1x1" if classes is None else "Conv1x1 & Pooling & FC", filters, 1, 1, 1, **cost)
+    last, filters = architecture.blocks[-1], architecture.head_filters
+    conv, dense = last.filters_out * filters, 0 if classes is None else filters * classes
+    cost = {"_params": conv + dense + (classes or 0), "_norms": filters, "_macs": math.prod(size) * conv + dense}
+    operator = "Conv1x1" if classes is None else "Conv1x1 & Pooling & FC"
+    yield row(last.stage + 2, operator, filters, 1, 1, 1, **cost, _layers=(3, 3))
 
 
 _COLOURS = {1: "#8c8c8c", 3: "#3b76af", 5: "#c8553d"}  # by kernel size
@@ -196,15 +199,21 @@ def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.P
         raise unknown("kind of picture", path.suffix or path.name, _SUFFIXES)
     descriptions = [describe(model) for model in models]
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"Expected a folder for the picture. Received: {str(path.parent)!r}, which does not exist")
+        raise FileNotFoundError(
+            f"Expected a folder for the picture. Received: {str(path.parent)!r}, which does not exist"
+        )
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Expected matplotlib, which draws the picture. Bring it with: pip install matplotlib") from error
+        raise ImportError(
+            "Expected matplotlib, which draws the picture. Bring it with: pip install matplotlib"
+        ) from error
 
     box = 0.5 if len(models) == 1 else 0.19  # inches
-    widths = [max(2.1, box * max(stage["layers"] for stage in description["stages"])) + 0.25 for description in descriptions]
+    widths = [
+        max(2.1, box * max(stage["layers"] for stage in description["stages"])) + 0.25 for description in descriptions
+    ]
     width = max(sum(widths) + 0.2, 3.6)
     height = 0.62 * max(len(description["stages"]) for description in descriptions) + 1.3
     figure = Figure(figsize=(width, height))
@@ -215,8 +224,9 @@ def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.P
     for description, column in zip(descriptions, widths, strict=True):
         _draw(axes, description, left, box)
         left += column
-    for place, (colour, label) in enumerate([(_COLOURS[3], "kernel 3x3"), (_COLOURS[5], "kernel 5x5"), (_COLOURS[1], "stem, head")]):
-        axes.text(0.2 + 0.85 * place, height - 0.4, f"■ {label}", color=colour, fontsize=7, va="center")
+    for place, (kernel_size, label) in enumerate({3: "kernel 3x3", 5: "kernel 5x5", 1: "stem, head"}.items()):
+        style = {"color": _COLOURS[kernel_size], "fontsize": 7, "va": "center"}
+        axes.text(0.2 + 0.85 * place, height - 0.4, f"■ {label}", **style)
     notes = "px: side of the stage's input. Dark: stride 2." + " In a box: channels inside." * (box > 0.4)
     axes.text(0.2, height - 0.2, notes, color=_COLOURS[1], fontsize=6.5, va="center")
     # Fixed identifiers and no date: the same call writes the same bytes.
@@ -237,14 +247,26 @@ def _draw(axes, description: dict, left: float, box: float) -> None:
         side = "" if stage["resolution"] is None else f", {stage['resolution'][0]} px"
         kernel = f" {stage['kernel_size']}x{stage['kernel_size']}" if "MBConv" in stage["operator"] else ""
         operator = stage["operator"].split(" &")[0]
-        axes.text(left, top - 0.09, f"{operator}{kernel}, {stage['channels']} channels{side}", fontsize=6.5, va="center")
+        axes.text(
+            left, top - 0.09, f"{operator}{kernel}, {stage['channels']} channels{side}", fontsize=6.5, va="center"
+        )
         colour = _COLOURS[stage["kernel_size"] if "MBConv" in stage["operator"] else 1]
         tall = min(0.36, 0.08 + 0.026 * math.log2(stage["channels"]))
         for index in range(stage["layers"]):
             strided = index == 0 and stage["strides"] > 1
             place = (left + index * box, top)
-            axes.add_patch(Rectangle(place, box * 0.86, tall, facecolor=colour, alpha=1.0 if strided else 0.55, edgecolor="none"))
+            axes.add_patch(
+                Rectangle(place, box * 0.86, tall, facecolor=colour, alpha=1.0 if strided else 0.55, edgecolor="none")
+            )
             if box > 0.4 and "expand_filters" in stage:
                 inside = stage["expand_filters"][index] or "-"
                 ink = "white" if strided else "black"
-                axes.text(left + (index + 0.43) * box, top + tall / 2, inside, color=ink, fontsize=6.5, ha="center", va="center")
+                axes.text(
+                    left + (index + 0.43) * box,
+                    top + tall / 2,
+                    inside,
+                    color=ink,
+                    fontsize=6.5,
+                    ha="center",
+                    va="center",
+                )

@@ -23,6 +23,8 @@ def unknown(what: str, received: object, choices: Iterable[str]) -> ValueError:
     choices = list(choices)
     by_lower = {choice.lower(): choice for choice in choices}
     key = str(received).lower()
-    nearest = difflib.get_close_matches(key, by_lower, n=1, cutoff=0.4) or [choice for choice in by_lower if key and choice.endswith(key)]
+    nearest = difflib.get_close_matches(key, by_lower, n=1, cutoff=0.4) or [
+        choice for choice in by_lower if key and choice.endswith(key)
+    ]
     hint = f". Nearest: {by_lower[nearest[0]]!r}" if nearest else ""
     return ValueError(f"Unknown {what}. Expected one of: {', '.join(choices)}. Received: {received!r}{hint}")

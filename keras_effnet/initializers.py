@@ -11,7 +11,7 @@ VarianceScaling = keras.initializers.VarianceScaling
 
 
 def kernel() -> VarianceScaling:
-    """Normal with variance 2 / fan_out, as in tensorflow/tpu efficientnet_model.py:61-83 (a depthwise kernel's fan_out is k * k)."""
+    """Normal with variance 2 / fan_out, k * k for a depthwise kernel. tensorflow/tpu efficientnet_model.py:61-83."""
     return VarianceScaling(2.0, "fan_out", "untruncated_normal")
 
 
@@ -28,24 +28,20 @@ class _Drawn(keras.initializers.Initializer):
 
     def __call__(self, shape, dtype=None):
         dtype = keras.backend.standardize_dtype(dtype)
-        if isinstance(self.declared, keras.initializers.Zeros | keras.initializers.Ones):
-            return np.full(shape, float(isinstance(self.declared, keras.initializers.Ones)), "float32").astype(dtype)
-        if not isinstance(self.declared, VarianceScaling):
-            return self.declared(shape, dtype=dtype)
-        config = self.declared.get_config()
-        fan_out = float(np.prod(shape[:-2]) * shape[-1])
-        if config["mode"] != "fan_out":
-            return self.declared(shape, dtype=dtype)
-        variance = config["scale"] / max(1.0, fan_out)
-        generator = np.random.default_rng(self.declared.seed)
-        match config["distribution"]:
-            case "untruncated_normal":
-                values = generator.standard_normal(shape, "float32") * np.float32(variance**0.5)
-            case "uniform":
-                values = (2 * generator.random(shape, "float32") - 1) * np.float32((3 * variance) ** 0.5)
-            case _:
-                return self.declared(shape, dtype=dtype)
-        return values.astype(dtype)
+        match self.declared:
+            case keras.initializers.Zeros():
+                return np.zeros(shape, dtype)
+            case keras.initializers.Ones():
+                return np.ones(shape, dtype)
+            case VarianceScaling(scale=scale, mode="fan_out", distribution=distribution, seed=int(seed)):
+                variance = scale / float(np.prod(shape[:-2]) * shape[-1])
+                generator = np.random.default_rng(seed)
+                if distribution == "untruncated_normal":
+                    return (generator.standard_normal(shape, "float32") * np.float32(variance**0.5)).astype(dtype)
+                if distribution == "uniform":
+                    limit = np.float32((3 * variance) ** 0.5)
+                    return ((2 * generator.random(shape, "float32") - 1) * limit).astype(dtype)
+        return self.declared(shape, dtype=dtype)
 
 
 def apply(layer: keras.Layer, inputs):
@@ -61,7 +57,9 @@ def apply(layer: keras.Layer, inputs):
     Returns:
         The layer's output.
     """
-    declared = {name: value for name, value in vars(layer).items() if name.endswith("_initializer") and value is not None}
+    declared = {
+        name: value for name, value in vars(layer).items() if name.endswith("_initializer") and value is not None
+    }
     for name, initializer in declared.items():
         setattr(layer, name, _Drawn(initializer))
     outputs = layer(inputs)

@@ -1,4 +1,4 @@
-"""The models: `create_model()` and a function per member of the family, which is the same call with its name filled in."""
+"""The models: `create_model()`, and a function per member of the family that fills in its name."""
 
 import dataclasses
 import os
@@ -42,8 +42,8 @@ def create_model(
         variant: String, one of `keras_effnet.list_models()`.
         include_top: Boolean, whether to include the classifier. Defaults to True.
         weights: Tag of a published set (`keras_effnet.weights.registry`), `"imagenet"` for the best known one that was
-            trained on ImageNet alone, path of a file, or None for random values. Defaults to `"imagenet"`. The layers are
-            the same for every value.
+            trained on ImageNet alone, path of a file, or None for random values. Defaults to `"imagenet"`. The layers
+            are the same for every value.
         input_tensor: Keras tensor to build on, such as the output of `keras.layers.Input()`. Defaults to None. Where
             its graph already holds layers of the same names, the new ones are prefixed with the model's name.
         input_shape: Tuple of height, width and channels (channels, height and width for `channels_first`); height and
@@ -59,8 +59,8 @@ def create_model(
         bn_momentum: Float. Defaults to 0.99.
         bn_epsilon: Float. Defaults to 1e-3.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras' setting.
-        dtype: Dtype or dtype policy, such as `"mixed_bfloat16"`. Defaults to Keras' policy. The input's arithmetic and the
-            classifier stay in the policy's variable dtype.
+        dtype: Dtype or dtype policy, such as `"mixed_bfloat16"`. Defaults to Keras' policy. The input's arithmetic and
+            the classifier stay in the policy's variable dtype.
 
     Returns:
         A `keras.Model`.
@@ -83,13 +83,19 @@ def create_model(
         raise unknown("model", variant, VARIANTS)
     origin = _Origin.of(variant, weights, include_top)
     architecture = _override(resolve(VARIANTS[variant]), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
-    data_format = _choice("data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first"))
-    _check_head(include_top, pooling, classes, classifier_activation, pretrained=origin.record is not None, variant=variant)
+    data_format = _choice(
+        "data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first")
+    )
+    _check_head(
+        include_top, pooling, classes, classifier_activation, pretrained=origin.record is not None, variant=variant
+    )
     name = name or variant
     inputs = _inputs(input_tensor, input_shape, origin.resolution or architecture.resolution, include_top, data_format)
     channels = inputs.shape[-1 if data_format == "channels_last" else 1]
     if origin.record is not None and channels != 3:
-        raise ValueError(f"Expected 3 channels, which the pretrained {variant} has. Received: {channels} channels. Pass weights=None")
+        raise ValueError(
+            f"Expected 3 channels, which the pretrained {variant} has. Received: {channels} channels. Pass weights=None"
+        )
     scale, offset = constants(origin.preprocessing(preprocessing, architecture.preprocessing, channels), channels)
 
     style = blocks.Style(
@@ -152,8 +158,9 @@ class _Origin:
             return known or usual
         if known is not None and isinstance(asked, str) and constants(asked, channels) != constants(known, channels):
             raise ValueError(
-                f"Expected preprocessing {scheme_of(*constants(known, channels))!r}, with which these weights were trained ('auto' "
-                f"chooses it). Received: preprocessing={asked!r}. Pass a pair (scale, offset), or None, to do your own arithmetic"
+                f"Expected preprocessing {scheme_of(*constants(known, channels))!r}, with which these weights were "
+                f"trained ('auto' chooses it). Received: preprocessing={asked!r}. "
+                "Pass a pair (scale, offset), or None, to do your own arithmetic"
             )
         return asked
 
@@ -191,7 +198,9 @@ def _policy(dtype) -> keras.DTypePolicy:
     try:
         return dtype if isinstance(dtype, keras.DTypePolicy) else keras.DTypePolicy(dtype)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"Expected a dtype or a policy, such as 'float32' or 'mixed_bfloat16'. Received: dtype={dtype!r}") from error
+        raise ValueError(
+            f"Expected a dtype or a policy, such as 'float32' or 'mixed_bfloat16'. Received: dtype={dtype!r}"
+        ) from error
 
 
 def _check_head(include_top, pooling, classes, classifier_activation, pretrained, variant) -> None:
@@ -206,30 +215,44 @@ def _check_head(include_top, pooling, classes, classifier_activation, pretrained
             f"Expected classes=1000, which the pretrained top of {variant} has. Received: classes={classes}. "
             "Pass include_top=False and add your own classifier, or weights=None"
         )
-    if pretrained and classifier_activation not in (None, "softmax", keras.activations.softmax, keras.activations.linear, "linear"):
+    if pretrained and classifier_activation not in (
+        None,
+        "softmax",
+        keras.activations.softmax,
+        keras.activations.linear,
+        "linear",
+    ):
         raise ValueError(
-            f"Expected classifier_activation 'softmax' or None for a pretrained top. Received: classifier_activation={classifier_activation!r}"
+            "Expected classifier_activation 'softmax' or None for a pretrained top. "
+            f"Received: classifier_activation={classifier_activation!r}"
         )
 
 
-def _inputs(input_tensor, input_shape, resolution, include_top, data_format):
+def _inputs(input_tensor, input_shape, resolution, include_top, data_format) -> Any:
     channels_last = data_format == "channels_last"
     if input_tensor is not None:
         if not keras.utils.is_keras_tensor(input_tensor):
-            raise ValueError(f"Expected input_tensor as a Keras tensor, such as keras.Input(...). Received: {type(input_tensor).__name__}")
+            raise ValueError(
+                "Expected input_tensor as a Keras tensor, such as keras.Input(...). "
+                f"Received: {type(input_tensor).__name__}"
+            )
         shape = tuple(input_tensor.shape[1:])
         if input_shape is not None and tuple(input_shape) != shape:
-            raise ValueError(f"Expected input_shape of input_tensor, {shape}, or none. Received: input_shape={input_shape}")
+            raise ValueError(
+                f"Expected input_shape of input_tensor, {shape}, or none. Received: input_shape={input_shape}"
+            )
     elif input_shape is None:
         side = resolution if include_top else None
         shape = (side, side, 3) if channels_last else (3, side, side)
     else:
         shape = tuple(input_shape)
     channels_axis = 2 if channels_last else 0
-    whole = all(isinstance(size, int) and size > 0 or (size is None and axis != channels_axis) for axis, size in enumerate(shape))
-    if len(shape) != 3 or not whole:
+    known = [size for axis, size in enumerate(shape) if size is not None or axis == channels_axis]
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in known):
         order = "height, width, channels" if channels_last else "channels, height, width"
-        raise ValueError(f"Expected input_shape as three positive numbers ({order}); height and width may be None. Received: {shape}")
+        raise ValueError(
+            f"Expected input_shape as three positive numbers ({order}); height and width may be None. Received: {shape}"
+        )
     return keras.Input(shape, name="input_layer") if input_tensor is None else input_tensor
 
 
@@ -280,13 +303,16 @@ def features(model: keras.Model, levels: tuple[int, ...] = (1, 2, 3, 4, 5)) -> k
     return keras.Model(model.inputs, outputs, name=f"{model.name}_features")
 
 
-def _named(function: Callable[Concatenate[str, Arguments], keras.Model], variant: str) -> Callable[Arguments, keras.Model]:
+def _named(
+    function: Callable[Concatenate[str, Arguments], keras.Model], variant: str
+) -> Callable[Arguments, keras.Model]:
     def build(*args: Arguments.args, **kwargs: Arguments.kwargs) -> keras.Model:
         return function(variant, *args, **kwargs)
 
     row = VARIANTS[variant]
     build.__doc__ = (
-        f"`create_model({variant!r}, ...)`: {row.resolution} x {row.resolution} pixels, width {row.width}, depth {row.depth} ({row.source})."
+        f"`create_model({variant!r}, ...)`: {row.resolution} x {row.resolution} pixels, "
+        f"width {row.width}, depth {row.depth} ({row.source})."
         "\n\n    See `create_model()` for the arguments, which are the same.\n"
     )
     return build

@@ -1,11 +1,12 @@
 """From a photograph to the pixels that a set of weights expects, and from probabilities to names. No TensorFlow."""
 
+import contextlib
 import io
 import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,8 +61,8 @@ def constants(preprocessing, channels: int) -> tuple[list[float], list[float]]:
         scale, offset = (np.broadcast_to(np.asarray(row, "float64"), (channels,)).tolist() for row in pair)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected preprocessing as one of auto, {', '.join(SCHEMES)}, a pair (scale, offset) with one number or {channels} "
-            f"numbers each, or None. Received: preprocessing={preprocessing!r}"
+            f"Expected preprocessing as one of auto, {', '.join(SCHEMES)}, a pair (scale, offset) with one number or "
+            f"{channels} numbers each, or None. Received: preprocessing={preprocessing!r}"
         ) from error
     return scale, offset
 
@@ -103,7 +104,7 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
         raise ValueError(f"Expected 1, 3 or 4 channels, since an image has no others. Received: channels={channels}")
     name, data = _read(source)
     with warnings.catch_warnings():
-        # Pillow warns of odd metadata, and of sizes from half of its limit on, which cameras reach; at the limit it raises.
+        # Pillow warns of odd metadata, and from half of its limit on, which cameras reach; at the limit it raises.
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data))
@@ -112,13 +113,15 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
             raise ValueError(f"Expected an image (JPEG, PNG, ...). Received: {name}, whose content is none") from error
         except Image.DecompressionBombError as error:
             limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-            raise ValueError(f"Expected an image of at most {limit:,} pixels. Received: {name}, a possible decompression bomb") from error
-        except Exception as error:  # Pillow's decoders raise whatever their format makes them: OSError, SyntaxError, ...
+            raise ValueError(
+                f"Expected an image of at most {limit:,} pixels. Received: {name}, a possible decompression bomb"
+            ) from error
+        except (
+            Exception
+        ) as error:  # Pillow's decoders raise whatever their format makes them: OSError, SyntaxError, ...
             raise ValueError(f"Expected a whole image. Received: {name}, which is damaged ({error})") from error
-        try:
+        with contextlib.suppress(Exception):  # a viewer shows a photograph with unreadable EXIF data, too
             image = ImageOps.exif_transpose(image)
-        except Exception:  # a viewer shows a photograph with unreadable EXIF data, too
-            pass
         pixels = np.asarray(_to_mode(image, _MODES[channels]))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -159,7 +162,9 @@ def _to_mode(image: "Image", mode: str) -> "Image":
     return image.convert(mode)
 
 
-def crop_and_resize(pixels: np.ndarray, size: tuple[int, int], crop_padding: int | None = None, interpolation: str = "bicubic") -> np.ndarray:
+def crop_and_resize(
+    pixels: np.ndarray, size: tuple[int, int], crop_padding: int | None = None, interpolation: str = "bicubic"
+) -> np.ndarray:
     """The original's evaluation preprocessing: a padded centre crop, then a resize on TensorFlow's legacy grid.
 
     No antialiasing and no clipping, as there: bicubic values reach from about -27 to 288.
@@ -200,7 +205,7 @@ def crop_and_resize(pixels: np.ndarray, size: tuple[int, int], crop_padding: int
 
 
 def _bicubic_taps(length: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and weights, (out, 4), of TensorFlow's legacy bicubic resize: a = -0.75, weights from a table of 1024 steps."""
+    """Indices and weights, (out, 4), of TensorFlow's legacy bicubic resize: a = -0.75, a table of 1024 steps."""
     a = np.float32(-0.75)
     near = np.arange(1025, dtype="float32") / np.float32(1024)
     far = near + np.float32(1)
@@ -252,14 +257,13 @@ def load_image(source, model: "str | keras.Model", weights: str | None = "auto")
     """
     size, channels, channels_last, record = _expected_by(model, weights)
     pixels = decode_image(source, channels)
-    if record is None:
-        pixels = crop_and_resize(pixels, size)
-    else:
-        pixels = crop_and_resize(pixels, size, record.crop_padding, record.interpolation)
+    rules = (record.crop_padding, record.interpolation) if record else ()
+    pixels = crop_and_resize(pixels, size, *rules)
     return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _expected_by(model, weights):
+def _expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
+    """Size, number of channels, whether these come last, and the record whose crop and interpolation hold."""
     from keras_effnet.weights import registry
 
     if isinstance(model, str):
@@ -277,16 +281,22 @@ def _expected_by(model, weights):
             name = record.model
     if weights not in ("auto", None):
         if name not in VARIANTS:
-            raise ValueError(f"Expected the name of a model where weights are given, since {name!r} is none. Received: weights={weights!r}")
+            raise ValueError(
+                f"Expected the name of a model where weights are given, since {name!r} is none. "
+                f"Received: weights={weights!r}"
+            )
         record = registry.find(name, weights)
     elif weights is None:
         record = None
-    if None in size:
+    height, width = size
+    if height is None or width is None:
         if name not in VARIANTS:
-            raise ValueError(f"Expected a model of known input size, or a known model's name. Received: {name!r} of size {size}")
+            raise ValueError(
+                f"Expected a model of known input size, or a known model's name. Received: {name!r} of size {size}"
+            )
         side = (record and record.resolution) or VARIANTS[name].resolution
-        size = tuple(known or side for known in size)
-    return size, channels, channels_last, record
+        height, width = height or side, width or side
+    return (height, width), channels, channels_last, record
 
 
 @cache
@@ -327,8 +337,13 @@ def rank(probabilities, top: int = 5) -> list[list[tuple[int, str, str, float]]]
         probabilities = keras.ops.convert_to_numpy(probabilities)
     probabilities = np.asarray(probabilities)
     if probabilities.ndim != 2 or probabilities.shape[1] != 1000:
-        raise ValueError(f"Expected the 1000 ImageNet classes: shape (batch, 1000). Received: shape {probabilities.shape}")
+        raise ValueError(
+            f"Expected the 1000 ImageNet classes: shape (batch, 1000). Received: shape {probabilities.shape}"
+        )
     if not (isinstance(top, int) and 1 <= top <= 1000):
         raise ValueError(f"Expected top from 1 to 1000. Received: top={top!r}")
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
-    return [[(int(index), *_classes()[index], float(row[index])) for index in best] for row, best in zip(probabilities, order, strict=True)]
+    return [
+        [(int(index), *_classes()[index], float(row[index])) for index in best]
+        for row, best in zip(probabilities, order, strict=True)
+    ]

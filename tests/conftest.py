@@ -38,7 +38,7 @@ def fill(model: keras.Model) -> keras.Model:
 
 
 def run(model: keras.Model, x) -> np.ndarray:
-    # JAX compiles an eager call operation by operation; the others compile a whole model more slowly than they run it once.
+    # JAX compiles an eager call operation by operation; the others compile a model more slowly than they run it once.
     outputs = model.predict_on_batch(x) if BACKEND == "jax" else model(keras.ops.convert_to_tensor(x), training=False)
     return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
 

@@ -9,7 +9,7 @@ from keras_effnet import describe, list_models
 from keras_effnet.arch import resolve, round_filters, round_repeats
 from keras_effnet.variants import VARIANTS
 
-# Trainable parameters: B0, B7 and the others of tensorflow/tpu and timm 1.0.31 (which agree); facts of the READMEs in M.
+# Millions of trainable parameters: tables of arXiv 1905.11946 and of tensorflow/tpu's READMEs.
 PUBLISHED_M = {
     "efficientnet-b0": 5.3,
     "efficientnet-b1": 7.8,
@@ -42,11 +42,17 @@ def test_blocks_are_the_originals(file):
     assert len(architecture.blocks) == reference["num_blocks"]
     for block, rate, row in zip(architecture.blocks, architecture.drop_connect_rates, reference["blocks"], strict=True):
         assert [block.kernel_size, block.strides] == [row["kernel_size"], row["strides"][0]]
-        assert (block.filters_out, block.se_filters, block.residual) == (row["output_filters"], row["se_filters"] or 0, row["residual"])
+        assert (block.filters_out, block.se_filters, block.residual) == (
+            row["output_filters"],
+            row["se_filters"] or 0,
+            row["residual"],
+        )
         assert block.inner_filters == row["input_filters"] * row["expand_ratio"]
         # The original leaves a rate out where there is no skip connection to drop.
         assert 1 - rate == pytest.approx(row["survival_prob"], abs=1e-12)
-    assert {f"reduction_{n + 1}": index for n, index in enumerate(architecture.reductions)} == reference["reduction_endpoint_block"]
+    assert {f"reduction_{n + 1}": index for n, index in enumerate(architecture.reductions)} == reference[
+        "reduction_endpoint_block"
+    ]
 
 
 def test_multiply_adds_are_those_that_timm_counts():

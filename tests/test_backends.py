@@ -15,5 +15,7 @@ SLOW = ("test_export.py", "test_cli.py", "test_describe.py", "test_preprocessing
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_backend(backend, file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": backend})
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": backend}
+    )
     assert result.returncode == 0, result.stdout[-6000:]

@@ -17,7 +17,9 @@ CAT, COFFEE = (str(ROOT / "docs" / name) for name in ("cat.png", "coffee.png"))
 
 def run(*arguments, cwd=None, **environment):
     command = [str(Path(sys.executable).parent / "keras-effnet"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "KERAS_BACKEND": BACKEND, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "KERAS_BACKEND": BACKEND, **environment}
+    )
 
 
 def test_predict_names_a_cat_and_a_coffee_cup():
@@ -73,12 +75,16 @@ def test_predict_takes_folders_and_shows_progress_from_8_photographs_on(tmp_path
 def test_list_describe_and_plot(tmp_path):
     listed = run("list")
     assert all(name in listed.stdout for name in ke.list_models()) and "noisy-student-475 88.2" in listed.stdout
-    assert [row["name"] for row in json.loads(run("list", "*lite*", "--json").stdout)["models"]] == ke.list_models("*lite*")
+    assert [row["name"] for row in json.loads(run("list", "*lite*", "--json").stdout)["models"]] == ke.list_models(
+        "*lite*"
+    )
     described = run("describe", "efficientnet-b7")
     assert "813" in described.stdout and "66,347,960" in described.stdout and "randaugment" in described.stdout
     assert json.loads(run("describe", "efficientnet-b7", "--json").stdout) == ke.describe("efficientnet-b7")
     drawn = run("plot", "efficientnet-b0", "efficientnet-l2", tmp_path / "x.svg", "--json")
-    assert json.loads(drawn.stdout) == {"path": str(tmp_path / "x.svg")} and (tmp_path / "x.svg").stat().st_size > 10_000
+    assert (
+        json.loads(drawn.stdout) == {"path": str(tmp_path / "x.svg")} and (tmp_path / "x.svg").stat().st_size > 10_000
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,6 +121,8 @@ def test_predict_uses_the_backend_that_is_installed(tmp_path):
         "u.find_spec = lambda name, *a: None if name == 'tensorflow' else real(name, *a)\n"
         "from keras_effnet import cli; cli._choose_backend(); import keras; print(keras.backend.backend())"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "KERAS_BACKEND"} | {"KERAS_HOME": str(tmp_path)}
+    environment = {key: value for key, value in os.environ.items() if key != "KERAS_BACKEND"} | {
+        "KERAS_HOME": str(tmp_path)
+    }
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "jax", result.stderr

@@ -29,14 +29,18 @@ def test_table_1_of_the_paper():
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="no arithmetic")
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 5, 6, 7])
 def test_layers_are_counted_as_keras_applications_has_them(number):
-    theirs = getattr(keras.applications, f"EfficientNetB{number}")(include_top=False, weights=None, input_shape=(32, 32, 3))
+    theirs = getattr(keras.applications, f"EfficientNetB{number}")(
+        include_top=False, weights=None, input_shape=(32, 32, 3)
+    )
     described = ke.describe(f"efficientnet-b{number}")
     assert described["layers"]["keras_applications"] == len(theirs.layers)
     if number in (0, 7):
         assert described["layers"]["keras_applications"] == {0: 237, 7: 813}[number]
 
 
-@pytest.mark.parametrize("name", [name for name in ke.list_models() if name not in ("efficientnet-l2", "efficientnet-b8", "efficientnet-b7")])
+@pytest.mark.parametrize(
+    "name", [name for name in ke.list_models() if name not in ("efficientnet-l2", "efficientnet-b8", "efficientnet-b7")]
+)
 def test_a_name_and_its_model_are_described_alike(name):
     model = ke.create_model(name, weights=None)
     described = ke.describe(model)
@@ -51,7 +55,9 @@ def test_a_changed_model_is_described_as_it_is():
     described = ke.describe(model)
     assert described["name"] == "mine" and described["variant"] == "efficientnet-b0"
     assert described["params"] + described["non_trainable_params"] == model.count_params()
-    assert described["classes"] is None and described["channels"] == 1 and described["stages"][-1]["resolution"] == [2, 3]
+    assert (
+        described["classes"] is None and described["channels"] == 1 and described["stages"][-1]["resolution"] == [2, 3]
+    )
     unknown = ke.describe(ke.EfficientNetB0(weights=None, include_top=False))
     assert unknown["macs"] == 384_534_752  # at the variant's own resolution, without the classifier's 1,280,000
 
@@ -64,7 +70,9 @@ def test_macs_agree_with_the_layers_own_shapes():
             total += layer.kernel.shape[0] * layer.kernel.shape[1]
         elif isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D):
             pixels = layer.output.shape[1] * layer.output.shape[2]
-            total += pixels * layer.kernel.shape[0] * layer.kernel.shape[1] * layer.kernel.shape[2] * layer.kernel.shape[3]
+            total += (
+                pixels * layer.kernel.shape[0] * layer.kernel.shape[1] * layer.kernel.shape[2] * layer.kernel.shape[3]
+            )
     assert ke.describe(model)["macs"] == total
 
 

@@ -1,4 +1,4 @@
-"""Saving and exporting: the same numbers after a reload in a fresh process, and in the runtimes that people deploy with."""
+"""Saving and exporting: the same numbers in a fresh process, and in the runtimes that people deploy with."""
 
 import json
 import subprocess
@@ -60,7 +60,9 @@ def test_the_configuration_is_plain(model):
 
 
 @pytest.mark.parametrize("which", ["model", "swish"])
-@pytest.mark.skipif(BACKEND == "torch", reason="Keras 3.15.1 on torch exports no SavedModel, keras.applications' neither")
+@pytest.mark.skipif(
+    BACKEND == "torch", reason="Keras 3.15.1 on torch exports no SavedModel, keras.applications' neither"
+)
 def test_saved_model(which, request, pixels, tmp_path):
     import tensorflow as tf
 
@@ -87,7 +89,9 @@ def test_onnx_has_one_input_and_the_same_numbers(which, request, pixels, tmp_pat
 
 
 @pytest.mark.parametrize("which", ["model", "swish"])
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras exports LiteRT from TensorFlow; from torch with litert-torch")
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="Keras exports LiteRT from TensorFlow; from torch with litert-torch"
+)
 def test_litert(which, request, pixels, tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 

@@ -7,7 +7,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-FOLDERS = {"keras_effnet": ROOT / "keras_effnet", "keras_effnet.weights": ROOT / "weights", "keras_effnet.tpu": ROOT / "tpu"}
+FOLDERS = {
+    "keras_effnet": ROOT / "keras_effnet",
+    "keras_effnet.weights": ROOT / "weights",
+    "keras_effnet.tpu": ROOT / "tpu",
+}
 FILES = {f"{package}.{path.stem}": path for package, folder in FOLDERS.items() for path in folder.glob("*.py")}
 
 # What a module may import while it is itself imported, of this package and of the heavy libraries.
@@ -37,7 +41,7 @@ TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.readers", "export")
 
 
 def imports(tree, everywhere: bool):
-    """Modules that are imported at the top of a file, or also inside functions; what only type checkers read is left out."""
+    """Modules that are imported at the top of a file, or also in functions; not what only type checkers read."""
     body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
     nodes = [inner for node in body for inner in ast.walk(node)] if everywhere else body
     for node in nodes:
@@ -54,7 +58,10 @@ def test_modules_import_what_they_may(module):
     short = module.removeprefix("keras_effnet.")
     assert short in ALLOWED, f"{module} has no row: say in ALLOWED what it may import"
     tree = ast.parse(FILES[module].read_text())
-    found = {name.removeprefix("keras_effnet.") if name.startswith("keras_effnet") else name.split(".")[0] for name in imports(tree, False)}
+    found = {
+        name.removeprefix("keras_effnet.") if name.startswith("keras_effnet") else name.split(".")[0]
+        for name in imports(tree, False)
+    }
     ours = {name.removeprefix("keras_effnet.") for name in FILES} | {"__version__"}
     assert found & (ours | HEAVY) <= ALLOWED[short]
     everywhere = {name.split(".")[0] for name in imports(tree, True)}
@@ -65,14 +72,19 @@ def test_modules_import_what_they_may(module):
 
 
 def test_describing_a_name_needs_no_keras():
-    code = "import sys, keras_effnet as ke; ke.describe('efficientnet-b0'); ke.list_models(); ke.weights; print('keras' in sys.modules)"
+    code = (
+        "import sys, keras_effnet as ke; ke.describe('efficientnet-b0'); ke.list_models(); ke.weights; "
+        "print('keras' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
 def test_images_and_names_need_no_backend():
     code = (
-        "import sys, numpy, keras_effnet as ke; ke.load_image('docs/cat.png', 'efficientnet-lite0', weights='imagenet'); "
-        "ke.decode_predictions(numpy.eye(1000)); print([name for name in ('keras', 'tensorflow', 'jax', 'torch') if name in sys.modules])"
+        "import sys, numpy, keras_effnet as ke; "
+        "ke.load_image('docs/cat.png', 'efficientnet-lite0', weights='imagenet'); "
+        "ke.decode_predictions(numpy.eye(1000)); "
+        "print([name for name in ('keras', 'tensorflow', 'jax', 'torch') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "[]", result.stderr

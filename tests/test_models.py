@@ -21,8 +21,14 @@ ORIGINALS = {"efficientnet-b0": 2e-5, "efficientnet-lite0": 2e-5, "efficientnet-
 def original(file, **kwargs):
     """Our model with the original's variables, and its reference values."""
     reference = golden(f"tpu/{file}.json")
-    arguments = dict(weights=None, preprocessing=None, classes=reference["num_classes"], classifier_activation=None)
-    model = ke.create_model(file.lower(), **arguments | kwargs)
+    model = ke.create_model(
+        file.lower(),
+        weights=None,
+        preprocessing=None,
+        classes=reference["num_classes"],
+        classifier_activation=None,
+        **kwargs,
+    )
     tensors = {name: seeded(name, shape) for name, shape, _ in reference["variables"]}
     convert.assign(model, tensors, namemaps.TPU, file)
     return model, reference
@@ -44,7 +50,11 @@ def test_original_outputs(file):
     assert model.count_params() == reference["num_params_total"]
     assert logits_error(model, reference) < ORIGINALS[file]
     layers = blocks.read(model).layers
-    names = {"stem": "stem_activation", "features": list(layers)[list(layers).index("top_conv") - 1], "head_1x1": "top_activation"}
+    names = {
+        "stem": "stem_activation",
+        "features": list(layers)[list(layers).index("top_conv") - 1],
+        "head_1x1": "top_activation",
+    }
     endpoints = {key: layers[name].output for key, name in names.items()} | ke.features(model).output
     endpoints["pooled"] = layers["avg_pool"].output
     found = run(keras.Model(model.inputs, endpoints), image(224))
@@ -81,20 +91,30 @@ def test_other_packaged_weights_know_a_cat(name):
     assert {wnid for wnid, _, _ in found} >= {"n02123045", "n02123159", "n02124075"}  # tabby, tiger cat, Egyptian cat
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="the same arithmetic is compared on every backend by the tests above")
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="the same arithmetic is compared on every backend by the tests above"
+)
 @pytest.mark.parametrize("number", range(8))
 def test_equals_keras_applications(number):
-    theirs = getattr(keras.applications, f"EfficientNetB{number}")(weights=None, input_shape=(64, 64, 3), classifier_activation=None)
+    theirs = getattr(keras.applications, f"EfficientNetB{number}")(
+        weights=None, input_shape=(64, 64, 3), classifier_activation=None
+    )
     ours = fill(
         ke.create_model(
-            f"efficientnet-b{number}", weights=None, input_shape=(64, 64, 3), classifier_activation=None, preprocessing=(1 / 255, 0)
+            f"efficientnet-b{number}",
+            weights=None,
+            input_shape=(64, 64, 3),
+            classifier_activation=None,
+            preprocessing=(1 / 255, 0),
         )
     )
     for layer in ours.layers:
         if layer.weights:
             theirs.get_layer(layer.name).set_weights(layer.get_weights())
     weighted = [layer.name for layer in theirs.layers if layer.weights and not layer.name.startswith("normalization")]
-    assert [layer.name for layer in ours.layers if layer.get_weights()] == [name for name in weighted if theirs.get_layer(name).get_weights()]
+    assert [layer.name for layer in ours.layers if layer.get_weights()] == [
+        name for name in weighted if theirs.get_layer(name).get_weights()
+    ]
     x = 255 * np.random.default_rng(0).random((2, 64, 64, 3), "float32")
     expected = run(theirs, x)
     assert np.abs(run(ours, x) - expected).max() < 1e-5 * np.abs(expected).max()
@@ -130,7 +150,9 @@ def test_preprocessing_is_the_schemes(scheme):
 def test_other_channel_counts(channels):
     model = ke.EfficientNetB0(weights=None, input_shape=(32, 32, channels), classes=3)
     layer = model.get_layer("rescaling")
-    assert np.ravel(layer.scale).tolist() == pytest.approx([np.mean([1 / n for n in SCHEMES["imagenet"][1]])] * channels)
+    assert np.ravel(layer.scale).tolist() == pytest.approx(
+        [np.mean([1 / n for n in SCHEMES["imagenet"][1]])] * channels
+    )
     assert run(model, image(32)[..., :1].repeat(channels, -1)).shape == (2, 3)
 
 
@@ -183,7 +205,9 @@ def test_a_model_on_a_layer_of_another():
 
 
 def test_mixed_bfloat16_keeps_input_and_output_in_float32():
-    model = fill(ke.EfficientNetB0(weights=None, dtype="mixed_bfloat16", input_shape=SMALL, classes=10, preprocessing=None))
+    model = fill(
+        ke.EfficientNetB0(weights=None, dtype="mixed_bfloat16", input_shape=SMALL, classes=10, preprocessing=None)
+    )
     plain = fill(ke.EfficientNetB0(weights=None, input_shape=SMALL, classes=10, preprocessing=None))
     assert model.get_layer("block1a_dwconv").compute_dtype == "bfloat16"
     assert model.get_layer("rescaling").compute_dtype == model.get_layer("predictions").compute_dtype == "float32"
@@ -194,7 +218,9 @@ def test_mixed_bfloat16_keeps_input_and_output_in_float32():
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow has no such convolutions on a CPU")
 def test_channels_first():
-    first = fill(ke.EfficientNetB0(weights=None, data_format="channels_first", input_shape=(3, 64, 64), preprocessing="imagenet"))
+    first = fill(
+        ke.EfficientNetB0(weights=None, data_format="channels_first", input_shape=(3, 64, 64), preprocessing="imagenet")
+    )
     last = fill(ke.EfficientNetB0(weights=None, input_shape=(64, 64, 3), preprocessing="imagenet"))
     assert np.abs(run(first, image(64).transpose(0, 3, 1, 2)) - run(last, image(64))).max() < 1e-5
     assert ke.load_image(ROOT / "docs/cat.png", first).shape == (3, 64, 64)
@@ -205,7 +231,15 @@ def test_reading_a_model_gives_what_it_was_built_from(name):
     built = resolve(VARIANTS[name])
     reading = blocks.read(ke.create_model(name, weights=None))
     assert reading.architecture.blocks == built.blocks
-    for field in ("name", "resolution", "stem_filters", "head_filters", "activation", "dropout_rate", "drop_connect_rate"):
+    for field in (
+        "name",
+        "resolution",
+        "stem_filters",
+        "head_filters",
+        "activation",
+        "dropout_rate",
+        "drop_connect_rate",
+    ):
         assert getattr(reading.architecture, field) == getattr(built, field)
 
 
@@ -253,7 +287,10 @@ WRONG = {
     "channels": (lambda: ke.EfficientNetB0(weights=None, input_shape=(224, 224, None)), "three positive numbers"),
     "pretrained channels": (lambda: ke.EfficientNetLite0(input_shape=(224, 224, 1)), "Expected 3 channels"),
     "tensor": (lambda: ke.EfficientNetB0(weights=None, input_tensor=np.zeros((1, 32, 32, 3))), "Keras tensor"),
-    "tensor and shape": (lambda: ke.EfficientNetB0(weights=None, input_tensor=keras.Input(SMALL), input_shape=(64, 64, 3)), "input_shape of"),
+    "tensor and shape": (
+        lambda: ke.EfficientNetB0(weights=None, input_tensor=keras.Input(SMALL), input_shape=(64, 64, 3)),
+        "input_shape of",
+    ),
     "preprocessing": (lambda: ke.EfficientNetB0(weights=None, preprocessing="imagnet"), "Nearest: 'imagenet'"),
     "preprocessing pair": (lambda: ke.EfficientNetB0(weights=None, preprocessing=(1, 2, 3)), "a pair (scale, offset)"),
     "conflicting preprocessing": (lambda: ke.EfficientNetLite0(preprocessing="imagenet"), "'tpu127'"),

@@ -14,15 +14,25 @@ def test_a_wheel_holds_one_package_and_its_command(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"keras_effnet", next(name.split("/")[0] for name in names if "dist-info" in name)}
+    assert {name.split("/")[0] for name in names} == {
+        "keras_effnet",
+        next(name.split("/")[0] for name in names if "dist-info" in name),
+    }
     for path in (*ROOT.glob("keras_effnet/*.py*"), *ROOT.glob("weights/*.py"), *ROOT.glob("tpu/*.py")):
         relative = path.relative_to(ROOT)
         inside = relative if relative.parts[0] == "keras_effnet" else f"keras_effnet/{relative}"
         assert str(inside) in names
     # Installed apart from the sources, its commands and the weights beside it work.
     target = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel], check=True, capture_output=True)
-    code = f"import sys; sys.path.insert(0, {str(target)!r}); import keras_effnet as ke; print(ke.__file__); print(ke.EfficientNetLite0().name)"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel],
+        check=True,
+        capture_output=True,
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); import keras_effnet as ke; "
+        "print(ke.__file__); print(ke.EfficientNetLite0().name)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout.split() == [str(target / "keras_effnet/__init__.py"), "efficientnet-lite0"], result.stderr
     assert (target / "bin" / "keras-effnet").exists()

@@ -58,7 +58,9 @@ def test_equals_the_originals_evaluation(photograph, interpolation):
 
 
 def test_a_records_crop_differs_from_the_newest_codes(photograph):
-    usual, record = (ke.load_image(photograph, "efficientnet-b3", weights=weights) for weights in ("auto", "autoaugment"))
+    usual, record = (
+        ke.load_image(photograph, "efficientnet-b3", weights=weights) for weights in ("auto", "autoaugment")
+    )
     pixels = decode_image(photograph)
     assert np.array_equal(usual, crop_and_resize(pixels, (300, 300), crop_padding=43))
     assert np.array_equal(record, crop_and_resize(pixels, (300, 300), crop_padding=32))
@@ -67,7 +69,9 @@ def test_a_records_crop_differs_from_the_newest_codes(photograph):
 
 def test_a_models_own_size_channels_and_record_hold(photograph):
     model = ke.EfficientNetLite1(input_shape=(100, 150, 3))
-    assert np.array_equal(ke.load_image(photograph, model), crop_and_resize(decode_image(photograph), (100, 150), crop_padding=32))
+    assert np.array_equal(
+        ke.load_image(photograph, model), crop_and_resize(decode_image(photograph), (100, 150), crop_padding=32)
+    )
     grey = ke.EfficientNetB0(weights=None, input_shape=(None, None, 1))
     assert ke.load_image(photograph, grey).shape == (224, 224, 1)
 
@@ -78,7 +82,9 @@ def test_a_network_size_crop_of_the_same_size_is_the_image():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.tuples(*[st.integers(1, 90)] * 2), st.tuples(*[st.integers(1, 90)] * 2), st.sampled_from(["bicubic", "bilinear"]))
+@given(
+    st.tuples(*[st.integers(1, 90)] * 2), st.tuples(*[st.integers(1, 90)] * 2), st.sampled_from(["bicubic", "bilinear"])
+)
 def test_a_flat_image_stays_flat(shape, size, interpolation):
     found = crop_and_resize(np.full((*shape, 3), 77, "uint8"), size, interpolation=interpolation)
     assert found.shape == (*size, 3)
@@ -94,13 +100,28 @@ VIEWS = {
         Image.new("RGB", (8, 6), "white"),
     ),
     "half transparent grey": (encoded(Image.new("LA", (8, 6), (0, 51))), Image.new("RGB", (8, 6), (204,) * 3)),
-    "16-bit grey": (encoded(Image.fromarray(np.full((6, 8), 128 * 257, "uint16"))), Image.new("RGB", (8, 6), (128,) * 3)),
-    "16-bit TIFF": (encoded(Image.fromarray(np.full((6, 8), 128 * 257, "uint16")), "TIFF"), Image.new("RGB", (8, 6), (128,) * 3)),
-    "float TIFF": (encoded(Image.fromarray(np.full((6, 8), 0.5, "float32")), "TIFF"), Image.new("RGB", (8, 6), (128,) * 3)),
+    "16-bit grey": (
+        encoded(Image.fromarray(np.full((6, 8), 128 * 257, "uint16"))),
+        Image.new("RGB", (8, 6), (128,) * 3),
+    ),
+    "16-bit TIFF": (
+        encoded(Image.fromarray(np.full((6, 8), 128 * 257, "uint16")), "TIFF"),
+        Image.new("RGB", (8, 6), (128,) * 3),
+    ),
+    "float TIFF": (
+        encoded(Image.fromarray(np.full((6, 8), 0.5, "float32")), "TIFF"),
+        Image.new("RGB", (8, 6), (128,) * 3),
+    ),
     "CMYK JPEG": (encoded(colours("CMYK"), "JPEG", quality=100), colours()),
     "CMYK TIFF": (encoded(colours("CMYK"), "TIFF"), colours()),
-    "animation": (encoded(colours(), "GIF", save_all=True, append_images=[Image.new("RGB", (8, 6), "green")]), colours()),
-    "animated WebP": (encoded(colours(), "WEBP", lossless=True, save_all=True, append_images=[Image.new("RGB", (8, 6))]), colours()),
+    "animation": (
+        encoded(colours(), "GIF", save_all=True, append_images=[Image.new("RGB", (8, 6), "green")]),
+        colours(),
+    ),
+    "animated WebP": (
+        encoded(colours(), "WEBP", lossless=True, save_all=True, append_images=[Image.new("RGB", (8, 6))]),
+        colours(),
+    ),
 }
 
 

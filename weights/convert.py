@@ -47,7 +47,9 @@ def load(model: "keras.Model", path, source: str = "auto") -> None:
         return _load_own(model, path)
     naming, tensors = readers.read(path)
     if source not in ("auto", naming):
-        raise ValueError(f"Expected weights as {source} names them. Received: {str(path)!r}, which holds {naming} names")
+        raise ValueError(
+            f"Expected weights as {source} names them. Received: {str(path)!r}, which holds {naming} names"
+        )
     return assign(model, tensors, NAMINGS[naming], str(path))
 
 
@@ -100,7 +102,8 @@ def assign(model: "keras.Model", tensors: dict[str, np.ndarray], naming: Naming,
         origin: String, what the tensors come from, for messages.
 
     Raises:
-        ValueError: If tensors are missing (-), unexpected (+), of another shape or not finite (!). The model is as it was.
+        ValueError: If tensors are missing (-), unexpected (+), of another shape or not finite (!). The model is as it
+            was.
     """
     from keras_effnet import blocks
 
@@ -125,18 +128,24 @@ def assign(model: "keras.Model", tensors: dict[str, np.ndarray], naming: Naming,
         fits = value.ndim == len(target.shape)
         value = LAYOUTS[layout].to_keras(value) if fits else value
         if tuple(value.shape) != tuple(target.shape):
-            problems.append(f"! {name}: expected shape {tuple(target.shape)} for {layer}/{variable}, received {tuple(value.shape)}")
+            problems.append(
+                f"! {name}: expected shape {tuple(target.shape)} for {layer}/{variable}, received {tuple(value.shape)}"
+            )
         elif not np.isfinite(value).all():
-            problems.append(f"! {name}: expected finite numbers, received {np.size(value) - int(np.isfinite(value).sum())} others")
+            problems.append(
+                f"! {name}: expected finite numbers, received {np.size(value) - int(np.isfinite(value).sum())} others"
+            )
         else:
             updates.append((target, value))
     needed = {name for name, _ in names.values()}
-    problems += [f"+ {name}" for name in tensors if name not in needed and not any(re.search(rule, name) for rule in ignored)]
+    problems += [
+        f"+ {name}" for name in tensors if name not in needed and not any(re.search(rule, name) for rule in ignored)
+    ]
     if problems:
         shown = problems[:10] + [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
         raise ValueError(
-            f"Expected exactly the tensors of {model.name!r}. Received: {origin}, where tensors are missing (-), unexpected (+) or wrong (!): "
-            + "; ".join(shown)
+            f"Expected exactly the tensors of {model.name!r}. Received: {origin}, where tensors are missing (-), "
+            f"unexpected (+) or wrong (!): {'; '.join(shown)}"
         )
     for target, value in updates:
         target.assign(np.ascontiguousarray(value))

@@ -1,7 +1,7 @@
 """One table per foreign naming of the same tensors. Data only, no Keras.
 
-Templates know `{layer}` (our layer's name), `{i}` (number of the block, from 0) and `{n}` (as TensorFlow numbers: empty for
-the first layer of this template in the block, then _1, _2, ...).
+Templates know `{layer}` (our layer's name), `{i}` (number of the block, from 0) and `{n}` (as TensorFlow numbers: empty
+for the first layer of this template in the block, then _1, _2, ...).
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Naming:
     scoped: bool = False
 
 
-# Manifests of the original code: creation order decides the numbers (facts: shared with tests/golden/tpu/*.json).
+# Manifests of the original code: creation order decides the numbers (tests/golden/tpu/*.json).
 TPU = Naming(
     layers={
         "stem_conv": "stem/conv2d",
@@ -44,7 +44,9 @@ TPU = Naming(
     variables={
         "Conv2D": {"kernel": ("/kernel", "keep"), "bias": ("/bias", "keep")},
         "DepthwiseConv2D": {"kernel": ("/depthwise_kernel", "keep")},
-        "BatchNormalization": {name: (f"/{name}", "keep") for name in ("gamma", "beta", "moving_mean", "moving_variance")},
+        "BatchNormalization": {
+            name: (f"/{name}", "keep") for name in ("gamma", "beta", "moving_mean", "moving_variance")
+        },
         "Dense": {"kernel": ("/kernel", "keep"), "bias": ("/bias", "keep")},
     },
     scoped=True,

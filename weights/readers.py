@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,7 +39,10 @@ def read(path) -> tuple[str, dict[str, np.ndarray]]:
     if start.startswith(b"\x80"):
         tensors = read_torch(path)
         if "_conv_stem.weight" not in tensors:
-            raise ValueError(f"Expected the names of EfficientNet-PyTorch (_conv_stem.weight, ...). Received: {str(path)!r} without them")
+            raise ValueError(
+                "Expected the names of EfficientNet-PyTorch (_conv_stem.weight, ...). "
+                f"Received: {str(path)!r} without them"
+            )
         return "lukemelas", tensors
     raise ValueError(
         f"Expected weights as .weights.h5 or .keras of this package, .h5 of keras.applications, or a legacy .pth of "
@@ -63,7 +67,7 @@ def read_h5(path) -> dict[str, np.ndarray]:
     tensors = {}
     try:
         with h5py.File(path, "r") as file:
-            group = file["model_weights"] if "model_weights" in file else file
+            group: Any = file.get("model_weights", file)
             for layer in group.attrs["layer_names"]:
                 layer = layer.decode() if isinstance(layer, bytes) else layer
                 for name in group[layer].attrs["weight_names"]:
@@ -71,7 +75,9 @@ def read_h5(path) -> dict[str, np.ndarray]:
                     variable = name.rsplit("/", 1)[-1].split(":")[0].replace("depthwise_kernel", "kernel")
                     tensors[f"{layer}/{variable}"] = np.asarray(group[layer][name])
     except (KeyError, OSError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"Expected an h5 file of keras.applications' structure. Received: {str(path)!r} ({error})") from error
+        raise ValueError(
+            f"Expected an h5 file of keras.applications' structure. Received: {str(path)!r} ({error})"
+        ) from error
     return tensors
 
 
@@ -98,7 +104,7 @@ class _Tensor:
 class _StateDict(pickle.Unpickler):
     """Unpickles what a state dict needs and nothing else: no name outside of this table is ever imported."""
 
-    allowed = {
+    allowed: ClassVar = {
         ("collections", "OrderedDict"): OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
         **{("torch", name): dtype for name, dtype in _STORAGES.items()},
@@ -164,14 +170,18 @@ def read_torch(path) -> dict[str, np.ndarray]:
             place += 8 + storages[key].nbytes
         return {name: _view(tensor, storages[tensor.storage[1]]) for name, tensor in state.items()}
     except Exception as error:  # unpickling a damaged file raises whatever its bytes happen to ask for
-        raise ValueError(f"Expected a state dict saved by torch. Received: {str(path)!r}, but {error or type(error).__name__}") from error
+        raise ValueError(
+            f"Expected a state dict saved by torch. Received: {str(path)!r}, but {error or type(error).__name__}"
+        ) from error
 
 
 def _view(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
     numbers = (tensor.offset, *tensor.size, *tensor.stride)
     if len(tensor.size) != len(tensor.stride) or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"a tensor has size {tensor.size} and stride {tensor.stride}")
-    if math.prod(tensor.size) and tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True)) >= len(storage):
+    if math.prod(tensor.size) and tensor.offset + sum(
+        (n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True)
+    ) >= len(storage):
         raise ValueError(f"a tensor of size {tensor.size} reaches beyond its storage")
     if math.prod(tensor.size) > len(storage):
         raise ValueError(f"a tensor of size {tensor.size} repeats its storage")

@@ -68,9 +68,27 @@ _KERAS = "https://storage.googleapis.com/keras-applications/"
 # (tag, preprocessing, path, where, top-1 of b0, b1, ...)
 _B_SETS = (
     ("baseline", "imagenet", "ckpts/efficientnet-{}.tar.gz", "README.md:64", (76.7, 78.7, 79.8, 81.1, 82.5, 83.1)),
-    ("autoaugment", "imagenet", "ckptsaug/efficientnet-{}.tar.gz", "README.md:65", (77.1, 79.1, 80.1, 81.6, 82.9, 83.6, 84.0, 84.3)),
-    ("randaugment", "imagenet", "randaug/efficientnet-{}-randaug.tar.gz", "README.md:66", (*(None,) * 5, 83.7, None, 84.7)),
-    ("advprop", "inception", "advprop/efficientnet-{}.tar.gz", "README.md:67", (77.6, 79.6, 80.5, 81.9, 83.3, 84.3, 84.8, 85.2, 85.5)),
+    (
+        "autoaugment",
+        "imagenet",
+        "ckptsaug/efficientnet-{}.tar.gz",
+        "README.md:65",
+        (77.1, 79.1, 80.1, 81.6, 82.9, 83.6, 84.0, 84.3),
+    ),
+    (
+        "randaugment",
+        "imagenet",
+        "randaug/efficientnet-{}-randaug.tar.gz",
+        "README.md:66",
+        (*(None,) * 5, 83.7, None, 84.7),
+    ),
+    (
+        "advprop",
+        "inception",
+        "advprop/efficientnet-{}.tar.gz",
+        "README.md:67",
+        (77.6, 79.6, 80.5, 81.9, 83.3, 84.3, 84.8, 85.2, 85.5),
+    ),
     (
         "noisy-student",
         "imagenet",
@@ -92,10 +110,14 @@ _MOBILE_SETS = {
     "efficientnet-edgetpu-l": ("efficientnet-edgetpu-L.tar.gz", "edgetpu/README.md:22, :64", 80.62),
     "efficientnet-condconv-b0-4e": ("condconv/efficientnet-condconv-b0-4e.tar.gz", "condconv/README.md:30", 77.8),
     "efficientnet-condconv-b0-8e": ("condconv/efficientnet-condconv-b0-8e.tar.gz", "condconv/README.md:31", 78.3),
-    "efficientnet-condconv-b0-8e-depth": ("condconv/efficientnet-condconv-b0-8e-depth.tar.gz", "condconv/README.md:36", 79.5),
+    "efficientnet-condconv-b0-8e-depth": (
+        "condconv/efficientnet-condconv-b0-8e-depth.tar.gz",
+        "condconv/README.md:36",
+        79.5,
+    ),
 }
 
-# The AutoAugment sets as Keras ships them: md5 with and without top, keras/src/applications/efficientnet.py (Keras 3.15.1).
+# The AutoAugment sets as Keras ships them, md5 with and without top: keras/src/applications/efficientnet.py, 3.15.1.
 _KERAS_MD5 = {
     "b0": ("902e53a9f72be733fc0bcb005b3ebbac", "50bc09e76180e00e4465e1a485ddc09d"),
     "b1": ("1d254153d4ab51201f1646940f018540", "74c4e6b3e1f6a1eea24c589628592432"),
@@ -141,15 +163,27 @@ def _records():
                     model=f"efficientnet-{short}",
                     tag=tag,
                     top1=top1,
-                    files=(*(_keras_files(short) if tag == "autoaugment" else ()), File("tpu", _TPU + path.format(short))),
+                    files=(
+                        *(_keras_files(short) if tag == "autoaugment" else ()),
+                        File("tpu", _TPU + path.format(short)),
+                    ),
                     preprocessing=preprocessing,
                     source=f"tensorflow/tpu {where}",
                     default=tag == ("advprop" if short == "b8" else "autoaugment"),
                 )
-    for tag, short, top1, resolution in (("noisy-student", "l2", 88.4, None), ("noisy-student-475", "l2_475", 88.2, 475)):
+    for tag, short, top1, resolution in (
+        ("noisy-student", "l2", 88.4, None),
+        ("noisy-student-475", "l2_475", 88.2, 475),
+    ):
         url = f"{_TPU}noisystudent/noisy_student_efficientnet-{short}.tar.gz"
         yield Record(
-            "efficientnet-l2", tag, top1, (File("tpu", url),), "imagenet", source="tensorflow/tpu README.md:68", resolution=resolution
+            "efficientnet-l2",
+            tag,
+            top1,
+            (File("tpu", url),),
+            "imagenet",
+            source="tensorflow/tpu README.md:68",
+            resolution=resolution,
         )
     for model, (path, where, top1) in _MOBILE_SETS.items():
         files = (*_pypi_files(model.removeprefix("efficientnet-")), File("tpu", _TPU + path))

