@@ -5,7 +5,6 @@ it, once, into an `Architecture`: a tuple of `Block`s whose fields are final int
 descriptions, plots, weight names) reads the blocks and multiplies nothing.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -112,17 +111,25 @@ class Variant:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network as final integers. See `resolve()`."""
+    """A network's layers as final integers. See `resolve()`.
+
+    Args:
+        name: String.
+        stem_filters: Integer, output channels of the first convolution.
+        blocks: Tuple of `Block`.
+        head_filters: Integer, output channels of the last convolution.
+        activation: Name of a Keras activation.
+        dropout_rate: Float, rate before the classifier.
+        drop_connect_rate: Float, see `drop_connect_rates`.
+    """
 
     name: str
-    resolution: int
     stem_filters: int
     blocks: tuple[Block, ...]
     head_filters: int
     activation: str
     dropout_rate: float
     drop_connect_rate: float
-    preprocessing: str
 
     @property
     def drop_connect_rates(self) -> tuple[float, ...]:
@@ -234,12 +241,12 @@ def resolve(variant: Variant) -> Architecture:
                 )
             )
             arriving = declared = filters_out
-    shared = {field.name for field in dataclasses.fields(Architecture)} & {
-        field.name for field in dataclasses.fields(Variant)
-    }
     return Architecture(
+        name=variant.name,
         stem_filters=stem_filters,
-        head_filters=head_filters,
         blocks=tuple(blocks),
-        **{name: getattr(variant, name) for name in shared},
+        head_filters=head_filters,
+        activation=variant.activation,
+        dropout_rate=variant.dropout_rate,
+        drop_connect_rate=variant.drop_connect_rate,
     )

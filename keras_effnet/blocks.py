@@ -280,14 +280,12 @@ def _read(model: keras.Model, named: dict) -> Reading:
     return Reading(
         architecture=Architecture(
             name=model.name,
-            resolution=height or 0,
             stem_filters=stem_conv.filters,
             blocks=tuple(blocks),
             head_filters=top_conv.filters,
             activation=named["stem_activation"].get_config()["activation"],
             dropout_rate=dropout.rate if dropout else 0.0,
             drop_connect_rate=round(rate * len(blocks) / index, 12),
-            preprocessing="",
         ),
         layers=named,
         block_ends=tuple(list(group.values())[-1] for group in groups.values()),

@@ -22,6 +22,8 @@ class _Commands(click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `keras-effnet list | head`: click ends quietly
+            raise
         except (ValueError, OSError, ImportError) as error:
             _complain(error)
             ctx.exit(2)

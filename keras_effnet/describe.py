@@ -88,16 +88,16 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
     if isinstance(model, str):
         if model not in VARIANTS:
             raise unknown("model", model, VARIANTS)
-        architecture = resolve(VARIANTS[model])
-        size, channels, classes = (architecture.resolution,) * 2, 3, 1000
-        variant, preprocessing = model, architecture.preprocessing
+        row = VARIANTS[model]
+        architecture, size, channels, classes = resolve(row), (row.resolution,) * 2, 3, 1000
+        variant, preprocessing = model, row.preprocessing
     else:
         from keras_effnet import blocks
 
         reading = blocks.read(model)
         architecture, channels, classes = reading.architecture, reading.channels, reading.classes
         variant = next((name for name, row in VARIANTS.items() if resolve(row).blocks == architecture.blocks), None)
-        usual = resolve(VARIANTS[variant]).resolution if variant else None
+        usual = VARIANTS[variant].resolution if variant else None
         size = tuple(side or usual for side in reading.size)
         preprocessing = scheme_of(reading.scale, reading.offset)
     known_size: Any = size if None not in size else None

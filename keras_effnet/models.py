@@ -81,8 +81,9 @@ def create_model(
     """
     if variant not in VARIANTS:
         raise unknown("model", variant, VARIANTS)
+    row = VARIANTS[variant]
     origin = _Origin.of(variant, weights, include_top)
-    architecture = _override(resolve(VARIANTS[variant]), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
+    architecture = _override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
     data_format = _choice(
         "data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first")
     )
@@ -90,13 +91,13 @@ def create_model(
         include_top, pooling, classes, classifier_activation, pretrained=origin.record is not None, variant=variant
     )
     name = name or variant
-    inputs = _inputs(input_tensor, input_shape, origin.resolution or architecture.resolution, include_top, data_format)
+    inputs = _inputs(input_tensor, input_shape, origin.resolution or row.resolution, include_top, data_format)
     channels = inputs.shape[-1 if data_format == "channels_last" else 1]
     if origin.record is not None and channels != 3:
         raise ValueError(
             f"Expected 3 channels, which the pretrained {variant} has. Received: {channels} channels. Pass weights=None"
         )
-    scale, offset = constants(origin.preprocessing(preprocessing, architecture.preprocessing, channels), channels)
+    scale, offset = constants(origin.preprocessing(preprocessing, row.preprocessing, channels), channels)
 
     style = blocks.Style(
         activation=architecture.activation,

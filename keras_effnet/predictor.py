@@ -23,10 +23,12 @@ def photographs(paths: Iterable[str | os.PathLike]) -> list[Path]:
     """
     from PIL import Image
 
-    suffixes = Image.registered_extensions()
+    formats = preprocessing.formats()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
     found = []
     for path in map(Path, paths):
-        images = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes) if path.is_dir() else []
+        files = sorted(path.iterdir()) if path.is_dir() else []
+        images = [file for file in files if file.suffix.lower() in suffixes and not file.name.startswith(".")]
         found += images or [path]
     return found
 

@@ -107,7 +107,7 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
         # Pillow warns of odd metadata, and from half of its limit on, which cameras reach; at the limit it raises.
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=formats())
             image.load()
         except Image.UnidentifiedImageError as error:
             raise ValueError(f"Expected an image (JPEG, PNG, ...). Received: {name}, whose content is none") from error
@@ -124,6 +124,16 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
             image = ImageOps.exif_transpose(image)
         pixels = np.asarray(_to_mode(image, _MODES[channels]))
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """What cameras and the web make, as far as Pillow was built for it. Its others run programs, such as EPS."""
+    from PIL import Image
+
+    Image.init()
+    wanted = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    return tuple(name for name in wanted if name in Image.OPEN)
 
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -238,7 +248,8 @@ def load_image(source, model: "str | keras.Model", weights: str | None = "auto")
         source: Path of an image file, or its bytes.
         model: Name of a model, or a model of this package: gives the size, and the number of channels.
         weights: Tag of the weights whose crop and interpolation hold. Defaults to `"auto"`: those that the model was
-            made with. Without any the original's evaluation code holds: bicubic, an eighth cropped away.
+            made with (one that is loaded from a file does not know them). Without any the original's evaluation code
+            holds: bicubic, an eighth cropped away.
 
     Returns:
         float32 array of pixels, nominally 0-255, (height, width, channels), or (channels, height, width) for a

@@ -87,34 +87,34 @@ _EDGETPU = {  # edgetpu/efficientnet_edgetpu_builder.py:37-42
     "efficientnet-edgetpu-l": (1.2, 1.4, 300, 0.3),
 }
 
+# What the rows of a table share.
+_FAMILIES: tuple[tuple[dict, dict], ...] = (
+    (_B, {"stages": B0_STAGES, "source": "arXiv 1905.11946, table 1"}),
+    (
+        _LITE,
+        {
+            "stages": LITE_STAGES,
+            "source": "tensorflow/tpu efficientnet/lite",
+            "activation": "relu6",
+            "fixed_ends": True,
+            "preprocessing": "tpu127",
+        },
+    ),
+    (
+        _EDGETPU,
+        {
+            "stages": EDGETPU_STAGES,
+            "source": "tensorflow/tpu efficientnet/edgetpu",
+            "activation": "relu",
+            "preprocessing": "tpu127",
+        },
+    ),
+)
+
 VARIANTS: dict[str, Variant] = {
-    variant.name: variant
-    for variant in (
-        *(Variant(name, B0_STAGES, *row, source="arXiv 1905.11946, table 1") for name, row in _B.items()),
-        *(
-            Variant(
-                name,
-                LITE_STAGES,
-                *row,
-                source="tensorflow/tpu efficientnet/lite",
-                activation="relu6",
-                fixed_ends=True,
-                preprocessing="tpu127",
-            )
-            for name, row in _LITE.items()
-        ),
-        *(
-            Variant(
-                name,
-                EDGETPU_STAGES,
-                *row,
-                source="tensorflow/tpu efficientnet/edgetpu",
-                activation="relu",
-                preprocessing="tpu127",
-            )
-            for name, row in _EDGETPU.items()
-        ),
-    )
+    name: Variant(name=name, width=width, depth=depth, resolution=resolution, dropout_rate=dropout_rate, **shared)
+    for rows, shared in _FAMILIES
+    for name, (width, depth, resolution, dropout_rate) in rows.items()
 }
 
 

@@ -62,7 +62,8 @@ def test_predict_goes_on_behind_bad_photographs_and_exits_2(tmp_path):
 def test_predict_takes_folders_and_shows_progress_from_8_photographs_on(tmp_path):
     for number in range(17):  # more than a batch
         Image.open(COFFEE if number else CAT).save(tmp_path / f"{number:02}.png")
-    (tmp_path / "notes.txt").write_text("not an image")
+    for name in ("notes.txt", "notes.pdf", "._00.png"):
+        (tmp_path / name).write_text("not an image")
     result = run("predict", tmp_path, "--json", "--top", 1)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)["photographs"]

@@ -11,6 +11,9 @@ from conftest import BACKEND, ROOT, run
 
 import keras_effnet as ke
 
+# Converters use what TensorFlow, JAX, PyTorch and NumPy have deprecated; their warnings are not ours to end.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 TOLERANCE = 1e-5  # of probabilities
 
 

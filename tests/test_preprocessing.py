@@ -169,6 +169,7 @@ DAMAGED = {
     "empty": (b"", "content is none"),
     "truncated JPEG": (encoded(colours(size=(640, 480)), "JPEG")[:-900], "damaged"),
     "truncated PNG": (encoded(colours(size=(640, 480)))[:-500], "damaged"),
+    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "content is none"),
     "bomb": (png_header(60_000, 60_000), "decompression bomb"),
 }
 
