@@ -138,6 +138,17 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(function, tmp_path):
     assert not flag.exists()
 
 
+def test_a_pickle_cannot_change_the_reader(lite0_path, tmp_path):
+    path = tmp_path / "x.pth"
+    # GLOBAL, then BUILD with a pair (no state, {attribute: value}), which calls setattr.
+    name = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    for attribute in (b"__code__", b"__defaults__", b"__func__", b"size"):
+        path.write_bytes(b"\x80\x02" + name + b"N}U" + bytes([len(attribute)]) + attribute + b"Ns\x86b.")
+        with pytest.raises(ValueError, match="Expected a state dict"):
+            readers.read(path)
+    assert len(readers.read_torch(lite0_path)) == 296
+
+
 def test_a_huge_memo_is_refused_without_the_memory(tmp_path):
     path = tmp_path / "x.pth"
     path.write_bytes(b"\x80\x02N" + b"r" + struct.pack("<I", 2**31 - 1) + b".")  # LONG_BINPUT

@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,26 +94,31 @@ _STORAGES = {
 }
 
 
-class _Tensor:
+class _Tensor(NamedTuple):
     """What a state dict says of a tensor before its storage is read."""
 
-    def __init__(self, storage, offset, size, stride, *_):
-        self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
+    storage: tuple[str, str, int]  # dtype, key, number of elements
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 class _StateDict(pickle.Unpickler):
     """Unpickles what a state dict needs and nothing else: no name outside of this table is ever imported."""
 
-    allowed: ClassVar = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
-        **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-    }
-
     def find_class(self, module_name, global_name):
-        if (module_name, global_name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which no state dict needs")
-        return self.allowed[module_name, global_name]
+        match module_name, global_name:
+            case "collections", "OrderedDict":
+                return OrderedDict
+            case "torch._utils", "_rebuild_tensor_v2":
+                return self.rebuild
+            case "torch", name if name in _STORAGES:
+                return _STORAGES[name]
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which no state dict needs")
+
+    # A bound method, since a pickle can set attributes of a class or function that it names, but not of this.
+    def rebuild(self, storage, offset, size, stride, *_):
+        return _Tensor(storage, offset, size, stride)
 
     def persistent_load(self, pid):
         kind, dtype, key, _, count, *_ = pid
