@@ -24,5 +24,6 @@ from .models import features as features
 from .preprocessing import decode_predictions as decode_predictions
 from .preprocessing import load_image as load_image
 from .variants import list_models as list_models
+from .weights.registry import list_weights as list_weights
 
 __version__: str

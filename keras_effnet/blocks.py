@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 from keras import layers
 
 from keras_effnet import initializers
@@ -107,7 +108,7 @@ def stem(style: Style, x, filters: int, scale, offset):
         if style.data_format == "channels_last"
         else (lambda row: [[[value]] for value in row])
     )
-    x = style.apply(layers.Rescaling, "rescaling", x, nest(scale), nest(offset), dtype=style.float_dtype)
+    x = style.apply(layers.Rescaling, "preprocessing", x, nest(scale), nest(offset), dtype=style.float_dtype)
     x = style.conv(x, filters, 3, "stem_conv", strides=2)
     return style.norm(x, "stem_bn", "stem_activation")
 
@@ -204,11 +205,21 @@ class Reading:
     classes: int | None
 
 
-def read(model: keras.Model) -> Reading:
+# Names of the layers without prefix; the group of a block's layer is its block and its part.
+LAYER = re.compile(
+    r"preprocessing|stem_(?:conv|bn|activation)|top_(?:conv|bn|activation|dropout)|(?:avg|max)_pool|predictions"
+    r"|block(\d+[a-z])_((?:expand_|project_)?(?:conv|bn|activation)|dwconv|bn|activation"
+    r"|se_(?:squeeze|reduce|expand|excite)|drop|add)"
+)
+
+
+def read(model: keras.Model, prefix: str | None = None) -> Reading:
     """Reads the architecture of a model off its layers: the inverse of building it, also after saving and loading.
 
     Args:
-        model: A functional model that was built by this package, or loaded from its file.
+        model: A functional model that was built by this package, or loaded from its file. Layers around it are left
+            out.
+        prefix: String in front of the layers' names. Defaults to None: found, if there is only one.
 
     Returns:
         A `Reading`.
@@ -223,33 +234,27 @@ def read(model: keras.Model) -> Reading:
     >>> reading.architecture.blocks[1].expand_filters, reading.classes
     (96, 10)
     """
-    stems = [
-        layer.name.removesuffix("stem_conv")
-        for layer in getattr(model, "layers", [])
-        if layer.name.endswith("stem_conv")
-    ]
-    if len(stems) != 1:
+    found = {layer.name: layer for layer in getattr(model, "layers", [])}
+    prefixes = [name.removesuffix("preprocessing") for name in found if name.endswith("preprocessing")]
+    prefixes = [start for start in prefixes if {f"{start}stem_conv", f"{start}top_conv"} <= found.keys()]
+    if prefix is None and len(prefixes) == 1:
+        prefix = prefixes[0]
+    if prefix not in prefixes:
         raise ValueError(
             "Expected a model with the layers of one EfficientNet of this package, from its own call or its own file. "
-            f"Received: model={getattr(model, 'name', model)!r} with {len(stems)} layers called stem_conv"
+            f"Received: model={getattr(model, 'name', model)!r}, which holds {len(prefixes)}"
         )
-    prefix = stems[0]
-    named = {layer.name.removeprefix(prefix): layer for layer in model.layers}
-    try:
-        return _read(model, named)
-    except (KeyError, AttributeError) as error:
-        raise ValueError(
-            "Expected the layers of an EfficientNet of this package. "
-            f"Received: model={model.name!r}, where {error} is missing"
-        ) from error
+    named = {name.removeprefix(prefix): layer for name, layer in found.items() if name.startswith(prefix)}
+    return _read(model, {name: layer for name, layer in named.items() if LAYER.fullmatch(name)})
 
 
 def _read(model: keras.Model, named: dict) -> Reading:
     groups: dict[str, dict] = {}
     for name, layer in named.items():
-        if match := re.fullmatch(r"block(\d+[a-z])_(\w+)", name):
+        match = LAYER.fullmatch(name)
+        if match and match[1]:
             groups.setdefault(match[1], {})[match[2]] = layer
-    stem_conv, top_conv, rescaling = named["stem_conv"], named["top_conv"], named["rescaling"]
+    stem_conv, top_conv, rescaling = named["stem_conv"], named["top_conv"], named["preprocessing"]
     blocks, arriving = [], stem_conv.filters
     for name, group in groups.items():
         spatial = group.get("dwconv") or group["expand_conv"]
@@ -272,11 +277,10 @@ def _read(model: keras.Model, named: dict) -> Reading:
     # The last residual block has the largest rate, so the least rounding on the way back to the base rate.
     drops = [(group["drop"].rate, index) for index, group in enumerate(groups.values()) if "drop" in group]
     rate, index = drops[-1] if drops else (0.0, 1)
-    shape = named["rescaling"].output.shape
+    shape = rescaling.output.shape
     channels_last = stem_conv.data_format == "channels_last"
     height, width, channels = shape[1:] if channels_last else (*shape[2:], shape[1])
     dropout, predictions = named.get("top_dropout"), named.get("predictions")
-    flat = lambda nested: tuple(float(value) for row in nested for column in row for value in column)  # noqa: E731
     return Reading(
         architecture=Architecture(
             name=model.name,
@@ -289,8 +293,8 @@ def _read(model: keras.Model, named: dict) -> Reading:
         ),
         layers=named,
         block_ends=tuple(list(group.values())[-1] for group in groups.values()),
-        scale=flat(rescaling.scale),
-        offset=flat(rescaling.offset),
+        scale=tuple(np.ravel(rescaling.scale).tolist()),
+        offset=tuple(np.ravel(rescaling.offset).tolist()),
         size=(height, width),
         channels=channels,
         classes=predictions.units if predictions else None,

@@ -39,12 +39,15 @@ def main() -> None:
     """EfficientNets in Keras."""
 
 
-def _table(title: str, *columns: str):
+def _table(title, *columns: str):
     """A table whose last lines are rows; a column that begins with > is aligned to the right."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    # As plain text: brackets in a file's name are no markup.
+    title = Text(title, style="bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return table
@@ -131,9 +134,9 @@ def list_(pattern, as_json) -> None:
             {"models": [{key: row[key] for key in ("name", "resolution", "params", "macs", "weights")} for row in rows]}
         )
         return
-    table = _table("", "name", ">pixels", ">parameters", ">multiply-adds", "weights (top-1 in per cent)")
+    table = _table("", "name", ">pixels", ">parameters", ">multiply-adds", "weights (top-1 in per cent; * imagenet)")
     for row in rows:
-        sets = ", ".join(f"{record['tag']} {record['top1']}" for record in row["weights"])
+        sets = ", ".join(f"{record['tag']} {record['top1']}{'*' * record['default']}" for record in row["weights"])
         table.add_row(
             row["name"], str(row["resolution"][0]), f"{row['params'] / 1e6:.1f} M", f"{row['macs'] / 1e9:.2f} G", sets
         )
@@ -177,9 +180,11 @@ def describe_(name, as_json) -> None:
         ("dropout, drop connect", f"{found['dropout_rate']}, {found['drop_connect_rate']}"),
     ):
         facts.add_row(label, value)
-    sets = _table("Published weights", "tag", ">top-1 %", "preprocessing", "source")
+    sets = _table("Published weights (* imagenet)", "tag", ">top-1 %", "preprocessing", "source")
     for record in found["weights"]:
-        sets.add_row(record["tag"], str(record["top1"]), record["preprocessing"], record["source"])
+        sets.add_row(
+            record["tag"] + "*" * record["default"], str(record["top1"]), record["preprocessing"], record["source"]
+        )
     _print(facts, "", stages, "", sets)
 
 

@@ -68,7 +68,8 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         - `layers`: without top, `ours` and as `keras_applications` counts them;
         - `stages`, a dict per row of the paper's table: `stage`, `operator`, `resolution` at its input, `channels` at
           its output, `layers`, `kernel_size`, `strides`, and lists of `expand_filters` and `se_filters` per block;
-        - `weights`, a dict per published set: `tag`, `top1` in per cent, `preprocessing`, `source`.
+        - `weights`, a dict per published set: `tag`, `top1` in per cent, `preprocessing`, `source`,
+          and whether it is the `default`, which `weights="imagenet"` means.
 
     Raises:
         ValueError: If the model is unknown, or not of this package.
@@ -120,7 +121,13 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         "preprocessing": preprocessing,
         "stages": [{key: value for key, value in stage.items() if not key.startswith("_")} for stage in stages],
         "weights": [
-            {"tag": record.tag, "top1": record.top1, "preprocessing": record.preprocessing, "source": record.source}
+            {
+                "tag": record.tag,
+                "top1": record.top1,
+                "preprocessing": record.preprocessing,
+                "source": record.source,
+                "default": record.default,
+            }
             for record in (registry.of_model(variant) if variant else ())
         ],
     }
@@ -193,7 +200,9 @@ def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.P
     >>> ke.plot(["efficientnet-b0", "efficientnet-b1"], f"{tempfile.mkdtemp()}/b0-b1.svg").name
     'b0-b1.svg'
     """
-    models = models if isinstance(models, list | tuple) else [models]
+    models = list(models) if isinstance(models, list | tuple) else [models]
+    if not models:
+        raise ValueError("Expected one model or more. Received: models=[]")
     path = Path(path)
     if path.suffix.lower() not in _SUFFIXES:
         raise unknown("kind of picture", path.suffix or path.name, _SUFFIXES)

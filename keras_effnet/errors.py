@@ -1,6 +1,7 @@
 """How a wrong choice is told: what was expected, what was received, the nearest valid choice. Standard library only."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -21,10 +22,14 @@ def unknown(what: str, received: object, choices: Iterable[str]) -> ValueError:
     Unknown pooling. Expected one of: avg, max. Received: 'average'. Nearest: 'avg'
     """
     choices = list(choices)
-    by_lower = {choice.lower(): choice for choice in choices}
-    key = str(received).lower()
-    nearest = difflib.get_close_matches(key, by_lower, n=1, cutoff=0.4) or [
-        choice for choice in by_lower if key and choice.endswith(key)
+    by_letters = {_letters(choice): choice for choice in choices}
+    key = _letters(received)
+    nearest = difflib.get_close_matches(key, by_letters, n=1, cutoff=0.4) or [
+        choice for choice in by_letters if key and choice.endswith(key)
     ]
-    hint = f". Nearest: {by_lower[nearest[0]]!r}" if nearest else ""
+    hint = f". Nearest: {by_letters[nearest[0]]!r}" if nearest else ""
     return ValueError(f"Unknown {what}. Expected one of: {', '.join(choices)}. Received: {received!r}{hint}")
+
+
+def _letters(name: object) -> str:
+    return re.sub("[^a-z0-9]", "", str(name).lower())

@@ -1,8 +1,11 @@
 """The models: `create_model()`, and a function per member of the family that fills in its name."""
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable
+from itertools import chain, count
+from numbers import Integral, Real
 from typing import Any, Concatenate, ParamSpec
 
 import keras
@@ -51,7 +54,8 @@ def create_model(
         pooling: Without the top: `"avg"` or `"max"` for a global pool, None for the last convolution's output.
         classes: Integer, outputs of the classifier. Defaults to 1000.
         classifier_activation: Activation of the classifier, None for logits. Defaults to `"softmax"`.
-        name: String, the model's name. Defaults to `variant`.
+        name: String, the model's name. Defaults to `variant`. Give each its own where several are used as layers of
+            one model.
         preprocessing: `"auto"` for what the weights expect, `"imagenet"`, `"inception"` or `"tpu127"`, a pair (scale,
             offset) for `pixels * scale + offset`, or None for inputs that are normalised already.
         dropout_rate: Float, rate before the classifier. Defaults to the variant's.
@@ -82,7 +86,7 @@ def create_model(
     if variant not in VARIANTS:
         raise unknown("model", variant, VARIANTS)
     row = VARIANTS[variant]
-    origin = _Origin.of(variant, weights, include_top)
+    origin = _Origin.of(variant, weights)
     architecture = _override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
     data_format = _choice(
         "data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first")
@@ -105,7 +109,7 @@ def create_model(
         bn_epsilon=_between("bn_epsilon", bn_epsilon, 1e-3),
         data_format=data_format,
         dtype=_policy(dtype),
-        prefix=f"{name}_" if input_tensor is not None and "stem_conv" in _names_around(inputs) else "",
+        prefix="" if input_tensor is None else _free_prefix(name, inputs),
     )
     x = blocks.stem(style, inputs, architecture.stem_filters, scale, offset)
     for block, rate in zip(architecture.blocks, architecture.drop_connect_rates, strict=True):
@@ -115,10 +119,14 @@ def create_model(
         x = blocks.classifier(style, x, classes, architecture.dropout_rate, classifier_activation)
     elif pooling:
         x = style.pool(x, pooling)
-    model = keras.Model(inputs if input_tensor is None else keras.utils.get_source_inputs(inputs), x, name=name)
+    model = _functional(inputs if input_tensor is None else keras.utils.get_source_inputs(inputs), x, name)
+    origin.load_into(model, include_top, style.prefix)
+    return model
 
+
+def _functional(inputs, outputs, name: str) -> keras.Model:
+    model = keras.Model(inputs, outputs, name=name)
     model._called = True  # Keras exports to ONNX only what was called; this model's layers were
-    origin.load_into(model)
     return model
 
 
@@ -130,17 +138,16 @@ class _Origin:
     path: Any = None
 
     @classmethod
-    def of(cls, variant, weights, include_top) -> "_Origin":
+    def of(cls, variant, weights) -> "_Origin":
         if weights is None:
             return cls()
-        from keras_effnet.weights import registry, store
+        from keras_effnet.weights import registry
 
         if isinstance(weights, os.PathLike) or (isinstance(weights, str) and os.path.isfile(weights)):
             return cls(path=weights)
-        if isinstance(weights, str) and (os.sep in weights or weights.endswith((".h5", ".keras", ".pth"))):
+        if isinstance(weights, str) and (os.sep in weights or "." in weights):  # no tag has either
             raise FileNotFoundError(f"Expected a file of weights. Received: weights={weights!r}, which does not exist")
-        record = registry.find(variant, weights)
-        return cls(record, store.locate(record, include_top))
+        return cls(record=registry.find(variant, weights))
 
     @property
     def resolution(self) -> int | None:
@@ -165,11 +172,12 @@ class _Origin:
             )
         return asked
 
-    def load_into(self, model) -> None:
-        if self.path is not None:
-            from keras_effnet.weights import convert
+    def load_into(self, model, include_top: bool, prefix: str) -> None:
+        from keras_effnet.weights import convert, store
 
-            convert.load(model, self.path)
+        path = self.path if self.record is None else store.locate(self.record, include_top)
+        if path is not None:
+            convert.load(model, path, prefix=prefix)
         model.weights_record = self.record
 
 
@@ -182,9 +190,9 @@ def _between(name: str, value, default):
     """A rate: at least 0, below 1."""
     if value is None:
         return default
-    if not isinstance(value, int | float) or not 0 <= value < 1:
+    if not isinstance(value, Real) or not 0 <= float(value) < 1:
         raise ValueError(f"Expected {name} of at least 0 and less than 1. Received: {name}={value!r}")
-    return value
+    return float(value)
 
 
 def _choice(name: str, value, choices):
@@ -197,6 +205,8 @@ def _policy(dtype) -> keras.DTypePolicy:
     if dtype is None:
         dtype = keras.config.dtype_policy()
     try:
+        if not isinstance(dtype, keras.DTypePolicy | str):
+            dtype = keras.backend.standardize_dtype(dtype)
         return dtype if isinstance(dtype, keras.DTypePolicy) else keras.DTypePolicy(dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -209,7 +219,7 @@ def _check_head(include_top, pooling, classes, classifier_activation, pretrained
         _choice("pooling", pooling, ("avg", "max"))
     if not include_top:
         return
-    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
+    if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
         raise ValueError(f"Expected classes as a positive integer. Received: classes={classes!r}")
     if pretrained and classes != 1000:
         raise ValueError(
@@ -246,7 +256,7 @@ def _inputs(input_tensor, input_shape, resolution, include_top, data_format) -> 
         side = resolution if include_top else None
         shape = (side, side, 3) if channels_last else (3, side, side)
     else:
-        shape = tuple(input_shape)
+        shape = tuple(int(size) if isinstance(size, Integral) else size for size in input_shape)
     channels_axis = 2 if channels_last else 0
     known = [size for axis, size in enumerate(shape) if size is not None or axis == channels_axis]
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in known):
@@ -257,8 +267,18 @@ def _inputs(input_tensor, input_shape, resolution, include_top, data_format) -> 
     return keras.Input(shape, name="input_layer") if input_tensor is None else input_tensor
 
 
+def _free_prefix(name: str, tensor) -> str:
+    """Empty, or the model's name where the graph that a Keras tensor belongs to has layers of these names already."""
+    around = _names_around(tensor)
+    candidates = chain(("", f"{name}_"), (f"{name}_{number}_" for number in count(1)))
+    return next(start for start in candidates if not any(_is_ours(other, start) for other in around))
+
+
+def _is_ours(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and bool(blocks.LAYER.fullmatch(name.removeprefix(prefix)))
+
+
 def _names_around(tensor) -> set[str]:
-    """Names of all layers in the graph that a Keras tensor belongs to."""
     found, queue = {}, [tensor._keras_history.operation]
     while queue:
         operation = queue.pop()
@@ -301,7 +321,7 @@ def features(model: keras.Model, levels: tuple[int, ...] = (1, 2, 3, 4, 5)) -> k
         if level not in range(1, len(reductions) + 1):
             raise ValueError(f"Expected levels from 1 to {len(reductions)}. Received: levels={levels}")
         outputs[f"reduction_{level}"] = reading.block_ends[reductions[level - 1]].output
-    return keras.Model(model.inputs, outputs, name=f"{model.name}_features")
+    return _functional(model.inputs, outputs, f"{model.name}_features")
 
 
 def _named(
@@ -310,6 +330,8 @@ def _named(
     def build(*args: Arguments.args, **kwargs: Arguments.kwargs) -> keras.Model:
         return function(variant, *args, **kwargs)
 
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    setattr(build, "__signature__", inspect.Signature(parameters, return_annotation=keras.Model))  # noqa: B010
     row = VARIANTS[variant]
     build.__doc__ = (
         f"`create_model({variant!r}, ...)`: {row.resolution} x {row.resolution} pixels, "
@@ -337,3 +359,7 @@ EfficientNetLite4 = _named(create_model, "efficientnet-lite4")
 EfficientNetEdgeTPUS = _named(create_model, "efficientnet-edgetpu-s")
 EfficientNetEdgeTPUM = _named(create_model, "efficientnet-edgetpu-m")
 EfficientNetEdgeTPUL = _named(create_model, "efficientnet-edgetpu-l")
+
+for _name, _function in list(globals().items()):
+    if _name.startswith("EfficientNet"):
+        _function.__name__ = _function.__qualname__ = _name

@@ -27,7 +27,10 @@ def photographs(paths: Iterable[str | os.PathLike]) -> list[Path]:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
     found = []
     for path in map(Path, paths):
-        files = sorted(path.iterdir()) if path.is_dir() else []
+        try:
+            files = sorted(path.iterdir()) if path.is_dir() else []
+        except OSError:  # told when it is opened as a photograph
+            files = []
         images = [file for file in files if file.suffix.lower() in suffixes and not file.name.startswith(".")]
         found += images or [path]
     return found
@@ -47,7 +50,7 @@ def classify(
         model: Name of a model. Defaults to `"efficientnet-lite0"`.
         weights: Tag of the weights, or path of a file. Defaults to `"imagenet"`.
         top: Integer, classes per photograph. Defaults to 5.
-        on_progress: Function of the number of photographs that are done since it was called last.
+        on_progress: Function that is called with 1 for each photograph that was read.
 
     Returns:
         List of a dict per photograph: `path`, and either `predictions` (a list of dicts with `class_id`, 0-999,
@@ -75,13 +78,13 @@ def classify(
                 if path.is_dir():
                     raise ValueError(f"Expected photographs. Received: {str(path)!r}, a folder without any")
                 images.append(preprocessing.load_image(path, net))
-            except (OSError, ValueError) as error:
-                result["error"] = str(error)
+            except (OSError, ValueError, MemoryError) as error:
+                result["error"] = str(error) or type(error).__name__
+            on_progress(1)
         if images:
             named = iter(preprocessing.rank(np.asarray(net.predict_on_batch(np.stack(images))), top))
             for result in batch:
                 if "error" not in result:
                     keys = ("class_id", "wnid", "name", "probability")
                     result["predictions"] = [dict(zip(keys, row, strict=True)) for row in next(named)]
-        on_progress(len(batch))
     return results

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +24,6 @@ SCHEMES = {
     "inception": ((127.5,) * 3, (127.5,) * 3),  # AdvProp, eval_ckpt_main.py:66-68; timm's mean and std of 0.5
     "tpu127": ((127.0,) * 3, (128.0,) * 3),  # lite, edgetpu and condconv builders:30-32
 }
-
-CROP_PADDING = 32  # pixels around the crop, at the network's size: tensorflow/tpu preprocessing.py before 22d5cab
 
 
 def constants(preprocessing, channels: int) -> tuple[list[float], list[float]]:
@@ -59,6 +58,8 @@ def constants(preprocessing, channels: int) -> tuple[list[float], list[float]]:
         pair = preprocessing
     try:
         scale, offset = (np.broadcast_to(np.asarray(row, "float64"), (channels,)).tolist() for row in pair)
+        if not np.isfinite([scale, offset]).all():
+            raise ValueError("a number is not finite")
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"Expected preprocessing as one of auto, {', '.join(SCHEMES)}, a pair (scale, offset) with one number or "
@@ -108,6 +109,7 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=formats())
+            kind = image.format
             image.load()
         except Image.UnidentifiedImageError as error:
             raise ValueError(f"Expected an image (JPEG, PNG, ...). Received: {name}, whose content is none") from error
@@ -122,7 +124,7 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
             raise ValueError(f"Expected a whole image. Received: {name}, which is damaged ({error})") from error
         with contextlib.suppress(Exception):  # a viewer shows a photograph with unreadable EXIF data, too
             image = ImageOps.exif_transpose(image)
-        pixels = np.asarray(_to_mode(image, _MODES[channels]))
+        pixels = np.asarray(_to_mode(image, kind, _MODES[channels]))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
@@ -153,17 +155,17 @@ def _read(source) -> tuple[str, bytes]:
         return repr(name), file.read()
 
 
-def _to_mode(image: "Image", mode: str) -> "Image":
+def _to_mode(image: "Image", kind: str | None, mode: str) -> "Image":
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):  # deeper than 8 bits: Pillow's own conversion clips at 255
-        values = np.asarray(image).astype("float64")
+        values = np.nan_to_num(np.asarray(image).astype("float64"))
         largest = values.max(initial=0)
-        if image.mode.startswith("I;16") or (image.mode == "I" and largest > 255):
+        if image.mode.startswith("I;16") or (image.mode == "I" and (kind in ("PNG", "PPM") or largest > 255)):
             values = values / 257
-        elif image.mode == "F" and largest <= 1:
+        elif image.mode == "F" and largest <= 2:  # 0-1, perhaps with a little overshoot
             values = values * 255
-        image = Image.fromarray(np.clip(np.rint(np.nan_to_num(values)), 0, 255).astype("uint8"))
+        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype("uint8"))
     if mode == "RGBA":
         return image.convert(mode)
     if image.has_transparency_data:
@@ -351,7 +353,7 @@ def rank(probabilities, top: int = 5) -> list[list[tuple[int, str, str, float]]]
         raise ValueError(
             f"Expected the 1000 ImageNet classes: shape (batch, 1000). Received: shape {probabilities.shape}"
         )
-    if not (isinstance(top, int) and 1 <= top <= 1000):
+    if not (isinstance(top, Integral) and 1 <= top <= 1000):
         raise ValueError(f"Expected top from 1 to 1000. Received: top={top!r}")
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
     return [

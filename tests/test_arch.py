@@ -56,11 +56,20 @@ def test_blocks_are_the_originals(file):
 
 
 def test_multiply_adds_are_those_that_timm_counts():
-    # macs_conv_linear of timm 1.0.31 at the variant's resolution.
+    # Convolutions and linear layers of timm 1.0.31's tf_efficientnet_* at their own resolution.
     assert describe("efficientnet-b0")["macs"] == 385_814_752
     assert describe("efficientnet-lite0")["macs"] == 385_187_552
     assert describe("efficientnet-b1")["macs"] == 686_802_832
+    assert describe("efficientnet-b2")["macs"] == 993_561_872
     assert describe("efficientnet-b3")["macs"] == 1_827_141_392
+
+
+def test_parameters_are_exactly_the_originals():
+    assert describe("efficientnet-b0")["params"] == golden("tpu/efficientnet-b0.json")["num_params_trainable"]
+    assert describe("efficientnet-lite0")["params"] == golden("tpu/efficientnet-lite0.json")["num_params_trainable"]
+    # 1001 classes there: one more column and one more bias.
+    edgetpu = golden("tpu/efficientnet-edgetpu-S.json")["num_params_trainable"]
+    assert describe("efficientnet-edgetpu-s")["params"] == edgetpu - 1281
 
 
 @pytest.mark.parametrize("name", list_models())

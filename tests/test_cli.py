@@ -22,12 +22,15 @@ def run(*arguments, cwd=None, **environment):
     )
 
 
-def test_predict_names_a_cat_and_a_coffee_cup():
-    result = run("predict", CAT, COFFEE)
+def test_predict_names_a_cat_and_a_coffee_cup(tmp_path):
+    odd = tmp_path / "x[bold]y.png"
+    odd.write_bytes(Path(CAT).read_bytes())
+    result = run("predict", CAT, COFFEE, odd)
+    assert odd.name in result.stdout.replace("\n", "")
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.split(COFFEE)
     assert CAT in first and "tabby cat" in first and "espresso" in second
-    assert first.count("%") == second.count("%") == 5
+    assert first.count("%") == 5 and second.count("%") == 10
 
 
 def test_predict_as_json_is_one_object_and_equals_the_library():
@@ -49,14 +52,14 @@ def test_predict_goes_on_behind_bad_photographs_and_exits_2(tmp_path):
     Image.open(CAT).convert("RGB").save(jpeg)
     jpeg.write_bytes(jpeg.read_bytes()[:-3000])
     (tmp_path / "empty").mkdir()
-    bad = ["text.jpg", "cut.jpg", "empty", "missing.jpg"]
+    bad = ["text.jpg", "cut.jpg", "empty", "missing.jpg", "[/b].png", "a" * 300 + ".png"]
     result = run("predict", *bad, COFFEE, "--json", cwd=tmp_path)
     assert result.returncode == 2
     *failed, good = json.loads(result.stdout)["photographs"]
-    assert [Path(row["path"]).name for row in failed] == bad and all("Expected" in row["error"] for row in failed)
+    assert [row["path"] for row in failed] == bad and all("Expected" in row["error"] for row in failed)
     assert good["predictions"][0]["name"] == "espresso"
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 4 and "espresso" not in result.stderr
+    assert len(lines) == 6 and "espresso" not in result.stderr
 
 
 def test_predict_takes_folders_and_shows_progress_from_8_photographs_on(tmp_path):

@@ -3,9 +3,11 @@
 import doctest
 import inspect
 import os
+import pickle
 import re
 from importlib import import_module
 
+import keras
 import pytest
 from conftest import BACKEND, ROOT
 from test_layering import FILES
@@ -28,7 +30,12 @@ def test_public_names_are_documented(name):
     value = getattr(ke, name)
     text = inspect.getdoc(value) or ""
     assert text.splitlines()[0].endswith(".")
-    if not name.startswith("EfficientNet"):
+    assert value.__name__ == name
+    if name.startswith("EfficientNet"):
+        theirs = list(inspect.signature(keras.applications.EfficientNetB0).parameters)
+        assert list(inspect.signature(value).parameters)[: len(theirs)] == theirs
+        assert pickle.loads(pickle.dumps(value)) is value
+    else:
         for section in ("Args:", "Returns:", "Example:"):
             assert section in text
         for parameter in inspect.signature(value).parameters:

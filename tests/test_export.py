@@ -82,6 +82,9 @@ def test_onnx_has_one_input_and_the_same_numbers(which, request, pixels, tmp_pat
     net = request.getfixturevalue(which)
     x = pixels[:, :64, :64] if which == "swish" else pixels
     net.export(tmp_path / "m.onnx", format="onnx", verbose=False)
+    features = ke.features(net)
+    features.export(tmp_path / "features.onnx", format="onnx", verbose=False)
+    assert len(onnxruntime.InferenceSession(tmp_path / "features.onnx").get_outputs()) == 5
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     (node,) = session.get_inputs()
     expected = run(net, x)

@@ -142,14 +142,14 @@ def test_preprocessing_is_the_schemes(scheme):
     model = ke.EfficientNetB0(weights=None, preprocessing=scheme, input_shape=SMALL)
     x = 255 * np.random.default_rng(0).random((1, *SMALL), "float32")
     mean, deviation = SCHEMES[scheme]
-    found = run(keras.Model(model.inputs, model.get_layer("rescaling").output), x)
+    found = run(keras.Model(model.inputs, model.get_layer("preprocessing").output), x)
     assert np.abs(found - (x - mean) / deviation).max() < 1e-5
 
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channel_counts(channels):
     model = ke.EfficientNetB0(weights=None, input_shape=(32, 32, channels), classes=3)
-    layer = model.get_layer("rescaling")
+    layer = model.get_layer("preprocessing")
     assert np.ravel(layer.scale).tolist() == pytest.approx(
         [np.mean([1 / n for n in SCHEMES["imagenet"][1]])] * channels
     )
@@ -191,6 +191,8 @@ def test_input_tensor_and_two_models_in_one_graph():
     assert left.get_layer("stem_conv") and right.get_layer("right_stem_conv")
     joined = keras.Model(inputs, keras.layers.Concatenate()([left.output, right.output]))
     assert run(joined, image(32)).shape == (2, 2560)
+    third = ke.EfficientNetB0(weights=None, include_top=False, input_tensor=inputs, name="right")
+    assert third.get_layer("right_1_stem_conv")
     fill(right)  # weights are found behind the prefix
     assert np.abs(run(joined, image(32))[:, 1280:] - run(right, image(32))).max() < 1e-4
     nested = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.RandomFlip(), left])
@@ -210,7 +212,7 @@ def test_mixed_bfloat16_keeps_input_and_output_in_float32():
     )
     plain = fill(ke.EfficientNetB0(weights=None, input_shape=SMALL, classes=10, preprocessing=None))
     assert model.get_layer("block1a_dwconv").compute_dtype == "bfloat16"
-    assert model.get_layer("rescaling").compute_dtype == model.get_layer("predictions").compute_dtype == "float32"
+    assert model.get_layer("preprocessing").compute_dtype == model.get_layer("predictions").compute_dtype == "float32"
     found = run(model, image(32))
     assert found.dtype == np.float32
     assert np.abs(found - run(plain, image(32))).max() < 0.05

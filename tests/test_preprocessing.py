@@ -108,6 +108,11 @@ VIEWS = {
         encoded(Image.fromarray(np.full((6, 8), 128 * 257, "uint16")), "TIFF"),
         Image.new("RGB", (8, 6), (128,) * 3),
     ),
+    "16-bit PGM": (b"P5 8 6 65535 " + b"\0\x80" * 48, Image.new("RGB", (8, 6))),
+    "float TIFF with a glint": (
+        encoded(Image.fromarray(np.array([[0.5] * 7 + [1.2]] * 6, "float32")), "TIFF"),
+        Image.fromarray(np.array([[[128] * 3] * 7 + [[255] * 3]] * 6, "uint8")),
+    ),
     "float TIFF": (
         encoded(Image.fromarray(np.full((6, 8), 0.5, "float32")), "TIFF"),
         Image.new("RGB", (8, 6), (128,) * 3),

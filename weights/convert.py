@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
     from keras_effnet.blocks import Reading
 
 
-def load(model: "keras.Model", path, source: str = "auto") -> None:
+def load(model: "keras.Model", path, source: str = "auto", *, prefix: str | None = None) -> None:
     """Loads weights of any known format into a model, all or nothing.
 
     Args:
         model: A model of this package. One without a top leaves the file's classifier unread.
         path: Path of a `.keras` or `.weights.h5` file, an h5 file of keras.applications, or a legacy `.pth` of
             EfficientNet-PyTorch.
-        source: `"auto"` recognises the format by the file's content; `"keras"` or `"lukemelas"` expect that one.
+        source: `"auto"` recognises `.keras` and `.weights.h5` by their names and other formats by their content;
+            `"keras"` or `"lukemelas"` expect that one.
+        prefix: String in front of the layers' names, needed only where the model holds several EfficientNets.
 
     Raises:
         OSError: If the file cannot be read.
@@ -50,14 +53,18 @@ def load(model: "keras.Model", path, source: str = "auto") -> None:
         raise ValueError(
             f"Expected weights as {source} names them. Received: {str(path)!r}, which holds {naming} names"
         )
-    return assign(model, tensors, NAMINGS[naming], str(path))
+    return assign(model, tensors, NAMINGS[naming], str(path), prefix=prefix)
 
 
 def _load_own(model: "keras.Model", path) -> None:
     """Keras reads its own format; what it had assigned before an error is taken back."""
     before = model.get_weights()
     try:
-        model.load_weights(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of each variable before it raises
+            model.load_weights(path)
+        if not all(np.isfinite(value).all() for value in model.get_weights()):
+            raise ValueError("it holds numbers that are not finite")
     except Exception as error:
         model.set_weights(before)
         first_line = str(error).strip().split("\n")[0]
@@ -74,6 +81,8 @@ def foreign_names(reading: "Reading", naming: Naming) -> dict[tuple[str, str], t
     Returns:
         Dict from (our layer, our variable) to (foreign name, layout).
     """
+    from keras_effnet import blocks
+
     indices = {block.name: index for index, block in enumerate(reading.architecture.blocks)}
     seen: dict[tuple[str, int | None], int] = {}
     names = {}
@@ -81,18 +90,24 @@ def foreign_names(reading: "Reading", naming: Naming) -> dict[tuple[str, str], t
         variables = naming.variables.get(type(layer).__name__)
         if variables is None:
             continue
-        match = re.fullmatch(r"block(\d+[a-z])_(\w+)", name)
-        role, index = (match[2], indices[match[1]]) if match else (name, None)
+        match = blocks.LAYER.fullmatch(name)
+        role, index = (match[2], indices[match[1]]) if match and match[1] else (name, None)
         template = naming.layers.get(role) or naming.layers["*"]
         count = seen[template, index] = seen.get((template, index), -1) + 1
         scope = template.format(layer=name, i=index, n=f"_{count}" if count else "")
         for variable in layer.weights:
+            if variable.name not in variables:
+                raise ValueError(
+                    f"Expected a layer as it was built. Received: {layer.name} with {variable.name!r} in it"
+                )
             suffix, layout = variables[variable.name]
             names[name, variable.name] = scope + suffix, layout
     return names
 
 
-def assign(model: "keras.Model", tensors: dict[str, np.ndarray], naming: Naming, origin: str) -> None:
+def assign(
+    model: "keras.Model", tensors: dict[str, np.ndarray], naming: Naming, origin: str, *, prefix: str | None = None
+) -> None:
     """Fills a model from foreign tensors: each variable exactly once, each tensor used or ignored for a reason.
 
     Args:
@@ -100,6 +115,7 @@ def assign(model: "keras.Model", tensors: dict[str, np.ndarray], naming: Naming,
         tensors: Dict of arrays by foreign name.
         naming: A `Naming`.
         origin: String, what the tensors come from, for messages.
+        prefix: See `load()`.
 
     Raises:
         ValueError: If tensors are missing (-), unexpected (+), of another shape or not finite (!). The model is as it
@@ -107,7 +123,7 @@ def assign(model: "keras.Model", tensors: dict[str, np.ndarray], naming: Naming,
     """
     from keras_effnet import blocks
 
-    reading = blocks.read(model)
+    reading = blocks.read(model, prefix)
     names = foreign_names(reading, naming)
     if naming.scoped:
         scopes = {name.split("/")[0] for name in tensors}

@@ -3,11 +3,9 @@
 import io
 import json
 import math
-import pickle
 import pickletools
 import re
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +48,15 @@ def read(path) -> tuple[str, dict[str, np.ndarray]]:
     )
 
 
+def _dataset(dataset, file_size: int) -> np.ndarray:
+    """Numbers that stand in this very file, no more of them than a well-compressed one can hold."""
+    if dataset.dtype.kind not in "fiu" or dataset.external is not None or dataset.is_virtual:
+        raise ValueError(f"{dataset.name[:80]} holds no numbers of this file")
+    if dataset.nbytes > 1000 * file_size:
+        raise ValueError(f"{dataset.name[:80]} declares {dataset.nbytes:,} bytes")
+    return np.asarray(dataset)
+
+
 def read_h5(path) -> dict[str, np.ndarray]:
     """Reads a legacy Keras h5 file, weights only or whole model, by layer name.
 
@@ -73,8 +80,8 @@ def read_h5(path) -> dict[str, np.ndarray]:
                 for name in group[layer].attrs["weight_names"]:
                     name = name.decode() if isinstance(name, bytes) else name
                     variable = name.rsplit("/", 1)[-1].split(":")[0].replace("depthwise_kernel", "kernel")
-                    tensors[f"{layer}/{variable}"] = np.asarray(group[layer][name])
-    except (KeyError, OSError, RuntimeError, TypeError, AttributeError) as error:
+                    tensors[f"{layer}/{variable}"] = _dataset(group[layer][name], Path(path).stat().st_size)
+    except Exception as error:  # h5py raises whatever a damaged file makes of it
         raise ValueError(
             f"Expected an h5 file of keras.applications' structure. Received: {str(path)!r} ({error})"
         ) from error
@@ -94,46 +101,102 @@ _STORAGES = {
 }
 
 
-class _Tensor(NamedTuple):
-    """What a state dict says of a tensor before its storage is read."""
+class _Storage(NamedTuple):
+    """What a state dict says of the numbers behind a tensor, which stand later in the file."""
 
-    storage: tuple[str, str, int]  # dtype, key, number of elements
+    dtype: str
+    key: str
+    length: int
+
+
+class _Tensor(NamedTuple):
+    """What a state dict says of a tensor."""
+
+    storage: _Storage
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
 
-class _StateDict(pickle.Unpickler):
-    """Unpickles what a state dict needs and nothing else: no name outside of this table is ever imported."""
-
-    def find_class(self, module_name, global_name):
-        match module_name, global_name:
-            case "collections", "OrderedDict":
-                return OrderedDict
-            case "torch._utils", "_rebuild_tensor_v2":
-                return self.rebuild
-            case "torch", name if name in _STORAGES:
-                return _STORAGES[name]
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which no state dict needs")
-
-    # A bound method, since a pickle can set attributes of a class or function that it names, but not of this.
-    def rebuild(self, storage, offset, size, stride, *_):
-        return _Tensor(storage, offset, size, stride)
-
-    def persistent_load(self, pid):
-        kind, dtype, key, _, count, *_ = pid
-        if kind != "storage" or dtype not in _STORAGES.values() or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"it refers to {pid!r}, which is no storage")
-        return dtype, key, count
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {name}" for name in _STORAGES),
+}
 
 
-def _unpickle(file: io.BytesIO, size: int):
-    start = file.tell()
+class _Global(NamedTuple):
+    name: str
+
+
+def _unpickle(file: io.BytesIO):
+    """Reads one pickle in a state dict's vocabulary. Nothing that it names is imported, called, hashed or printed."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    argument: Any
     for opcode, argument, _ in pickletools.genops(file):
-        if "PUT" in opcode.name and argument > size:  # the C unpickler allocates as many places as the number says
-            raise pickle.UnpicklingError(f"its memo has a place {argument}")
-    file.seek(start)
-    return _StateDict(file).load()
+        match opcode.name:
+            case "PROTO":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
+                stack.append(argument)
+            case name if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            case "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append([] if opcode.name == "EMPTY_LIST" else {})
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if opcode.name == "APPEND" else since_mark()
+                stack[-1].extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = since_mark() if opcode.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+                if not all(type(key) is str for key in items[::2]):
+                    raise ValueError("it has a key that is no string")
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case "GLOBAL":
+                if argument not in _GLOBALS:
+                    raise ValueError(f"it asks for {argument[:80].replace(' ', '.')}, which no state dict needs")
+                stack.append(_Global(argument))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                if function == _Global("collections OrderedDict") and arguments == ():
+                    stack.append({})
+                elif function == _Global("torch._utils _rebuild_tensor_v2") and isinstance(arguments[0], _Storage):
+                    stack.append(_Tensor(*arguments[:4]))
+                else:
+                    raise ValueError("it calls what no state dict calls")
+            case "BINPERSID":
+                kind, storage, key, _, count, *_ = stack.pop()
+                dtype = _STORAGES[storage.name.removeprefix("torch ")]
+                if kind != "storage" or type(key) is not str or type(count) is not int:
+                    raise ValueError("it refers to what is no storage")
+                stack.append(_Storage(dtype, key, count))
+            case "BUILD":
+                stack.pop()  # torch's `_metadata`, the versions of a module's parts
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "STOP":
+                return stack.pop()
+            case name:
+                raise ValueError(f"it has the instruction {name}, which no state dict needs")
+    raise ValueError("it ends early")
 
 
 def read_torch(path) -> dict[str, np.ndarray]:
@@ -154,26 +217,27 @@ def read_torch(path) -> dict[str, np.ndarray]:
     data = Path(path).read_bytes()
     file = io.BytesIO(data)
     try:
-        if _unpickle(file, len(data)) != TORCH_MAGIC:
+        magic = _unpickle(file)
+        if type(magic) is not int or magic != TORCH_MAGIC:
             raise ValueError("it does not begin with torch's number")
-        _protocol, system = _unpickle(file, len(data)), _unpickle(file, len(data))
+        _protocol, system = _unpickle(file), _unpickle(file)
         if system.get("little_endian") is not True:
             raise ValueError("it was not written on a little-endian machine")
-        state, keys = _unpickle(file, len(data)), _unpickle(file, len(data))
+        state, keys = _unpickle(file), _unpickle(file)
         state = state.get("state_dict", state)
-        wrong = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, _Tensor))]
+        wrong = [name for name, value in state.items() if not isinstance(value, _Tensor)]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no tensor")
-        dtypes = {tensor.storage[1]: (tensor.storage[0], tensor.storage[2]) for tensor in state.values()}
+            raise ValueError(f"{wrong[0][:80]!r} is no tensor")
+        known = {tensor.storage.key: tensor.storage for tensor in state.values()}
         place, storages = file.tell(), {}
         for key in keys:
-            dtype, promised = dtypes[key]
+            dtype, _, promised = known[key]
             count = int.from_bytes(data[place : place + 8], "little")
             if count != promised or place + 8 + count * np.dtype(dtype).itemsize > len(data):
                 raise ValueError(f"storage {key} is cut short")
             storages[key] = np.frombuffer(data, dtype, count, place + 8)
             place += 8 + storages[key].nbytes
-        return {name: _view(tensor, storages[tensor.storage[1]]) for name, tensor in state.items()}
+        return {name: _view(tensor, storages[tensor.storage.key]) for name, tensor in state.items()}
     except Exception as error:  # unpickling a damaged file raises whatever its bytes happen to ask for
         raise ValueError(
             f"Expected a state dict saved by torch. Received: {str(path)!r}, but {error or type(error).__name__}"
@@ -195,7 +259,7 @@ def _view(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
 
 
 def is_own(path) -> bool:
-    """Whether Keras 3 wrote this file: a `.keras` archive, or weights by layer in the order of a model's classes.
+    """Whether a file is called as Keras 3 calls its own: it reads them under these names only.
 
     Args:
         path: Path of a file.
@@ -207,21 +271,25 @@ def is_own(path) -> bool:
 
 
 def preprocessing_of(path):
-    """The numbers of the preprocessing that a `.keras` file carries in its model.
+    """The numbers of the preprocessing that a `.keras` file of this package carries in its model.
 
     Args:
         path: Path of a file of any format.
 
     Returns:
         Pair (scale, offset) of lists of floats, or None where the file holds none.
+
+    Raises:
+        ValueError: If the file is a damaged archive.
     """
     if not zipfile.is_zipfile(path):
         return None
-    with zipfile.ZipFile(path) as archive:
-        if "config.json" not in archive.namelist():
-            return None
-        config = json.loads(archive.read("config.json"))
-    for layer in config.get("config", {}).get("layers", []):
-        if layer.get("class_name") == "Rescaling" and layer["config"]["name"].endswith("rescaling"):
-            return tuple(np.ravel(layer["config"][key]).tolist() for key in ("scale", "offset"))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            layers = json.loads(archive.read("config.json"))["config"]["layers"]
+        for layer in layers:
+            if layer["class_name"] == "Rescaling" and layer["config"]["name"].endswith("preprocessing"):
+                return tuple(np.ravel(layer["config"][key]).tolist() for key in ("scale", "offset"))
+    except Exception as error:  # zipfile, zlib and json raise what a damaged file makes of it
+        raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
     return None

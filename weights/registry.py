@@ -6,7 +6,6 @@ Top-1 figures and folders: the READMEs of tensorflow/tpu @ 7dc921f, models/offic
 from dataclasses import dataclass
 
 from keras_effnet.errors import unknown
-from keras_effnet.preprocessing import CROP_PADDING
 from keras_effnet.variants import VARIANTS
 
 
@@ -55,7 +54,7 @@ class Record:
     files: tuple[File, ...]
     preprocessing: str
     source: str
-    crop_padding: int = CROP_PADDING
+    crop_padding: int = 32  # tensorflow/tpu preprocessing.py before 22d5cab, when the READMEs' figures were measured
     interpolation: str = "bicubic"
     resolution: int | None = None
     default: bool = False
@@ -235,3 +234,24 @@ def find(model: str, tag: str) -> Record:
             return record
     alias = ["imagenet"] if any(record.default for record in records) else []
     raise unknown(f"weights for {model}", tag, [*alias, *(record.tag for record in records)])
+
+
+def list_weights(model: str) -> list[str]:
+    """Tags of a model's published sets.
+
+    Args:
+        model: Name of a model.
+
+    Returns:
+        List of strings, the lowest published top-1 first.
+
+    Raises:
+        ValueError: If the model is unknown.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> ke.list_weights("efficientnet-b0")
+    ['baseline', 'autoaugment', 'advprop', 'noisy-student']
+    """
+    return [record.tag for record in of_model(model)]
