@@ -28,7 +28,7 @@ def photographs(paths: Iterable[str | os.PathLike]) -> list[Path]:
     found = []
     for path in map(Path, paths):
         try:
-            files = sorted(path.iterdir()) if path.is_dir() else []
+            files = sorted(path.iterdir()) if os.path.isdir(path) else []
         except OSError:  # told when it is opened as a photograph
             files = []
         images = [file for file in files if file.suffix.lower() in suffixes and not file.name.startswith(".")]
@@ -75,7 +75,7 @@ def classify(
         batch, images = results[start : start + BATCH], []
         for path, result in zip(paths[start:], batch, strict=False):
             try:
-                if path.is_dir():
+                if os.path.isdir(path):
                     raise ValueError(f"Expected photographs. Received: {str(path)!r}, a folder without any")
                 images.append(preprocessing.load_image(path, net))
             except (OSError, ValueError, MemoryError) as error:
