@@ -144,7 +144,7 @@ class _Origin:
         from keras_effnet.weights import registry
 
         if isinstance(weights, os.PathLike) or (isinstance(weights, str) and os.path.isfile(weights)):
-            return cls(path=weights)
+            return cls(registry.recognise(variant, weights), weights)
         if isinstance(weights, str) and (os.sep in weights or "." in weights):  # no tag has either
             raise FileNotFoundError(f"Expected a file of weights. Received: weights={weights!r}, which does not exist")
         return cls(record=registry.find(variant, weights))
@@ -175,7 +175,9 @@ class _Origin:
     def load_into(self, model, include_top: bool, prefix: str) -> None:
         from keras_effnet.weights import convert, store
 
-        path = self.path if self.record is None else store.locate(self.record, include_top)
+        path = self.path
+        if path is None and self.record is not None:
+            path = store.locate(self.record, include_top)
         if path is not None:
             convert.load(model, path, prefix=prefix)
         model.weights_record = self.record

@@ -222,6 +222,13 @@ def test_a_load_is_all_or_nothing(kind, told, lite0_path, monkeypatch):
     assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), before, strict=True))
 
 
+def test_a_published_file_is_recognised_by_its_hash(lite0_path):
+    by_path, by_tag = ke.EfficientNetLite0(weights=lite0_path), ke.EfficientNetLite0()
+    assert by_path.weights_record == by_tag.weights_record == registry.find("efficientnet-lite0", "imagenet")
+    with pytest.raises(ValueError, match="classes=1000"):
+        ke.EfficientNetLite0(weights=lite0_path, classes=5)
+
+
 def test_a_body_loads_from_a_file_with_a_top(lite0_path):
     whole, body = ke.EfficientNetLite0(), ke.EfficientNetLite0(include_top=False, weights=lite0_path)
     assert same_weights(keras.Model(whole.inputs, whole.get_layer("top_activation").output), body)

@@ -3,6 +3,7 @@
 Top-1 figures and folders: the READMEs of tensorflow/tpu @ 7dc921f, models/official/efficientnet (its `where` below).
 """
 
+import hashlib
 from dataclasses import dataclass
 
 from keras_effnet.errors import unknown
@@ -234,6 +235,38 @@ def find(model: str, tag: str) -> Record:
             return record
     alias = ["imagenet"] if any(record.default for record in records) else []
     raise unknown(f"weights for {model}", tag, [*alias, *(record.tag for record in records)])
+
+
+def digest(path, algorithm: str) -> str:
+    """A file's hash, as a `File` states it.
+
+    Args:
+        path: Path of a file.
+        algorithm: `"sha256"` or `"md5"`.
+
+    Returns:
+        String, `"sha256:..."` or `"md5:..."`.
+    """
+    with open(path, "rb") as file:
+        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+
+
+def recognise(model: str, path) -> Record | None:
+    """The set that a file holds, by its hash.
+
+    Args:
+        model: Name of a variant.
+        path: Path of a file.
+
+    Returns:
+        A `Record`, or None where the file is none of the model's published ones.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
+    hashes = {file.hash: record for record in of_model(model) for file in record.files if file.hash}
+    algorithms = {value.partition(":")[0] for value in hashes}
+    return next((hashes[value] for value in (digest(path, name) for name in algorithms) if value in hashes), None)
 
 
 def list_weights(model: str) -> list[str]:

