@@ -241,8 +241,9 @@ def read(model: keras.Model, prefix: str | None = None) -> Reading:
         prefix = prefixes[0]
     if prefix not in prefixes:
         raise ValueError(
-            "Expected a model with the layers of one EfficientNet of this package, from its own call or its own file. "
-            f"Received: model={getattr(model, 'name', model)!r}, which holds {len(prefixes)}"
+            "Expected a model of this package, or one whose own layers hold one EfficientNet. Received: "
+            f"{getattr(model, 'name', model)!r}, which holds {len(prefixes)}. Where it is a layer of the model, pass "
+            "that layer: model.get_layer(name)"
         )
     named = {name.removeprefix(prefix): layer for name, layer in found.items() if name.startswith(prefix)}
     return _read(model, {name: layer for name, layer in named.items() if LAYER.fullmatch(name)})

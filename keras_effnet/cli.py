@@ -91,7 +91,7 @@ def _choose_backend() -> None:
 @AS_JSON
 @click.pass_context
 def predict(ctx, photographs, model, weights, top, as_json) -> None:
-    """Name what is on photographs (files, or folders of them)."""
+    """Name what is on photographs: files, or folders of them (not the folders inside)."""
     _choose_backend()
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -134,13 +134,16 @@ def list_(pattern, as_json) -> None:
             {"models": [{key: row[key] for key in ("name", "resolution", "params", "macs", "weights")} for row in rows]}
         )
         return
-    table = _table("", "name", ">pixels", ">parameters", ">multiply-adds", "weights (top-1 in per cent; * imagenet)")
+    table = _table("", "name", ">pixels", ">parameters", ">multiply-adds", "weights: top-1 in per cent")
     for row in rows:
-        sets = ", ".join(f"{record['tag']} {record['top1']}{'*' * record['default']}" for record in row["weights"])
+        sets = ", ".join(
+            ("{tag} {top1}" if record["readable"] else "({tag} {top1})").format(**record) + "*" * record["default"]
+            for record in row["weights"]
+        )
         table.add_row(
             row["name"], str(row["resolution"][0]), f"{row['params'] / 1e6:.1f} M", f"{row['macs'] / 1e9:.2f} G", sets
         )
-    _print(table)
+    _print(table, "* is what `imagenet` means. Sets in brackets cannot be read yet.")
 
 
 @main.command("describe")
@@ -190,7 +193,7 @@ def describe_(name, as_json) -> None:
 
 @main.command("plot")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@click.argument("out", metavar="OUT.svg|png")
+@click.argument("out", metavar="OUT.svg|png|pdf")
 @AS_JSON
 def plot_(names, out, as_json) -> None:
     """Draw models side by side, a row of blocks per stage."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from keras_effnet.arch import Architecture, Block, resolve
 from keras_effnet.errors import unknown
 from keras_effnet.preprocessing import scheme_of
-from keras_effnet.variants import VARIANTS
+from keras_effnet.variants import VARIANTS, identify
 
 if TYPE_CHECKING:
     import keras
@@ -69,7 +69,7 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         - `stages`, a dict per row of the paper's table: `stage`, `operator`, `resolution` at its input, `channels` at
           its output, `layers`, `kernel_size`, `strides`, and lists of `expand_filters` and `se_filters` per block;
         - `weights`, a dict per published set: `tag`, `top1` in per cent, `preprocessing`, `source`,
-          and whether it is the `default`, which `weights="imagenet"` means.
+          whether it is the `default`, which `weights="imagenet"` means, and whether it is `readable` today.
 
     Raises:
         ValueError: If the model is unknown, or not of this package.
@@ -85,6 +85,7 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         arXiv 1905.11946, tables 1 and 2.
     """
     from keras_effnet.weights import registry
+    from keras_effnet.weights.readers import FORMATS
 
     if isinstance(model, str):
         if model not in VARIANTS:
@@ -97,7 +98,7 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
 
         reading = blocks.read(model)
         architecture, channels, classes = reading.architecture, reading.channels, reading.classes
-        variant = next((name for name, row in VARIANTS.items() if resolve(row).blocks == architecture.blocks), None)
+        variant = identify(architecture.blocks)
         usual = VARIANTS[variant].resolution if variant else None
         size = tuple(side or usual for side in reading.size)
         preprocessing = scheme_of(reading.scale, reading.offset)
@@ -127,6 +128,7 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
                 "preprocessing": record.preprocessing,
                 "source": record.source,
                 "default": record.default,
+                "readable": any(file.format in FORMATS for file in record.files),
             }
             for record in (registry.of_model(variant) if variant else ())
         ],

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain, count
 from numbers import Integral, Real
 from typing import Any, Concatenate, ParamSpec
@@ -180,7 +180,8 @@ class _Origin:
             path = store.locate(self.record, include_top)
         if path is not None:
             convert.load(model, path, prefix=prefix)
-        model.weights_record = self.record
+        if self.record is not None or self.path is None:  # else they are somebody's own
+            model.weights_record = self.record
 
 
 def _override(architecture, **rates):
@@ -258,6 +259,8 @@ def _inputs(input_tensor, input_shape, resolution, include_top, data_format) -> 
         side = resolution if include_top else None
         shape = (side, side, 3) if channels_last else (3, side, side)
     else:
+        if not isinstance(input_shape, Iterable):
+            input_shape = (input_shape,)
         shape = tuple(int(size) if isinstance(size, Integral) else size for size in input_shape)
     channels_axis = 2 if channels_last else 0
     known = [size for axis, size in enumerate(shape) if size is not None or axis == channels_axis]
@@ -293,12 +296,12 @@ def _names_around(tensor) -> set[str]:
     return set(found.values())
 
 
-def features(model: keras.Model, levels: tuple[int, ...] = (1, 2, 3, 4, 5)) -> keras.Model:
+def features(model: keras.Model, levels: int | tuple[int, ...] = (1, 2, 3, 4, 5)) -> keras.Model:
     """A model that gives the feature maps of another one at strides 2, 4, 8, 16 and 32.
 
     Args:
         model: A model of this package, with or without top. Its layers are shared.
-        levels: Tuple of integers from 1 to 5: `reduction_i` has the stride 2 ** i. Defaults to all.
+        levels: Integer or tuple of integers from 1 to 5: `reduction_i` has the stride 2 ** i. Defaults to all.
 
     Returns:
         A `keras.Model` whose output is a dict from `"reduction_1"`, ... to tensors (batch, height, width, channels).
@@ -319,7 +322,7 @@ def features(model: keras.Model, levels: tuple[int, ...] = (1, 2, 3, 4, 5)) -> k
     reading = blocks.read(model)
     reductions = reading.architecture.reductions
     outputs = {}
-    for level in levels:
+    for level in (levels,) if isinstance(levels, int) else levels:
         if level not in range(1, len(reductions) + 1):
             raise ValueError(f"Expected levels from 1 to {len(reductions)}. Received: levels={levels}")
         outputs[f"reduction_{level}"] = reading.block_ends[reductions[level - 1]].output

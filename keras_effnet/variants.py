@@ -5,8 +5,9 @@ Lines are those of tensorflow/tpu @ 7dc921f, models/official/efficientnet.
 
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import cache
 
-from keras_effnet.arch import Stage, Variant
+from keras_effnet.arch import Block, Stage, Variant, resolve
 from keras_effnet.errors import unknown
 
 # Table 1 of arXiv 1905.11946; efficientnet_builder.py:172-177.
@@ -140,3 +141,16 @@ def list_models(pattern: str | None = None) -> list[str]:
     if not found:
         raise unknown("model", pattern, VARIANTS)
     return found
+
+
+@cache
+def identify(blocks: tuple[Block, ...]) -> str | None:
+    """Name of the variant that has these blocks.
+
+    Args:
+        blocks: Tuple of `Block`.
+
+    Returns:
+        String, or None where no variant has them.
+    """
+    return next((name for name, row in VARIANTS.items() if resolve(row).blocks == blocks), None)

@@ -78,7 +78,7 @@ def test_predict_takes_folders_and_shows_progress_from_8_photographs_on(tmp_path
 
 def test_list_describe_and_plot(tmp_path):
     listed = run("list")
-    assert all(name in listed.stdout for name in ke.list_models()) and "noisy-student-475 88.2" in listed.stdout
+    assert all(name in listed.stdout for name in ke.list_models()) and "(noisy-student-475 88.2)" in listed.stdout
     assert [row["name"] for row in json.loads(run("list", "*lite*", "--json").stdout)["models"]] == ke.list_models(
         "*lite*"
     )

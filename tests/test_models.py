@@ -276,6 +276,7 @@ WRONG = {
     "activation with pretrained top": (lambda: ke.EfficientNetLite0(classifier_activation="relu"), "'softmax' or None"),
     "pooling": (lambda: ke.EfficientNetB0(False, None, pooling="mean"), "Expected one of: avg, max"),
     "shape": (lambda: ke.EfficientNetB0(weights=None, input_shape=(224, 224)), "height, width, channels"),
+    "scalar shape": (lambda: ke.EfficientNetB0(weights=None, input_shape=64), "height, width, channels"),
     "channels": (lambda: ke.EfficientNetB0(weights=None, input_shape=(224, 224, None)), "three positive numbers"),
     "pretrained channels": (lambda: ke.EfficientNetLite0(input_shape=(224, 224, 1)), "Expected 3 channels"),
     "tensor": (lambda: ke.EfficientNetB0(weights=None, input_tensor=np.zeros((1, 32, 32, 3))), "Keras tensor"),
@@ -290,7 +291,7 @@ WRONG = {
     "data format": (lambda: ke.EfficientNetB0(weights=None, data_format="NHWC"), "channels_last"),
     "dtype": (lambda: ke.EfficientNetB0(weights=None, dtype="bfloat17"), "mixed_bfloat16"),
     "levels": (lambda: ke.features(ke.EfficientNetB0(False, None), levels=(6,)), "from 1 to 5"),
-    "foreign model": (lambda: ke.features(keras.Sequential([keras.layers.Dense(1)])), "EfficientNet of this package"),
+    "foreign model": (lambda: ke.features(keras.Sequential([keras.layers.Dense(1)])), "one EfficientNet"),
 }
 
 

@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import keras
 import numpy as np
 import pytest
 from conftest import BACKEND, golden
@@ -74,6 +75,18 @@ def test_a_models_own_size_channels_and_record_hold(photograph):
     )
     grey = ke.EfficientNetB0(weights=None, input_shape=(None, None, 1))
     assert ke.load_image(photograph, grey).shape == (224, 224, 1)
+
+
+def test_a_reloaded_model_and_one_with_an_own_head_keep_their_crop(photograph, tmp_path):
+    made = ke.EfficientNetLite2(include_top=False, input_shape=(260, 260, 3), name="mine")
+    expected = ke.load_image(photograph, made)
+    made.save(tmp_path / "m.keras")
+    headed = keras.Model(made.inputs, keras.layers.Flatten()(made.output))
+    by_path = ke.EfficientNetLite2(include_top=False, weights=tmp_path / "m.keras", input_shape=(260, 260, 3))
+    for model in (keras.saving.load_model(tmp_path / "m.keras"), headed, by_path):
+        assert np.array_equal(ke.load_image(photograph, model), expected)
+        assert np.array_equal(ke.load_image(photograph, model, weights="imagenet"), expected)
+    assert not np.array_equal(ke.load_image(photograph, made, weights=None), expected)
 
 
 def test_a_network_size_crop_of_the_same_size_is_the_image():
@@ -241,6 +254,4 @@ def test_names_are_keras_own_classes():
     found = ke.decode_predictions(probabilities, top=2)
     assert found[0] == [("n02123045", "tabby cat", 0.7), ("n02123159", found[0][1][1], 0.3)]
     assert found[1][0][:2] == ("n07920052", "espresso")
-    import keras
-
     assert ke.decode_predictions(keras.ops.convert_to_tensor(probabilities), top=2)[0][0][:2] == found[0][0][:2]

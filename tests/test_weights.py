@@ -61,7 +61,7 @@ def test_unreadable_records_say_so():
 
 def test_a_download_that_fails_names_url_and_place(monkeypatch, tmp_path):
     file = registry.File("keras", url="http://127.0.0.1:9/efficientnetb0.h5", hash="md5:0")
-    with pytest.raises(OSError, match=r"127\.0\.0\.1:9/efficientnetb0\.h5.*by hand as .*models.efficientnetb0\.h5"):
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:9/efficientnetb0\.h5.*by hand as .*models.efficientnetb0\.h5, or"):
         store._download(file)
 
 
@@ -248,7 +248,7 @@ def test_layers_around_a_model_are_left_alone(lite0_path, tmp_path):
                 assert all(
                     map(np.array_equal, layer.get_weights(), joined.get_layer(prefix + layer.name).get_weights())
                 )
-    with pytest.raises(ValueError, match="which holds 2"):
+    with pytest.raises(ValueError, match="holds 2"):
         ke.weights.load(joined, lite0_path)
     headed = keras.Model(plain.inputs, keras.layers.Dense(3, name="out")(plain.output))
     ke.weights.load(headed, lite0_path)

@@ -67,8 +67,10 @@ def _load_own(model: "keras.Model", path) -> None:
             raise ValueError("it holds numbers that are not finite")
     except Exception as error:
         model.set_weights(before)
-        first_line = str(error).strip().split("\n")[0]
-        raise ValueError(f"Expected the weights of {model.name!r}. Received: {str(path)!r} ({first_line})") from error
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(
+            f"Expected the weights of {model.name!r}, layer by layer. Received: {str(path)!r} ({reason})"
+        ) from error
 
 
 def foreign_names(reading: "Reading", naming: Naming) -> dict[tuple[str, str], tuple[str, str]]:

@@ -233,8 +233,20 @@ def find(model: str, tag: str) -> Record:
     for record in records:
         if tag == record.tag or (tag == "imagenet" and record.default):
             return record
-    alias = ["imagenet"] if any(record.default for record in records) else []
+    alias = ["imagenet"] if default(model) else []
     raise unknown(f"weights for {model}", tag, [*alias, *(record.tag for record in records)])
+
+
+def default(model: str) -> Record | None:
+    """The set that `weights="imagenet"` means.
+
+    Args:
+        model: Name of a variant.
+
+    Returns:
+        A `Record`, or None where no set was trained on ImageNet alone.
+    """
+    return next((record for record in of_model(model) if record.default), None)
 
 
 def digest(path, algorithm: str) -> str:

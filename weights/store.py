@@ -32,7 +32,7 @@ def locate(record: Record, include_top: bool = True) -> Path:
     if not fitting:
         urls = ", ".join(file.url for file in record.files)
         raise ValueError(
-            f"Expected weights in a format that can be read ({', '.join(FORMATS)}). Received: {record.tag!r} of "
+            f"Expected weights that can be read, which `keras-effnet list` shows. Received: {record.tag!r} of "
             f"{record.model}, which is published as a TensorFlow checkpoint only ({urls})"
         )
     file = fitting[0]
@@ -64,4 +64,6 @@ def _download(file: File) -> Path:
         )
     except Exception as error:  # get_file raises a bare Exception where the network fails
         path = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / name
-        raise OSError(f"Expected to download {file.url}. Received: {error}. Or save it by hand as {path}") from error
+        raise OSError(
+            f"Expected to download {file.url}. Received: {error}. Save it by hand as {path}, or pass weights=None"
+        ) from error
