@@ -86,7 +86,7 @@ def create_model(
     if variant not in VARIANTS:
         raise unknown("model", variant, VARIANTS)
     row = VARIANTS[variant]
-    origin = _Origin.of(variant, weights)
+    origin = _Origin.of(variant, weights, include_top)
     architecture = _override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
     data_format = _choice(
         "data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first")
@@ -120,7 +120,7 @@ def create_model(
     elif pooling:
         x = style.pool(x, pooling)
     model = _functional(inputs if input_tensor is None else keras.utils.get_source_inputs(inputs), x, name)
-    origin.load_into(model, include_top, style.prefix)
+    origin.load_into(model, style.prefix)
     return model
 
 
@@ -135,19 +135,21 @@ class _Origin:
     """Where a model's values come from: a published record, a file, or neither."""
 
     record: Any = None
-    path: Any = None
+    path: Any = None  # of a file that the user named
+    file: Any = None  # of the record, which is brought once the model is built
 
     @classmethod
-    def of(cls, variant, weights) -> "_Origin":
+    def of(cls, variant, weights, include_top: bool) -> "_Origin":
         if weights is None:
             return cls()
-        from keras_effnet.weights import registry
+        from keras_effnet.weights import registry, store
 
         if isinstance(weights, os.PathLike) or (isinstance(weights, str) and os.path.isfile(weights)):
             return cls(registry.recognise(variant, weights), weights)
         if isinstance(weights, str) and (os.sep in weights or "." in weights):  # no tag has either
             raise FileNotFoundError(f"Expected a file of weights. Received: weights={weights!r}, which does not exist")
-        return cls(record=registry.find(variant, weights))
+        record = registry.find(variant, weights)
+        return cls(record, file=store.choose(record, include_top))
 
     @property
     def resolution(self) -> int | None:
@@ -172,12 +174,10 @@ class _Origin:
             )
         return asked
 
-    def load_into(self, model, include_top: bool, prefix: str) -> None:
+    def load_into(self, model, prefix: str) -> None:
         from keras_effnet.weights import convert, store
 
-        path = self.path
-        if path is None and self.record is not None:
-            path = store.locate(self.record, include_top)
+        path = store.locate(self.file) if self.file is not None else self.path
         if path is not None:
             convert.load(model, path, prefix=prefix)
         if self.record is not None or self.path is None:  # else they are somebody's own

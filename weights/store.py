@@ -8,22 +8,18 @@ from keras_effnet.weights.readers import FORMATS
 from keras_effnet.weights.registry import File, Record, digest
 
 
-def locate(record: Record, include_top: bool = True) -> Path:
-    """Finds the file of a record, downloading it where that is possible.
-
-    Downloads go through `keras.utils.get_file` to Keras' own folder (`~/.keras/models`), so that files which
-    keras.applications has brought before are found there.
+def choose(record: Record, include_top: bool = True) -> File:
+    """Chooses the file of a record that can be read. Looks at nothing but the record.
 
     Args:
         record: A `Record`.
         include_top: Boolean, whether the classifier is needed. Defaults to True.
 
     Returns:
-        Path of the file.
+        A `File`.
 
     Raises:
         ValueError: If no file of the record has a format that can be read.
-        OSError: If the file is neither here nor can be brought, or is another one than expected.
     """
     readable = [file for file in record.files if file.format in FORMATS]
     fitting = [file for file in readable if file.include_top == include_top] or [
@@ -35,7 +31,24 @@ def locate(record: Record, include_top: bool = True) -> Path:
             f"Expected weights that can be read, which `keras-effnet list` shows. Received: {record.tag!r} of "
             f"{record.model}, which is published as a TensorFlow checkpoint only ({urls})"
         )
-    file = fitting[0]
+    return fitting[0]
+
+
+def locate(file: File) -> Path:
+    """Finds a file on this machine, downloading it where that is possible.
+
+    Downloads go through `keras.utils.get_file` to Keras' own folder (`~/.keras/models`), so that files which
+    keras.applications has brought before are found there.
+
+    Args:
+        file: A `File`.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        OSError: If the file is neither here nor can be brought, or is another one than expected.
+    """
     return _in_package(file) if file.package else _download(file)
 
 
