@@ -7,6 +7,7 @@ descriptions, plots, weight names) reads the blocks and multiplies nothing.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Variant:
         drop_connect_rate: Float, rate that the last block would reach if the blocks were counted from 1.
         fixed_ends: Boolean, whether stem and head keep their width and first and last stage their depth (Lite).
         preprocessing: String, the usual scheme of the variant's weights (a key of `preprocessing.SCHEMES`).
+        class_offset: Integer, classes before ImageNet's 1000 in the original's own checkpoints.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Variant:
     drop_connect_rate: float = 0.2
     fixed_ends: bool = False
     preprocessing: str = "imagenet"
+    class_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -250,3 +253,65 @@ def resolve(variant: Variant) -> Architecture:
         dropout_rate=variant.dropout_rate,
         drop_connect_rate=variant.drop_connect_rate,
     )
+
+
+class Layer(NamedTuple):
+    """A layer that owns variables.
+
+    Args:
+        kind: Name of the Keras layer's class.
+        shapes: Dict from the variable's name to its shape, in Keras' order.
+    """
+
+    kind: str
+    shapes: dict[str, tuple[int, ...]]
+
+
+def owners(architecture: Architecture, channels: int = 3, classes: int | None = 1000) -> dict[str, Layer]:
+    """The layers that own variables, in the model's order: what a file of weights has to hold.
+
+    Args:
+        architecture: An `Architecture`.
+        channels: Integer, the input's channels.
+        classes: Integer, or None without a top.
+
+    Returns:
+        Dict from the layer's name (keras.applications') to a `Layer`.
+
+    Example:
+
+    >>> from keras_effnet.variants import VARIANTS
+    >>> owners(resolve(VARIANTS["efficientnet-b0"]))["block1a_dwconv"].shapes
+    {'kernel': (3, 3, 32, 1)}
+    """
+    found: dict[str, Layer] = {}
+
+    def conv(name: str, size: int, filters_in: int, filters: int, norm: str = "") -> None:
+        biases: dict[str, tuple[int, ...]] = {} if norm else {"bias": (filters,)}
+        found[name] = Layer("Conv2D", {"kernel": (size, size, filters_in, filters)} | biases)
+        if norm:
+            batch_norm(norm, filters)
+
+    def batch_norm(name: str, filters: int) -> None:
+        names = ("gamma", "beta", "moving_mean", "moving_variance")
+        found[name] = Layer("BatchNormalization", dict.fromkeys(names, (filters,)))
+
+    conv("stem_conv", 3, channels, architecture.stem_filters, norm="stem_bn")
+    for block in architecture.blocks:
+        start, inside = f"block{block.name}_", block.inner_filters
+        if block.operator == "fused":
+            conv(f"{start}expand_conv", block.kernel_size, block.filters_in, inside, norm=f"{start}expand_bn")
+        else:
+            if block.expand_filters:
+                conv(f"{start}expand_conv", 1, block.filters_in, inside, norm=f"{start}expand_bn")
+            found[f"{start}dwconv"] = Layer("DepthwiseConv2D", {"kernel": (block.kernel_size,) * 2 + (inside, 1)})
+            batch_norm(f"{start}bn", inside)
+        if block.se_filters:
+            conv(f"{start}se_reduce", 1, inside, block.se_filters)
+            conv(f"{start}se_expand", 1, block.se_filters, inside)
+        conv(f"{start}project_conv", 1, inside, block.filters_out, norm=f"{start}project_bn")
+    filters = architecture.head_filters
+    conv("top_conv", 1, architecture.blocks[-1].filters_out, filters, norm="top_bn")
+    if classes is not None:
+        found["predictions"] = Layer("Dense", {"kernel": (filters, classes), "bias": (classes,)})
+    return found

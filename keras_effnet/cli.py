@@ -122,13 +122,18 @@ def predict(ctx, photographs, model, weights, top, as_json) -> None:
 
 @main.command("list")
 @click.argument("pattern", required=False)
+@click.option("--weights", "of_weights", is_flag=True, help="A row per published set of weights instead.")
 @AS_JSON
-def list_(pattern, as_json) -> None:
-    """List the models, all or those like PATTERN (with * and ?)."""
+def list_(pattern, of_weights, as_json) -> None:
+    """List the models, all or those like PATTERN (with * and ?), or their published weights."""
     from keras_effnet.describe import describe
     from keras_effnet.variants import list_models
 
-    rows = [describe(name) for name in list_models(pattern)]
+    names = list_models(pattern)
+    if of_weights:
+        _list_weights(names, as_json)
+        return
+    rows = [describe(name) for name in names]
     if as_json:
         _print_json(
             {"models": [{key: row[key] for key in ("name", "resolution", "params", "macs", "weights")} for row in rows]}
@@ -137,13 +142,43 @@ def list_(pattern, as_json) -> None:
     table = _table("", "name", ">pixels", ">parameters", ">multiply-adds", "weights: top-1 in per cent")
     for row in rows:
         sets = ", ".join(
-            ("{tag} {top1}" if record["readable"] else "({tag} {top1})").format(**record) + "*" * record["default"]
+            "{tag} {top1}".format(**record) + "*" * record["default"]
             for record in row["weights"]
+            if record["publisher"] == "tpu" or len(row["weights"]) == 1
         )
         table.add_row(
             row["name"], str(row["resolution"][0]), f"{row['params'] / 1e6:.1f} M", f"{row['macs'] / 1e9:.2f} G", sets
         )
-    _print(table, "* is what `imagenet` means. Sets in brackets cannot be read yet.")
+    _print(table, "* is what `imagenet` means. timm's ports: `keras-effnet list --weights`.")
+
+
+def _list_weights(names: list[str], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from keras_effnet.variants import VARIANTS
+    from keras_effnet.weights import registry
+
+    records = [record for name in names for record in registry.of_model(name)]
+    if as_json:
+        _print_json({"weights": [asdict(record) for record in records]})
+        return
+    table = _table(
+        "", "model", "tag", ">top-1", ">top-5", ">pixels", "preprocessing", "interpolation", "files", "licence"
+    )
+    for record in records:
+        formats = ", ".join(dict.fromkeys(file.format for file in record.files))
+        cells = (
+            record.model.removeprefix("efficientnet-"),
+            record.tag.removeprefix("tf_efficientnet_") + "*" * record.default,
+            record.top1,
+            record.top5 or "",
+            record.resolution or VARIANTS[record.model].resolution,
+            record.preprocessing,
+            formats,
+            record.licence,
+        )
+        table.add_row(*map(str, cells))
+    _print(table, "* is what `imagenet` means. --json: with sources, addresses and hashes.")
 
 
 @main.command("describe")
@@ -192,18 +227,107 @@ def describe_(name, as_json) -> None:
 
 
 @main.command("plot")
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, metavar="[NAME...]")
 @click.argument("out", metavar="OUT.svg|png|pdf")
+@click.option("--tradeoff", is_flag=True, help="Draw top-1 over parameters and multiply-adds of all published weights.")
 @AS_JSON
-def plot_(names, out, as_json) -> None:
-    """Draw models side by side, a row of blocks per stage."""
-    from keras_effnet.describe import plot
+def plot_(names, out, tradeoff, as_json) -> None:
+    """Draw models side by side, a row of blocks per stage; or what all weights reach at what cost."""
+    from keras_effnet.describe import plot, plot_tradeoff
 
-    path = plot(list(names), out)
+    if bool(names) == tradeoff:
+        raise click.UsageError("Expected names of models, or --tradeoff with none.")
+    path = plot_tradeoff(out) if tradeoff else plot(list(names), out)
     if as_json:
         _print_json({"path": str(path)})
     else:
         click.echo(f"Wrote {path}")
+
+
+SOURCE = click.option(
+    "--from", "source", default="auto", show_default=True, help="tpu, timm, keras or lukemelas; auto looks inside."
+)
+RAW = click.option("--raw", is_flag=True, help="Take the weights themselves, not their moving average.")
+
+
+@main.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option("--model", help="Recognised from the tensors unless given.")
+@SOURCE
+@click.option("--to", "target", help="tpu, timm, keras or own. Default: by DST's ending.")
+@RAW
+@click.option(
+    "--preprocessing",
+    default="auto",
+    show_default=True,
+    help="What a .keras or .h5 file does with pixels: imagenet, inception, tpu127.",
+)
+@AS_JSON
+def convert(src, dst, model, source, target, raw, preprocessing, as_json) -> None:
+    """Convert weights from SRC to DST.
+
+    SRC is a .keras, .h5, .safetensors or torch file, or a TensorFlow checkpoint (folder, prefix or .tar.gz). DST ends
+    in .keras or .weights.h5 (this package), .safetensors (timm) or .h5 (keras.applications), or is the prefix of a
+    TensorFlow checkpoint.
+    """
+    _choose_backend()
+    from rich.console import Console
+
+    from keras_effnet import weights
+
+    with Console(stderr=True).status("Converting"), contextlib.redirect_stdout(sys.stderr):
+        name = weights.convert_file(src, dst, model, source, target, raw=raw, preprocessing=preprocessing)
+    if as_json:
+        _print_json({"model": name, "path": dst})
+    else:
+        click.echo(f"Wrote {dst}: {name}")
+
+
+@main.command()
+@click.argument("file")
+@click.option("--model", required=True, help="See `keras-effnet list`.")
+@SOURCE
+@RAW
+@AS_JSON
+@click.pass_context
+def verify(ctx, file, model, source, raw, as_json) -> None:
+    """Show what of FILE would be loaded into a model and what not. Exit status 1 if it does not fit."""
+    from dataclasses import asdict
+
+    from keras_effnet import weights
+
+    report = weights.verify(file, model, source, raw=raw)
+    if as_json:
+        _print_json(asdict(report) | {"fits": report.fits})
+    else:
+        for problem in report.problems:
+            click.echo(problem)
+        for reason, count in report.ignored.items():
+            click.echo(f"{count} not needed: {reason}")
+        verdict = (
+            "fits" if report.fits else f"does not fit: {len(report.problems)} missing (-), unexpected (+), wrong (!)"
+        )
+        click.echo(
+            f"{len(report.loaded)} variables match. {report.format} file with {report.classes} classes: {verdict}"
+        )
+    ctx.exit(0 if report.fits else 1)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("tag", default="imagenet")
+@click.option("--no-top", is_flag=True, help="The file without the classifier, where there is one.")
+@AS_JSON
+def download(model, tag, no_top, as_json) -> None:
+    """Bring the weights of MODEL to this machine: those called TAG, or `imagenet`."""
+    from keras_effnet.weights import registry, store
+
+    path = store.bring(registry.find(model, tag), include_top=not no_top)
+    if as_json:
+        _print_json({"model": model, "tag": tag, "path": str(path)})
+    else:
+        click.echo(path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +69,9 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         - `layers`: without top, `ours` and as `keras_applications` counts them;
         - `stages`, a dict per row of the paper's table: `stage`, `operator`, `resolution` at its input, `channels` at
           its output, `layers`, `kernel_size`, `strides`, and lists of `expand_filters` and `se_filters` per block;
-        - `weights`, a dict per published set: `tag`, `top1` in per cent, `preprocessing`, `source`,
-          whether it is the `default`, which `weights="imagenet"` means, and whether it is `readable` today.
+        - `weights`, a dict per published set: `tag`, `top1` and `top5` in per cent (None where not published),
+          `preprocessing`, `source`, `publisher` (`"tpu"` or `"timm"`), and whether it is the `default`, which
+          `weights="imagenet"` means.
 
     Raises:
         ValueError: If the model is unknown, or not of this package.
@@ -85,7 +87,6 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         arXiv 1905.11946, tables 1 and 2.
     """
     from keras_effnet.weights import registry
-    from keras_effnet.weights.readers import FORMATS
 
     if isinstance(model, str):
         if model not in VARIANTS:
@@ -125,10 +126,11 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
             {
                 "tag": record.tag,
                 "top1": record.top1,
+                "top5": record.top5,
                 "preprocessing": record.preprocessing,
                 "source": record.source,
+                "publisher": record.publisher,
                 "default": record.default,
-                "readable": any(file.format in FORMATS for file in record.files),
             }
             for record in (registry.of_model(variant) if variant else ())
         ],
@@ -206,20 +208,9 @@ def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.P
     if not models:
         raise ValueError("Expected one model or more. Received: models=[]")
     path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise unknown("kind of picture", path.suffix or path.name, _SUFFIXES)
+    _check_picture(path)
     descriptions = [describe(model) for model in models]
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"Expected a folder for the picture. Received: {str(path.parent)!r}, which does not exist"
-        )
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Expected matplotlib, which draws the picture. Bring it with: pip install matplotlib"
-        ) from error
+    figure_class = _figure_class()
 
     box = 0.5 if len(models) == 1 else 0.19  # inches
     widths = [
@@ -227,7 +218,7 @@ def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.P
     ]
     width = max(sum(widths) + 0.2, 3.6)
     height = 0.62 * max(len(description["stages"]) for description in descriptions) + 1.3
-    figure = Figure(figsize=(width, height))
+    figure = figure_class(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
@@ -240,10 +231,146 @@ def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.P
         axes.text(0.2 + 0.85 * place, height - 0.4, f"■ {label}", **style)
     notes = "px: side of the stage's input. Dark: stride 2." + " In a box: channels inside." * (box > 0.4)
     axes.text(0.2, height - 0.2, notes, color=_COLOURS[1], fontsize=6.5, va="center")
+    return _save(figure, path)
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix.lower() not in _SUFFIXES:
+        raise unknown("kind of picture", path.suffix or path.name, _SUFFIXES)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"Expected a folder for the picture. Received: {str(path.parent)!r}, which does not exist"
+        )
+
+
+def _figure_class():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Expected matplotlib, which draws the picture. Bring it with: pip install matplotlib"
+        ) from error
+    return Figure
+
+
+def _save(figure, path: Path) -> Path:
+    import matplotlib
+
     # Fixed identifiers and no date: the same call writes the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "keras_effnet"}):
         figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
     return path
+
+
+# A line of the picture each: models, tag, colour, and where a point's label stands (in typographic points; None: none).
+_LINES = {
+    "baseline": (r"efficientnet-(b\d)", "baseline", "#8c8c8c", None),
+    "AutoAugment": (r"efficientnet-(b\d)", "autoaugment", "#3b76af", (4, -9)),
+    "RandAugment": (r"efficientnet-(b\d)", "randaugment", "#519e3e", None),
+    "AdvProp": (r"efficientnet-(b\d)", "advprop", "#8d69b8", None),
+    "NoisyStudent (with unlabelled images)": (
+        r"efficientnet-(b\d|l2)",
+        r"noisy-student(?:-475)?",
+        "#c8553d",
+        (-12, 4),
+    ),
+    "Lite": (r"efficientnet-(lite\d)", "baseline", "#d68a2e", (4, -9)),
+    "EdgeTPU": (r"efficientnet-edgetpu-([sml])", "baseline", "#3a9c9c", (-9, 3)),
+    "CondConv": (r"efficientnet-condconv-b0-(.*)", "baseline", "#b85c9a", (4, -9)),
+    "pruned": (r"efficientnet-(b\d)-pruned", ".*", "#222222", (4, -9)),
+}
+
+
+def tradeoff() -> list[dict[str, Any]]:
+    """What each published set of weights reaches, and what its model costs.
+
+    Returns:
+        List of a dict per set of each model that `create_model()` builds: `model`, `tag`, `top1` in per cent,
+        `publisher`, `resolution` in pixels, `params`, and `macs` at that resolution.
+
+    Example:
+
+    >>> rows = tradeoff()
+    >>> rows[0]["model"], rows[0]["tag"], rows[0]["top1"]
+    ('efficientnet-b0', 'baseline', 76.7)
+    """
+    from keras_effnet.weights import registry
+
+    rows = []
+    for name, variant in VARIANTS.items():
+        architecture, params = resolve(variant), describe(name)["params"]
+        for record in registry.of_model(name):
+            side = record.resolution or variant.resolution
+            macs = sum(stage["_macs"] for stage in _stages(architecture, (side, side), 3, 1000))
+            rows.append(
+                {
+                    "model": name,
+                    "tag": record.tag,
+                    "top1": record.top1,
+                    "publisher": record.publisher,
+                    "resolution": side,
+                    "params": params,
+                    "macs": macs,
+                }
+            )
+    return rows
+
+
+def plot_tradeoff(path: str | os.PathLike) -> Path:
+    """Draws top-1 accuracy over parameters and over multiply-adds, a line per training method.
+
+    Args:
+        path: Path of the picture, which ends in .svg, .png or .pdf. Its folder exists.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the path ends otherwise.
+        OSError: If the picture cannot be written.
+
+    Example:
+
+    >>> import tempfile
+    >>> plot_tradeoff(f"{tempfile.mkdtemp()}/tradeoff.svg").name
+    'tradeoff.svg'
+
+    Reference:
+        arXiv 1905.11946, figures 1 and 5.
+    """
+    path = Path(path)
+    _check_picture(path)
+    figure = _figure_class()(figsize=(11, 5.2), layout="constrained")
+    rows = tradeoff()
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, unit, label in zip(
+        panels, ("params", "macs"), (1e6, 1e9), ("parameters, million", "multiply-adds, billion"), strict=True
+    ):
+        for title, (models, tag, colour, offset) in _LINES.items():
+            chosen = [
+                (row[key] / unit, row["top1"], match[1].capitalize())
+                for row in rows
+                if (match := re.fullmatch(models, row["model"]))
+                and re.fullmatch(tag, row["tag"])
+                and (row["publisher"] == "tpu" or "pruned" in row["model"])
+            ]
+            if not chosen:
+                continue
+            chosen.sort()
+            across, up, _ = zip(*chosen, strict=True)
+            axes.plot(across, up, "o-", color=colour, markersize=4, linewidth=1.2, label=title)
+            for x, y, name in chosen if offset else ():
+                axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=6.5, color=colour)
+        ports = [(row[key] / unit, row["top1"]) for row in rows if row["tag"].startswith("tf_")]
+        style = {"marker": "x", "color": "#bbbbbb", "s": 10, "linewidths": 0.8, "zorder": 0}
+        axes.scatter(*zip(*ports, strict=True), label="timm's ports, as timm measures them", **style)
+        axes.set(xscale="log", xlabel=label)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(color="#eeeeee", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("ImageNet top-1, per cent")
+    panels[0].legend(fontsize=7, frameon=False, loc="lower right")
+    return _save(figure, path)
 
 
 def _draw(axes, description: dict, left: float, box: float) -> None:

@@ -44,13 +44,14 @@ def create_model(
     Args:
         variant: String, one of `keras_effnet.list_models()`.
         include_top: Boolean, whether to include the classifier. Defaults to True.
-        weights: Tag of a published set (`keras_effnet.weights.registry`), `"imagenet"` for the best known one that was
-            trained on ImageNet alone, path of a file, or None for random values. Defaults to `"imagenet"`. The layers
-            are the same for every value.
+        weights: Tag of a published set (`keras_effnet.list_weights()`), `"imagenet"` for the best known one that was
+            trained on ImageNet alone, path of a file of any format that `keras_effnet.weights.load()` reads, or None
+            for random values. Defaults to `"imagenet"`. The layers are the same for every value.
         input_tensor: Keras tensor to build on, such as the output of `keras.layers.Input()`. Defaults to None. Where
             its graph already holds layers of the same names, the new ones are prefixed with the model's name.
         input_shape: Tuple of height, width and channels (channels, height and width for `channels_first`); height and
-            width may be None. Defaults to the variant's resolution with the top, and to any size without.
+            width may be None. Defaults to the variant's resolution with the top, and to any size without. Pretrained
+            weights fit any number of channels: the first kernel is summed or repeated, as timm does it.
         pooling: Without the top: `"avg"` or `"max"` for a global pool, None for the last convolution's output.
         classes: Integer, outputs of the classifier. Defaults to 1000.
         classifier_activation: Activation of the classifier, None for logits. Defaults to `"softmax"`.
@@ -86,21 +87,15 @@ def create_model(
     if variant not in VARIANTS:
         raise unknown("model", variant, VARIANTS)
     row = VARIANTS[variant]
-    origin = _Origin.of(variant, weights, include_top)
+    origin = _Origin.of(variant, weights)
     architecture = _override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
     data_format = _choice(
         "data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first")
     )
-    _check_head(
-        include_top, pooling, classes, classifier_activation, pretrained=origin.record is not None, variant=variant
-    )
+    _check_head(include_top, pooling, classes, classifier_activation, origin.record, variant)
     name = name or variant
     inputs = _inputs(input_tensor, input_shape, origin.resolution or row.resolution, include_top, data_format)
     channels = inputs.shape[-1 if data_format == "channels_last" else 1]
-    if origin.record is not None and channels != 3:
-        raise ValueError(
-            f"Expected 3 channels, which the pretrained {variant} has. Received: {channels} channels. Pass weights=None"
-        )
     scale, offset = constants(origin.preprocessing(preprocessing, row.preprocessing, channels), channels)
 
     style = blocks.Style(
@@ -120,7 +115,7 @@ def create_model(
     elif pooling:
         x = style.pool(x, pooling)
     model = _functional(inputs if input_tensor is None else keras.utils.get_source_inputs(inputs), x, name)
-    origin.load_into(model, style.prefix)
+    origin.load_into(model, include_top, classes, style.prefix)
     return model
 
 
@@ -136,20 +131,19 @@ class _Origin:
 
     record: Any = None
     path: Any = None  # of a file that the user named
-    file: Any = None  # of the record, which is brought once the model is built
 
     @classmethod
-    def of(cls, variant, weights, include_top: bool) -> "_Origin":
+    def of(cls, variant, weights) -> "_Origin":
         if weights is None:
             return cls()
-        from keras_effnet.weights import registry, store
+        from keras_effnet.weights import readers, registry
 
-        if isinstance(weights, os.PathLike) or (isinstance(weights, str) and os.path.isfile(weights)):
-            return cls(registry.recognise(variant, weights), weights)
-        if isinstance(weights, str) and (os.sep in weights or "." in weights):  # no tag has either
+        named = isinstance(weights, str)
+        if not named or os.path.isfile(weights) or (readers.exists(weights) and (os.sep in weights or "." in weights)):
+            return cls(registry.recognise(variant, weights) if os.path.isfile(weights) else None, weights)
+        if os.sep in weights or weights.endswith(readers.SUFFIXES):
             raise FileNotFoundError(f"Expected a file of weights. Received: weights={weights!r}, which does not exist")
-        record = registry.find(variant, weights)
-        return cls(record, file=store.choose(record, include_top))
+        return cls(registry.find(variant, weights))
 
     @property
     def resolution(self) -> int | None:
@@ -174,10 +168,12 @@ class _Origin:
             )
         return asked
 
-    def load_into(self, model, prefix: str) -> None:
+    def load_into(self, model, include_top: bool, classes: int, prefix: str) -> None:
         from keras_effnet.weights import convert, store
 
-        path = store.locate(self.file) if self.file is not None else self.path
+        path = self.path
+        if path is None and self.record is not None:
+            path = store.bring(self.record, include_top, classes)
         if path is not None:
             convert.load(model, path, prefix=prefix)
         if self.record is not None or self.path is None:  # else they are somebody's own
@@ -217,19 +213,19 @@ def _policy(dtype) -> keras.DTypePolicy:
         ) from error
 
 
-def _check_head(include_top, pooling, classes, classifier_activation, pretrained, variant) -> None:
+def _check_head(include_top, pooling, classes, classifier_activation, record, variant) -> None:
     if pooling is not None:
         _choice("pooling", pooling, ("avg", "max"))
     if not include_top:
         return
     if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
         raise ValueError(f"Expected classes as a positive integer. Received: classes={classes!r}")
-    if pretrained and classes != 1000:
+    if record is not None and classes not in {1000 + file.class_offset for file in record.files}:
         raise ValueError(
             f"Expected classes=1000, which the pretrained top of {variant} has. Received: classes={classes}. "
             "Pass include_top=False and add your own classifier, or weights=None"
         )
-    if pretrained and classifier_activation not in (
+    if record is not None and classifier_activation not in (
         None,
         "softmax",
         keras.activations.softmax,

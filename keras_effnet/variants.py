@@ -108,6 +108,7 @@ _FAMILIES: tuple[tuple[dict, dict], ...] = (
             "source": "tensorflow/tpu efficientnet/edgetpu",
             "activation": "relu",
             "preprocessing": "tpu127",
+            "class_offset": 1,  # background: edgetpu/README.md:35
         },
     ),
 )

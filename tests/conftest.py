@@ -30,11 +30,32 @@ def golden(name: str) -> dict:
 def fill(model: keras.Model) -> keras.Model:
     """Gives every variable the seeded value of its name in the original."""
     reading = blocks.read(model)
-    names = convert.foreign_names(reading, namemaps.TPU)
-    shapes = {(name, weight.name): weight.shape for name, layer in reading.layers.items() for weight in layer.weights}
-    tensors = {f"net/{name}": seeded(f"net/{name}", shapes[ours]) for ours, (name, _) in names.items()}
-    convert.assign(model, tensors, namemaps.TPU, "seeded weights")
+    names = convert.foreign_names(reading.architecture, namemaps.TPU, reading.channels, reading.classes)
+    for (layer, variable), (name, _, shape) in names.items():
+        target = next(weight for weight in reading.layers[layer].weights if weight.name == variable)
+        target.assign(seeded(f"net/{name}", shape))
     return model
+
+
+def save_checkpoint(prefix, tensors: dict[str, np.ndarray]) -> str:
+    """Writes a checkpoint as the original does, with TensorFlow's own Saver of TensorFlow 1."""
+    import tensorflow as tf
+
+    v1 = tf.compat.v1
+    with tf.Graph().as_default(), v1.Session() as session:
+        variables = {name: v1.Variable(value, name=name, use_resource=False) for name, value in tensors.items()}
+        session.run(v1.global_variables_initializer())
+        return v1.train.Saver(variables).save(session, os.fspath(prefix), write_meta_graph=False)
+
+
+def lite0_package() -> Path:
+    """The genuine weights of Lite0, as their package has them."""
+    from importlib.metadata import distribution
+
+    from keras_effnet.weights import registry
+
+    file = next(file for file in registry.find("efficientnet-lite0", "imagenet").files if file.package)
+    return Path(str(distribution(file.package).locate_file(file.path)))
 
 
 def run(model: keras.Model, x) -> np.ndarray:
@@ -53,4 +74,16 @@ def photograph() -> str:
     return str(ROOT / "docs" / "cat.png")
 
 
-__all__ = ["BACKEND", "GOLDEN", "ROOT", "fill", "golden", "image", "run", "same_weights", "seeded"]
+__all__ = [
+    "BACKEND",
+    "GOLDEN",
+    "ROOT",
+    "fill",
+    "golden",
+    "image",
+    "lite0_package",
+    "run",
+    "same_weights",
+    "save_checkpoint",
+    "seeded",
+]

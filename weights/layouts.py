@@ -1,4 +1,4 @@
-"""Named, invertible layouts of arrays. No Keras."""
+"""Named layouts of arrays, invertible but for the one that drops something. No Keras."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +23,37 @@ def _transpose(*axes: int) -> Layout:
     return Layout(lambda array: array.transpose(axes), lambda array: array.transpose(np.argsort(axes)))
 
 
+def _background_is_gone(array: np.ndarray) -> np.ndarray:
+    raise ValueError(
+        "Expected the classifier of 1001 classes that the original has, the first of them background. Received: one of "
+        "1000, whose background class is gone. Load the original weights into a model built with classes=1001"
+    )
+
+
 LAYOUTS: dict[str, Layout] = {
     "keep": Layout(lambda array: array, lambda array: array),
     "OIHW->HWIO": _transpose(2, 3, 1, 0),
     "C1HW->HWC1": _transpose(2, 3, 0, 1),
     "OI->IO": _transpose(1, 0),
+    # edgetpu/README.md:35: label 0 is background; main.py:679 says so of any original net with 1001 classes.
+    "drop-background-class": Layout(lambda array: array[..., 1:], _background_is_gone),
 }
+
+
+def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """Fits a stem's kernel of 3 input channels to another number: summed for one, else repeated and rescaled.
+
+    Args:
+        kernel: Array (height, width, 3, filters).
+        channels: Integer.
+
+    Returns:
+        Array (height, width, `channels`, filters).
+
+    Reference:
+        timm/models/_manipulate.py `adapt_input_conv`, 1.0.31.
+    """
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    repeated = np.tile(kernel, (1, 1, -(-channels // 3), 1))[:, :, :channels]
+    return repeated * np.float32(3 / channels)

@@ -1,273 +1,331 @@
-"""From a file to `{name: array}` in the names of the program that wrote it. No Keras, no torch."""
+"""From a file to its tensors, in the names of the program that wrote it. No Keras. Nothing in a file is run."""
 
-import io
 import json
 import math
-import pickletools
+import os
 import re
+import tarfile
+import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMATS = ("keras", "lukemelas")  # namings whose files `read()` knows
+from keras_effnet.weights import torch_files
+
+SUFFIXES = (
+    ".keras",
+    ".h5",
+    ".hdf5",
+    ".safetensors",
+    ".pth",
+    ".pt",
+    ".bin",
+    ".tar.gz",
+    ".tgz",
+    ".tar",
+    ".ckpt",
+    ".index",
+)
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py: first object of a file from before torch 1.6
 
 
-def read(path) -> tuple[str, dict[str, np.ndarray]]:
-    """Reads a file of a foreign format, which is recognised by its content.
+class Stored(NamedTuple):
+    """A tensor in a file.
 
     Args:
-        path: Path of a Keras h5 file or a torch state dict.
+        shape: Tuple of integers.
+        read: Function that gives the array.
+    """
 
-    Returns:
-        Name of the naming (a key of `namemaps.NAMINGS`), and the arrays by name.
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+Tensors = dict[str, Stored]
+
+
+@contextmanager
+def opened(path, raw: bool = False) -> Iterator[Tensors]:
+    """Opens a file, whose format is recognised by its content, and gives its tensors while it is open.
+
+    Args:
+        path: Path of an h5, .keras, .safetensors or torch file; of a TensorFlow checkpoint as a folder, a prefix or a
+            .tar.gz.
+        raw: Boolean, whether to take the weights themselves where a torch checkpoint holds their moving average.
 
     Raises:
         OSError: If the file cannot be read.
         ValueError: If its content is not what its format promises, or of no known format.
     """
     path = Path(path)
+    if path.is_dir() or not path.exists() or path.suffix in (".index", ".meta"):
+        yield _checkpoint(_prefix(path))
+        return
     with path.open("rb") as file:
-        start = file.read(64)
+        start = file.read(512)
     if start.startswith(HDF5_SIGNATURE):
-        return "keras", read_h5(path)
-    if start.startswith(b"\x80"):
-        tensors = read_torch(path)
-        if "_conv_stem.weight" not in tensors:
-            raise ValueError(
-                "Expected the names of EfficientNet-PyTorch (_conv_stem.weight, ...). "
-                f"Received: {str(path)!r} without them"
-            )
-        return "lukemelas", tensors
-    raise ValueError(
-        f"Expected weights as .weights.h5 or .keras of this package, .h5 of keras.applications, or a legacy .pth of "
-        f"EfficientNet-PyTorch. Received: {str(path)!r}, whose first bytes are {start[:8]!r}"
-    )
-
-
-def _dataset(dataset, file_size: int) -> np.ndarray:
-    """Numbers that stand in this very file, no more of them than a well-compressed one can hold."""
-    if dataset.dtype.kind not in "fiu" or dataset.external is not None or dataset.is_virtual:
-        raise ValueError(f"{dataset.name[:80]} holds no numbers of this file")
-    if dataset.nbytes > 1000 * file_size:
-        raise ValueError(f"{dataset.name[:80]} declares {dataset.nbytes:,} bytes")
-    return np.asarray(dataset)
-
-
-def read_h5(path) -> dict[str, np.ndarray]:
-    """Reads a legacy Keras h5 file, weights only or whole model, by layer name.
-
-    Args:
-        path: Path of the file.
-
-    Returns:
-        Arrays by `layer/variable`.
-
-    Raises:
-        ValueError: If the file has another structure.
-    """
-    import h5py
-
-    tensors = {}
-    try:
-        with h5py.File(path, "r") as file:
-            group: Any = file.get("model_weights", file)
-            for layer in group.attrs["layer_names"]:
-                layer = layer.decode() if isinstance(layer, bytes) else layer
-                for name in group[layer].attrs["weight_names"]:
-                    name = name.decode() if isinstance(name, bytes) else name
-                    variable = name.rsplit("/", 1)[-1].split(":")[0].replace("depthwise_kernel", "kernel")
-                    tensors[f"{layer}/{variable}"] = _dataset(group[layer][name], Path(path).stat().st_size)
-    except Exception as error:  # h5py raises whatever a damaged file makes of it
+        with _h5(path, path) as tensors:
+            yield tensors
+    elif start.startswith(b"PK") and not _is_torch(path):
+        with _keras_archive(path) as tensors:
+            yield tensors
+    elif start.startswith((b"PK", b"\x80")):
+        yield {name: Stored(*stored) for name, stored in torch_files.read_torch(path, raw).items()}
+    elif len(start) > 8 and start[8:9] == b"{":
+        yield _safetensors(path)
+    elif start.startswith(b"\x1f\x8b") or start[257:262] == b"ustar":
+        with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
+            _unpack(path, Path(folder))
+            yield _checkpoint(_prefix(Path(folder), path))
+    elif re.search(r"\.data-\d+-of-\d+$", path.name):
+        yield _checkpoint(_prefix(path))
+    else:
         raise ValueError(
-            f"Expected an h5 file of keras.applications' structure. Received: {str(path)!r} ({error})"
-        ) from error
-    return tensors
+            "Expected weights as .keras, .h5, .safetensors, .pth, or a TensorFlow checkpoint (folder, prefix or "
+            f".tar.gz). Received: {str(path)!r}, whose first bytes are {start[:8]!r}"
+        )
 
 
-_STORAGES = {
-    "FloatStorage": "<f4",
-    "DoubleStorage": "<f8",
-    "HalfStorage": "<f2",
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-    "ShortStorage": "<i2",
-    "CharStorage": "<i1",
-    "ByteStorage": "<u1",
-    "BoolStorage": "?",
-}
-
-
-class _Storage(NamedTuple):
-    """What a state dict says of the numbers behind a tensor, which stand later in the file."""
-
-    dtype: str
-    key: str
-    length: int
-
-
-class _Tensor(NamedTuple):
-    """What a state dict says of a tensor."""
-
-    storage: _Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_GLOBALS = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    *(f"torch {name}" for name in _STORAGES),
-}
-
-
-class _Global(NamedTuple):
-    name: str
-
-
-def _unpickle(file: io.BytesIO):
-    """Reads one pickle in a state dict's vocabulary. Nothing that it names is imported, called, hashed or printed."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(file):
-        match opcode.name:
-            case "PROTO":
-                pass
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
-                stack.append(argument)
-            case name if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            case "EMPTY_LIST" | "EMPTY_DICT":
-                stack.append([] if opcode.name == "EMPTY_LIST" else {})
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "APPEND" | "APPENDS":
-                items = [stack.pop()] if opcode.name == "APPEND" else since_mark()
-                stack[-1].extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = since_mark() if opcode.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                if not all(type(key) is str for key in items[::2]):
-                    raise ValueError("it has a key that is no string")
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "GLOBAL":
-                if argument not in _GLOBALS:
-                    raise ValueError(f"it asks for {argument[:80].replace(' ', '.')}, which no state dict needs")
-                stack.append(_Global(argument))
-            case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                if function == _Global("collections OrderedDict") and arguments == ():
-                    stack.append({})
-                elif function == _Global("torch._utils _rebuild_tensor_v2") and isinstance(arguments[0], _Storage):
-                    stack.append(_Tensor(*arguments[:4]))
-                else:
-                    raise ValueError("it calls what no state dict calls")
-            case "BINPERSID":
-                kind, storage, key, _, count, *_ = stack.pop()
-                dtype = _STORAGES[storage.name.removeprefix("torch ")]
-                if kind != "storage" or type(key) is not str or type(count) is not int:
-                    raise ValueError("it refers to what is no storage")
-                stack.append(_Storage(dtype, key, count))
-            case "BUILD":
-                stack.pop()  # torch's `_metadata`, the versions of a module's parts
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "STOP":
-                return stack.pop()
-            case name:
-                raise ValueError(f"it has the instruction {name}, which no state dict needs")
-    raise ValueError("it ends early")
-
-
-def read_torch(path) -> dict[str, np.ndarray]:
-    """Reads a state dict that torch saved before version 1.6, without torch and without running anything in it.
+def exists(path) -> bool:
+    """Whether there is a file, a folder, or a checkpoint of this prefix.
 
     Args:
-        path: Path of the file.
-
-    Returns:
-        Arrays by name.
-
-    Raises:
-        ValueError: If the file is damaged, holds anything but tensors, or asks for code to be run.
-
-    Reference:
-        torch/serialization.py, `_legacy_save` and `_legacy_load`.
-    """
-    data = Path(path).read_bytes()
-    file = io.BytesIO(data)
-    try:
-        magic = _unpickle(file)
-        if type(magic) is not int or magic != TORCH_MAGIC:
-            raise ValueError("it does not begin with torch's number")
-        _protocol, system = _unpickle(file), _unpickle(file)
-        if system.get("little_endian") is not True:
-            raise ValueError("it was not written on a little-endian machine")
-        state, keys = _unpickle(file), _unpickle(file)
-        state = state.get("state_dict", state)
-        wrong = [name for name, value in state.items() if not isinstance(value, _Tensor)]
-        if wrong:
-            raise ValueError(f"{wrong[0][:80]!r} is no tensor")
-        known = {tensor.storage.key: tensor.storage for tensor in state.values()}
-        place, storages = file.tell(), {}
-        for key in keys:
-            dtype, _, promised = known[key]
-            count = int.from_bytes(data[place : place + 8], "little")
-            if count != promised or place + 8 + count * np.dtype(dtype).itemsize > len(data):
-                raise ValueError(f"storage {key} is cut short")
-            storages[key] = np.frombuffer(data, dtype, count, place + 8)
-            place += 8 + storages[key].nbytes
-        return {name: _view(tensor, storages[tensor.storage.key]) for name, tensor in state.items()}
-    except Exception as error:  # unpickling a damaged file raises whatever its bytes happen to ask for
-        raise ValueError(
-            f"Expected a state dict saved by torch. Received: {str(path)!r}, but {error or type(error).__name__}"
-        ) from error
-
-
-def _view(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
-    numbers = (tensor.offset, *tensor.size, *tensor.stride)
-    if len(tensor.size) != len(tensor.stride) or not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"a tensor has size {tensor.size} and stride {tensor.stride}")
-    if math.prod(tensor.size) and tensor.offset + sum(
-        (n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True)
-    ) >= len(storage):
-        raise ValueError(f"a tensor of size {tensor.size} reaches beyond its storage")
-    if math.prod(tensor.size) > len(storage):
-        raise ValueError(f"a tensor of size {tensor.size} repeats its storage")
-    strides = [stride * storage.itemsize for stride in tensor.stride]
-    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.size, strides, writeable=False)
-
-
-def is_own(path) -> bool:
-    """Whether a file is called as Keras 3 calls its own: it reads them under these names only.
-
-    Args:
-        path: Path of a file.
+        path: Path.
 
     Returns:
         Boolean.
     """
-    return bool(re.search(r"\.(keras|weights\.h5)$", str(path)))
+    return os.path.exists(path) or os.path.exists(f"{os.fspath(path)}.index")
+
+
+def _is_torch(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name == "data.pkl" or name.endswith("/data.pkl") for name in archive.namelist())
+    except Exception as error:  # zipfile raises what a damaged file makes of it
+        raise ValueError(f"Expected an archive. Received: {str(path)!r} ({error})") from error
+
+
+# h5
+
+_STRINGS = (bytes, str, np.bytes_, np.str_)
+
+
+@contextmanager
+def _h5(file, path: Path) -> Iterator[Tensors]:
+    """Legacy Keras h5, weights only or whole model, as layer/variable; or Keras 3's, as layer/number."""
+    import h5py
+
+    try:
+        opened_file = h5py.File(file, "r")
+    except Exception as error:
+        raise _not_h5(path, error) from error
+    with opened_file:
+        try:
+            limit = 1000 * path.stat().st_size
+            legacy = "model_weights" in opened_file or any(key.startswith("layer_names") for key in opened_file.attrs)
+            tensors = dict((_h5_legacy if legacy else _h5_keras3)(opened_file, limit))
+        except Exception as error:  # h5py raises whatever a damaged file makes of it
+            raise _not_h5(path, error) from error
+        yield tensors
+
+
+def _not_h5(path, error) -> ValueError:
+    return ValueError(f"Expected an h5 file of Keras' structure. Received: {str(path)!r} ({error})")
+
+
+def _h5_legacy(file, limit: int):
+    group: Any = _inside(file, "model_weights") if "model_weights" in file else file
+    for layer in _names(group, "layer_names"):
+        members = _inside(group, layer)
+        for name in _names(members, "weight_names"):
+            variable = name.rsplit("/", 1)[-1].split(":")[0].replace("depthwise_kernel", "kernel")
+            yield f"{layer}/{variable}", _dataset(_inside(members, name), limit)
+
+
+def _h5_keras3(file, limit: int):
+    import h5py
+
+    found: list[str] = []
+    # Follows hard links only: nothing outside of the file, and nothing twice.
+    file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+    for name in found:
+        yield name.removeprefix("layers/").replace("/vars/", "/"), _dataset(file[name], limit)
+
+
+def _names(group, attribute: str) -> Iterator[str]:
+    """A list of names, which Keras splits up where it is too long for one attribute."""
+    parts = [attribute] if attribute in group.attrs else []
+    while f"{attribute}{len(parts)}" in group.attrs:
+        parts.append(f"{attribute}{len(parts)}")
+    for part in parts or [attribute]:
+        for name in group.attrs[part]:
+            if not isinstance(name, _STRINGS):
+                raise ValueError(f"{part} holds something else than names")
+            yield name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _inside(group, name: str):
+    """A member by its path, through hard links only."""
+    import h5py
+
+    for part in name.strip("/").split("/"):
+        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise ValueError(f"{name[:80]!r} is not in this very file")
+        group = group[part]
+    return group
+
+
+def _dataset(dataset, limit: int) -> Stored:
+    """Numbers that stand in this very file, no more of them than a well-compressed one can hold."""
+    bfloat16 = dataset.attrs.get("dtype") == "bfloat16"  # Keras' way to store what h5 does not know
+    if not (dataset.dtype.kind in "fiu" or bfloat16) or dataset.external is not None or dataset.is_virtual:
+        raise ValueError(f"{dataset.name[:80]} holds no numbers of this file")
+    if dataset.nbytes > limit:
+        raise ValueError(f"{dataset.name[:80]} declares {dataset.nbytes:,} bytes")
+
+    def read() -> np.ndarray:
+        if bfloat16:
+            import ml_dtypes
+
+            return np.asarray(dataset[()]).view(ml_dtypes.bfloat16)
+        return np.asarray(dataset)
+
+    return Stored(tuple(dataset.shape), read)
+
+
+@contextmanager
+def _keras_archive(path: Path) -> Iterator[Tensors]:
+    with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entry = archive.getinfo("model.weights.h5")
+                if entry.file_size > 1000 * path.stat().st_size:
+                    raise ValueError(f"it declares {entry.file_size:,} bytes")
+                archive.extract(entry, folder)
+        except Exception as error:  # zipfile and zlib raise what a damaged file makes of it
+            raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
+        with _h5(Path(folder) / "model.weights.h5", path) as tensors:
+            yield tensors
+
+
+# safetensors
+
+
+def _safetensors(path: Path) -> Tensors:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            "Expected safetensors, which reads these files. Bring it with: pip install safetensors"
+        ) from error
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+        names = list(file.keys())
+        return {name: Stored(tuple(file.get_slice(name).get_shape()), _getter(file.get_tensor, name)) for name in names}
+    except Exception as error:  # safetensors has its own kind of exception
+        raise ValueError(f"Expected a .safetensors file. Received: {str(path)!r} ({error})") from error
+
+
+def _getter(function: Callable, name: str) -> Callable[[], np.ndarray]:
+    return lambda: np.asarray(function(name))
+
+
+# TensorFlow
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Takes the checkpoint out of an archive: plain files, under their own names, and no more than it can hold."""
+    # Trained numbers do not shrink; a training checkpoint's untouched slots shrink to nothing.
+    allowed = max(1 << 30, 20 * path.stat().st_size)
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                name = member.name.rsplit("/", 1)[-1]
+                if ".." in member.name.split("/") or member.name.startswith("/"):
+                    raise ValueError(f"{member.name[:80]!r} leaves its folder")
+                if member.issym() or member.islnk() or member.isdev() or member.issparse():
+                    raise ValueError(f"{member.name[:80]!r} is no plain file")
+                allowed -= member.size
+                if allowed < 0:
+                    raise ValueError(f"{member.name[:80]!r} declares {member.size:,} bytes")
+                if member.isfile() and _of_checkpoint(name):
+                    if (folder / name).exists():
+                        raise ValueError(f"it holds {name[:80]!r} twice")
+                    data: Any = archive.extractfile(member)
+                    with open(folder / name, "wb") as file:
+                        while chunk := data.read(1 << 20):
+                            file.write(chunk)
+    except Exception as error:  # tarfile, gzip and zlib raise what a damaged file makes of it
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # such as a full disk
+        raise ValueError(f"Expected a checkpoint in a .tar.gz. Received: {str(path)!r} ({error})") from error
+
+
+def _of_checkpoint(name: str) -> bool:
+    return name == "checkpoint" or bool(re.search(r"\.(index|data-\d{5}-of-\d{5})$", name))
+
+
+def _prefix(path: Path, told: Path | None = None) -> str:
+    """What TensorFlow calls a checkpoint by."""
+    if path.is_dir():
+        found = sorted(file.name.removesuffix(".index") for file in path.glob("*.index"))
+        latest = _latest(path / "checkpoint")
+        if latest in found:
+            found = [latest]
+        if len(found) != 1:
+            raise ValueError(
+                f"Expected a folder with one checkpoint, or with a file 'checkpoint' that names one. Received: "
+                f"{str(told or path)!r} with {', '.join(map(repr, found[:10])) or 'none'}"
+            )
+        return str(path / found[0])
+    return re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", str(path))
+
+
+def _latest(state: Path) -> str | None:
+    """The checkpoint that TensorFlow's text file names, of which only the name matters here."""
+    try:
+        match = re.search(r'^model_checkpoint_path: "(.*)"$', state.read_text(), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return match[1].rsplit("/", 1)[-1] if match else None
+
+
+def _checkpoint(prefix: str) -> Tensors:
+    if not os.path.exists(f"{prefix}.index"):
+        raise FileNotFoundError(f"Expected a file of weights. Received: {prefix!r}, which does not exist")
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise ImportError(
+            "Expected TensorFlow, which reads its checkpoints. Bring it with: pip install tensorflow"
+        ) from error
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        shapes = reader.get_variable_to_shape_map()
+        folder, name = os.path.split(prefix)
+        held = sum(file.stat().st_size for file in Path(folder or ".").glob(f"{_literal(name)}.data-*"))
+        numbers = {
+            key: dtype.is_floating or dtype.is_integer for key, dtype in reader.get_variable_to_dtype_map().items()
+        }
+        for key, shape in shapes.items():
+            if numbers[key] and math.prod(shape) > held:
+                raise ValueError(f"{key[:80]!r} declares {math.prod(shape):,} numbers")
+        return {
+            key: Stored(tuple(shape), _getter(reader.get_tensor, key)) for key, shape in shapes.items() if numbers[key]
+        }
+    except Exception as error:  # TensorFlow has its own kinds of exception, and raises RuntimeError as well
+        raise ValueError(f"Expected a TensorFlow checkpoint. Received: {prefix!r} ({error})") from error
+
+
+def _literal(name: str) -> str:
+    import glob
+
+    return glob.escape(name)
 
 
 def preprocessing_of(path):
@@ -282,10 +340,12 @@ def preprocessing_of(path):
     Raises:
         ValueError: If the file is a damaged archive.
     """
-    if not zipfile.is_zipfile(path):
+    if not os.path.isfile(path) or not zipfile.is_zipfile(path) or _is_torch(Path(path)):
         return None
     try:
         with zipfile.ZipFile(path) as archive:
+            if archive.getinfo("config.json").file_size > 1 << 28:
+                raise ValueError("its config.json is too large")
             layers = json.loads(archive.read("config.json"))["config"]["layers"]
         for layer in layers:
             if layer["class_name"] == "Rescaling" and layer["config"]["name"].endswith("preprocessing"):

