@@ -162,9 +162,7 @@ def _list_weights(names: list[str], as_json: bool) -> None:
     if as_json:
         _print_json({"weights": [asdict(record) for record in records]})
         return
-    table = _table(
-        "", "model", "tag", ">top-1", ">top-5", ">pixels", "preprocessing", "interpolation", "files", "licence"
-    )
+    table = _table("", "model", "tag", ">top-1", ">top-5", ">pixels", "preprocessing", "files", "licence")
     for record in records:
         formats = ", ".join(dict.fromkeys(file.format for file in record.files))
         cells = (

@@ -274,6 +274,9 @@ def _download(file: File, target: Path, expected: str) -> Path:
             return target
         except OSError as error:  # requests' exceptions are of this kind
             reason = error
+            response = getattr(error, "response", None)
+            if response is not None:
+                response.close()  # which pooch leaves open
             if not _may_pass(error):
                 break
     raise _not_brought(file, target, f"{type(reason).__name__} from {url} ({reason})") from reason
