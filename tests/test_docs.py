@@ -42,6 +42,14 @@ def test_public_names_are_documented(name):
             assert parameter == "variant" or f"{parameter}:" in text
 
 
+@pytest.mark.parametrize("name", ke.weights.__all__)
+def test_the_functions_for_weights_are_documented(name):
+    value = getattr(ke.weights, name)
+    text = inspect.getdoc(value) or ""
+    for section in ("Args:", "Returns:", "Raises:", "Example:", *inspect.signature(value).parameters):
+        assert section in text
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
 def test_the_readmes_python_runs(monkeypatch, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
