@@ -138,7 +138,11 @@ class _Origin:
             return cls()
         from keras_effnet.weights import readers, registry
 
+        if not isinstance(weights, str | os.PathLike):
+            raise ValueError(f"Expected weights as a tag, the path of a file, or None. Received: weights={weights!r}")
         named = isinstance(weights, str)
+        if named and registry.is_timms(weights):
+            return cls(registry.find(variant, weights))
         if not named or os.path.isfile(weights) or (readers.exists(weights) and (os.sep in weights or "." in weights)):
             return cls(registry.recognise(variant, weights) if os.path.isfile(weights) else None, weights)
         if os.sep in weights or weights.endswith(readers.SUFFIXES):

@@ -13,6 +13,7 @@ import zipfile
 from argparse import Namespace
 from pathlib import Path
 
+import google_crc32c
 import h5py
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def test_the_torch_reader_follows_views_and_dtypes(legacy, tmp_path):
         "turned": base.permute(2, 0, 1),
         "part": base[1, :, 1:3],
         "half": base.half(),
+        "brain": base.bfloat16(),
         "none": torch.zeros(0),
         "learned": torch.nn.Parameter(base.float()),
     }
@@ -61,11 +63,15 @@ def test_the_torch_reader_follows_views_and_dtypes(legacy, tmp_path):
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     found = read_all(path)
     assert found.keys() == state.keys()
-    assert all(np.array_equal(found[name], value.detach().numpy()) for name, value in state.items())
+    assert str(found["brain"].dtype) == "bfloat16"
+    assert all(
+        np.array_equal(found[name].astype(float), value.detach().double().numpy()) for name, value in state.items()
+    )
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_timms_training_checkpoints_give_their_average(legacy, tmp_path):
+    """Under the keys that its trainer writes, and those that its loader also knows."""
     torch = pytest.importorskip("torch")
     module = torch.nn.Linear(2, 3)
     optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
@@ -83,6 +89,10 @@ def test_timms_training_checkpoints_give_their_average(legacy, tmp_path):
         "metric": 77.1,
     }
     torch.save(whole, path, _use_new_zipfile_serialization=not legacy)
+    assert np.array_equal(read_all(path)["weight"], average["weight"].numpy())
+    assert np.array_equal(read_all(path, raw=True)["weight"], module.weight.detach().numpy())
+    other = {"model": module.state_dict(), "model_ema": average}
+    torch.save(other, path, _use_new_zipfile_serialization=not legacy)
     assert np.array_equal(read_all(path)["weight"], average["weight"].numpy())
     assert np.array_equal(read_all(path, raw=True)["weight"], module.weight.detach().numpy())
 
@@ -135,6 +145,25 @@ def test_pickle_bombs_are_refused_at_once(kind, tmp_path):
         path.write_bytes(data) if data else torch_zip(BOMBS[kind], path)
         result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
         assert "ValueError: Expected a state dict" in result.stderr, result.stderr[-500:]
+
+
+NEST = b")" + b"q\x00h\x00\x86" * 60  # a tuple of 2 ** 60 empty ones
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
+
+
+@pytest.mark.parametrize("place", ["size", "storages"])
+def test_a_bomb_as_a_size_or_in_the_list_of_storages(place, tmp_path):
+    size = NEST + b")" if place == "size" else b"K\x01\x85K\x01\x85"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00" + size + b"\x89NtR"
+    state = b"\x80\x02}X\x01\x00\x00\x00a" + tensor + b"s."
+    keys = b"\x80\x02](" + (NEST if place == "storages" else b"X\x01\x00\x00\x000") + b"e."
+    start = b"".join(pickle.dumps(part, protocol=2) for part in (torch_files.MAGIC, 1001, {"little_endian": True}))
+    path = tmp_path / "x.pth"
+    path.write_bytes(start + state + keys + struct.pack("<Qf", 1, 1.0))
+    code = "import sys; from keras_effnet.weights import torch_files; torch_files.read_torch(sys.argv[1])"
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
+    told = "a tensor's size is none" if place == "size" else "lists a storage that no tensor has"
+    assert told in result.stderr, result.stderr[-500:]
 
 
 @pytest.mark.parametrize("function", [os.system, eval, open, getattr, collections.Counter, Namespace])
@@ -250,14 +279,67 @@ def test_a_safetensors_header_is_bounded(length, tmp_path):
         read_all(path)
 
 
-def test_a_checkpoint_that_declares_too_much_is_refused(tmp_path):
+def sealed(index: bytes, change) -> bytes:
+    """An index with a changed block and a checksum that says that nothing was changed."""
+    for size in range(4, len(index) - 5):
+        crc = google_crc32c.value(index[: size + 1])
+        if struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF) == index[size + 1 : size + 5]:
+            block = change(bytearray(index[:size])) + index[size : size + 1]
+            crc = google_crc32c.value(bytes(block))
+            return (
+                bytes(block)
+                + struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+                + index[size + 5 :]
+            )
+    raise AssertionError("no block found")
+
+
+def test_a_forged_index_of_a_checkpoint_is_refused(tmp_path):
+    """Where the checksums are right and the rest is not, TensorFlow's own reader ends the process."""
+    name, chance = b"net/stem/conv2d/kernel", random.Random(0)
+    prefix = save_checkpoint(tmp_path / "x", {name.decode(): np.ones((3, 3, 3, 8), np.float32)})
+    index, refused = Path(f"{prefix}.index"), 0
+    whole = index.read_bytes()
+    expected = read_all(prefix)[name.decode()]
+
+    def first_byte_of_entry(block):
+        block[block.index(name) + len(name)] = 0xFF
+        return block
+
+    def any_bytes(block):
+        for _ in range(chance.choice([1, 2, 5])):
+            block[chance.randrange(len(block))] = chance.randrange(256)
+        return block
+
+    for change in (first_byte_of_entry, *[any_bytes] * 300):
+        index.write_bytes(sealed(whole, change))
+        try:
+            tensors = read_all(prefix)
+        except (ValueError, OSError):
+            refused += 1
+        else:  # another name, or the same numbers
+            assert all(np.array_equal(value.ravel(), expected.ravel()) for value in tensors.values())
+    assert refused > 100
+
+
+def test_checkpoints_read_as_tensorflow_reads_them(tmp_path):
     tf = pytest.importorskip("tensorflow")
-    prefix = str(tmp_path / "x")
-    value = np.ones((1 << 20,), np.float32)
-    tf.raw_ops.SaveV2(prefix=prefix, tensor_names=["a"], shape_and_slices=[""], tensors=[value])
-    (tmp_path / "x.data-00000-of-00001").write_bytes(b"short")
-    with pytest.raises(ValueError, match="declares 1,048,576 numbers"):
-        read_all(prefix)
+    kinds = ("float32", "float64", "float16", "int32", "int64", "uint8", "int8", "int16", "uint16", "uint32", "uint64")
+    tensors = {f"a/{kind}": np.arange(6).reshape(2, 3).astype(kind) for kind in kinds}
+    tensors |= {f"b/{number}": np.full((number % 5, 2), number, "float32") for number in range(2000)}
+    tensors["scalar"] = np.float32(3)
+    prefix = str(tmp_path / "a[1] ü" / "x.ckpt")
+    (tmp_path / "a[1] ü").mkdir()
+    tf.raw_ops.SaveV2(
+        prefix=prefix,
+        tensor_names=[*tensors, "text", "brain"],
+        shape_and_slices=[""] * (len(tensors) + 2),
+        tensors=[*map(tf.constant, tensors.values()), tf.constant("a"), tf.constant(1.5, tf.bfloat16)],
+    )
+    found = read_all(prefix)
+    assert float(found.pop("brain")) == 1.5
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[key], value) and found[key].dtype == value.dtype for key, value in tensors.items())
 
 
 def test_folders_of_checkpoints(tmp_path):

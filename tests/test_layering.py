@@ -32,7 +32,8 @@ ALLOWED = {
     "weights.layouts": set(),
     "weights.namemaps": set(),
     "weights.torch_files": set(),
-    "weights.readers": {"weights.torch_files"},
+    "weights.tf_files": set(),
+    "weights.readers": {"weights.registry", "weights.tf_files", "weights.torch_files"},
     "weights.writers": set(),
     "weights.convert": {
         "arch",
@@ -41,13 +42,14 @@ ALLOWED = {
         "weights.layouts",
         "weights.namemaps",
         "weights.readers",
+        "weights.registry",
         "weights.writers",
     },
     "weights.store": {"weights.registry", "weights.writers"},
     "tpu.__init__": set(),
 }
 HEAVY = {"keras", "tensorflow", "jax", "torch", "h5py", "matplotlib", "PIL", "pooch", "requests", "rich", "safetensors"}
-TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.readers", "weights.writers", "export")
+TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.writers", "export")
 
 
 def imports(tree, everywhere: bool):

@@ -83,6 +83,8 @@ def test_ports_stand_in_for_the_originals():
         ("ra4_e3600_r224_in1k", "epsilon 1e-5"),
         ("tf_efficientnetv2_b0.in1k", "another network"),
         ("in21k_ft_in1k", "another network"),
+        ("timm/efficientnet_b0.ra_in1k", "epsilon 1e-5"),
+        ("hf-hub:timm/gc_efficientnetv2_rw_t.agc_in1k", "another network"),
         ("efficientnet_b2_pruned.in1k", "Unknown weights"),
     ],
 )
@@ -98,6 +100,20 @@ def test_timms_own_nets_are_refused_by_their_hash(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_NATIVE_SHA256", (registry.digest(path, "sha256")[7:15],))
     with pytest.raises(ValueError, match="epsilon 1e-5"):
         ke.EfficientNetB0(weights=path)
+    path.write_bytes(b"\x80 and more")
+    monkeypatch.setattr(registry, "_NATIVE_SHA256", (registry.digest(path, "sha256")[7:15],))
+    with pytest.raises(ValueError, match="epsilon 1e-5"):
+        ke.weights.verify(path, "efficientnet-b0")
+
+
+def test_wrong_kinds_of_weights_are_told():
+    for weights in (5, b"x", ["imagenet"]):
+        with pytest.raises(ValueError, match="Expected weights as a tag"):
+            ke.EfficientNetB0(weights=weights)
+        with pytest.raises(ValueError, match="Expected the path"):
+            ke.weights.verify(weights, "efficientnet-b0")
+        with pytest.raises(ValueError, match="Expected the tag"):
+            ke.load_image("docs/cat.png", "efficientnet-b0", weights=weights)
 
 
 def test_every_address_is_well_formed():

@@ -164,6 +164,23 @@ def test_a_damaged_file_is_brought_again(server, home):
     file = published(server)
     store.locate(file).write_bytes(BODY[:-1])
     assert store.locate(file).read_bytes() == BODY and len(server.requests) == 2
+    store.place(file).write_bytes(b"by hand, and wrong")
+    del server.files["/x.h5"]
+    with pytest.raises(OSError, match=r"There is a x\.h5 at its place with sha256:.* where sha256:.* is published"):
+        store.locate(file)
+
+
+def test_a_login_page_for_the_original_leaves_its_port(mirror, loaded, server, monkeypatch):
+    original, *_, hub = registry.find(MODEL, "baseline").files
+    server.files[f"/{original.url.removeprefix('https://storage.googleapis.com/')}"] = b"<html>Please log in</html>"
+    usual = ke.create_model(MODEL, weights=None)
+    values = mirror[1].get_weights()
+    usual.set_weights([*values[:-2], *(value[..., 1:] for value in values[-2:])])
+    path = ke.weights.export(usual, store.home().parent / "es.safetensors", target="timm")
+    server.files[f"/{hub.url.removeprefix('https://huggingface.co/')}"] = path.read_bytes()
+    monkeypatch.setenv("KERAS_EFFNET_MIRROR", server.url)
+    with pytest.warns(UserWarning, match="In its place"):
+        assert loaded(ke.EfficientNetEdgeTPUS())
 
 
 def test_a_hash_is_recorded_on_first_use_and_held_from_then_on(server, home):
@@ -319,11 +336,7 @@ def test_a_port_stands_in_and_says_so(mirror, loaded, tmp_path, monkeypatch):
     assert loaded(ke.EfficientNetEdgeTPUS(weights="tf_efficientnet_es.in1k", preprocessing=None))
 
 
-def test_without_tensorflow_ports_come_first(monkeypatch):
-    record = registry.find(MODEL, "baseline")
-    assert [file.format for file in store.candidates(record)] == ["tpu", "timm", "timm"]
-    monkeypatch.setattr(store, "find_spec", lambda name: None)
-    assert [file.format for file in store.candidates(record)] == ["timm", "timm", "tpu"]
+def test_a_file_without_the_classifier_is_preferred_where_none_is_needed():
     b0 = registry.find("efficientnet-b0", "imagenet")
     assert [file.include_top for file in store.candidates(b0, include_top=False)][:2] == [False, True]
     assert all(file.include_top for file in store.candidates(b0))
@@ -335,9 +348,14 @@ def test_what_is_no_checkpoint_is_not_kept(content, home, tmp_path, server, monk
     where = "/" + original.url.removeprefix("https://storage.googleapis.com/")
     server.files[where] = content
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", server.url)
-    with pytest.raises(ValueError, match=r"Expected (weights as|a checkpoint in)"):
+    with pytest.raises(ValueError, match=rf"Expected (weights as|a checkpoint in).*from {server.url}{where}"):
         ke.EfficientNetEdgeTPUS()
     assert not [path for path in home.rglob("*") if path.is_file()]
+    by_hand = store.place(original)
+    by_hand.write_bytes(content)
+    with pytest.raises(ValueError, match=r"Expected (weights as|a checkpoint in)"):
+        ke.EfficientNetEdgeTPUS()
+    assert by_hand.read_bytes() == content  # not ours to remove
 
 
 def test_everything_missing_is_one_error(tmp_path, monkeypatch, home):

@@ -13,7 +13,7 @@ import numpy as np
 from keras_effnet.arch import Architecture, Layer, owners, resolve
 from keras_effnet.errors import unknown
 from keras_effnet.variants import VARIANTS, identify
-from keras_effnet.weights import readers, writers
+from keras_effnet.weights import readers, registry, writers
 from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
 from keras_effnet.weights.namemaps import NAMINGS, Naming
 from keras_effnet.weights.readers import Stored, Tensors
@@ -141,20 +141,23 @@ class _Contents:
         suffix = self.naming.average
         self.suffix = suffix if suffix and not raw and any(name.endswith(suffix) for name in tensors) else ""
         for name, stored in tensors.items():
-            reason = next((why for rule, why in self.naming.ignored.items() if re.search(rule, name)), None)
+            inside = name.startswith(self.scope)
+            inner = name.removeprefix(self.scope) if inside else name
+            reason = next((why for rule, why in self.naming.ignored.items() if re.search(rule, inner)), None)
             if reason is None and suffix and self.suffix != suffix and name.endswith(suffix):
                 reason = "the moving averages, where raw values were asked for"
-            if reason is None and self.suffix and not name.endswith(suffix):
+            if reason is None and self.suffix and f"{name}{suffix}" in tensors:
                 reason = "the raw values, which the moving averages stand for"
             if reason is not None:
                 self.ignored[reason] += 1
-                continue
-            inner = name.removeprefix(self.scope).removesuffix(self.suffix)
-            self.tensors[inner if name.startswith(self.scope) else name] = stored
+            elif self.suffix and not name.endswith(suffix):
+                self.tensors[f"{inner} "] = stored  # a name that no variable has
+            else:
+                self.tensors[inner.removesuffix(self.suffix)] = stored
 
     def told(self, name: str) -> str:
         """A tensor's name as it stands in the file."""
-        return f"{self.scope}{name}{self.suffix}"
+        return f"{self.scope}{name[:-1]}" if name.endswith(" ") else f"{self.scope}{name}{self.suffix}"
 
     def shape_of(self, architecture: Architecture, layer: str, variable: str) -> tuple[int, ...] | None:
         """Shape of one of our variables in the file, where it is there."""
@@ -318,40 +321,61 @@ def load(
     from keras_effnet import blocks
 
     _check_source(source)
-    own = {layer for layer in getattr(model, "layers", []) if layer.weights}
-    if source in ("auto", "keras") and include_top and _is_keras3(path):
-        reading = _reading(model, prefix)
-        if reading is None or own - set(reading.layers.values()):
-            return _load_by_keras(model, path)
-    reading = blocks.read(model, prefix)
+    # What the tables do not describe, such as a head of one's own, only Keras can read, and only from its own files.
+    try:
+        reading = blocks.read(model, prefix)
+    except ValueError:
+        if not _is_keras_file(path, source):
+            raise
+        return _load_by_keras(model, path)
+    others = {layer for layer in model.layers if layer.weights} - set(reading.layers.values())
+    targets = _variables(reading)
     with readers.opened(path, raw) as tensors:
         contents = _Contents(tensors, path, source, raw)
         report, plan = _match(contents, reading.architecture, reading.channels, reading.classes, include_top)
-        values = _values(report, plan, contents, reading.architecture, model.name)
-    targets = {(name, weight.name): weight for name, layer in reading.layers.items() for weight in layer.weights}
+        by_keras = others and not report.fits and prefix is None and include_top and _is_keras_file(path, source)
+        values = {} if by_keras else _values(report, plan, contents, reading.architecture, model.name)
+    if by_keras:
+        return _load_by_keras(model, path)
+    for key, value in values.items():
+        if not np.isfinite(value.astype(targets[key].dtype)).all():
+            raise ValueError(
+                f"Expected numbers that {targets[key].dtype} holds. Received: {report.path}, whose {'/'.join(key)} "
+                f"reaches {np.abs(value).max():.3g}"
+            )
     for key, value in values.items():
         targets[key].assign(np.ascontiguousarray(value))
     return report
 
 
-def _reading(model, prefix: str | None):
-    from keras_effnet import blocks
+def _variables(reading) -> dict[tuple[str, str], Any]:
+    """The variables of the net's layers, which are those that they were built with."""
+    expected = owners(reading.architecture, reading.channels, reading.classes)
+    found = {}
+    for name, owner in expected.items():
+        weights = {weight.name: weight for weight in reading.layers[name].weights}
+        floats = all("float" in str(weight.dtype) for weight in weights.values())
+        if weights.keys() != owner.shapes.keys() or not floats:
+            kinds = ", ".join(f"{key} ({weight.dtype})" for key, weight in weights.items())
+            raise ValueError(
+                f"Expected layers as they were built. Received: {name} with {kinds}, as of a quantized net"
+            )
+        found |= {(name, key): weight for key, weight in weights.items()}
+    return found
 
-    try:
-        return blocks.read(model, prefix)
-    except ValueError:
-        return None
 
-
-def _is_keras3(path) -> bool:
-    return bool(re.search(r"\.(keras|weights\.h5)$", str(path))) and os.path.isfile(path)
+def _is_keras_file(path, source: str) -> bool:
+    return source in ("auto", "keras") and str(path).endswith((".keras", ".h5", ".hdf5")) and os.path.isfile(path)
 
 
 def _load_by_keras(model: "keras.Model", path) -> Report:
     """A model with layers around the net: Keras reads its own format, and is undone where it fails half-way."""
     import warnings
 
-    before = model.get_weights()
+    from keras import ops
+
+    everything = [*model.variables, *(model.optimizer.variables if getattr(model, "optimizer", None) else ())]
+    before = [np.array(ops.convert_to_numpy(variable.value)) for variable in everything]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of each variable before it raises
@@ -359,7 +383,8 @@ def _load_by_keras(model: "keras.Model", path) -> Report:
         if not all(np.isfinite(value).all() for value in model.get_weights()):
             raise ValueError("it holds numbers that are not finite")
     except Exception as error:
-        model.set_weights(before)
+        for variable, value in zip(everything, before, strict=True):
+            variable.assign(value)
         reason = " ".join(str(error).split())[:500]
         raise ValueError(
             f"Expected the weights of {model.name!r}, layer by layer. Received: {str(path)!r} ({reason})"
@@ -397,12 +422,10 @@ def verify(path, model: str, source: str = "auto", *, include_top: bool = True, 
     _check_source(source)
     if model not in VARIANTS:
         raise unknown("model", model, VARIANTS)
-    architecture = resolve(VARIANTS[model])
     with readers.opened(path, raw) as tensors:
         contents = _Contents(tensors, path, source, raw)
-        report, plan = _match(contents, architecture, 3, 1000, include_top)
-        if report.classes not in (None, 1000, 1001):  # somebody's own classifier
-            report, plan = _match(contents, architecture, 3, report.classes, include_top)
+        _, architecture, channels, classes = _identify(contents, model)
+        report, plan = _match(contents, architecture, channels, classes or 1000, include_top)
         if report.fits:
             _values(report, plan, contents, architecture, model)
     return report
@@ -463,10 +486,14 @@ def export(model: "keras.Model", path, target: str = "tpu", *, prefix: str | Non
     from keras_effnet import blocks
 
     reading = blocks.read(model, prefix)
+    epsilon = reading.layers["stem_bn"].epsilon
+    if epsilon != 1e-3:
+        raise ValueError(
+            f"Expected bn_epsilon=1e-3, which the other programs compute with. Received: {model.name!r} with {epsilon}"
+        )
     values = {
-        (name, weight.name): np.asarray(ops.convert_to_numpy(ops.cast(weight, "float32")))
-        for name, layer in reading.layers.items()
-        for weight in layer.weights
+        key: np.asarray(ops.convert_to_numpy(ops.cast(variable, "float32")))
+        for key, variable in _variables(reading).items()
     }
     return _write(
         values, path, target, reading.architecture, reading.channels, reading.classes, (reading.scale, reading.offset)
@@ -476,6 +503,8 @@ def export(model: "keras.Model", path, target: str = "tpu", *, prefix: str | Non
 def _write(values: Values, path, target: str, architecture: Architecture, channels, classes, preprocessing) -> Path:
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"Expected a path to write to. Received: {path!r}")
     naming = NAMINGS[target]
     variant = identify(architecture.blocks)
     # Only the original's own classifier has further classes in front of ImageNet's.
@@ -520,7 +549,8 @@ def convert_file(
         target: `"tpu"`, `"timm"` or `"keras"`, or `"own"` for this package. Defaults to None: by the path's ending.
         raw: See `load()`.
         preprocessing: What a `.keras` or `.h5` file shall do with pixels, as in `create_model()`. Defaults to
-            `"auto"`: the source's own if it says so, else the model's usual.
+            `"auto"`: the source's own if it says so or is a published file, else the model's usual. Those trained
+            with AdvProp need `"inception"`.
 
     Returns:
         Name of the model.
@@ -545,8 +575,9 @@ def convert_file(
         raise unknown("target", target, [*TARGETS, "own"])
     if model is not None and model not in VARIANTS:
         raise unknown("model", model, VARIANTS)
-    if target == "own" and _target_of(path) != "own":
-        raise ValueError(f"Expected a path that ends in .keras or .weights.h5. Received: {str(path)!r}")
+    if _target_of(path) != target:
+        suffixes = {"own": ".keras or .weights.h5", "timm": ".safetensors", "keras": ".h5", "tpu": "none of the others"}
+        raise ValueError(f"Expected a path that ends in {suffixes[target]} for {target!r}. Received: {str(path)!r}")
     with readers.opened(source_path, raw) as tensors:
         contents = _Contents(tensors, source_path, source, raw)
         model, architecture, channels, classes = _identify(contents, model)
@@ -555,7 +586,9 @@ def convert_file(
         report, plan = _match(contents, architecture, channels, classes, include_top=True)
         values = _values(report, plan, contents, architecture, model)
     if isinstance(preprocessing, str) and preprocessing == "auto":
-        preprocessing = readers.preprocessing_of(source_path) or VARIANTS[model].preprocessing
+        record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
+        known = record.preprocessing if record else readers.preprocessing_of(source_path)
+        preprocessing = known or VARIANTS[model].preprocessing
     numbers = constants(preprocessing, channels)
     if target == "own":
         _write_own(values, path, model, channels, classes, preprocessing)
@@ -583,8 +616,8 @@ def _identify(contents: _Contents, model: str | None) -> tuple[str, Architecture
     found = []
     for name in [model] if model else VARIANTS:
         architecture = resolve(VARIANTS[name])
-        stem = foreign_names(architecture, contents.naming)["stem_conv", "kernel"]
-        shape = _as_ours(stem.layout, contents.tensors[stem.foreign].shape)
+        stem = contents.shape_of(architecture, "stem_conv", "kernel")
+        shape = stem and _as_ours(foreign_names(architecture, contents.naming)["stem_conv", "kernel"].layout, stem)
         channels = shape[2] if shape and len(shape) == 4 else 3
         bias = contents.shape_of(architecture, "predictions", "bias")
         classes = bias[0] if bias else None

@@ -1,7 +1,6 @@
 """From a file to its tensors, in the names of the program that wrote it. No Keras. Nothing in a file is run."""
 
 import json
-import math
 import os
 import re
 import tarfile
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_effnet.weights import torch_files
+from keras_effnet.weights import registry, tf_files, torch_files
 
 SUFFIXES = (
     ".keras",
@@ -61,8 +60,8 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
         OSError: If the file cannot be read.
         ValueError: If its content is not what its format promises, or of no known format.
     """
-    path = Path(path)
-    if path.is_dir() or not path.exists() or path.suffix in (".index", ".meta"):
+    path = _path(path)
+    if not path.is_file() or path.suffix in (".index", ".meta"):
         yield _checkpoint(_prefix(path))
         return
     with path.open("rb") as file:
@@ -74,10 +73,11 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
         with _keras_archive(path) as tensors:
             yield tensors
     elif start.startswith((b"PK", b"\x80")):
+        registry.refuse(path)
         yield {name: Stored(*stored) for name, stored in torch_files.read_torch(path, raw).items()}
     elif len(start) > 8 and start[8:9] == b"{":
         yield _safetensors(path)
-    elif start.startswith(b"\x1f\x8b") or start[257:262] == b"ustar":
+    elif start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar":
         with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
             _unpack(path, Path(folder))
             yield _checkpoint(_prefix(Path(folder), path))
@@ -88,6 +88,12 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
             "Expected weights as .keras, .h5, .safetensors, .pth, or a TensorFlow checkpoint (folder, prefix or "
             f".tar.gz). Received: {str(path)!r}, whose first bytes are {start[:8]!r}"
         )
+
+
+def _path(path) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"Expected the path of a file of weights. Received: {path!r}")
+    return Path(path)
 
 
 def exists(path) -> bool:
@@ -142,9 +148,14 @@ def _h5_legacy(file, limit: int):
     group: Any = _inside(file, "model_weights") if "model_weights" in file else file
     for layer in _names(group, "layer_names"):
         members = _inside(group, layer)
-        for name in _names(members, "weight_names"):
-            variable = name.rsplit("/", 1)[-1].split(":")[0].replace("depthwise_kernel", "kernel")
-            yield f"{layer}/{variable}", _dataset(_inside(members, name), limit)
+        names = list(_names(members, "weight_names"))
+        # Of a layer that is a model, the members' names stand in front of their variables.
+        nested = len({name.rpartition("/")[0] for name in names}) > 1
+        for name in names:
+            *front, variable = name.split(":")[0].split("/")
+            owner = front[-1] if nested and front else layer
+            key = f"{owner}/{variable.replace('depthwise_kernel', 'kernel')}"
+            yield key, _dataset(_inside(members, name), limit)
 
 
 def _h5_keras3(file, limit: int):
@@ -204,7 +215,7 @@ def _keras_archive(path: Path) -> Iterator[Tensors]:
         try:
             with zipfile.ZipFile(path) as archive:
                 entry = archive.getinfo("model.weights.h5")
-                if entry.file_size > 1000 * path.stat().st_size:
+                if entry.file_size > (64 << 20) + 20 * path.stat().st_size:  # Keras does not compress them
                     raise ValueError(f"it declares {entry.file_size:,} bytes")
                 archive.extract(entry, folder)
         except Exception as error:  # zipfile and zlib raise what a damaged file makes of it
@@ -267,7 +278,7 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def _of_checkpoint(name: str) -> bool:
-    return name == "checkpoint" or bool(re.search(r"\.(index|data-\d{5}-of-\d{5})$", name))
+    return name == "checkpoint" or bool(re.fullmatch(r"(?!\._).*\.(index|data-\d{5}-of-\d{5})", name))
 
 
 def _prefix(path: Path, told: Path | None = None) -> str:
@@ -298,34 +309,7 @@ def _latest(state: Path) -> str | None:
 def _checkpoint(prefix: str) -> Tensors:
     if not os.path.exists(f"{prefix}.index"):
         raise FileNotFoundError(f"Expected a file of weights. Received: {prefix!r}, which does not exist")
-    try:
-        import tensorflow as tf
-    except ImportError as error:
-        raise ImportError(
-            "Expected TensorFlow, which reads its checkpoints. Bring it with: pip install tensorflow"
-        ) from error
-    try:
-        reader = tf.train.load_checkpoint(prefix)
-        shapes = reader.get_variable_to_shape_map()
-        folder, name = os.path.split(prefix)
-        held = sum(file.stat().st_size for file in Path(folder or ".").glob(f"{_literal(name)}.data-*"))
-        numbers = {
-            key: dtype.is_floating or dtype.is_integer for key, dtype in reader.get_variable_to_dtype_map().items()
-        }
-        for key, shape in shapes.items():
-            if numbers[key] and math.prod(shape) > held:
-                raise ValueError(f"{key[:80]!r} declares {math.prod(shape):,} numbers")
-        return {
-            key: Stored(tuple(shape), _getter(reader.get_tensor, key)) for key, shape in shapes.items() if numbers[key]
-        }
-    except Exception as error:  # TensorFlow has its own kinds of exception, and raises RuntimeError as well
-        raise ValueError(f"Expected a TensorFlow checkpoint. Received: {prefix!r} ({error})") from error
-
-
-def _literal(name: str) -> str:
-    import glob
-
-    return glob.escape(name)
+    return {name: Stored(*stored) for name, stored in tf_files.read_checkpoint(prefix).items()}
 
 
 def preprocessing_of(path):

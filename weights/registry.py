@@ -78,6 +78,7 @@ class Record:
 _TPU = "https://storage.googleapis.com/cloud-tpu-checkpoints/efficientnet/"
 _KERAS = "https://storage.googleapis.com/keras-applications/"
 _TIMM = "https://github.com/huggingface/pytorch-image-models/releases/download/"
+_HUB_PREFIX = r"^(hf[-_]hub:)?(timm/)?"  # as timm's users write a name
 _HUB = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"
 
 # (tag, preprocessing, path, where, top-1 of b0, b1, ...)
@@ -235,7 +236,7 @@ _NATIVE = (
 _V2 = "EfficientNetV2 is another network"
 # Tags of timm that are refused, alone or behind the net's name.
 _REFUSED = (
-    (r"((tf_)?efficientnetv2.*\.)?in21k.*|(tf_)?efficientnetv2.*", _V2),
+    (r"in21k.*|(tf_|gc_)?efficientnetv2.*", _V2),
     (r"efficientnet_(?!b[123]_pruned\.).*|(ra|ra2|ft|ra4_.*|sw_.*)_in1k|sw_in12k", _NATIVE),
 )
 # First digits of the sha256 of timm's own nets, by its file names.
@@ -358,6 +359,18 @@ def _records():
 RECORDS: tuple[Record, ...] = tuple(_records())
 
 
+def is_timms(tag: str) -> bool:
+    """Whether a tag says itself that it is one of timm's.
+
+    Args:
+        tag: String.
+
+    Returns:
+        Boolean.
+    """
+    return bool(re.match(r"hf[-_]hub:|timm/", tag))
+
+
 def of_model(model: str) -> tuple[Record, ...]:
     """All sets of a model.
 
@@ -396,7 +409,9 @@ def find(model: str, tag: str) -> Record:
     'autoaugment'
     """
     records = of_model(model)
-    bare = tag.removeprefix("hf-hub:").removeprefix("timm/")
+    if not isinstance(tag, str):
+        raise ValueError(f"Expected the tag of published weights. Received: {tag!r}")
+    bare = re.sub(_HUB_PREFIX, "", tag)
     for record in records:
         if bare in (record.tag, record.tag.split(".")[-1]) or (tag == "imagenet" and record.default):
             return record
@@ -435,6 +450,19 @@ def digest(path, algorithm: str) -> str:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
+def refuse(path) -> None:
+    """Refuses timm's own nets, which are known by their hash.
+
+    Args:
+        path: Path of a file.
+
+    Raises:
+        ValueError: If it is one of them.
+    """
+    if digest(path, "sha256").removeprefix("sha256:")[:8] in _NATIVE_SHA256:
+        raise ValueError(f"Expected weights of this family. Received: {str(path)!r}. {_NATIVE}")
+
+
 def recognise(model: str, path) -> Record | None:
     """The set that a file holds, by its hash.
 
@@ -450,9 +478,8 @@ def recognise(model: str, path) -> Record | None:
         ValueError: If it is one of timm's own nets.
     """
     records = of_model(model)
+    refuse(path)
     digests = [digest(path, algorithm) for algorithm in ("sha256", "md5")]
-    if digests[0].removeprefix("sha256:")[:8] in _NATIVE_SHA256:
-        raise ValueError(f"Expected weights of {model}. Received: {str(path)!r}. {_NATIVE}")
     for record in records:
         if any(file.hash and value.startswith(file.hash) for file in record.files for value in digests):
             return record

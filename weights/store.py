@@ -12,7 +12,6 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -63,9 +62,7 @@ def candidates(record: Record, include_top: bool = True, classes: int = 1000) ->
     files = [file for file in record.files if file.include_top or not include_top]
     if include_top and classes != 1000:
         files = [file for file in files if 1000 + file.class_offset == classes]
-    # Reading a TensorFlow checkpoint takes TensorFlow; where it is missing, the others come first.
-    unreadable = not find_spec("tensorflow")
-    return sorted(files, key=lambda file: (file.format == "tpu" and unreadable, file.include_top and not include_top))
+    return sorted(files, key=lambda file: file.include_top and not include_top)
 
 
 def bring(record: Record, include_top: bool = True, classes: int = 1000) -> Path:
@@ -87,21 +84,23 @@ def bring(record: Record, include_top: bool = True, classes: int = 1000) -> Path
     kept = next((path for file in files if (path := _kept(record, file))), None)
     if kept is not None and classes == 1000:
         return kept
-    failures: list[OSError] = []
+    failures: list[OSError | ValueError] = []
     for file in files:
+        here = bool(file.url) and place(file).exists()
         try:
-            path = locate(file)
-        except OSError as error:
+            path = _prepared(record, file, locate(file), classes, keep=here)
+        except (OSError, ValueError) as error:
             failures.append(error)
             continue
         if file.format != files[0].format:  # a port, not the original
             warnings.warn(f"{files[0].url} could not be brought. In its place: {file.url}", stacklevel=2)
-        return _prepared(record, file, path, classes)
+        return path
     others = ", ".join(file.url for file in files[1:] if file.url)
-    raise OSError(f"{failures[0]}{others and '. The same weights were sought in vain at '}{others}") from failures[0]
+    message = f"{failures[0]}{others and '. The same weights were sought in vain at '}{others}"
+    raise (ValueError if isinstance(failures[0], ValueError) else OSError)(message) from failures[0]
 
 
-def _prepared(record: Record, file: File, path: Path, classes: int) -> Path:
+def _prepared(record: Record, file: File, path: Path, classes: int, keep: bool) -> Path:
     """Makes sure that a download is what it should be before anyone relies on it; converts what is slow to read."""
     from keras_effnet.weights import convert
 
@@ -109,9 +108,10 @@ def _prepared(record: Record, file: File, path: Path, classes: int) -> Path:
         return path  # checked by its hash, and quickly read
     try:
         values = convert.read(path, record.model, file.format, drop_background=classes == 1000)
-    except ValueError:
-        discard(file)
-        raise
+    except ValueError as error:
+        if not keep:
+            discard(file)
+        raise ValueError(f"{error}, from {_address(file)}") from error
     _pin(file, path)
     if classes != 1000:
         return path
@@ -167,7 +167,9 @@ def locate(file: File) -> Path:
     target = place(file)
     expected = file.hash or _recorded(target)
     mirror = os.environ.get("KERAS_EFFNET_MIRROR", "")
-    folder = Path(mirror.removeprefix("file://")).expanduser() if mirror and not mirror.startswith("http") else None
+    parts = urlsplit(mirror)
+    path_of_mirror = unquote(parts.path) if parts.scheme == "file" else mirror
+    folder = Path(path_of_mirror).expanduser() if mirror and parts.scheme not in ("http", "https") else None
     known = [target]
     if file.format == "keras":  # where keras.applications keeps the same file
         known.append(Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / target.name)
@@ -175,13 +177,22 @@ def locate(file: File) -> Path:
         if path.is_file() and (matches(path, expected) if expected else path is target):
             return path
     if folder is None:
-        return _download(file, target, expected)
+        return _download(file, target, expected, wrong=_wrong(target, expected, file))
     path = folder / target.relative_to(home())
     if not path.is_file():
         raise _not_brought(file, target, f"KERAS_EFFNET_MIRROR={mirror} has no {path}")
     if expected and not matches(path, expected):
         raise _not_brought(file, target, f"{path} has {digest(path, expected.partition(':')[0])}, not {expected}")
     return path
+
+
+def _wrong(target: Path, expected: str, file: File) -> str:
+    """What to say of a file that is at its place and not the right one."""
+    if not target.is_file():
+        return ""
+    source = "published" if file.hash else f"recorded in {_record_of(target)}"
+    received = digest(target, expected.partition(":")[0])
+    return f". There is a {target.name} at its place with {received}, where {expected} is {source}"
 
 
 def matches(path, expected: str) -> bool:
@@ -255,7 +266,7 @@ def _address(file: File) -> str:
     return mirror + urlsplit(file.url).path if mirror else file.url
 
 
-def _download(file: File, target: Path, expected: str) -> Path:
+def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
     import pooch
 
     url, reason = _address(file), None
@@ -279,7 +290,7 @@ def _download(file: File, target: Path, expected: str) -> Path:
                 response.close()  # which pooch leaves open
             if not _may_pass(error):
                 break
-    raise _not_brought(file, target, f"{type(reason).__name__} from {url} ({reason})") from reason
+    raise _not_brought(file, target, f"{type(reason).__name__} from {url} ({reason}){wrong}") from reason
 
 
 def _may_pass(error: OSError) -> bool:

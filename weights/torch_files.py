@@ -22,6 +22,7 @@ _STORAGES = {
     "CharStorage": "<i1",
     "ByteStorage": "<u1",
     "BoolStorage": "?",
+    "BFloat16Storage": "bfloat16",
 }
 
 
@@ -111,6 +112,8 @@ def _unpickle(file: io.BytesIO):
                     raise ValueError("it calls what no state dict calls")
             case "BINPERSID":
                 kind, storage, key, _, count, *_ = stack.pop()
+                if storage.name.endswith("BFloat16Storage"):
+                    import ml_dtypes  # noqa: F401  makes NumPy know it
                 dtype = _STORAGES[storage.name.removeprefix("torch ")]
                 if kind != "storage" or type(key) is not str or type(count) is not int:
                     raise ValueError("it refers to what is no storage")
@@ -146,7 +149,9 @@ def read_torch(path, raw: bool = False) -> dict[str, tuple[tuple[int, ...], Call
     """
     try:
         state, storage = (_read_zip if zipfile.is_zipfile(path) else _read_legacy)(Path(path))
-        keys = ("state_dict", "state_dict_ema", "model") if raw else ("state_dict_ema", "state_dict", "model")
+        # timm/models/_helpers.py, load_state_dict
+        averages, weights = ("state_dict_ema", "model_ema"), ("state_dict", "model")
+        keys = weights + averages if raw else averages + weights
         state = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
         wrong = [name for name, value in state.items() if not isinstance(value, _Tensor)]
         if wrong:
@@ -170,6 +175,8 @@ def _read_legacy(path: Path):
     state, keys = _unpickle(file), _unpickle(file)
     known = {tensor.storage.key: tensor.storage for tensor in _tensors(state)}
     place, storages = file.tell(), {}
+    if not all(type(key) is str and key in known for key in keys):
+        raise ValueError("it lists a storage that no tensor has")
     for key in keys:
         dtype, _, promised = known[key]
         count = int.from_bytes(data[place : place + 8], "little")
@@ -220,12 +227,17 @@ def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _size(tensor: _Tensor) -> tuple[int, ...]:
-    numbers = (tensor.offset, *tensor.size, *tensor.stride)
-    if len(tensor.size) != len(tensor.stride) or not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"a tensor has size {tensor.size} and stride {tensor.stride}")
+    # Their types first: what is no number here may be too large to be compared or printed.
+    parts = (tensor.size, tensor.stride)
+    if not all(type(part) is tuple and all(type(number) is int for number in part) for part in parts):
+        raise ValueError("a tensor's size is none")
+    if type(tensor.offset) is not int or min((tensor.offset, *tensor.size, *tensor.stride)) < 0:
+        raise ValueError("a tensor's size is none")
+    if len(tensor.size) != len(tensor.stride) or len(tensor.size) > 8:
+        raise ValueError("a tensor's size does not fit its strides")
     if math.prod(tensor.size) > tensor.storage.length:
-        raise ValueError(f"a tensor of size {tensor.size} repeats its storage")
-    return tuple(tensor.size)
+        raise ValueError("a tensor repeats its storage")
+    return tensor.size
 
 
 def _viewer(tensor: _Tensor, storage) -> Callable[[], np.ndarray]:
@@ -233,7 +245,7 @@ def _viewer(tensor: _Tensor, storage) -> Callable[[], np.ndarray]:
         numbers = storage(tensor.storage)
         reach = sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True))
         if math.prod(tensor.size) and tensor.offset + reach >= len(numbers):
-            raise ValueError(f"a tensor of size {tensor.size} reaches beyond its storage")
+            raise ValueError("a tensor reaches beyond its storage")
         strides = [stride * numbers.itemsize for stride in tensor.stride]
         return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.size, strides, writeable=False)
 

@@ -14,6 +14,17 @@ _PREFIX = ".keras_effnet-"
 
 
 @contextmanager
+def _writing(path) -> Iterator[None]:
+    """Makes of a library's own exception, such as for a full disk, what Python calls such an error."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"Expected to write {str(path)!r}. Received: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextmanager
 def replacing(path) -> Iterator[Path]:
     """Gives a path beside the wanted one to write to, and moves it there once it is written.
 
@@ -69,7 +80,7 @@ def safetensors(path, tensors: dict[str, np.ndarray], counters: Iterable[str] = 
 
     everything = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     everything |= {name: np.zeros((), np.int64) for name in counters}
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, _writing(path):
         save_file(everything, temporary, metadata=metadata or {"format": "pt"})
     return Path(path)
 
@@ -99,7 +110,7 @@ def h5(path, tensors: dict[str, np.ndarray], preprocessing) -> Path:
     for name, value in (statistics | tensors).items():
         layer, variable = name.split("/")
         layers.setdefault(layer, {})[variable] = value
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(path) as temporary, _writing(path), h5py.File(temporary, "w") as file:
         file.attrs["layer_names"] = [layer.encode() for layer in layers]
         file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"  # whose format this is
         for layer, variables in layers.items():
@@ -140,12 +151,13 @@ def checkpoint(path, tensors: dict[str, np.ndarray], counter: str) -> Path:
     names = [*tensors, counter]
     with folder_beside(prefix) as folder:
         temporary = folder / prefix.name
-        tf.raw_ops.SaveV2(
-            prefix=str(temporary),
-            tensor_names=names,
-            shape_and_slices=[""] * len(names),
-            tensors=[*map(tf.constant, tensors.values()), tf.constant(0, tf.int64)],
-        )
+        with _writing(prefix):
+            tf.raw_ops.SaveV2(
+                prefix=str(temporary),
+                tensor_names=names,
+                shape_and_slices=[""] * len(names),
+                tensors=[*map(tf.constant, tensors.values()), tf.constant(0, tf.int64)],
+            )
         state = folder / "checkpoint"
         state.write_text(f'model_checkpoint_path: "{prefix.name}"\nall_model_checkpoint_paths: "{prefix.name}"\n')
         # Without an index nobody takes the numbers for a checkpoint: the old one goes first, the new one comes last.
