@@ -287,15 +287,16 @@ def convert(src, dst, model, source, target, raw, preprocessing, as_json) -> Non
 @click.option("--model", required=True, help="See `keras-effnet list`.")
 @SOURCE
 @RAW
+@click.option("--no-top", is_flag=True, help="Leave the classifier out.")
 @AS_JSON
 @click.pass_context
-def verify(ctx, file, model, source, raw, as_json) -> None:
+def verify(ctx, file, model, source, raw, no_top, as_json) -> None:
     """Show what of FILE would be loaded into a model and what not. Exit status 1 if it does not fit."""
     from dataclasses import asdict
 
     from keras_effnet import weights
 
-    report = weights.verify(file, model, source, raw=raw)
+    report = weights.verify(file, model, source, include_top=not no_top, raw=raw)
     if as_json:
         _print_json(asdict(report) | {"fits": report.fits})
     else:

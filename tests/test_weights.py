@@ -1,6 +1,8 @@
 """Loading and converting: every naming against the original's numbers, both ways, all or nothing."""
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -158,12 +160,16 @@ def fill_as(file: str, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("kind", ["missing average", "unexpected", "shape", "two nets"])
+@pytest.mark.parametrize("kind", ["missing average", "missing stem", "unexpected", "raw extra", "shape", "two nets"])
 def test_a_checkpoint_with_a_fault_is_told(kind, tmp_path):
     tensors = original_tensors("efficientnet-lite0")
     name = "efficientnet-lite0/blocks_3/conv2d/kernel/ExponentialMovingAverage"
     if kind == "missing average":
         del tensors[name]
+    elif kind == "missing stem":
+        del tensors["efficientnet-lite0/stem/conv2d/kernel/ExponentialMovingAverage"]
+    elif kind == "raw extra":
+        tensors["efficientnet-lite0/blocks_99/conv2d/kernel"] = np.zeros(1, np.float32)
     elif kind == "unexpected":
         tensors[name.replace("kernel", "bias")] = np.zeros(144, np.float32)
     elif kind == "shape":
@@ -175,6 +181,8 @@ def test_a_checkpoint_with_a_fault_is_told(kind, tmp_path):
     before = model.get_weights()
     told = {
         "missing average": rf"\(!\): - {name} \(for block3b_expand_conv/kernel\)",
+        "missing stem": r"- efficientnet-lite0/stem/conv2d/kernel/ExponentialMovingAverage \(for stem_conv/kernel\)",
+        "raw extra": r"\(!\): \+ efficientnet-lite0/blocks_99/conv2d/kernel$",
         "unexpected": rf"\(!\): \+ {name.replace('kernel', 'bias')}",
         "shape": r"expected shape \(1, 1, 24, 144\) for block3b_expand_conv/kernel, received \(1, 1, 24, 143\)",
         "two nets": "Expected one net",
@@ -183,6 +191,15 @@ def test_a_checkpoint_with_a_fault_is_told(kind, tmp_path):
     with pytest.raises(ValueError, match=told):
         ke.weights.load(model, path)
     assert all(map(np.array_equal, model.get_weights(), before))
+    for do in (
+        lambda: ke.weights.convert_file(path, tmp_path / "x.safetensors"),
+        lambda: convert.read(path, "efficientnet-lite0"),
+    ):
+        with pytest.raises(ValueError, match="Received"):
+            do()
+    if kind != "two nets":
+        # Without its average, the raw value is left over.
+        assert len(ke.weights.verify(path, "efficientnet-lite0").problems) == 1 + kind.startswith("missing")
 
 
 def logits(model):
@@ -210,17 +227,17 @@ def test_wrong_numerics_show(fault, tmp_path, monkeypatch):
     assert np.abs(found[:, :16] - expected).max() > 100 * 2e-5 * found.std()
 
 
-def test_layout_of_every_square_kernel_matters(tmp_path):
-    """Through timm's names, where squares are transposed: the same values under a wrong layout are other weights."""
-    tensors = timm_tensors("tf_efficientnet_b0")
-    squares = [name for name, value in tensors.items() if value.ndim == 4 and value.shape[0] == value.shape[1] > 1]
-    path = save_torch(tensors, tmp_path / "x.safetensors")
-    model = ke.EfficientNetB0(weights=None)
-    ke.weights.load(model, path)
-    for layer in model.layers:
-        for weight in layer.weights:
-            if weight.name == "kernel" and len(weight.shape) == 4 and weight.shape[2] == weight.shape[3]:
-                assert not np.array_equal(weight, np.swapaxes(weight, 2, 3)), squares
+@pytest.mark.parametrize("layout", ["OIHW->HWIO", "C1HW->HWC1", "OI->IO"])
+def test_a_wrong_layout_of_timms_kernels_shows(layout, tmp_path, monkeypatch):
+    """Height and width exchanged fits everywhere; so does the classifier, where it is square."""
+    name = "tf_efficientnet_b0"
+    path = save_torch(timm_tensors(name), tmp_path / "x.safetensors")
+    right = LAYOUTS[layout]
+    turn = (lambda array: array.swapaxes(0, 1)) if layout != "OI->IO" else (lambda array: array[::-1])
+    monkeypatch.setitem(LAYOUTS, layout, replace(right, to_keras=lambda array: turn(right.to_keras(array))))
+    model = ke.EfficientNetB0(weights=path, preprocessing=None, classifier_activation=None)
+    expected = np.load(GOLDEN / f"timm/{name}.npz")["logits"]
+    assert np.abs(run(model, image(224)) - expected).max() > 30 * 2e-5 * expected.std()
 
 
 EDGETPU = "efficientnet-edgetpu-S"
@@ -344,7 +361,7 @@ def test_the_original_restores_what_was_exported(tmp_path):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the files are the same whatever the backend")
 @pytest.mark.parametrize("include_top", [True, False])
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 8))])
 def test_keras_2_files_load(number, include_top, tmp_path):
     applications = pytest.importorskip("tf_keras").applications
     kwargs = {"include_top": include_top, "weights": None, "input_shape": (32, 32, 3)}
@@ -406,10 +423,132 @@ def test_a_trained_model_loads_without_its_optimizer(tmp_path):
         assert same_weights(again, model)
 
 
+def headed(classes=3):
+    """A net with a head of one's own, compiled and trained for a step."""
+    body = ke.EfficientNetLite0(weights=None, include_top=False, pooling="avg", input_shape=(32, 32, 3))
+    model = keras.Model(body.inputs, keras.layers.Dense(classes, name="out")(body.output))
+    model.compile("rmsprop", "sparse_categorical_crossentropy")
+    model.fit(np.zeros((2, 32, 32, 3)), np.zeros(2), verbose=0)
+    return body, model
+
+
+def everything(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return [np.array(keras.ops.convert_to_numpy(variable.value)) for variable in variables]
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_a_net_with_an_own_head(suffix, tmp_path):
+    (body, model), (_, other) = headed(), headed()
+    for net, name in ((body, "body"), (model, "whole")):
+        path = tmp_path / f"{name}{suffix}"
+        net.save(path) if suffix == ".keras" else net.save_weights(path)
+    ke.weights.load(other, tmp_path / f"body{suffix}")
+    assert all(map(np.array_equal, other.get_weights()[:-2], body.get_weights()))
+    assert not same_weights(other, model)
+    ke.weights.load(other, tmp_path / f"whole{suffix}")
+    assert same_weights(other, model)
+    x = keras.layers.Conv2D(3, 1)(keras.Input((32, 32, 1)))
+    built_on = ke.EfficientNetLite0(include_top=False, weights=tmp_path / f"body{suffix}", input_tensor=x)
+    assert all(map(np.array_equal, built_on.get_weights()[-4:], body.get_weights()[-4:]))
+    # A failed load leaves the optimizer, too.
+    model.get_layer("out").bias.assign(np.full(3, np.nan, "float32"))
+    model.fit(np.zeros((2, 32, 32, 3)), np.zeros(2), verbose=0)
+    model.save(tmp_path / f"nan{suffix}") if suffix == ".keras" else model.save_weights(tmp_path / f"nan{suffix}")
+    before = everything(other)
+    with pytest.raises(ValueError, match="not finite"):
+        ke.weights.load(other, tmp_path / f"nan{suffix}")
+    assert all(map(np.array_equal, everything(other), before))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one backend writes the file")
+@pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
+def test_a_net_inside_of_another_model(suffix, tmp_path):
+    theirs = keras.applications.EfficientNetB0(weights=None, include_top=False, pooling="avg")
+    outer = keras.Sequential([theirs, keras.layers.Dense(3)])
+    path = tmp_path / f"x{suffix}"
+    outer.save_weights(path) if suffix == ".weights.h5" else outer.save(path)
+    report = ke.weights.verify(path, "efficientnet-b0", include_top=False)
+    # In Keras 3's format the first dense layer is the classifier, whatever its name.
+    assert [problem.split("/")[0].split("_")[0] for problem in report.problems] == ["+ dense"] * 2 * (suffix == ".h5")
+    assert len(report.loaded) == 309
+
+
+def test_quantized_and_overflowing_models_are_refused(lite0_path, tmp_path):
+    model = ke.EfficientNetLite0(weights=None)
+    model.get_layer("predictions").quantize("int8")
+    for do in (
+        lambda: ke.weights.load(model, lite0_path),
+        lambda: ke.weights.export(model, tmp_path / "x.safetensors", target="timm"),
+    ):
+        with pytest.raises(ValueError, match="as of a quantized net"):
+            do()
+    large = ke.EfficientNetLite0(**SMALL)
+    large.get_layer("top_bn").moving_variance.assign(np.full(1280, 1e6, "float32"))
+    ke.weights.export(large, tmp_path / "x.safetensors", target="timm")
+    half = ke.EfficientNetLite0(**SMALL, dtype="float16")
+    before = half.get_weights()
+    with pytest.raises(ValueError, match=r"float16 holds.*top_bn/moving_variance reaches 1e\+06"):
+        ke.weights.load(half, tmp_path / "x.safetensors")
+    assert all(map(np.array_equal, half.get_weights(), before))
+
+
+def test_export_refuses_what_others_would_compute_otherwise(tmp_path):
+    with pytest.raises(ValueError, match="bn_epsilon=1e-3"):
+        ke.weights.export(ke.EfficientNetLite0(**SMALL, bn_epsilon=1e-5), tmp_path / "x.h5", target="keras")
+    with pytest.raises(ValueError, match="Expected a path to write to"):
+        ke.weights.export(ke.EfficientNetLite0(**SMALL), "")
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from keras_effnet import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+sys.argv[0] = "keras-effnet"
+cli.main()
+"""
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the command is the same whatever the backend")
+@pytest.mark.parametrize("name", ["x.safetensors", "x.h5", "x.weights.h5", "x.keras", "x.ckpt"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(name, lite0_path, tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, "convert", lite0_path, tmp_path / name]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_published_files_preprocessing_is_kept(tmp_path, monkeypatch):
+    path = ke.weights.export(ke.EfficientNetB0(weights=None), tmp_path / "x.safetensors", target="timm")
+    record = registry.find("efficientnet-b0", "advprop")
+    known = replace(record, files=(registry.File("timm", "https://x/x", registry.digest(path, "sha256")),))
+    monkeypatch.setattr(registry, "RECORDS", (known,))
+    ke.weights.convert_file(path, tmp_path / "x.keras")
+    assert ke.describe(keras.models.load_model(tmp_path / "x.keras"))["preprocessing"] == "inception"
+
+
+def test_verify_takes_classes_and_channels_from_the_file(tmp_path):
+    for name, kwargs in (("efficientnet-edgetpu-s", {"classes": 1001}), ("efficientnet-lite0", {"classes": 7})):
+        model = ke.create_model(name, weights=None, **kwargs)
+        path = ke.weights.export(model, tmp_path / f"{name}.safetensors", target="timm")
+        assert ke.weights.verify(path, name).fits
+    grey = ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 1))
+    assert ke.weights.verify(
+        ke.weights.export(grey, tmp_path / "x.safetensors", target="timm"), "efficientnet-lite0"
+    ).fits
+    body = ke.EfficientNetLite0(weights=None, include_top=False)
+    path = ke.weights.export(body, tmp_path / "y.safetensors", target="timm")
+    assert len(ke.weights.verify(path, "efficientnet-lite0").problems) == 2
+    assert ke.weights.verify(path, "efficientnet-lite0", include_top=False).fits
+
+
 def test_convert_refuses_what_it_cannot_do(tmp_path, lite0_path):
     for arguments, told in (
         ((lite0_path, tmp_path / "x.pth"), r"ends in \.safetensors"),
-        ((lite0_path, tmp_path / "x.h5", None, "auto", "own"), r"ends in \.keras or \.weights\.h5"),
+        ((lite0_path, tmp_path / "x.h5", None, "auto", "own"), r"ends in \.keras or \.weights\.h5 for 'own'"),
+        ((lite0_path, tmp_path / "x.h5", None, "auto", "timm"), r"ends in \.safetensors for 'timm'"),
         ((lite0_path, tmp_path / "x.h5", None, "tpu"), "which is a state dict of EfficientNet-PyTorch"),
         ((lite0_path, tmp_path / "x.h5", "efficientnet-lite1"), "Expected exactly the tensors of 'efficientnet-lite1'"),
         ((lite0_path, tmp_path / "x.h5", "efficientnet-lite9"), "Nearest: 'efficientnet-lite"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SOURCES = {"tpu": ("tpu",), "timm": ("timm",), "lukemelas": ("lukemelas",), "keras": ("keras", "keras3")}
 TARGETS = ("tpu", "timm", "keras")
+_NO_TOP = "the classifier: the model has none"
 Values = dict[tuple[str, str], np.ndarray]  # by (our layer, our variable)
 
 
@@ -209,7 +210,7 @@ def _match(
         else:
             plan[layer, variable] = _reader(stored, steps)
     if classes is None or not include_top:
-        why = "the classifier: the model has none" if classes is None else "the classifier, by request"
+        why = _NO_TOP if classes is None else "the classifier, by request"
         spare = {head["predictions", variable].foreign for variable in ("kernel", "bias")} & contents.tensors.keys()
         ignored[why] += len(spare)
         needed |= spare
@@ -333,12 +334,15 @@ def load(
     with readers.opened(path, raw) as tensors:
         contents = _Contents(tensors, path, source, raw)
         report, plan = _match(contents, reading.architecture, reading.channels, reading.classes, include_top)
-        by_keras = others and not report.fits and prefix is None and include_top and _is_keras_file(path, source)
+        only_the_net = report.fits and _NO_TOP not in report.ignored
+        by_keras = others and not only_the_net and prefix is None and include_top and _is_keras_file(path, source)
         values = {} if by_keras else _values(report, plan, contents, reading.architecture, model.name)
     if by_keras:
         return _load_by_keras(model, path)
     for key, value in values.items():
-        if not np.isfinite(value.astype(targets[key].dtype)).all():
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(value.astype(targets[key].dtype)).all()
+        if not finite:
             raise ValueError(
                 f"Expected numbers that {targets[key].dtype} holds. Received: {report.path}, whose {'/'.join(key)} "
                 f"reaches {np.abs(value).max():.3g}"
