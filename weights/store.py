@@ -80,10 +80,13 @@ def bring(record: Record, include_top: bool = True, classes: int = 1000) -> Path
         OSError: If no file of the record is here or can be brought.
         ValueError: If the file that was brought is not what it should be. It is not kept.
     """
+    classes = classes if include_top else 1000
     files = candidates(record, include_top, classes)
-    kept = next((path for file in files if (path := _kept(record, file))), None)
-    if kept is not None and classes == 1000:
-        return kept
+    for file in files if classes == 1000 else ():
+        kept = _kept(record, file)
+        if kept is not None:
+            _tell_of_a_port(file, files[0])
+            return kept
     failures: list[OSError | ValueError] = []
     for file in files:
         here = bool(file.url) and place(file).exists()
@@ -92,12 +95,16 @@ def bring(record: Record, include_top: bool = True, classes: int = 1000) -> Path
         except (OSError, ValueError) as error:
             failures.append(error)
             continue
-        if file.format != files[0].format:  # a port, not the original
-            warnings.warn(f"{files[0].url} could not be brought. In its place: {file.url}", stacklevel=2)
+        _tell_of_a_port(file, files[0])
         return path
     others = ", ".join(file.url for file in files[1:] if file.url)
     message = f"{failures[0]}{others and '. The same weights were sought in vain at '}{others}"
     raise (ValueError if isinstance(failures[0], ValueError) else OSError)(message) from failures[0]
+
+
+def _tell_of_a_port(file: File, wanted: File) -> None:
+    if file.format != wanted.format:
+        warnings.warn(f"{wanted.url} could not be brought. In its place: the port of {file.format}", stacklevel=3)
 
 
 def _prepared(record: Record, file: File, path: Path, classes: int, keep: bool) -> Path:
