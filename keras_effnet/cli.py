@@ -49,7 +49,8 @@ def _table(title, *columns: str):
     title = Text(title, style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        side = "right" if column.startswith(">") else "left"
+        table.add_column(column.removeprefix(">"), justify=side, overflow="fold")  # a name is wrapped, not cut
     return table
 
 
@@ -162,21 +163,20 @@ def _list_weights(names: list[str], as_json: bool) -> None:
     if as_json:
         _print_json({"weights": [asdict(record) for record in records]})
         return
-    table = _table("", "model", "tag", ">top-1", ">top-5", ">pixels", "preprocessing", "files", "licence")
+    table = _table("", "model", "tag", ">top-1", ">top-5", ">pixels", "preprocessing", "files")
     for record in records:
         formats = ", ".join(dict.fromkeys(file.format for file in record.files))
         cells = (
             record.model.removeprefix("efficientnet-"),
-            record.tag.removeprefix("tf_efficientnet_") + "*" * record.default,
+            record.tag + "*" * record.default,
             record.top1,
             record.top5 or "",
             record.resolution or VARIANTS[record.model].resolution,
             record.preprocessing,
             formats,
-            record.licence,
         )
         table.add_row(*map(str, cells))
-    _print(table, "* is what `imagenet` means. --json: with sources, addresses and hashes.")
+    _print(table, "* is what `imagenet` means. All are Apache-2.0. --json: with sources, addresses and hashes.")
 
 
 @main.command("describe")
@@ -304,12 +304,13 @@ def verify(ctx, file, model, source, raw, no_top, as_json) -> None:
             click.echo(problem)
         for reason, count in report.ignored.items():
             click.echo(f"{count} not needed: {reason}")
+        if report.model and not report.fits:
+            click.echo(f"These are the tensors of {report.model}.")
+        top = "no classifier" if report.classes is None else f"{report.classes} classes"
         verdict = (
             "fits" if report.fits else f"does not fit: {len(report.problems)} missing (-), unexpected (+), wrong (!)"
         )
-        click.echo(
-            f"{len(report.loaded)} variables match. {report.format} file with {report.classes} classes: {verdict}"
-        )
+        click.echo(f"{len(report.loaded)} variables match. {report.format} file with {top}: {verdict}")
     ctx.exit(0 if report.fits else 1)
 
 

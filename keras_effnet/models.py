@@ -147,7 +147,12 @@ class _Origin:
             return cls(registry.recognise(variant, weights) if os.path.isfile(weights) else None, weights)
         if os.sep in weights or weights.endswith(readers.SUFFIXES):
             raise FileNotFoundError(f"Expected a file of weights. Received: weights={weights!r}, which does not exist")
-        return cls(registry.find(variant, weights))
+        try:
+            return cls(registry.find(variant, weights))
+        except ValueError:
+            if not readers.exists(weights):
+                raise
+            return cls(None, weights)
 
     @property
     def resolution(self) -> int | None:

@@ -8,13 +8,27 @@ import pytest
 from conftest import BACKEND, ROOT
 
 SLOW = ("test_export.py", "test_cli.py", "test_describe.py", "test_preprocessing.py", "test_weights.py")
+# Of the tests of weights, those in which a backend's variables are read or written in ways of their own.
+CHOSEN = {
+    "test_weights.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body"
+}
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="started from the run on TensorFlow")
 @pytest.mark.parametrize("file", ["test_models.py", *(pytest.param(file, marks=pytest.mark.slow) for file in SLOW)])
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_backend(backend, file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"tests/{file}",
+        "-k",
+        CHOSEN.get(file, ""),
+    ]
     result = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": backend}
     )

@@ -93,7 +93,10 @@ def test_list_describe_and_plot(tmp_path):
 
 def test_list_of_weights_and_tradeoff(tmp_path):
     listed = run("list", "--weights")
-    assert all(word in listed.stdout for word in ("noisy-student-475", "l2.ns_jft_in1k_475", "98.648", "Apache-2.0"))
+    assert all(
+        word in listed.stdout
+        for word in ("noisy-student-475", "tf_efficientnet_l2.ns_jft_in1k_475", "98.648", "Apache-2.0")
+    )
     rows = json.loads(run("list", "efficientnet-b0", "--weights", "--json").stdout)["weights"]
     assert [row["tag"] for row in rows] == ke.list_weights("efficientnet-b0")
     assert rows[1]["files"][0]["hash"] == "md5:902e53a9f72be733fc0bcb005b3ebbac"

@@ -427,8 +427,8 @@ def headed(classes=3):
     """A net with a head of one's own, compiled and trained for a step."""
     body = ke.EfficientNetLite0(weights=None, include_top=False, pooling="avg", input_shape=(32, 32, 3))
     model = keras.Model(body.inputs, keras.layers.Dense(classes, name="out")(body.output))
-    model.compile("rmsprop", "sparse_categorical_crossentropy")
-    model.fit(np.zeros((2, 32, 32, 3)), np.zeros(2), verbose=0)
+    model.compile(keras.optimizers.RMSprop(1e-4), "mse")
+    model.fit(np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)), np.zeros((4, classes)), verbose=0)
     return body, model
 
 
@@ -453,7 +453,7 @@ def test_a_net_with_an_own_head(suffix, tmp_path):
     assert all(map(np.array_equal, built_on.get_weights()[-4:], body.get_weights()[-4:]))
     # A failed load leaves the optimizer, too.
     model.get_layer("out").bias.assign(np.full(3, np.nan, "float32"))
-    model.fit(np.zeros((2, 32, 32, 3)), np.zeros(2), verbose=0)
+    model.optimizer.iterations.assign(7)
     model.save(tmp_path / f"nan{suffix}") if suffix == ".keras" else model.save_weights(tmp_path / f"nan{suffix}")
     before = everything(other)
     with pytest.raises(ValueError, match="not finite"):
@@ -496,8 +496,19 @@ def test_quantized_and_overflowing_models_are_refused(lite0_path, tmp_path):
 def test_export_refuses_what_others_would_compute_otherwise(tmp_path):
     with pytest.raises(ValueError, match="bn_epsilon=1e-3"):
         ke.weights.export(ke.EfficientNetLite0(**SMALL, bn_epsilon=1e-5), tmp_path / "x.h5", target="keras")
-    with pytest.raises(ValueError, match="Expected a path to write to"):
-        ke.weights.export(ke.EfficientNetLite0(**SMALL), "")
+    model = ke.EfficientNetLite0(**SMALL)
+    for path, target, told in (
+        ("", None, "Expected a path to write to"),
+        ("x.h5", "timm", "ends in"),
+        ("x.onnx", None, "ends in"),
+        ("x.keras", None, r"model\.save"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ke.weights.export(model, path and tmp_path / path, target=target)
+    assert not list(tmp_path.iterdir())
+    assert ke.weights.export(model, tmp_path / "m.safetensors").stat().st_mode & 0o044 == 0o044
+    for path in ("x.h5", "x.safetensors", "a", "b.ckpt-7"):  # by their endings
+        assert ke.weights.verify(ke.weights.export(model, tmp_path / path), "efficientnet-lite0").fits
 
 
 FULL_DISK = """
@@ -546,9 +557,11 @@ def test_verify_takes_classes_and_channels_from_the_file(tmp_path):
 
 def test_convert_refuses_what_it_cannot_do(tmp_path, lite0_path):
     for arguments, told in (
-        ((lite0_path, tmp_path / "x.pth"), r"ends in \.safetensors"),
-        ((lite0_path, tmp_path / "x.h5", None, "auto", "own"), r"ends in \.keras or \.weights\.h5 for 'own'"),
-        ((lite0_path, tmp_path / "x.h5", None, "auto", "timm"), r"ends in \.safetensors for 'timm'"),
+        ((lite0_path, tmp_path / "x.pth"), r"ends in .*\.safetensors for 'timm'"),
+        ((lite0_path, tmp_path / "x.h5", None, "auto", "own"), r"Expected a path that ends in.*for 'own'$"),
+        ((lite0_path, tmp_path / "x.h5", None, "auto", "timm"), r"Expected a path that ends in.*for 'timm'$"),
+        ((lite0_path, tmp_path / "x.tflite"), r"Expected a path that ends in.*x\.tflite'$"),
+        ((lite0_path, tmp_path / "x.keras", None, "auto", "tpu"), r"Expected a path that ends in.*for 'tpu'$"),
         ((lite0_path, tmp_path / "x.h5", None, "tpu"), "which is a state dict of EfficientNet-PyTorch"),
         ((lite0_path, tmp_path / "x.h5", "efficientnet-lite1"), "Expected exactly the tensors of 'efficientnet-lite1'"),
         ((lite0_path, tmp_path / "x.h5", "efficientnet-lite9"), "Nearest: 'efficientnet-lite"),
@@ -569,7 +582,9 @@ def test_wrapped_names_are_recognised(lite0_path, tmp_path):
     tensors = {f"module.{name}": np.ascontiguousarray(value) for name, value in content(lite0_path).items()}
     path = save_torch(tensors, tmp_path / "x.safetensors")
     assert ke.weights.verify(path, "efficientnet-lite0").fits
-    problems = ke.weights.verify(path, "efficientnet-lite1").problems
+    other = ke.weights.verify(path, "efficientnet-lite1")
+    assert other.model == "efficientnet-lite0" and not other.fits
+    problems = other.problems
     assert any(problem.startswith("- module._blocks.") for problem in problems)
 
 

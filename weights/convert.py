@@ -4,7 +4,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,6 +54,7 @@ class Report:
         ignored: Dict from a reason to the number of the file's tensors that are not needed for it.
         problems: Tuple of strings: tensors that are missing (-), unexpected (+) or wrong (!).
         classes: Integer, classes of the file's classifier, or None.
+        model: Name of the model whose tensors `verify()` found the file to hold, or None.
     """
 
     path: str
@@ -62,6 +64,7 @@ class Report:
     ignored: dict[str, int]
     problems: tuple[str, ...]
     classes: int | None
+    model: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -432,6 +435,9 @@ def verify(path, model: str, source: str = "auto", *, include_top: bool = True, 
         report, plan = _match(contents, architecture, channels, classes or 1000, include_top)
         if report.fits:
             _values(report, plan, contents, architecture, model)
+            return replace(report, model=model)
+        with suppress(ValueError):  # of no model
+            return replace(report, model=_identify(contents, None)[0])
     return report
 
 
@@ -460,15 +466,16 @@ def read(path, model: str, source: str = "auto", *, drop_background: bool = True
         return _values(report, plan, contents, architecture, model)
 
 
-def export(model: "keras.Model", path, target: str = "tpu", *, prefix: str | None = None) -> Path:
+def export(model: "keras.Model", path, target: str | None = None, *, prefix: str | None = None) -> Path:
     """Writes a model's weights for another program. What that program writes back is bit for bit the same.
 
     Args:
         model: A model of this package.
-        path: Path of the file. For `"tpu"`, a prefix such as `"out/model.ckpt"`, or an existing folder.
+        path: Path of the file: `.safetensors` for timm, `.h5` for keras.applications. For `"tpu"`, a prefix such as
+            `"out/model.ckpt"`, or a folder.
         target: `"tpu"` for a TensorFlow checkpoint that the original code restores (weights and, with the same
             values, their moving averages), `"timm"` for a .safetensors file that timm loads, `"keras"` for an .h5 file
-            that keras.applications loads, with the model's preprocessing. Defaults to `"tpu"`.
+            that keras.applications loads, with the model's preprocessing. Defaults to None: by the path's ending.
         prefix: See `load()`.
 
     Returns:
@@ -489,6 +496,9 @@ def export(model: "keras.Model", path, target: str = "tpu", *, prefix: str | Non
 
     from keras_effnet import blocks
 
+    target = _checked_target(path, target)
+    if target == "own":
+        raise ValueError(f"Expected a target of another program; model.save() writes .keras. Received: {str(path)!r}")
     reading = blocks.read(model, prefix)
     epsilon = reading.layers["stem_bn"].epsilon
     if epsilon != 1e-3:
@@ -505,10 +515,6 @@ def export(model: "keras.Model", path, target: str = "tpu", *, prefix: str | Non
 
 
 def _write(values: Values, path, target: str, architecture: Architecture, channels, classes, preprocessing) -> Path:
-    if target not in TARGETS:
-        raise unknown("target", target, TARGETS)
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(f"Expected a path to write to. Received: {path!r}")
     naming = NAMINGS[target]
     variant = identify(architecture.blocks)
     # Only the original's own classifier has further classes in front of ImageNet's.
@@ -574,14 +580,11 @@ def convert_file(
     from keras_effnet.preprocessing import constants
 
     _check_source(source)
-    target = target or _target_of(path)
-    if target not in (*TARGETS, "own"):
-        raise unknown("target", target, [*TARGETS, "own"])
+    target = _checked_target(path, target)
+    if target in ("tpu", "timm") and not (isinstance(preprocessing, str) and preprocessing == "auto"):
+        raise ValueError(f"Expected no preprocessing, which {target!r} files do not hold. Received: {preprocessing!r}")
     if model is not None and model not in VARIANTS:
         raise unknown("model", model, VARIANTS)
-    if _target_of(path) != target:
-        suffixes = {"own": ".keras or .weights.h5", "timm": ".safetensors", "keras": ".h5", "tpu": "none of the others"}
-        raise ValueError(f"Expected a path that ends in {suffixes[target]} for {target!r}. Received: {str(path)!r}")
     with readers.opened(source_path, raw) as tensors:
         contents = _Contents(tensors, source_path, source, raw)
         model, architecture, channels, classes = _identify(contents, model)
@@ -601,18 +604,27 @@ def convert_file(
     return model
 
 
-def _target_of(path) -> str:
-    name = str(path)
-    if name.endswith((".keras", ".weights.h5")):
-        return "own"
-    known = {".h5": "keras", ".hdf5": "keras", ".safetensors": "timm"}
-    suffix = Path(name).suffix
-    if suffix in (".pth", ".pt", ".bin", ".tar", ".gz", ".tgz"):
+_ENDINGS = {"own": (".keras", ".weights.h5"), "timm": (".safetensors",), "keras": (".h5", ".hdf5")}
+
+
+def _checked_target(path, target: str | None) -> str:
+    """For whom to write, by the path's ending unless it is given; a path that ends like another's file is refused."""
+    if target not in (None, *TARGETS, "own"):
+        raise unknown("target", target, [*TARGETS, "own"])
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"Expected a path to write to. Received: {path!r}")
+    name = os.fspath(path).lower()
+    ended = next((key for key, endings in _ENDINGS.items() if name.endswith(endings)), None)
+    is_prefix = ended is None and (
+        os.path.isdir(path) or re.search(r"(^|[/\\])$|(^|[/\\])[^./\\]+$|\.ckpt(-\d+)?$", name)
+    )
+    if (ended or ("tpu" if is_prefix or target == "tpu" else None)) != (target or ended or "tpu"):
+        kinds = "; ".join(f"{' or '.join(endings)} for {key!r}" for key, endings in _ENDINGS.items())
         raise ValueError(
-            "Expected a path that ends in .safetensors (timm), .h5 (keras.applications), .keras or .weights.h5, or the "
-            f"prefix of a TensorFlow checkpoint. Received: {name!r}"
+            f"Expected a path that ends in {kinds}; for 'tpu' a folder, or a prefix such as out/model.ckpt. Received: "
+            f"{os.fspath(path)!r}" + (f" for {target!r}" if target else "")
         )
-    return known.get(suffix, "tpu")
+    return target or ended or "tpu"
 
 
 def _identify(contents: _Contents, model: str | None) -> tuple[str, Architecture, int, int | None]:

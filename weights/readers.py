@@ -61,6 +61,8 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
         ValueError: If its content is not what its format promises, or of no known format.
     """
     path = _path(path)
+    if path.name == "checkpoint" and path.is_file():  # TensorFlow's note of the folder's latest
+        path = path.parent
     if not path.is_file() or path.suffix in (".index", ".meta"):
         yield _checkpoint(_prefix(path))
         return

@@ -97,7 +97,8 @@ def bring(record: Record, include_top: bool = True, classes: int = 1000) -> Path
             continue
         _tell_of_a_port(file, files[0])
         return path
-    others = ", ".join(file.url for file in files[1:] if file.url)
+    folder = _mirror_folder()
+    others = ", ".join(file.url for file in files[1:] if file.url and folder is None)
     message = f"{failures[0]}{others and '. The same weights were sought in vain at '}{others}"
     raise (ValueError if isinstance(failures[0], ValueError) else OSError)(message) from failures[0]
 
@@ -173,10 +174,7 @@ def locate(file: File) -> Path:
         return _in_package(file)
     target = place(file)
     expected = file.hash or _recorded(target)
-    mirror = os.environ.get("KERAS_EFFNET_MIRROR", "")
-    parts = urlsplit(mirror)
-    path_of_mirror = unquote(parts.path) if parts.scheme == "file" else mirror
-    folder = Path(path_of_mirror).expanduser() if mirror and parts.scheme not in ("http", "https") else None
+    folder = _mirror_folder()
     known = [target]
     if file.format == "keras":  # where keras.applications keeps the same file
         known.append(Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / target.name)
@@ -187,10 +185,19 @@ def locate(file: File) -> Path:
         return _download(file, target, expected, wrong=_wrong(target, expected, file))
     path = folder / target.relative_to(home())
     if not path.is_file():
-        raise _not_brought(file, target, f"KERAS_EFFNET_MIRROR={mirror} has no {path}")
+        has = f"has no {path.relative_to(folder)}" if folder.is_dir() else "is no folder"
+        raise _not_brought(file, target, f"KERAS_EFFNET_MIRROR={folder} {has}")
     if expected and not matches(path, expected):
         raise _not_brought(file, target, f"{path} has {digest(path, expected.partition(':')[0])}, not {expected}")
     return path
+
+
+def _mirror_folder() -> Path | None:
+    mirror = os.environ.get("KERAS_EFFNET_MIRROR", "")
+    parts = urlsplit(mirror)
+    if not mirror or parts.scheme in ("http", "https"):
+        return None
+    return Path(unquote(parts.path) if parts.scheme == "file" else mirror).expanduser()
 
 
 def _wrong(target: Path, expected: str, file: File) -> str:
@@ -199,7 +206,7 @@ def _wrong(target: Path, expected: str, file: File) -> str:
         return ""
     source = "published" if file.hash else f"recorded in {_record_of(target)}"
     received = digest(target, expected.partition(":")[0])
-    return f". There is a {target.name} at its place with {received}, where {expected} is {source}"
+    return f". At its place is a file with {received}, where {expected} is {source}"
 
 
 def matches(path, expected: str) -> bool:
@@ -263,8 +270,8 @@ def _in_package(file: File) -> Path:
 
 def _not_brought(file: File, target: Path, reason) -> OSError:
     return OSError(
-        f"Expected to bring {file.url}. Received: {reason}. To bring it by hand, save it as {target}; "
-        "KERAS_EFFNET_MIRROR names a folder or a server to take it from; weights=None needs no file"
+        f"Expected to bring {file.url}. Received: {reason}. To bring it by hand, save it as {target}, or set "
+        "KERAS_EFFNET_MIRROR to a folder or a server that has it"
     )
 
 
@@ -277,11 +284,16 @@ def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
     import pooch
 
     url, reason = _address(file), None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"Expected a folder for weights that can be written to. Received: KERAS_EFFNET_HOME={home()} ({error})"
+        ) from error
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(attempt * PAUSE)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             writers.sweep(target.parent)
             with writers.replacing(target) as temporary, _bar(target.name) as bar:
                 transfer: Any = pooch.HTTPDownloader  # its annotation forgets that a bar may be any object
@@ -297,7 +309,14 @@ def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
                 response.close()  # which pooch leaves open
             if not _may_pass(error):
                 break
-    raise _not_brought(file, target, f"{type(reason).__name__} from {url} ({reason}){wrong}") from reason
+    raise _not_brought(file, target, _shortly(reason, url) + wrong) from reason
+
+
+def _shortly(error, url: str) -> str:
+    cause = getattr(error.args[0] if error.args else None, "reason", None)
+    if type(cause).__name__ in ("NewConnectionError", "NameResolutionError"):
+        return f"no connection to {urlsplit(url).netloc}"
+    return f"{error} ({type(error).__name__})"
 
 
 def _may_pass(error: OSError) -> bool:

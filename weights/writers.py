@@ -81,7 +81,10 @@ def safetensors(path, tensors: dict[str, np.ndarray], counters: Iterable[str] = 
     everything = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     everything |= {name: np.zeros((), np.int64) for name in counters}
     with replacing(path) as temporary, _writing(path):
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(everything, temporary, metadata=metadata or {"format": "pt"})
+        temporary.chmod(mode)  # the library keeps others from reading it
     return Path(path)
 
 
