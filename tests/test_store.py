@@ -322,6 +322,26 @@ def test_a_server_as_mirror_and_a_home_as_mirror(mirror, loaded, home, server, t
     assert loaded(ke.EfficientNetEdgeTPUS()) and len(server.requests) == 1
 
 
+def test_a_mirror_may_hold_files_by_their_bare_names(mirror, loaded, server, tmp_path, monkeypatch):
+    folder, _ = mirror
+    (archive,) = folder.rglob("*.tar.gz")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / archive.name).write_bytes(archive.read_bytes())
+    monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(flat))
+    assert loaded(ke.EfficientNetEdgeTPUS())
+    monkeypatch.setenv("KERAS_EFFNET_HOME", str(tmp_path / "second"))
+    server.files[f"/{archive.name}"] = archive.read_bytes()
+    monkeypatch.setenv("KERAS_EFFNET_MIRROR", server.url)
+    assert loaded(ke.EfficientNetEdgeTPUS())
+    for tag in ("baseline", "autoaugment", "advprop"):  # whose files are all called alike
+        original = next(file for file in registry.find("efficientnet-b0", tag).files if file.format == "tpu")
+        (flat / "efficientnet-b0.tar.gz").write_bytes(b"")
+        monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(flat))
+        with pytest.raises(OSError, match="has no cloud-tpu-checkpoints"):
+            store.locate(original)
+
+
 def test_a_port_stands_in_and_says_so(mirror, loaded, tmp_path, monkeypatch):
     _, model = mirror
     *_, hub = registry.find(MODEL, "baseline").files

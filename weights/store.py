@@ -14,10 +14,10 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from keras_effnet.weights import writers
-from keras_effnet.weights.registry import File, Record, digest
+from keras_effnet.weights.registry import RECORDS, File, Record, digest
 
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
@@ -119,7 +119,7 @@ def _prepared(record: Record, file: File, path: Path, classes: int, keep: bool) 
     except ValueError as error:
         if not keep:
             discard(file)
-        raise ValueError(f"{error}, from {_address(file)}") from error
+        raise ValueError(f"{error}, from {_addresses(file)[0]}") from error
     _pin(file, path)
     if classes != 1000:
         return path
@@ -183,13 +183,22 @@ def locate(file: File) -> Path:
             return path
     if folder is None:
         return _download(file, target, expected, wrong=_wrong(target, expected, file))
-    path = folder / target.relative_to(home())
-    if not path.is_file():
-        has = f"has no {path.relative_to(folder)}" if folder.is_dir() else "is no folder"
+    paths = [folder / name for name in _names_in_mirror(file)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        has = f"has no {' or '.join(_names_in_mirror(file))}" if folder.is_dir() else "is no folder"
         raise _not_brought(file, target, f"KERAS_EFFNET_MIRROR={folder} {has}")
     if expected and not matches(path, expected):
         raise _not_brought(file, target, f"{path} has {digest(path, expected.partition(':')[0])}, not {expected}")
     return path
+
+
+def _names_in_mirror(file: File) -> list[str]:
+    """Where a mirror may have a file: under its address' path, or by its bare name if no other file has that."""
+    path = unquote(urlsplit(file.url).path).lstrip("/")
+    name = path.rsplit("/", 1)[-1]
+    addresses = {other.url for record in RECORDS for other in record.files if other.url.endswith(f"/{name}")}
+    return [path, name] if len(addresses - {file.url}) == 0 and name != path else [path]
 
 
 def _mirror_folder() -> Path | None:
@@ -275,41 +284,48 @@ def _not_brought(file: File, target: Path, reason) -> OSError:
     )
 
 
-def _address(file: File) -> str:
+def _addresses(file: File) -> list[str]:
     mirror = os.environ.get("KERAS_EFFNET_MIRROR", "").rstrip("/")
-    return mirror + urlsplit(file.url).path if mirror else file.url
+    return [f"{mirror}/{quote(name)}" for name in _names_in_mirror(file)] if mirror else [file.url]
 
 
 def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
-    import pooch
-
-    url, reason = _address(file), None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
             f"Expected a folder for weights that can be written to. Received: KERAS_EFFNET_HOME={home()} ({error})"
         ) from error
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(attempt * PAUSE)
+    writers.sweep(target.parent)
+    reasons: list[str] = []
+    for url in _addresses(file):
         try:
-            writers.sweep(target.parent)
+            return _transfer(url, target, expected)
+        except OSError as error:
+            reasons.append(_shortly(error, url))
+    raise _not_brought(file, target, "; ".join(reasons) + wrong)
+
+
+def _transfer(url: str, target: Path, expected: str) -> Path:
+    import pooch
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
             with writers.replacing(target) as temporary, _bar(target.name) as bar:
                 transfer: Any = pooch.HTTPDownloader  # its annotation forgets that a bar may be any object
                 transfer(progressbar=bar, timeout=30)(url, str(temporary), None)
                 if expected and not matches(temporary, expected):
                     received = digest(temporary, expected.partition(":")[0])
                     raise OSError(f"the file has {received}, not {expected}")
-            return target
+            break
         except OSError as error:  # requests' exceptions are of this kind
-            reason = error
             response = getattr(error, "response", None)
             if response is not None:
                 response.close()  # which pooch leaves open
-            if not _may_pass(error):
-                break
-    raise _not_brought(file, target, _shortly(reason, url) + wrong) from reason
+            if attempt == ATTEMPTS or not _may_pass(error):
+                raise
+        time.sleep(attempt * PAUSE)
+    return target
 
 
 def _shortly(error, url: str) -> str:
