@@ -140,19 +140,19 @@ class _Origin:
 
         if not isinstance(weights, str | os.PathLike):
             raise ValueError(f"Expected weights as a tag, the path of a file, or None. Received: weights={weights!r}")
-        named = isinstance(weights, str)
-        if named and registry.is_timms(weights):
-            return cls(registry.find(variant, weights))
-        if not named or os.path.isfile(weights) or (readers.exists(weights) and (os.sep in weights or "." in weights)):
-            return cls(registry.recognise(variant, weights) if os.path.isfile(weights) else None, weights)
-        if os.sep in weights or weights.endswith(readers.SUFFIXES):
-            raise FileNotFoundError(f"Expected a file of weights. Received: weights={weights!r}, which does not exist")
-        try:
-            return cls(registry.find(variant, weights))
-        except ValueError:
-            if not readers.exists(weights):
-                raise
-            return cls(None, weights)
+        is_file = os.path.isfile(weights)
+        if isinstance(weights, str) and not is_file:
+            try:
+                return cls(registry.find(variant, weights))
+            except ValueError as error:
+                if not readers.exists(weights):
+                    path = os.sep in weights or weights.endswith(readers.SUFFIXES)
+                    if registry.is_timms(weights) or not path:
+                        raise
+                    raise FileNotFoundError(
+                        f"Expected a file of weights. Received: weights={weights!r}, which does not exist"
+                    ) from error
+        return cls(registry.recognise(variant, weights) if is_file else None, weights)
 
     @property
     def resolution(self) -> int | None:

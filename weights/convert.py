@@ -553,7 +553,7 @@ def convert_file(
     Args:
         source_path: Path of a file as `load()` takes it.
         path: Path of the file to write: `.keras` and `.weights.h5` for this package, `.safetensors` for timm, `.h5`
-            for keras.applications; anything else is the prefix (or an existing folder) of a TensorFlow checkpoint.
+            for keras.applications; a folder, or a prefix such as `out/model.ckpt`, for a TensorFlow checkpoint.
         model: Name of the model. Defaults to None: recognised from the tensors.
         source: See `load()`.
         target: `"tpu"`, `"timm"` or `"keras"`, or `"own"` for this package. Defaults to None: by the path's ending.
@@ -613,18 +613,17 @@ def _checked_target(path, target: str | None) -> str:
         raise unknown("target", target, [*TARGETS, "own"])
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(f"Expected a path to write to. Received: {path!r}")
-    name = os.fspath(path).lower()
-    ended = next((key for key, endings in _ENDINGS.items() if name.endswith(endings)), None)
-    is_prefix = ended is None and (
-        os.path.isdir(path) or re.search(r"(^|[/\\])$|(^|[/\\])[^./\\]+$|\.ckpt(-\d+)?$", name)
-    )
-    if (ended or ("tpu" if is_prefix or target == "tpu" else None)) != (target or ended or "tpu"):
+    name = Path(os.fspath(path).lower())
+    ended = next((key for key, endings in _ENDINGS.items() if name.name.endswith(endings)), None)
+    if ended is None and (target == "tpu" or os.path.isdir(path) or re.fullmatch(r"|\.ckpt(-\d+)?", name.suffix)):
+        ended = "tpu"
+    if ended is None or target not in (None, ended):
         kinds = "; ".join(f"{' or '.join(endings)} for {key!r}" for key, endings in _ENDINGS.items())
         raise ValueError(
             f"Expected a path that ends in {kinds}; for 'tpu' a folder, or a prefix such as out/model.ckpt. Received: "
             f"{os.fspath(path)!r}" + (f" for {target!r}" if target else "")
         )
-    return target or ended or "tpu"
+    return ended
 
 
 def _identify(contents: _Contents, model: str | None) -> tuple[str, Architecture, int, int | None]:

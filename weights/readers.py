@@ -230,12 +230,8 @@ def _keras_archive(path: Path) -> Iterator[Tensors]:
 
 
 def _safetensors(path: Path) -> Tensors:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ImportError(
-            "Expected safetensors, which reads these files. Bring it with: pip install safetensors"
-        ) from error
+    import safetensors
+
     try:
         file = safetensors.safe_open(path, framework="numpy")
         names = list(file.keys())

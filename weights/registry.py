@@ -450,16 +450,17 @@ def digest(path, algorithm: str) -> str:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
-def refuse(path) -> None:
+def refuse(path, sha256: str | None = None) -> None:
     """Refuses timm's own nets, which are known by their hash.
 
     Args:
         path: Path of a file.
+        sha256: String, the file's `digest()`. Defaults to None: computed.
 
     Raises:
         ValueError: If it is one of them.
     """
-    if digest(path, "sha256").removeprefix("sha256:")[:8] in _NATIVE_SHA256:
+    if (sha256 or digest(path, "sha256")).removeprefix("sha256:")[:8] in _NATIVE_SHA256:
         raise ValueError(f"Expected weights of this family. Received: {str(path)!r}. {_NATIVE}")
 
 
@@ -478,8 +479,8 @@ def recognise(model: str, path) -> Record | None:
         ValueError: If it is one of timm's own nets.
     """
     records = of_model(model)
-    refuse(path)
     digests = [digest(path, algorithm) for algorithm in ("sha256", "md5")]
+    refuse(path, digests[0])
     for record in records:
         if any(file.hash and value.startswith(file.hash) for file in record.files for value in digests):
             return record

@@ -30,10 +30,10 @@ def home() -> Path:
     Returns:
         Path, which may not exist yet.
     """
-    import pooch
+    import platformdirs  # not pooch's own question for it: whoever finds the weights here needs no network library
 
     chosen = os.environ.get("KERAS_EFFNET_HOME")
-    return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("keras_effnet"))
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("keras_effnet"))
 
 
 def place(file: File) -> Path:
