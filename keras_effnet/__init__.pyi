@@ -1,6 +1,8 @@
 from . import weights as weights
 from .describe import describe as describe
 from .describe import plot as plot
+from .layers import CondConv2D as CondConv2D
+from .layers import DepthwiseCondConv2D as DepthwiseCondConv2D
 from .models import EfficientNetB0 as EfficientNetB0
 from .models import EfficientNetB1 as EfficientNetB1
 from .models import EfficientNetB2 as EfficientNetB2
@@ -10,6 +12,9 @@ from .models import EfficientNetB5 as EfficientNetB5
 from .models import EfficientNetB6 as EfficientNetB6
 from .models import EfficientNetB7 as EfficientNetB7
 from .models import EfficientNetB8 as EfficientNetB8
+from .models import EfficientNetCondConvB0x4 as EfficientNetCondConvB0x4
+from .models import EfficientNetCondConvB0x8 as EfficientNetCondConvB0x8
+from .models import EfficientNetCondConvB0x8Depth as EfficientNetCondConvB0x8Depth
 from .models import EfficientNetEdgeTPUL as EfficientNetEdgeTPUL
 from .models import EfficientNetEdgeTPUM as EfficientNetEdgeTPUM
 from .models import EfficientNetEdgeTPUS as EfficientNetEdgeTPUS

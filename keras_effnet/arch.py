@@ -286,9 +286,13 @@ def owners(architecture: Architecture, channels: int = 3, classes: int | None = 
     """
     found: dict[str, Layer] = {}
 
-    def conv(name: str, size: int, filters_in: int, filters: int, norm: str = "") -> None:
+    def kernels(name: str, kind: str, shape: tuple[int, ...], experts: int, **biases: tuple[int, ...]) -> None:
+        kind, shape = (kind.replace("Conv", "CondConv"), (experts, *shape)) if experts else (kind, shape)
+        found[name] = Layer(kind, {"kernel": shape, **biases})
+
+    def conv(name: str, size: int, filters_in: int, filters: int, norm: str = "", experts: int = 0) -> None:
         biases: dict[str, tuple[int, ...]] = {} if norm else {"bias": (filters,)}
-        found[name] = Layer("Conv2D", {"kernel": (size, size, filters_in, filters)} | biases)
+        kernels(name, "Conv2D", (size, size, filters_in, filters), experts, **biases)
         if norm:
             batch_norm(norm, filters)
 
@@ -298,18 +302,20 @@ def owners(architecture: Architecture, channels: int = 3, classes: int | None = 
 
     conv("stem_conv", 3, channels, architecture.stem_filters, norm="stem_bn")
     for block in architecture.blocks:
-        start, inside = f"block{block.name}_", block.inner_filters
+        start, inside, experts = f"block{block.name}_", block.inner_filters, block.num_experts
+        if experts:
+            found[f"{start}routing"] = Layer("Dense", {"kernel": (block.filters_in, experts), "bias": (experts,)})
         if block.operator == "fused":
             conv(f"{start}expand_conv", block.kernel_size, block.filters_in, inside, norm=f"{start}expand_bn")
         else:
             if block.expand_filters:
-                conv(f"{start}expand_conv", 1, block.filters_in, inside, norm=f"{start}expand_bn")
-            found[f"{start}dwconv"] = Layer("DepthwiseConv2D", {"kernel": (block.kernel_size,) * 2 + (inside, 1)})
+                conv(f"{start}expand_conv", 1, block.filters_in, inside, norm=f"{start}expand_bn", experts=experts)
+            kernels(f"{start}dwconv", "DepthwiseConv2D", (block.kernel_size, block.kernel_size, inside, 1), experts)
             batch_norm(f"{start}bn", inside)
         if block.se_filters:
             conv(f"{start}se_reduce", 1, inside, block.se_filters)
             conv(f"{start}se_expand", 1, block.se_filters, inside)
-        conv(f"{start}project_conv", 1, inside, block.filters_out, norm=f"{start}project_bn")
+        conv(f"{start}project_conv", 1, inside, block.filters_out, norm=f"{start}project_bn", experts=experts)
     filters = architecture.head_filters
     conv("top_conv", 1, architecture.blocks[-1].filters_out, filters, norm="top_bn")
     if classes is not None:

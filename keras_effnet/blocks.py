@@ -14,6 +14,7 @@ from keras import layers
 
 from keras_effnet import initializers
 from keras_effnet.arch import Architecture, Block
+from keras_effnet.layers import CondConv2D, DepthwiseCondConv2D
 
 
 @dataclass(frozen=True)
@@ -46,34 +47,26 @@ class Style:
         layer = layer_class(*args, name=self.prefix + name, dtype=dtype or self.dtype, **kwargs)
         return initializers.apply(layer, inputs)
 
-    def conv(self, x, filters: int, kernel_size: int, name: str, strides: int = 1, **kwargs):
-        """A convolution, without bias unless asked for."""
-        kwargs = {"use_bias": False, "kernel_initializer": initializers.kernel(), **kwargs}
-        return self.apply(
-            layers.Conv2D,
-            name,
-            x,
-            filters,
-            kernel_size,
-            strides=strides,
-            padding="same",
-            data_format=self.data_format,
-            **kwargs,
+    def conv(self, x, filters: int, kernel_size: int, name: str, strides: int = 1, routing=None, **kwargs):
+        """A convolution, without bias unless asked for; of mixed experts if there is a routing."""
+        kwargs = {"kernel_initializer": initializers.kernel(), **kwargs}
+        return self._convolve(
+            (layers.Conv2D, CondConv2D), name, x, routing, filters, kernel_size, strides=strides, **kwargs
         )
 
-    def depthwise(self, x, kernel_size: int, name: str, strides: int = 1):
-        """A depthwise convolution."""
-        return self.apply(
-            layers.DepthwiseConv2D,
-            name,
-            x,
-            kernel_size,
-            strides=strides,
-            padding="same",
-            data_format=self.data_format,
-            use_bias=False,
-            depthwise_initializer=initializers.kernel(),
+    def depthwise(self, x, kernel_size: int, name: str, strides: int = 1, routing=None):
+        """A depthwise convolution; of mixed experts if there is a routing."""
+        kwargs = {"depthwise_initializer": initializers.kernel()}
+        return self._convolve(
+            (layers.DepthwiseConv2D, DepthwiseCondConv2D), name, x, routing, kernel_size, strides=strides, **kwargs
         )
+
+    def _convolve(self, layer_classes, name: str, x, routing, *args, **kwargs):
+        kwargs = {"use_bias": False, "padding": "same", "data_format": self.data_format, **kwargs}
+        plain, mixed = layer_classes
+        if routing is None:
+            return self.apply(plain, name, x, *args, **kwargs)
+        return self.apply(mixed, name, [x, routing], *args, num_experts=routing.shape[-1], **kwargs)
 
     def norm(self, x, name: str, activation_name: str | None = None):
         """Batch normalisation, and the net's activation behind it if that has a name."""
@@ -115,18 +108,25 @@ def stem(style: Style, x, filters: int, scale, offset):
 
 def mbconv(style: Style, x, block: Block, name: str):
     """Expansion, depthwise, squeeze-and-excite, projection. tensorflow/tpu efficientnet_model.py:306-396."""
+    routing = _routing(style, x, block.num_experts, name) if block.num_experts else None
     if block.expand_filters:
-        x = style.conv(x, block.expand_filters, 1, f"{name}expand_conv")
+        x = style.conv(x, block.expand_filters, 1, f"{name}expand_conv", routing=routing)
         x = style.norm(x, f"{name}expand_bn", f"{name}expand_activation")
-    x = style.depthwise(x, block.kernel_size, f"{name}dwconv", block.strides)
+    x = style.depthwise(x, block.kernel_size, f"{name}dwconv", block.strides, routing=routing)
     x = style.norm(x, f"{name}bn", f"{name}activation")
     if block.se_filters:
         gate = style.pool(x, "avg", keepdims=True, name=f"{name}se_squeeze")
         gate = style.conv(gate, block.se_filters, 1, f"{name}se_reduce", use_bias=True, activation=style.activation)
         gate = style.conv(gate, block.inner_filters, 1, f"{name}se_expand", use_bias=True, activation="sigmoid")
         x = style.apply(layers.Multiply, f"{name}se_excite", [x, gate])
-    x = style.conv(x, block.filters_out, 1, f"{name}project_conv")
+    x = style.conv(x, block.filters_out, 1, f"{name}project_conv", routing=routing)
     return style.norm(x, f"{name}project_bn")
+
+
+def _routing(style: Style, x, num_experts: int, name: str):
+    """A block's weights of its experts, from what comes in. tensorflow/tpu efficientnet_model.py:204-209, :342-353."""
+    x = style.pool(x, "avg", name=f"{name}routing_pool")
+    return style.apply(layers.Dense, f"{name}routing", x, num_experts, activation="sigmoid")
 
 
 def fused(style: Style, x, block: Block, name: str):
@@ -209,7 +209,7 @@ class Reading:
 LAYER = re.compile(
     r"preprocessing|stem_(?:conv|bn|activation)|top_(?:conv|bn|activation|dropout)|(?:avg|max)_pool|predictions"
     r"|block(\d+[a-z])_((?:expand_|project_)?(?:conv|bn|activation)|dwconv|bn|activation"
-    r"|se_(?:squeeze|reduce|expand|excite)|drop|add)"
+    r"|se_(?:squeeze|reduce|expand|excite)|routing(?:_pool)?|drop|add)"
 )
 
 
@@ -272,6 +272,7 @@ def _read(model: keras.Model, named: dict) -> Reading:
                 se_filters=reduce.filters if reduce else 0,
                 filters_out=filters_out,
                 residual="add" in group,
+                num_experts=group["routing"].units if "routing" in group else 0,
             )
         )
         arriving = filters_out

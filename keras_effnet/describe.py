@@ -32,14 +32,17 @@ def _block_cost(block: Block, size: tuple[int, int]) -> tuple[int, int, int]:
     expand = block.filters_in * block.expand_filters
     gate = 2 * inside * block.se_filters
     biases = block.se_filters + inside if block.se_filters else 0
-    params = expand + taps * inside + gate + biases + project
-    macs = pixels * expand + out_pixels * (taps * inside + project) + gate
+    kernels, routing = expand + taps * inside + project, block.filters_in * block.num_experts
+    params = max(block.num_experts, 1) * kernels + gate + biases + routing + block.num_experts
+    # Of mixed experts, the sums of their kernels come on top: arXiv 1904.04971, section 3.
+    mixing = block.num_experts * kernels + routing
+    macs = pixels * expand + out_pixels * (taps * inside + project) + gate + mixing
     return params, block.expand_filters + inside + block.filters_out, macs
 
 
 def _block_layers(block: Block, drops: bool) -> tuple[int, int]:
     """Number of layers: ours, and as keras.applications builds such a block."""
-    shared = 5 if block.operator == "fused" else 5 + 3 * bool(block.expand_filters)
+    shared = 5 if block.operator == "fused" else 5 + 3 * bool(block.expand_filters) + 2 * bool(block.num_experts)
     ours = shared + 4 * bool(block.se_filters) + 2 * block.residual
     # It pads strided convolutions by a layer, reshapes in squeeze-and-excite, and has no dropout layer for a rate of 0.
     theirs = shared + 5 * bool(block.se_filters) + block.residual * (1 + drops) + (block.strides > 1)
@@ -49,7 +52,7 @@ def _block_layers(block: Block, drops: bool) -> tuple[int, int]:
 def _operator(block: Block) -> str:
     name = {"mbconv": "MBConv", "fused": "FusedMBConv"}[block.operator]
     ratio = block.inner_filters / block.filters_in if block.expand_filters else 1
-    return f"{name}{ratio:.2g}"
+    return f"{'Cond' * bool(block.num_experts)}{name}{ratio:.2g}"
 
 
 def describe(model: "str | keras.Model") -> dict[str, Any]:
@@ -68,7 +71,8 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
           (multiply-adds of the convolutions and the classifier for one image);
         - `layers`: without top, `ours` and as `keras_applications` counts them;
         - `stages`, a dict per row of the paper's table: `stage`, `operator`, `resolution` at its input, `channels` at
-          its output, `layers`, `kernel_size`, `strides`, and lists of `expand_filters` and `se_filters` per block;
+          its output, `layers`, `kernel_size`, `strides`, and lists of `expand_filters`, `se_filters` and `num_experts`
+          per block;
         - `weights`, a dict per published set: `tag`, `top1` and `top5` in per cent (None where not published),
           `preprocessing`, `source`, `publisher` (`"tpu"` or `"timm"`), and whether it is the `default`, which
           `weights="imagenet"` means.
@@ -167,6 +171,7 @@ def _stages(architecture: Architecture, size, channels: int, classes: int | None
             first.strides,
             expand_filters=[block.expand_filters for block in members],
             se_filters=[block.se_filters for block in members],
+            num_experts=[block.num_experts for block in members],
             _params=params,
             _norms=norms,
             _macs=macs,

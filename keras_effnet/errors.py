@@ -31,5 +31,29 @@ def unknown(what: str, received: object, choices: Iterable[str]) -> ValueError:
     return ValueError(f"Unknown {what}. Expected one of: {', '.join(choices)}. Received: {received!r}{hint}")
 
 
+def one_of(what: str, received: object, choices: Iterable[str]):
+    """A choice, if it is one.
+
+    Args:
+        what: See `unknown()`.
+        received: See `unknown()`.
+        choices: See `unknown()`.
+
+    Returns:
+        What was received.
+
+    Raises:
+        ValueError: If it is not among the choices.
+
+    Example:
+
+    >>> one_of("pooling", "avg", ["avg", "max"])
+    'avg'
+    """
+    if received not in choices:
+        raise unknown(what, received, choices)
+    return received
+
+
 def _letters(name: object) -> str:
     return re.sub("[^a-z0-9]", "", str(name).lower())

@@ -33,8 +33,11 @@ class _Drawn(keras.initializers.Initializer):
                 return np.zeros(shape, dtype)
             case keras.initializers.Ones():
                 return np.ones(shape, dtype)
-            case VarianceScaling(scale=scale, mode="fan_out", distribution=distribution, seed=int(seed)):
-                variance = scale / float(np.prod(shape[:-2]) * shape[-1])
+            case VarianceScaling(
+                scale=scale, mode="fan_out" | "fan_avg" as mode, distribution=distribution, seed=int(seed)
+            ):
+                fans = shape[-1:] if mode == "fan_out" else shape[-2:]
+                variance = scale / (float(np.prod(shape[:-2])) * float(np.mean(fans)))
                 generator = np.random.default_rng(seed)
                 if distribution == "untruncated_normal":
                     return (generator.standard_normal(shape, "float32") * np.float32(variance**0.5)).astype(dtype)
@@ -42,6 +45,33 @@ class _Drawn(keras.initializers.Initializer):
                     limit = np.float32((3 * variance) ** 0.5)
                     return ((2 * generator.random(shape, "float32") - 1) * limit).astype(dtype)
         return self.declared(shape, dtype=dtype)
+
+
+def per_expert(initializer):
+    """Draws a stack of kernels, each as `initializer` would draw it by itself.
+
+    Args:
+        initializer: A Keras initializer. One with a fixed seed gives the same for the same shape, so that each expert
+            takes the next seed.
+
+    Returns:
+        Function of a shape, whose first axis is the experts', and a dtype.
+    """
+
+    def draw(shape, dtype=None):
+        kernels = [_reseeded(initializer, expert)(shape[1:], dtype=dtype) for expert in range(shape[0])]
+        return np.stack(kernels) if isinstance(kernels[0], np.ndarray) else keras.ops.stack(kernels)
+
+    return draw
+
+
+def _reseeded(initializer, step: int):
+    if isinstance(initializer, _Drawn):
+        return _Drawn(_reseeded(initializer.declared, step))
+    seed = getattr(initializer, "seed", None)
+    if step == 0 or not isinstance(seed, int):  # a SeedGenerator moves on by itself
+        return initializer
+    return type(initializer).from_config({**initializer.get_config(), "seed": seed + step})
 
 
 def apply(layer: keras.Layer, inputs):

@@ -12,7 +12,7 @@ import keras
 
 from keras_effnet import blocks
 from keras_effnet.arch import resolve
-from keras_effnet.errors import unknown
+from keras_effnet.errors import one_of, unknown
 from keras_effnet.preprocessing import constants, scheme_of
 from keras_effnet.variants import VARIANTS
 
@@ -89,7 +89,7 @@ def create_model(
     row = VARIANTS[variant]
     origin = _Origin.of(variant, weights)
     architecture = _override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
-    data_format = _choice(
+    data_format = one_of(
         "data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first")
     )
     _check_head(include_top, pooling, classes, classifier_activation, origin.record, variant)
@@ -203,12 +203,6 @@ def _between(name: str, value, default):
     return float(value)
 
 
-def _choice(name: str, value, choices):
-    if value not in choices:
-        raise unknown(name, value, choices)
-    return value
-
-
 def _policy(dtype) -> keras.DTypePolicy:
     if dtype is None:
         dtype = keras.config.dtype_policy()
@@ -224,7 +218,7 @@ def _policy(dtype) -> keras.DTypePolicy:
 
 def _check_head(include_top, pooling, classes, classifier_activation, record, variant) -> None:
     if pooling is not None:
-        _choice("pooling", pooling, ("avg", "max"))
+        one_of("pooling", pooling, ("avg", "max"))
     if not include_top:
         return
     if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
@@ -369,6 +363,9 @@ EfficientNetLite4 = _named(create_model, "efficientnet-lite4")
 EfficientNetEdgeTPUS = _named(create_model, "efficientnet-edgetpu-s")
 EfficientNetEdgeTPUM = _named(create_model, "efficientnet-edgetpu-m")
 EfficientNetEdgeTPUL = _named(create_model, "efficientnet-edgetpu-l")
+EfficientNetCondConvB0x4 = _named(create_model, "efficientnet-condconv-b0-4e")
+EfficientNetCondConvB0x8 = _named(create_model, "efficientnet-condconv-b0-8e")
+EfficientNetCondConvB0x8Depth = _named(create_model, "efficientnet-condconv-b0-8e-depth")
 
 for _name, _function in list(globals().items()):
     if _name.startswith("EfficientNet"):

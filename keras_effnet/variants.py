@@ -62,6 +62,11 @@ EDGETPU_STAGES = (
     Stage(repeats=2, kernel_size=5, strides=2, expand_ratio=8, filters_in=144, filters_out=192, se_ratio=0.0),
 )
 
+# condconv/efficientnet_condconv_builder.py:52-60: the last three stages' blocks mix this many experts.
+CONDCONV_STAGES = {
+    experts: (*B0_STAGES[:4], *(replace(stage, num_experts=experts) for stage in B0_STAGES[4:])) for experts in (4, 8)
+}
+
 # name: (width, depth, resolution, dropout_rate)
 _B = {  # efficientnet_builder.py:37-48
     "efficientnet-b0": (1.0, 1.0, 224, 0.2),
@@ -87,6 +92,13 @@ _EDGETPU = {  # edgetpu/efficientnet_edgetpu_builder.py:37-42
     "efficientnet-edgetpu-m": (1.0, 1.1, 240, 0.2),
     "efficientnet-edgetpu-l": (1.2, 1.4, 300, 0.3),
 }
+_CONDCONV = {  # condconv/efficientnet_condconv_builder.py:36-42, by the number of experts
+    4: {"efficientnet-condconv-b0-4e": (1.0, 1.0, 224, 0.25)},
+    8: {
+        "efficientnet-condconv-b0-8e": (1.0, 1.0, 224, 0.25),
+        "efficientnet-condconv-b0-8e-depth": (1.0, 1.1, 224, 0.25),
+    },
+}
 
 # What the rows of a table share.
 _FAMILIES: tuple[tuple[dict, dict], ...] = (
@@ -110,6 +122,17 @@ _FAMILIES: tuple[tuple[dict, dict], ...] = (
             "preprocessing": "tpu127",
             "class_offset": 1,  # background: edgetpu/README.md:35
         },
+    ),
+    *(
+        (
+            rows,
+            {
+                "stages": CONDCONV_STAGES[experts],
+                "source": "tensorflow/tpu efficientnet/condconv",
+                "preprocessing": "tpu127",
+            },
+        )
+        for experts, rows in _CONDCONV.items()
     ),
 )
 

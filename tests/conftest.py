@@ -13,6 +13,7 @@ import pytest
 
 from keras_effnet import blocks
 from keras_effnet.weights import convert, namemaps
+from keras_effnet.weights.layouts import LAYOUTS
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,10 +32,18 @@ def fill(model: keras.Model) -> keras.Model:
     """Gives every variable the seeded value of its name in the original."""
     reading = blocks.read(model)
     names = convert.foreign_names(reading.architecture, namemaps.TPU, reading.channels, reading.classes)
-    for (layer, variable), (name, _, shape) in names.items():
+    for (layer, variable), name in names.items():
         target = next(weight for weight in reading.layers[layer].weights if weight.name == variable)
-        target.assign(seeded(f"net/{name}", shape))
+        target.assign(seeded_as("net", name))
     return model
+
+
+def seeded_as(scope: str, name: convert.Name) -> np.ndarray:
+    """Our array of what the original's variable of that name is filled with."""
+    layout = LAYOUTS[name.layout]
+    return layout.to_keras(
+        seeded(f"{scope}/{name.foreign}", layout.from_keras(np.empty(name.shape)).shape), name.shape
+    )
 
 
 def save_checkpoint(prefix, tensors: dict[str, np.ndarray]) -> str:
@@ -86,4 +95,5 @@ __all__ = [
     "same_weights",
     "save_checkpoint",
     "seeded",
+    "seeded_as",
 ]

@@ -14,7 +14,12 @@ from keras_effnet.preprocessing import SCHEMES
 from keras_effnet.variants import VARIANTS
 
 SMALL = (32, 32, 3)
-ORIGINALS = {"efficientnet-b0": 2e-5, "efficientnet-lite0": 2e-5, "efficientnet-edgetpu-S": 2e-4}
+ORIGINALS = {
+    "efficientnet-b0": 2e-5,
+    "efficientnet-lite0": 2e-5,
+    "efficientnet-edgetpu-S": 2e-4,
+    "efficientnet-condconv-b0-4e": 2e-5,
+}
 
 
 def original(file, folder, **kwargs):

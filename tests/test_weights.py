@@ -10,7 +10,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import BACKEND, GOLDEN, fill, golden, image, lite0_package, run, same_weights, save_checkpoint, seeded
+from conftest import BACKEND, GOLDEN, fill, golden, image, lite0_package, run, same_weights, save_checkpoint, seeded, seeded_as
 
 import keras_effnet as ke
 from keras_effnet.arch import owners, resolve
@@ -19,7 +19,7 @@ from keras_effnet.weights import convert, namemaps, readers, registry, store
 from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
 
 SMALL = {"weights": None, "classes": 5, "input_shape": (32, 32, 3)}
-NAMES = ("efficientnet-b0", "efficientnet-b1", "efficientnet-lite1", "efficientnet-edgetpu-s")
+NAMES = ("efficientnet-b0", "efficientnet-b1", "efficientnet-lite1", "efficientnet-edgetpu-s", "efficientnet-condconv-b0-4e")
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,12 @@ def test_the_layers_that_own_variables(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_names_are_a_bijection(name, naming):
     architecture = resolve(VARIANTS[name])
+    if naming == "lukemelas" and "condconv" in name:
+        with pytest.raises(ValueError, match="EfficientNet-PyTorch"):
+            convert.foreign_names(architecture, namemaps.NAMINGS[naming])
+        return
     names = convert.foreign_names(architecture, namemaps.NAMINGS[naming])
+    assert len({found.key for found in names.values()}) == len(names)
     assert len({found.foreign for found in names.values()}) == len(names)
     assert next(iter(names.values())).foreign == namemaps.NAMINGS[naming].mark
     ours = [(layer, variable) for layer, owner in owners(architecture).items() for variable in owner.shapes]
@@ -58,7 +63,9 @@ def test_names_are_a_bijection(name, naming):
         ("tpu/efficientnet-lite0", "tpu"),
         ("tpu/efficientnet-edgetpu-S", "tpu"),
         ("timm/tf_efficientnet_b0", "timm"),
+        ("tpu/efficientnet-condconv-b0-4e", "tpu"),
         ("timm/tf_efficientnet_lite0", "timm"),
+        ("timm/tf_efficientnet_cc_b0_4e", "timm"),
     ],
 )
 def test_names_and_shapes_are_the_published_ones(file, naming):
@@ -67,23 +74,36 @@ def test_names_and_shapes_are_the_published_ones(file, naming):
         model, listed, scope = file.split("/")[1].lower(), reference["variables"], file.split("/")[1] + "/"
         listed = [row[:2] for row in listed]
     else:
-        model, scope = file.split("/")[1].removeprefix("tf_").replace("_", "-"), ""
+        model, scope = ours_of(file.split("/")[1]), ""
         listed = [row for row in reference["state_dict"] if not row[0].endswith("num_batches_tracked")]
     names = convert.foreign_names(resolve(VARIANTS[model]), namemaps.NAMINGS[naming], classes=listed[-1][1][0])
     found = {
-        scope + name: list(LAYOUTS[layout].from_keras(np.empty(shape)).shape) for name, layout, shape in names.values()
+        scope + name: list(LAYOUTS[layout].from_keras(np.empty(shape)).shape) for name, layout, shape, _ in names.values()
     }
     assert found == dict(listed)
+
+
+def ours_of(timms: str) -> str:
+    """The name of a model that timm calls otherwise."""
+    return next(
+        name
+        for name in VARIANTS
+        if any(record.tag.startswith(f"{timms}.") for record in registry.of_model(name) if record.publisher == "timm")
+    )
 
 
 def timm_tensors(name: str) -> dict[str, np.ndarray]:
     """timm's state dict with the values that its reference was computed with."""
     tensors = {}
+    # What a kernel's output adds up: all axes of ours but the last and, of mixed experts, the first.
+    shapes = convert.foreign_names(resolve(VARIANTS[ours_of(name)]), namemaps.TIMM).values()
+    sums = {one.foreign: one.shape[1 if len(one.shape) == 5 else 0 : -1] for one in shapes}
     for key, shape in golden(f"timm/{name}.json")["state_dict"]:
         if key.endswith("num_batches_tracked"):
             tensors[key] = np.zeros((), np.int64)
-        else:  # (out, in / groups, height, width) and (out, in)
-            tensors[key] = seeded(key, shape, int(np.prod(shape[1:])) if len(shape) > 1 else None)
+        else:
+            taps = sums[key][:2] if "conv_dw" in key else sums[key]
+            tensors[key] = seeded(key, shape, int(np.prod(taps)) if len(shape) > 1 else None)
     return tensors
 
 
@@ -108,11 +128,10 @@ def normalised_by_batch(model):
 
 
 @pytest.mark.parametrize("kind", ["timm.safetensors", "zip.pth", "legacy.pth"])
-@pytest.mark.parametrize("name", ["tf_efficientnet_b0", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e"])
 def test_timms_files_give_timms_numbers(name, kind, tmp_path):
     path = save_torch(timm_tensors(name), tmp_path / kind)
-    ours = name.removeprefix("tf_").replace("_", "-")
-    model = ke.create_model(ours, weights=None, preprocessing=None, classifier_activation=None, dropout_rate=0)
+    model = ke.create_model(ours_of(name), weights=None, preprocessing=None, classifier_activation=None, dropout_rate=0)
     report = ke.weights.load(model, path)
     assert report.format == "timm" and report.fits and list(report.ignored.values()) == [49]
     reference = np.load(GOLDEN / f"timm/{name}.npz")
@@ -154,9 +173,9 @@ def fill_as(file: str, **kwargs):
     """Our model with the reference's values, put in by name."""
     model = ke.create_model(file.lower(), weights=None, **kwargs)
     names = convert.foreign_names(resolve(VARIANTS[file.lower()]), namemaps.TPU, classes=model.output.shape[-1])
-    for (layer, variable), (name, _, shape) in names.items():
+    for (layer, variable), name in names.items():
         target = next(weight for weight in model.get_layer(layer).weights if weight.name == variable)
-        target.assign(seeded(f"{file}/{name}", shape))
+        target.assign(seeded_as(file, name))
     return model
 
 
@@ -234,7 +253,7 @@ def test_a_wrong_layout_of_timms_kernels_shows(layout, tmp_path, monkeypatch):
     path = save_torch(timm_tensors(name), tmp_path / "x.safetensors")
     right = LAYOUTS[layout]
     turn = (lambda array: array.swapaxes(0, 1)) if layout != "OI->IO" else (lambda array: array[::-1])
-    monkeypatch.setitem(LAYOUTS, layout, replace(right, to_keras=lambda array: turn(right.to_keras(array))))
+    monkeypatch.setitem(LAYOUTS, layout, replace(right, to_keras=lambda array, shape: turn(right.to_keras(array, shape))))
     model = ke.EfficientNetB0(weights=path, preprocessing=None, classifier_activation=None)
     expected = np.load(GOLDEN / f"timm/{name}.npz")["logits"]
     assert np.abs(run(model, image(224)) - expected).max() > 30 * 2e-5 * expected.std()
@@ -324,9 +343,9 @@ def test_round_trips_are_exact(name, tmp_path):
 
 def test_timm_finds_what_it_loads_strictly(tmp_path):
     """`load_state_dict(strict=True)` asks for these names with these shapes, no more and no less."""
-    for name in ("tf_efficientnet_b0", "tf_efficientnet_lite0"):
+    for name in ("tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e"):
         path = save_torch(timm_tensors(name), tmp_path / f"{name}.safetensors")
-        model = ke.create_model(name.removeprefix("tf_").replace("_", "-"), weights=path)
+        model = ke.create_model(ours_of(name), weights=path)
         found = content(ke.weights.export(model, tmp_path / "out.safetensors", target="timm"))
         assert {key: list(value.shape) for key, value in found.items()} == dict(
             golden(f"timm/{name}.json")["state_dict"]

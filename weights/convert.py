@@ -3,9 +3,10 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,11 +36,13 @@ class Name(NamedTuple):
         foreign: String.
         layout: Key of `layouts.LAYOUTS`.
         shape: Tuple of integers, ours.
+        key: String, by which it is found in a file. See `Naming.ranked`.
     """
 
     foreign: str
     layout: str
     shape: tuple[int, ...]
+    key: str
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,51 @@ def foreign_names(
 
     Returns:
         Dict from (our layer, our variable) to `Name`, in the model's order.
+
+    Raises:
+        ValueError: If the other program has no such net.
     """
-    names = {}
-    for layer, scope, (kind, shapes) in _scopes(architecture, naming, channels, classes):
-        for variable, shape in shapes.items():
-            suffix, layout = naming.variables[kind][variable]
-            names[layer, variable] = Name(scope + suffix, layout, shape)
-    return names
+    if not _has_names(architecture, naming):
+        raise ValueError(f"Expected a net that {naming.title} can hold. Received: one of mixed experts")
+    found = [
+        (layer, variable, scope, shape, *naming.variables[kind][variable])
+        for layer, scope, (kind, shapes) in _scopes(architecture, naming, channels, classes)
+        for variable, shape in shapes.items()
+    ]
+    keys = _keys([scope + suffix for _, _, scope, _, suffix, _ in found], naming)
+    return {
+        (layer, variable): Name(scope + suffix, layout, shape, keys[scope + suffix])
+        for layer, variable, scope, shape, suffix, layout in found
+    }
+
+
+def _has_names(architecture: Architecture, naming: Naming) -> bool:
+    routed = any(block.num_experts for block in architecture.blocks)
+    return not routed or bool({"routing", "*"} & naming.layers.keys())
+
+
+def _keys(names: Iterable[str], naming: Naming) -> dict[str, str]:
+    """What is compared of each name: all of it, but of a number that counts over the whole model only the order."""
+    matches = {name: re.match(naming.ranked, name) if naming.ranked else None for name in names}
+    numbers: dict[str, set[int]] = {}
+    for match in filter(None, matches.values()):
+        numbers.setdefault(match["owner"], set()).add(int(match["number"] or 0))
+    keys, taken = {}, set()
+    for name, match in matches.items():
+        key = name
+        if match:
+            rank = sorted(numbers[match["owner"]]).index(int(match["number"] or 0))
+            key = f"{match['owner']}#{rank}{name[match.end() :]}"
+        keys[name] = name if key in taken else key
+        taken.add(key)
+    return keys
 
 
 def _scopes(architecture: Architecture, naming: Naming, channels: int, classes) -> Iterator[tuple[str, str, Layer]]:
     """Each layer with the name under which its tensors stand elsewhere."""
     blocks = {block.name: (index, block) for index, block in enumerate(architecture.blocks)}
     seen: Counter[str] = Counter()
+    routed = [block.name for block in architecture.blocks if block.num_experts]
     for layer, owner in owners(architecture, channels, classes).items():
         match = re.fullmatch(r"block(\d+)([a-z])_(.+)", layer)
         fields: dict[str, Any] = {"layer": layer, "type": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", owner.kind).lower()}
@@ -106,11 +141,19 @@ def _scopes(architecture: Architecture, naming: Naming, channels: int, classes) 
             role, (index, block) = match[3], blocks[match[1] + match[2]]
             kind = "fused" if block.operator == "fused" else "" if block.expand_filters else "plain"
             fields |= {"i": index, "s": int(match[1]) - 1, "b": ord(match[2]) - ord("a")}
+            if block.num_experts:
+                kind, place = "condconv", routed.index(block.name)
+                fields |= {"once": _number(place), "thrice": [_number(3 * place + step) for step in range(3)]}
         template = next(naming.layers[key] for key in (f"{kind}:{role}", role, "*") if key in naming.layers)
         bare = template.format(**fields, n="", m="")
         number = seen[bare]
         seen[bare] += 1
-        yield layer, template.format(**fields, n=f"_{number}" if number else "", m=number + 1), owner
+        yield layer, template.format(**fields, n=_number(number), m=number + 1), owner
+
+
+def _number(count: int) -> str:
+    """As TensorFlow and Keras number equal names."""
+    return f"_{count}" if count else ""
 
 
 def _recognise(tensors: Tensors, path) -> tuple[str, str]:
@@ -141,7 +184,7 @@ class _Contents:
         if source != "auto" and self.format not in SOURCES[source]:
             raise ValueError(f"Expected {NAMINGS[source].title}. Received: {self.path!r}, which is {self.naming.title}")
         self.ignored: Counter[str] = Counter()
-        self.tensors: Tensors = {}
+        found: Tensors = {}
         suffix = self.naming.average
         self.suffix = suffix if suffix and not raw and any(name.endswith(suffix) for name in tensors) else ""
         for name, stored in tensors.items():
@@ -155,24 +198,28 @@ class _Contents:
             if reason is not None:
                 self.ignored[reason] += 1
             elif self.suffix and not name.endswith(suffix):
-                self.tensors[f"{inner} "] = stored  # a name that no variable has
+                found[f"{inner} "] = stored  # a name that no variable has
             else:
-                self.tensors[inner.removesuffix(self.suffix)] = stored
+                found[inner.removesuffix(self.suffix)] = stored
+        keys = _keys(found, self.naming)
+        self.tensors: Tensors = {keys[name]: stored for name, stored in found.items()}
+        self._names = {key: name for name, key in keys.items()}
 
-    def told(self, name: str) -> str:
-        """A tensor's name as it stands in the file."""
+    def told(self, key: str, usual: str = "") -> str:
+        """A tensor's name as it stands in the file, or as it usually does where it is not there."""
+        name = self._names.get(key, usual)
         return f"{self.scope}{name[:-1]}" if name.endswith(" ") else f"{self.scope}{name}{self.suffix}"
 
     def shape_of(self, architecture: Architecture, layer: str, variable: str) -> tuple[int, ...] | None:
         """Shape of one of our variables in the file, where it is there."""
-        name = foreign_names(architecture, self.naming)[layer, variable].foreign
-        return self.tensors[name].shape if name in self.tensors else None
+        key = foreign_names(architecture, self.naming)[layer, variable].key
+        return self.tensors[key].shape if key in self.tensors else None
 
 
-def _as_ours(layout: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """A foreign shape in our order; None where the layout does not fit its rank."""
+def _as_ours(name: Name, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """A foreign shape in our order; None where the layout does not fit it."""
     try:
-        return LAYOUTS[layout].to_keras(np.broadcast_to(np.float32(0), shape)).shape
+        return LAYOUTS[name.layout].to_keras(np.broadcast_to(np.float32(0), shape), name.shape).shape
     except ValueError:
         return None
 
@@ -183,38 +230,38 @@ def _match(
     """Compares a file with a net by names and shapes alone: what fits, and how to read it."""
     names = foreign_names(architecture, contents.naming, channels, classes)
     head = foreign_names(architecture, contents.naming)  # with a classifier in any case
-    bias = contents.tensors.get(head["predictions", "bias"].foreign)
+    bias = contents.tensors.get(head["predictions", "bias"].key)
     file_classes = bias.shape[0] if bias and len(bias.shape) == 1 else None
     plan: dict[tuple[str, str], Callable[[], np.ndarray]] = {}
     problems, not_loaded, needed = [], [], set()
     ignored = Counter(contents.ignored)
-    for (layer, variable), (name, layout, shape) in names.items():
+    for (layer, variable), name in names.items():
         if layer == "predictions" and not include_top:
             not_loaded.append(f"{layer}/{variable}")
             continue
-        if name not in contents.tensors:
-            problems.append(f"- {contents.told(name)} (for {layer}/{variable})")
+        if name.key not in contents.tensors:
+            problems.append(f"- {contents.told(name.key, name.foreign)} (for {layer}/{variable})")
             continue
-        needed.add(name)
-        stored = contents.tensors[name]
-        found = _as_ours(layout, stored.shape)
-        steps = [LAYOUTS[layout].to_keras]
+        needed.add(name.key)
+        stored, shape = contents.tensors[name.key], name.shape
+        found = _as_ours(name, stored.shape)
+        steps = [partial(LAYOUTS[name.layout].to_keras, shape=shape)]
         if found != shape and layer == "predictions" and _has_background(contents, file_classes, classes):
-            steps.append(LAYOUTS["drop-background-class"].to_keras)
+            steps.append(partial(LAYOUTS["drop-background-class"].to_keras, shape=shape))
             found = None if found is None else (*found[:-1], found[-1] - 1)
         if found != shape and layer == "stem_conv" and found == (*shape[:2], 3, shape[3]):
-            steps.append(lambda kernel: adapt_channels(kernel, channels))
+            steps.append(partial(adapt_channels, channels=channels))
             found = shape
         if found != shape:
             received = found or stored.shape
             problems.append(
-                f"! {contents.told(name)}: expected shape {shape} for {layer}/{variable}, received {received}"
+                f"! {contents.told(name.key)}: expected shape {shape} for {layer}/{variable}, received {received}"
             )
         else:
             plan[layer, variable] = _reader(stored, steps)
     if classes is None or not include_top:
         why = _NO_TOP if classes is None else "the classifier, by request"
-        spare = {head["predictions", variable].foreign for variable in ("kernel", "bias")} & contents.tensors.keys()
+        spare = {head["predictions", variable].key for variable in ("kernel", "bias")} & contents.tensors.keys()
         ignored[why] += len(spare)
         needed |= spare
     problems += [f"+ {contents.told(name)}" for name in contents.tensors if name not in needed]
@@ -256,12 +303,12 @@ def _values(report: Report, plan, contents: _Contents, architecture: Architectur
             except Exception as error:  # of whatever library reads the format
                 raise ValueError(
                     f"Expected {contents.naming.title}. Received: {report.path!r}, where "
-                    f"{contents.told(names[key].foreign)} cannot be read ({' '.join(str(error).split())[:300]})"
+                    f"{contents.told(names[key].key)} cannot be read ({' '.join(str(error).split())[:300]})"
                 ) from error
             others = np.size(values[key]) - int(np.isfinite(values[key]).sum())
             if others:
                 problems.append(
-                    f"! {contents.told(names[key].foreign)}: expected finite numbers, received {others} others"
+                    f"! {contents.told(names[key].key)}: expected finite numbers, received {others} others"
                 )
     if problems:
         shown = problems[:10] + [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
@@ -520,11 +567,11 @@ def _write(values: Values, path, target: str, architecture: Architecture, channe
     # Only the original's own classifier has further classes in front of ImageNet's.
     background = target == "tpu" and classes == 1000 and variant and VARIANTS[variant].class_offset
     tensors: dict[str, np.ndarray] = {}
-    for (layer, variable), (name, layout, _) in foreign_names(architecture, naming, channels, classes).items():
+    for (layer, variable), name in foreign_names(architecture, naming, channels, classes).items():
         value = values[layer, variable]
         if layer == "predictions" and background:
             value = LAYOUTS["drop-background-class"].from_keras(value)
-        tensors[name] = LAYOUTS[layout].from_keras(value)
+        tensors[name.foreign] = LAYOUTS[name.layout].from_keras(value)
     scopes = [(scope, owner.kind) for _, scope, owner in _scopes(architecture, naming, channels, classes)]
     counters = [scope + naming.counters[kind] for scope, kind in scopes if kind in naming.counters]
     if target == "tpu":
@@ -631,8 +678,10 @@ def _identify(contents: _Contents, model: str | None) -> tuple[str, Architecture
     found = []
     for name in [model] if model else VARIANTS:
         architecture = resolve(VARIANTS[name])
+        if model is None and not _has_names(architecture, contents.naming):
+            continue
         stem = contents.shape_of(architecture, "stem_conv", "kernel")
-        shape = stem and _as_ours(foreign_names(architecture, contents.naming)["stem_conv", "kernel"].layout, stem)
+        shape = stem and _as_ours(foreign_names(architecture, contents.naming)["stem_conv", "kernel"], stem)
         channels = shape[2] if shape and len(shape) == 4 else 3
         bias = contents.shape_of(architecture, "predictions", "bias")
         classes = bias[0] if bias else None

@@ -2,7 +2,9 @@
 
 A layer's template knows `{layer}` (our layer's name), `{i}` (number of the block), `{s}` and `{b}` (of its stage, and
 its place in that), all from 0, `{type}` (the layer's class in snake case), and two counters of equal names: `{n}` as
-TensorFlow and Keras number (nothing, _1, _2, ...), `{m}` from 1.
+TensorFlow and Keras number (nothing, _1, _2, ...), `{m}` from 1. Where blocks of mixed experts number their layers over
+the whole model, `{once}` is the number of one that each has once, `{thrice[0]}` to `{thrice[2]}` of those that it has
+three of, as TensorFlow numbers.
 """
 
 from dataclasses import dataclass, field
@@ -15,14 +17,16 @@ class Naming:
     Args:
         mark: String, its name of the first convolution's kernel, by which its files are recognised.
         layers: Dict from the name of our layer, without its block, to a template. Where a block of that kind
-            (`"fused"`, or `"plain"` for one without expansion) names it otherwise, `"kind:name"` comes first. `"*"`
-            stands for all others.
+            (`"condconv"`, `"fused"`, or `"plain"` for one without expansion) names it otherwise, `"kind:name"` comes
+            first. `"*"` stands for all others.
         variables: Dict from the layer's class to a dict from our variable's name to (suffix, layout).
         ignored: Dict from a regular expression to the reason why tensors of that name are not needed.
         average: String, suffix of a tensor's moving average, where training keeps one.
         counters: Dict from a layer's class to the suffix of an integer that stands beside its variables, or from
             `""` to the name of one for the whole file. They are written as 0.
         title: String, what a reader knows these files as.
+        ranked: Regular expression with the groups `owner` and `number`, of names whose number counts over the whole
+            model, and so depends on what was built before: only their order within the owner is compared.
     """
 
     mark: str
@@ -32,6 +36,7 @@ class Naming:
     ignored: dict[str, str] = field(default_factory=dict)
     average: str = ""
     counters: dict[str, str] = field(default_factory=dict)
+    ranked: str = ""
 
 
 _NORM = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -43,13 +48,18 @@ TPU = Naming(
     layers={
         "stem_conv": "stem/conv2d",
         "stem_bn": "stem/tpu_batch_normalization",
+        "routing": "blocks_{i}/dense",
         "expand_conv": "blocks_{i}/conv2d{n}",
+        # The first of the three belongs to a layer that is made and not used.
+        "condconv:expand_conv": "model/blocks_{i}/cond_conv2d{thrice[1]}",
         "expand_bn": "blocks_{i}/tpu_batch_normalization{n}",
         "dwconv": "blocks_{i}/depthwise_conv2d",
+        "condconv:dwconv": "model/blocks_{i}/depthwise_cond_conv2d{once}",
         "bn": "blocks_{i}/tpu_batch_normalization{n}",
         "se_reduce": "blocks_{i}/se/conv2d{n}",
         "se_expand": "blocks_{i}/se/conv2d{n}",
         "project_conv": "blocks_{i}/conv2d{n}",
+        "condconv:project_conv": "model/blocks_{i}/cond_conv2d{thrice[2]}",
         "project_bn": "blocks_{i}/tpu_batch_normalization{n}",
         "top_conv": "head/conv2d",
         "top_bn": "head/tpu_batch_normalization",
@@ -58,6 +68,8 @@ TPU = Naming(
     variables={
         "Conv2D": {"kernel": ("/kernel", "keep"), "bias": ("/bias", "keep")},
         "DepthwiseConv2D": {"kernel": ("/depthwise_kernel", "keep")},
+        "CondConv2D": {"kernel": ("/condconv_kernel", "E(HWIO)->EHWIO")},
+        "DepthwiseCondConv2D": {"kernel": ("/depthwise_condconv_kernel", "E(HWIO)->EHWIO")},
         "BatchNormalization": {name: (f"/{name}", "keep") for name in _NORM},
         "Dense": {"kernel": ("/kernel", "keep"), "bias": ("/bias", "keep")},
     },
@@ -68,11 +80,15 @@ TPU = Naming(
     },
     average="/ExponentialMovingAverage",
     counters={"": "global_step"},
+    # tensorflow/tpu condconv/condconv_layers.py: Keras layers, which live under a scope of the model's own.
+    ranked=r"(?:model(?:_\d+)?/)?(?P<owner>blocks_\d+/(?:depthwise_)?cond_conv2d)(?:_(?P<number>\d{1,9}))?(?=/)",
 )
 
 _TORCH = {
     "Conv2D": {"kernel": (".weight", "OIHW->HWIO"), "bias": (".bias", "keep")},
     "DepthwiseConv2D": {"kernel": (".weight", "C1HW->HWC1")},
+    "CondConv2D": {"kernel": (".weight", "E(OIHW)->EHWIO")},
+    "DepthwiseCondConv2D": {"kernel": (".weight", "E(C1HW)->EHWC1")},
     "BatchNormalization": {
         "gamma": (".weight", "keep"),
         "beta": (".bias", "keep"),
@@ -90,6 +106,7 @@ TIMM = Naming(
     layers={
         "stem_conv": "conv_stem",
         "stem_bn": "bn1",
+        "routing": "blocks.{s}.{b}.routing_fn",
         "expand_conv": "blocks.{s}.{b}.conv_pw",
         "fused:expand_conv": "blocks.{s}.{b}.conv_exp",
         "expand_bn": "blocks.{s}.{b}.bn{m}",
@@ -135,6 +152,8 @@ LUKEMELAS = Naming(
 _KERAS_VARIABLES = {
     "Conv2D": ("kernel", "bias"),
     "DepthwiseConv2D": ("kernel",),
+    "CondConv2D": ("kernel",),
+    "DepthwiseCondConv2D": ("kernel",),
     "BatchNormalization": _NORM,
     "Dense": ("kernel", "bias"),
 }
