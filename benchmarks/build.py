@@ -6,11 +6,11 @@ take turns. `python benchmarks/build.py --help`
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 
 import click
+from timing import spread
 
 BUILD = """
 import time, {imports}
@@ -41,10 +41,6 @@ def seconds(code: str, backend: str) -> float:
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     return float(result.stdout.split()[-1])
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 @click.command()

@@ -5,15 +5,14 @@ Values are random: nothing is downloaded. `python benchmarks/load.py --help`
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import click
+from timing import seconds, spread
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -40,16 +39,6 @@ else:
     ke.weights.convert_file(source, f"{folder}/out.{what}", model)
 print(status("VmHWM") - before)
 """
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
-def seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def load_times(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
@@ -101,7 +90,7 @@ def memory(model: str, folder: Path) -> dict[str, float]:
     ke.weights.export(ke.EfficientNetLite0(weights=None), small)
     architecture, chance = resolve(VARIANTS[model]), np.random.default_rng(0)
     names = convert.foreign_names(architecture, namemaps.TPU)
-    values = {f"net/{name}": chance.random(shape, np.float32) for name, _, shape in names.values()}
+    values = {f"net/{name.foreign}": chance.random(name.shape, np.float32) for name in names.values()}
     size = sum(value.nbytes for value in values.values())
     assert size == 4 * sum(np.prod(s) for owner in owners(architecture).values() for s in owner.shapes.values())
     slots = ("", "/ExponentialMovingAverage", "/RMSProp", "/RMSProp_1")

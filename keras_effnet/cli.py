@@ -57,8 +57,8 @@ def _table(title, *columns: str):
 def _print(*parts) -> None:
     from rich.console import Console
 
-    # Where nobody's window is measured, no row is cut.
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    # Into a pipe or a file each row is one line, however long, which others can search.
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
     for part in parts:
         console.print(part)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_effnet.arch import Architecture, Block, resolve
-from keras_effnet.errors import unknown
+from keras_effnet.errors import one_of, unknown
 from keras_effnet.preprocessing import scheme_of
 from keras_effnet.variants import VARIANTS, identify
 
@@ -93,8 +93,7 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
     from keras_effnet.weights import registry
 
     if isinstance(model, str):
-        if model not in VARIANTS:
-            raise unknown("model", model, VARIANTS)
+        one_of("model", model, VARIANTS)
         row = VARIANTS[model]
         architecture, size, channels, classes = resolve(row), (row.resolution,) * 2, 3, 1000
         variant, preprocessing = model, row.preprocessing

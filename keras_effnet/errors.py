@@ -2,7 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any, TypeVar
+
+Received = TypeVar("Received")
 
 
 def unknown(what: str, received: object, choices: Iterable[str]) -> ValueError:
@@ -31,7 +34,7 @@ def unknown(what: str, received: object, choices: Iterable[str]) -> ValueError:
     return ValueError(f"Unknown {what}. Expected one of: {', '.join(choices)}. Received: {received!r}{hint}")
 
 
-def one_of(what: str, received: object, choices: Iterable[str]):
+def one_of(what: str, received: Received, choices: Collection[Any]) -> Received:
     """A choice, if it is one.
 
     Args:

@@ -4,6 +4,8 @@ Keras draws each variable with the backend's random operations, which JAX compil
 that keras.applications' B0 takes to build there (benchmarks/build.py).
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -59,7 +61,7 @@ def per_expert(initializer):
     """
 
     def draw(shape, dtype=None):
-        kernels = [_reseeded(initializer, expert)(shape[1:], dtype=dtype) for expert in range(shape[0])]
+        kernels: list[Any] = [_reseeded(initializer, expert)(shape[1:], dtype=dtype) for expert in range(shape[0])]
         return np.stack(kernels) if isinstance(kernels[0], np.ndarray) else keras.ops.stack(kernels)
 
     return draw

@@ -9,11 +9,11 @@ import sys
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_effnet.errors import one_of
 from keras_effnet.initializers import per_expert
 
+ops: Any = keras.ops  # whose annotations say that each may return None
 PACKAGE = "keras_effnet"
 
 
@@ -168,39 +168,30 @@ class _CondConv(keras.Layer):
     def _padded(self, x):
         """The part of the input that counts, with zeros around it, and the output's height and width."""
         sizes = ops.shape(x)[1:3]
-        spans, starts, lengths = [], [], []
-        for axis, size in enumerate(sizes):
-            reach = self._reach(axis)
-            length = _length(size, reach, self.strides[axis], self.padding)
-            used = (length - 1) * self.strides[axis] + reach
-            # Where only the run will know the size, as many zeros as there can be, and the surplus is cut off.
-            most = (reach - 1) // 2 if self.padding == "same" else 0
-            before = _at_least_0(used - size) // 2 if self.padding == "same" else 0
-            exact = isinstance(before, int)
-            spans.append((before, max(used - size - before, 0)) if exact else (most, reach // 2))
-            starts.append(0 if exact else most - before)
-            lengths.append((length, used))
-        if any(side != 0 for span in spans for side in span):
+        fits = [
+            _fit(size, self._reach(axis), stride, self.padding)
+            for axis, (size, stride) in enumerate(zip(sizes, self.strides, strict=True))
+        ]
+        spans, parts, lengths = zip(*fits, strict=True)
+        if spans != ((0, 0), (0, 0)):
             x = ops.pad(x, ((0, 0), *spans, (0, 0)))
-        (top, left), ((height, rows), (width, columns)) = starts, lengths
-        if not all(isinstance(size, int) for size in sizes) or tuple(x.shape[1:3]) != (rows, columns):
-            x = x[:, top : top + rows, left : left + columns]
-        return x, (height, width)
+        if None in x.shape[1:3] or parts != tuple(slice(0, size) for size in x.shape[1:3]):
+            x = x[:, parts[0], parts[1]]
+        return x, lengths
 
     def _reach(self, axis: int) -> int:
         return (self.kernel_size[axis] - 1) * self.dilation_rate[axis] + 1
 
     def _taps(self, x, size):
         """What each element of the kernel is multiplied with, row by row: inputs of the output's size."""
+        if self.kernel_size == self.strides == (1, 1):
+            yield x  # a slice of all of it would be a copy, and so would its gradient
+            return
         spans = [(length - 1) * stride + 1 for length, stride in zip(size, self.strides, strict=True)]
         for row in range(self.kernel_size[0]):
             for column in range(self.kernel_size[1]):
                 top, left = row * self.dilation_rate[0], column * self.dilation_rate[1]
                 yield x[:, top : top + spans[0] : self.strides[0], left : left + spans[1] : self.strides[1]]
-
-    def _mixed(self, routing):
-        """A flat kernel for each example."""
-        return ops.matmul(routing, ops.reshape(self.kernel, (self.num_experts, -1)))
 
     def compute_output_shape(self, input_shape):
         channels = self._checked(input_shape)
@@ -341,7 +332,8 @@ class CondConv2D(_CondConv):
         inside = math.prod(self.kernel.shape[1:4])
         static = isinstance(height, int) and isinstance(width, int)
         if _mix_kernels(self.num_experts, height * width if static else None):
-            kernels = ops.reshape(self._mixed(routing), (-1, inside, self.filters))
+            kernels = ops.matmul(routing, ops.reshape(self.kernel, (self.num_experts, -1)))
+            kernels = ops.reshape(kernels, (-1, inside, self.filters))
             y = ops.matmul(ops.reshape(patches, (-1, height * width, inside)), kernels)
         else:
             scaled = patches[:, :, :, None, :] * routing[:, None, None, :, None]
@@ -456,16 +448,17 @@ class DepthwiseCondConv2D(_CondConv):
     def _convolve(self, x, routing, size):
         if self.depth_multiplier > 1:
             x = ops.repeat(x, self.depth_multiplier, axis=-1)
-        channels = math.prod(self.kernel.shape[3:])
-        kernels = ops.reshape(self._mixed(routing), (-1, *self.kernel_size, channels))
+        channels, taps = math.prod(self.kernel.shape[3:]), math.prod(self.kernel_size)
+        experts = ops.transpose(ops.reshape(self.kernel, (self.num_experts, taps, channels)), (1, 0, 2))
+        kernels = ops.matmul(routing, experts)  # (taps, batch, channels)
         if not _fold_examples(dilated=self.dilation_rate != (1, 1)):
-            kernels = ops.reshape(kernels, (-1, math.prod(self.kernel_size), 1, 1, channels))
-            products = (_wide(tap) * _wide(kernels[:, place]) for place, tap in enumerate(self._taps(x, size)))
+            products = (
+                _wide(tap) * _wide(kernels[place])[:, None, None, :] for place, tap in enumerate(self._taps(x, size))
+            )
             return ops.cast(sum(products), x.dtype)
         batch, rows, columns, _ = ops.shape(x)
         x = ops.reshape(ops.transpose(x, (1, 2, 0, 3)), (1, rows, columns, batch * channels))
-        kernels = ops.reshape(ops.transpose(kernels, (1, 2, 0, 3)), (*self.kernel_size, batch * channels, 1))
-        y = _depthwise(x, kernels, self.strides)
+        y = _depthwise(x, ops.reshape(kernels, (*self.kernel_size, batch * channels, 1)), self.strides)
         return ops.transpose(ops.reshape(y, (*size, batch, channels)), (2, 0, 1, 3))
 
     def get_config(self):
@@ -476,7 +469,8 @@ def _depthwise(x, kernel, strides: tuple[int, int]):
     """A depthwise convolution of one example, whose gradients are such convolutions too.
 
     TensorFlow's own gradient of the kernel goes through the examples in parallel, of which there is one here, and
-    PyTorch's is slow with channels last: for 16 examples' 14 x 14 x 672 channels and 5 x 5, 127 and 140 ms; this, 6 and 9.
+    PyTorch's is slow with channels last: for 16 examples of 14 x 14 x 672 and 5 x 5 they take 127 and 140 ms, these 6
+    and 9.
     """
 
     def convolve(x, kernel, strides: Any = 1):
@@ -485,13 +479,13 @@ def _depthwise(x, kernel, strides: tuple[int, int]):
     @ops.custom_gradient
     def differentiable(x, kernel):
         def gradients(*args, upstream=None):
-            # PyTorch passes the inputs, through which its second derivatives go, TensorFlow only what comes from behind.
+            # PyTorch gives the inputs again, through which its second derivatives go; TensorFlow does not.
             inputs, upstream = ((x, kernel), args[0]) if upstream is None else (args, upstream)
             spread = _spread(upstream, strides)
             sides = [(size - 1, size - 1) for size in inputs[1].shape[:2]]
             towards_x = convolve(ops.pad(spread, ((0, 0), *sides, (0, 0))), ops.flip(inputs[1], (0, 1)))
-            towards_kernel = convolve(inputs[0], ops.transpose(spread, (1, 2, 3, 0)))
-            return towards_x, ops.transpose(towards_kernel, (1, 2, 3, 0))
+            towards_kernel = convolve(inputs[0], ops.reshape(spread, (*ops.shape(spread)[1:], 1)))
+            return towards_x, ops.reshape(towards_kernel, ops.shape(inputs[1]))
 
         return convolve(x, kernel, strides), gradients
 
@@ -532,8 +526,18 @@ def _length(size, reach: int, stride: int, padding: str):
     return (size - reach) // stride + 1 if padding == "valid" else (size + stride - 1) // stride
 
 
-def _at_least_0(value):
-    return max(value, 0) if isinstance(value, int) else ops.maximum(value, 0)
+def _fit(size, reach: int, stride: int, padding: str):
+    """Zeros before and behind an axis, the part that counts of what that gives, and the output's length."""
+    length = _length(size, reach, stride, padding)
+    used = (length - 1) * stride + reach
+    if padding == "valid":
+        return (0, 0), slice(0, used), length
+    if isinstance(size, int):
+        missing = max(used - size, 0)
+        return (missing // 2, missing - missing // 2), slice(0, used), length
+    # Only the run will know how many are missing: as many as there can be, and the surplus is cut off.
+    start = (reach - 1) // 2 - ops.maximum(used - size, 0) // 2
+    return ((reach - 1) // 2, reach // 2), slice(start, start + used), length
 
 
 def _is_two_shapes(shapes) -> bool:

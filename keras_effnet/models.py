@@ -12,7 +12,7 @@ import keras
 
 from keras_effnet import blocks
 from keras_effnet.arch import resolve
-from keras_effnet.errors import one_of, unknown
+from keras_effnet.errors import one_of
 from keras_effnet.preprocessing import constants, scheme_of
 from keras_effnet.variants import VARIANTS
 
@@ -84,8 +84,7 @@ def create_model(
     Reference:
         Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv 1905.11946, table 1.
     """
-    if variant not in VARIANTS:
-        raise unknown("model", variant, VARIANTS)
+    one_of("model", variant, VARIANTS)
     row = VARIANTS[variant]
     origin = _Origin.of(variant, weights)
     architecture = _override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_effnet.errors import unknown
+from keras_effnet.errors import one_of, unknown
 from keras_effnet.variants import VARIANTS, identify
 
 if TYPE_CHECKING:
@@ -197,8 +197,7 @@ def crop_and_resize(
     Reference:
         tensorflow/tpu preprocessing.py:81-93, :118-137; tensorflow/core/kernels/image/resize_bicubic_op.cc.
     """
-    if interpolation not in _TAPS:
-        raise unknown("interpolation", interpolation, _TAPS)
+    one_of("interpolation", interpolation, _TAPS)
     height, width = size
     side = min(size)
     padding = round(side * (1 / 0.875 - 1)) if crop_padding is None else crop_padding
@@ -280,8 +279,7 @@ def _expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
     from keras_effnet.weights import registry
 
     if isinstance(model, str):
-        if model not in VARIANTS:
-            raise unknown("model", model, VARIANTS)
+        one_of("model", model, VARIANTS)
         name, variant, size, channels, channels_last, record = model, model, (None, None), 3, True, None
     else:
         from keras_effnet import blocks

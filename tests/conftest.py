@@ -41,9 +41,7 @@ def fill(model: keras.Model) -> keras.Model:
 def seeded_as(scope: str, name: convert.Name) -> np.ndarray:
     """Our array of what the original's variable of that name is filled with."""
     layout = LAYOUTS[name.layout]
-    return layout.to_keras(
-        seeded(f"{scope}/{name.foreign}", layout.from_keras(np.empty(name.shape)).shape), name.shape
-    )
+    return layout.to_keras(seeded(f"{scope}/{name.foreign}", layout.from_keras(np.empty(name.shape)).shape), name.shape)
 
 
 def save_checkpoint(prefix, tensors: dict[str, np.ndarray]) -> str:

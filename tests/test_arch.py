@@ -35,7 +35,10 @@ def test_parameters_are_the_published_ones(name):
     assert describe(name)["params"] / 1e6 == pytest.approx(published, abs=0.1 if published < 10 else 0.5)
 
 
-@pytest.mark.parametrize("file", ["efficientnet-b0", "efficientnet-lite0", "efficientnet-edgetpu-S"])
+ORIGINALS = ["efficientnet-b0", "efficientnet-lite0", "efficientnet-edgetpu-S", "efficientnet-condconv-b0-4e"]
+
+
+@pytest.mark.parametrize("file", ORIGINALS)
 def test_blocks_are_the_originals(file):
     reference = golden(f"tpu/{file}.json")
     architecture = resolve(VARIANTS[file.lower()])
@@ -48,6 +51,7 @@ def test_blocks_are_the_originals(file):
             row["residual"],
         )
         assert block.inner_filters == row["input_filters"] * row["expand_ratio"]
+        assert block.num_experts == (reference["condconv_num_experts"] if row["condconv"] else 0)
         # The original leaves a rate out where there is no skip connection to drop.
         assert 1 - rate == pytest.approx(row["survival_prob"], abs=1e-12)
     assert {f"reduction_{n + 1}": index for n, index in enumerate(architecture.reductions)} == reference[
@@ -62,6 +66,22 @@ def test_multiply_adds_are_those_that_timm_counts():
     assert describe("efficientnet-b1")["macs"] == 686_802_832
     assert describe("efficientnet-b2")["macs"] == 993_561_872
     assert describe("efficientnet-b3")["macs"] == 1_827_141_392
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "macs"),
+    [("4e", 13_314_116, 402e6), ("8e", 24_013_284, 413e6), ("8e-depth", 39_715_968, 614e6)],
+)
+def test_mixed_experts_cost_what_was_published(name, params, macs):
+    """Parameters of timm 1.0.31's nets; multiply-adds of tensorflow/tpu condconv/README.md:30-36, in round millions.
+
+    The paper's plain B0 has 391 M, of which 5 M are not convolutions or the classifier: 1.4 %.
+    """
+    described = describe(f"efficientnet-condconv-b0-{name}")
+    assert described["params"] == params
+    assert described["macs"] * 391 / 385.8 == pytest.approx(macs, rel=2e-3)
+    assert described["preprocessing"] == "tpu127" and described["dropout_rate"] == 0.25
+    assert described["resolution"] == [224, 224]
 
 
 def test_parameters_are_exactly_the_originals():

@@ -1,5 +1,6 @@
 """Descriptions equal the models that they describe, and the paper's table."""
 
+import math
 import xml.etree.ElementTree as ElementTree
 
 import keras
@@ -62,11 +63,15 @@ def test_a_changed_model_is_described_as_it_is():
     assert unknown["macs"] == 384_534_752  # at the variant's own resolution, without the classifier's 1,280,000
 
 
-def test_macs_agree_with_the_layers_own_shapes():
-    model = ke.create_model("efficientnet-edgetpu-m", weights=None, input_shape=(97, 131, 3))
+@pytest.mark.parametrize("name", ["efficientnet-edgetpu-m", "efficientnet-condconv-b0-4e"])
+def test_macs_agree_with_the_layers_own_shapes(name):
+    model = ke.create_model(name, weights=None, input_shape=(97, 131, 3))
     total = 0
     for layer in model.layers:
-        if isinstance(layer, keras.layers.Dense):
+        if isinstance(layer, ke.CondConv2D | ke.DepthwiseCondConv2D):  # mixes kernels, then convolves with one
+            pixels = layer.output.shape[1] * layer.output.shape[2]
+            total += (pixels + layer.num_experts) * math.prod(layer.kernel.shape[1:])
+        elif isinstance(layer, keras.layers.Dense):
             total += layer.kernel.shape[0] * layer.kernel.shape[1]
         elif isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D):
             pixels = layer.output.shape[1] * layer.output.shape[2]

@@ -21,7 +21,8 @@ ALLOWED = {
     "variants": {"arch", "errors"},
     "initializers": {"keras"},
     "preprocessing": {"errors", "variants"},
-    "blocks": {"arch", "initializers", "keras"},
+    "layers": {"errors", "initializers", "keras"},
+    "blocks": {"arch", "initializers", "layers", "keras"},
     "models": {"arch", "blocks", "errors", "preprocessing", "variants", "keras"},
     "describe": {"arch", "errors", "preprocessing", "variants"},
     "predictor": {"preprocessing"},
@@ -49,7 +50,7 @@ ALLOWED = {
     "tpu.__init__": set(),
 }
 HEAVY = {"keras", "tensorflow", "jax", "torch", "h5py", "matplotlib", "PIL", "pooch", "requests", "rich", "safetensors"}
-TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.writers", "export")
+TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.writers", "export", "layers")
 
 
 def imports(tree, everywhere: bool):

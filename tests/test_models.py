@@ -232,16 +232,21 @@ def test_channels_first():
     assert ke.load_image(ROOT / "docs/cat.png", first).shape == (3, 64, 64)
 
 
-@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-lite3", "efficientnet-edgetpu-l"])
+READ = ["efficientnet-b0", "efficientnet-lite3", "efficientnet-edgetpu-l", "efficientnet-condconv-b0-8e-depth"]
+
+
+@pytest.mark.parametrize("name", READ)
 def test_reading_a_model_gives_what_it_was_built_from(name):
     reading = blocks.read(ke.create_model(name, weights=None))
     assert reading.architecture == resolve(VARIANTS[name])
     assert reading.size == (VARIANTS[name].resolution,) * 2
 
 
-def test_training_by_fit_learns_and_moves_every_variable():
+@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-condconv-b0-4e"])
+def test_training_by_fit_learns_and_moves_every_variable(name):
     keras.utils.set_random_seed(0)
-    model = ke.EfficientNetB0(weights=None, input_shape=SMALL, classes=2, drop_connect_rate=0.0, dropout_rate=0.0)
+    rates = {"drop_connect_rate": 0.0, "dropout_rate": 0.0}
+    model = ke.create_model(name, weights=None, input_shape=SMALL, classes=2, **rates)
     model.compile("adam", "sparse_categorical_crossentropy")
     before = model.get_weights()
     y = np.arange(16) % 2
@@ -250,6 +255,19 @@ def test_training_by_fit_learns_and_moves_every_variable():
     assert losses[-1] < losses[0]
     still = [weight.path for weight, value in zip(model.weights, before, strict=True) if np.array_equal(weight, value)]
     assert not [path for path in still if "seed" not in path]
+
+
+def test_mixed_experts_see_one_example_each():
+    """In another order, among other neighbours and in a last batch of its own, an example's logits stay, to 1e-6."""
+    model = fill(ke.EfficientNetCondConvB0x8(weights=None, input_shape=(64, 64, 3), classifier_activation=None))
+    x = 255 * np.random.default_rng(0).random((5, 64, 64, 3), "float32")
+    y, order = run(model, x), [3, 0, 4, 1, 2]
+    bound = 1e-6 * np.abs(y).max()
+    assert np.abs(run(model, x[order]) - y[order]).max() < bound
+    others = 255 - x
+    others[2] = x[2]
+    assert np.abs(run(model, others)[2] - y[2]).max() < bound
+    assert np.abs(model.predict(x, batch_size=2, verbose=0) - y).max() < bound
 
 
 def test_equal_seeds_give_equal_models():
@@ -263,9 +281,18 @@ def test_equal_seeds_give_equal_models():
 def test_initial_values_have_the_originals_distribution():
     keras.utils.set_random_seed(0)
     model = ke.EfficientNetB0(weights=None)
-    for name, variance in {"top_conv": 2 / 1280, "block6b_dwconv": 2 / 25, "block4a_se_expand": 2 / 240}.items():
-        kernel = np.asarray(model.get_layer(name).get_weights()[0])
-        assert kernel.var() == pytest.approx(variance, rel=0.1) and abs(kernel.mean()) < 0.1 * variance**0.5
+    routed = ke.EfficientNetCondConvB0x4(weights=None)
+    for net, name, variance in (
+        (model, "top_conv", 2 / 1280),
+        (model, "block6b_dwconv", 2 / 25),
+        (model, "block4a_se_expand", 2 / 240),
+        (routed, "block7a_project_conv", 2 / 320),
+        (routed, "block7a_dwconv", 2 / 9),
+        (routed, "block6b_routing", 2 / (192 + 4)),
+    ):
+        kernel = np.asarray(net.get_layer(name).get_weights()[0])
+        for one in kernel if kernel.ndim == 5 else [kernel]:
+            assert one.var() == pytest.approx(variance, rel=0.1) and abs(one.mean()) < 0.1 * variance**0.5
     kernel = model.get_layer("predictions").get_weights()[0]
     assert np.abs(kernel).max() == pytest.approx(1000**-0.5, rel=0.01)
 

@@ -1,6 +1,7 @@
 """Loading and converting: every naming against the original's numbers, both ways, all or nothing."""
 
 import gc
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,16 +11,34 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import BACKEND, GOLDEN, fill, golden, image, lite0_package, run, same_weights, save_checkpoint, seeded, seeded_as
+from conftest import (
+    BACKEND,
+    GOLDEN,
+    fill,
+    golden,
+    image,
+    lite0_package,
+    run,
+    same_weights,
+    save_checkpoint,
+    seeded,
+    seeded_as,
+)
 
 import keras_effnet as ke
 from keras_effnet.arch import owners, resolve
 from keras_effnet.variants import VARIANTS
 from keras_effnet.weights import convert, namemaps, readers, registry, store
-from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
+from keras_effnet.weights.layouts import LAYOUTS, Layout, adapt_channels
 
 SMALL = {"weights": None, "classes": 5, "input_shape": (32, 32, 3)}
-NAMES = ("efficientnet-b0", "efficientnet-b1", "efficientnet-lite1", "efficientnet-edgetpu-s", "efficientnet-condconv-b0-4e")
+NAMES = (
+    "efficientnet-b0",
+    "efficientnet-b1",
+    "efficientnet-lite1",
+    "efficientnet-edgetpu-s",
+    "efficientnet-condconv-b0-4e",
+)
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +97,8 @@ def test_names_and_shapes_are_the_published_ones(file, naming):
         listed = [row for row in reference["state_dict"] if not row[0].endswith("num_batches_tracked")]
     names = convert.foreign_names(resolve(VARIANTS[model]), namemaps.NAMINGS[naming], classes=listed[-1][1][0])
     found = {
-        scope + name: list(LAYOUTS[layout].from_keras(np.empty(shape)).shape) for name, layout, shape, _ in names.values()
+        scope + name: list(LAYOUTS[layout].from_keras(np.empty(shape)).shape)
+        for name, layout, shape, _ in names.values()
     }
     assert found == dict(listed)
 
@@ -221,6 +241,86 @@ def test_a_checkpoint_with_a_fault_is_told(kind, tmp_path):
         assert len(ke.weights.verify(path, "efficientnet-lite0").problems) == 1 + kind.startswith("missing")
 
 
+CONDCONV = "efficientnet-condconv-b0-4e"
+
+
+def renamed(tensors, how: str) -> dict[str, np.ndarray]:
+    """The same checkpoint as another program run would have named it."""
+
+    def rename(name: str) -> str:
+        match = re.search(r"/model/(blocks_\d+/(?:depthwise_)?cond_conv2d)(?:_(\d+))?/", name)
+        if not match or how == "no scope":
+            return name.replace("/model/", "/")
+        if how == "second model":
+            return name.replace("/model/", "/model_1/").replace(
+                match[1] + (f"_{match[2]}" if match[2] else ""), f"{match[1]}_{int(match[2] or 0) + 24}"
+            )
+        ours = int(match[2] or 0)  # without the layer that is made and not used
+        number = ours if "depthwise" in match[1] else ours - ours // 3 - 1
+        return name.replace(match[0], f"/model/{match[1]}{f'_{number}' if number else ''}/")
+
+    return {rename(name): value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("how", ["no scope", "second model", "no unused layer"])
+def test_mixed_experts_are_found_by_their_block_and_order(how, tmp_path):
+    tensors = original_tensors(CONDCONV)
+    changed = renamed(tensors, how)
+    assert len(changed) == len(tensors) and changed.keys() != tensors.keys()
+    model = ke.EfficientNetCondConvB0x4(weights=None)
+    save_checkpoint(tmp_path / "model.ckpt", changed)
+    assert ke.weights.load(model, tmp_path).fits
+    assert same_weights(model, fill_as(CONDCONV))
+    assert ke.weights.convert_file(tmp_path, tmp_path / "out.safetensors") == CONDCONV
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over", "twice", "experts", "flat"])
+def test_a_fault_among_mixed_experts_is_told(fault, tmp_path):
+    tensors = original_tensors(CONDCONV, average=False)
+    name = f"{CONDCONV}/model/blocks_12/cond_conv2d_14/condconv_kernel"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "left over":
+        tensors[name.replace("_14", "_15")] = tensors[name]
+    elif fault == "twice":
+        tensors[name.replace("/model/", "/")] = tensors[name]
+    elif fault == "experts":
+        tensors[name] = np.concatenate([tensors[name]] * 2)
+    else:
+        tensors[name] = tensors[name].ravel()
+    told = {
+        "missing": r"\(!\): - .*/model/blocks_12/cond_conv2d_14/condconv_kernel \(for block6b_project_conv/kernel\)$",
+        "left over": r"\(!\): \+ .*/model/blocks_12/cond_conv2d_15/condconv_kernel$",
+        "twice": r"\(!\): \+ .*/blocks_12/cond_conv2d_14/condconv_kernel$",
+        "experts": r"cond_conv2d_14/.*: expected shape \(4, 1, 1, 1152, 192\) for .*, received \(8, 221184\)",
+        "flat": r"received \(884736,\)$",
+    }[fault]
+    model = ke.EfficientNetCondConvB0x4(weights=None)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=told):
+        ke.weights.load(model, save_checkpoint(tmp_path / "model.ckpt", tensors))
+    assert all(map(np.array_equal, model.get_weights(), before))
+
+
+@pytest.mark.parametrize("layout", ["E(HWIO)->EHWIO", "E(OIHW)->EHWIO", "E(C1HW)->EHWC1"])
+def test_a_wrong_layout_of_mixed_experts_shows(layout, tmp_path, monkeypatch):
+    """Rows that were made flat in another order fit everywhere."""
+    if layout == "E(HWIO)->EHWIO":
+        tensors = original_tensors(CONDCONV, average=False)
+        path = save_checkpoint(tmp_path / "model.ckpt", tensors)
+        expected = np.array(golden(f"tpu/{CONDCONV}.json")["golden"]["logits_first16"])
+    else:
+        path = save_torch(timm_tensors("tf_efficientnet_cc_b0_4e"), tmp_path / "x.safetensors")
+        expected = np.load(GOLDEN / "timm/tf_efficientnet_cc_b0_4e.npz")["logits"][:, :16]
+    turned = Layout(lambda array, shape: array.reshape(shape), LAYOUTS[layout].from_keras)
+    if layout == "E(HWIO)->EHWIO":
+        turned = LAYOUTS["E(OIHW)->EHWIO"]
+    monkeypatch.setitem(LAYOUTS, layout, turned)
+    model = ke.EfficientNetCondConvB0x4(weights=path, preprocessing=None, classifier_activation=None)
+    found = logits(model)
+    assert np.abs(found[:, :16] - expected).max() > 100 * 2e-5 * found.std()
+
+
 def logits(model):
     return run(model, image(224))
 
@@ -253,7 +353,9 @@ def test_a_wrong_layout_of_timms_kernels_shows(layout, tmp_path, monkeypatch):
     path = save_torch(timm_tensors(name), tmp_path / "x.safetensors")
     right = LAYOUTS[layout]
     turn = (lambda array: array.swapaxes(0, 1)) if layout != "OI->IO" else (lambda array: array[::-1])
-    monkeypatch.setitem(LAYOUTS, layout, replace(right, to_keras=lambda array, shape: turn(right.to_keras(array, shape))))
+    monkeypatch.setitem(
+        LAYOUTS, layout, replace(right, to_keras=lambda array, shape: turn(right.to_keras(array, shape)))
+    )
     model = ke.EfficientNetB0(weights=path, preprocessing=None, classifier_activation=None)
     expected = np.load(GOLDEN / f"timm/{name}.npz")["logits"]
     assert np.abs(run(model, image(224)) - expected).max() > 30 * 2e-5 * expected.std()
@@ -609,10 +711,15 @@ def test_wrapped_names_are_recognised(lite0_path, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "drop-background-class"])
 def test_layouts_are_inverses(name):
-    array = np.random.default_rng(0).random((2, 3, 4, 5)[: 2 if name == "OI->IO" else 4])
-    layout = LAYOUTS[name]
-    assert np.array_equal(layout.from_keras(layout.to_keras(array)), array)
-    assert np.array_equal(layout.to_keras(layout.from_keras(array)), array)
+    rank = {"OI->IO": 2}.get(name, 5 if name.startswith("E(") else 4)
+    ours, layout = np.random.default_rng(0).random((2, 3, 4, 5, 6)[:rank]), LAYOUTS[name]
+    foreign = layout.from_keras(ours)
+    assert np.array_equal(layout.to_keras(foreign, ours.shape), ours)
+    assert np.array_equal(layout.from_keras(layout.to_keras(foreign, ours.shape)), foreign)
+    if name.startswith("E("):
+        for wrong in (foreign.T, foreign.ravel(), foreign[:, 1:], foreign.reshape(4, -1)):
+            with pytest.raises(ValueError, match="one flat kernel per expert"):
+                layout.to_keras(wrong, ours.shape)
 
 
 def broken(tensors, kind):

@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from keras_effnet.arch import Architecture, Layer, owners, resolve
-from keras_effnet.errors import unknown
+from keras_effnet.errors import one_of, unknown
 from keras_effnet.variants import VARIANTS, identify
 from keras_effnet.weights import readers, registry, writers
 from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
@@ -27,6 +26,7 @@ SOURCES = {"tpu": ("tpu",), "timm": ("timm",), "lukemelas": ("lukemelas",), "ker
 TARGETS = ("tpu", "timm", "keras")
 _NO_TOP = "the classifier: the model has none"
 Values = dict[tuple[str, str], np.ndarray]  # by (our layer, our variable)
+Step = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # towards our array, of that shape
 
 
 class Name(NamedTuple):
@@ -245,12 +245,12 @@ def _match(
         needed.add(name.key)
         stored, shape = contents.tensors[name.key], name.shape
         found = _as_ours(name, stored.shape)
-        steps = [partial(LAYOUTS[name.layout].to_keras, shape=shape)]
+        steps: list[Step] = [LAYOUTS[name.layout].to_keras]
         if found != shape and layer == "predictions" and _has_background(contents, file_classes, classes):
-            steps.append(partial(LAYOUTS["drop-background-class"].to_keras, shape=shape))
+            steps.append(LAYOUTS["drop-background-class"].to_keras)
             found = None if found is None else (*found[:-1], found[-1] - 1)
         if found != shape and layer == "stem_conv" and found == (*shape[:2], 3, shape[3]):
-            steps.append(partial(adapt_channels, channels=channels))
+            steps.append(lambda kernel, shape: adapt_channels(kernel, shape[2]))
             found = shape
         if found != shape:
             received = found or stored.shape
@@ -258,7 +258,7 @@ def _match(
                 f"! {contents.told(name.key)}: expected shape {shape} for {layer}/{variable}, received {received}"
             )
         else:
-            plan[layer, variable] = _reader(stored, steps)
+            plan[layer, variable] = _reader(stored, steps, shape)
     if classes is None or not include_top:
         why = _NO_TOP if classes is None else "the classifier, by request"
         spare = {head["predictions", variable].key for variable in ("kernel", "bias")} & contents.tensors.keys()
@@ -281,11 +281,11 @@ def _has_background(contents: _Contents, file_classes: int | None, classes: int 
     return contents.format == "tpu" and file_classes == 1001 and classes == 1000
 
 
-def _reader(stored: Stored, steps) -> Callable[[], np.ndarray]:
+def _reader(stored: Stored, steps: list[Step], shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         array = stored.read()
         for step in steps:
-            array = step(array)
+            array = step(array, shape)
         return array
 
     return read
@@ -307,9 +307,7 @@ def _values(report: Report, plan, contents: _Contents, architecture: Architectur
                 ) from error
             others = np.size(values[key]) - int(np.isfinite(values[key]).sum())
             if others:
-                problems.append(
-                    f"! {contents.told(names[key].key)}: expected finite numbers, received {others} others"
-                )
+                problems.append(f"! {contents.told(names[key].key)}: expected finite numbers, received {others} others")
     if problems:
         shown = problems[:10] + [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
         hint = ""
@@ -474,8 +472,7 @@ def verify(path, model: str, source: str = "auto", *, include_top: bool = True, 
     True
     """
     _check_source(source)
-    if model not in VARIANTS:
-        raise unknown("model", model, VARIANTS)
+    one_of("model", model, VARIANTS)
     with readers.opened(path, raw) as tensors:
         contents = _Contents(tensors, path, source, raw)
         _, architecture, channels, classes = _identify(contents, model)

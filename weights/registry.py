@@ -8,7 +8,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from keras_effnet.errors import unknown
+from keras_effnet.errors import one_of, unknown
 from keras_effnet.variants import VARIANTS
 
 
@@ -383,8 +383,7 @@ def of_model(model: str) -> tuple[Record, ...]:
     Raises:
         ValueError: If the model is unknown.
     """
-    if model not in VARIANTS:
-        raise unknown("model", model, VARIANTS)
+    one_of("model", model, VARIANTS)
     found = (record for record in RECORDS if record.model == model)
     return tuple(sorted(found, key=lambda record: (record.publisher == "timm", record.top1)))
 
