@@ -7,7 +7,14 @@ import sys
 import pytest
 from conftest import BACKEND, ROOT
 
-SLOW = ("test_export.py", "test_cli.py", "test_describe.py", "test_preprocessing.py", "test_weights.py")
+SLOW = (
+    "test_layers.py",
+    "test_export.py",
+    "test_cli.py",
+    "test_describe.py",
+    "test_preprocessing.py",
+    "test_weights.py",
+)
 # Of the tests of weights, those in which a backend's variables are read or written in ways of their own.
 CHOSEN = {
     "test_weights.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body"

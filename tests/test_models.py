@@ -247,11 +247,12 @@ def test_training_by_fit_learns_and_moves_every_variable(name):
     keras.utils.set_random_seed(0)
     rates = {"drop_connect_rate": 0.0, "dropout_rate": 0.0}
     model = ke.create_model(name, weights=None, input_shape=SMALL, classes=2, **rates)
-    model.compile("adam", "sparse_categorical_crossentropy")
+    # Small steps: where batch norm sees 16 values of a map of one position, the loss' slope is in the thousands.
+    model.compile(keras.optimizers.Adam(3e-7), "sparse_categorical_crossentropy")
     before = model.get_weights()
     y = np.arange(16) % 2
     x = 255 * np.random.default_rng(0).random((16, *SMALL), "float32") * (0.3 + 0.7 * y[:, None, None, None])
-    losses = model.fit(x, y, epochs=4, batch_size=8, verbose=0).history["loss"]
+    losses = model.fit(x, y, epochs=4, batch_size=16, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
     still = [weight.path for weight, value in zip(model.weights, before, strict=True) if np.array_equal(weight, value)]
     assert not [path for path in still if "seed" not in path]
