@@ -38,12 +38,12 @@ def one_example_at_a_time():
 
     from keras_effnet import layers
 
-    def convolve(self, x, routing, size):
+    def convolve(self, x, routing):
         depthwise = isinstance(self, layers.DepthwiseCondConv2D)
         convolution = ops.depthwise_conv if depthwise else ops.conv
         kernels: Any = ops.tensordot(routing, self.kernel, 1)
         outputs = [
-            convolution(x[i : i + 1], kernels[i], self.strides, padding="valid", data_format="channels_last")
+            convolution(x[i : i + 1], kernels[i], self.strides, self.padding, data_format="channels_last")
             for i in range(x.shape[0])
         ]
         return ops.concatenate(outputs, axis=0)

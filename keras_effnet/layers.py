@@ -27,21 +27,27 @@ def _mix_kernels(num_experts: int, positions: int | None) -> bool:
     return positions is None or (num_experts - 1) * positions > 32
 
 
-def _fold_examples(dilated: bool) -> bool:
+def _fold_examples(strides: tuple[int, int], dilated: bool) -> bool:
     """Whether a depthwise convolution takes all examples' channels as those of one, or adds up shifted inputs.
 
     benchmarks/condconv.py `--plans`, 32 examples of 14 x 14 x 672, 5 x 5: TensorFlow's and PyTorch's own convolutions
-    take a fifth of the time of 25 shifted products, each of which goes through memory. XLA makes one loop of those,
-    and would take 20 times as long for so many groups (and 47 GB for their gradient).
+    take a fifth of the time of 25 shifted products, each of which goes through memory. A compiler makes one loop of
+    those; XLA would take 20 times as long for so many groups (and 47 GB for their gradient), and formats that are
+    exported to hold no convolution with a number of groups that only the run knows. TensorFlow has no depthwise
+    convolution with strides that differ.
     """
-    backend = keras.backend.backend()
-    return backend in ("tensorflow", "torch") and not (dilated or _in_xla() or _in_converter())
+    match keras.backend.backend():
+        case "tensorflow":
+            return strides[0] == strides[1] and not (dilated or _in_xla() or _in_converter())
+        case "torch":
+            import torch
+
+            return not (dilated or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export())
+    return False
 
 
 def _in_xla() -> bool:
     """Whether TensorFlow traces this call for XLA. Its own control flow asks the same way; no public name tells."""
-    if keras.backend.backend() != "tensorflow":
-        return False
     import tensorflow as tf
     from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
@@ -49,16 +55,19 @@ def _in_xla() -> bool:
 
 
 def _in_converter() -> bool:
-    """Whether Keras' exporters to ONNX or LiteRT trace this call: these formats hold no convolution of that kind.
+    """Whether an exporter to ONNX or LiteRT has TensorFlow trace this call: the trace for `predict()` looks the same.
 
-    The call's stack is all that tells: with TensorFlow the trace for `predict()` looks the same.
+    The call's stack is all that tells.
     """
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_globals.get("__name__") in ("keras.src.export.onnx", "keras.src.export.litert"):
+        if frame.f_globals.get("__name__", "").startswith(_CONVERTERS):
             return True
         frame = frame.f_back
     return False
+
+
+_CONVERTERS = ("keras.src.export.onnx", "keras.src.export.litert", "tf2onnx.", "tensorflow.lite.")
 
 
 class _CondConv(keras.Layer):
@@ -112,8 +121,8 @@ class _CondConv(keras.Layer):
         """Shape of one expert's kernel."""
         raise NotImplementedError
 
-    def _convolve(self, x, routing, size):
-        """The convolution of a padded input, channels last, to an output of `size` (height, width)."""
+    def _convolve(self, x, routing):
+        """The convolution alone, channels last."""
         raise NotImplementedError
 
     def build(self, input_shape):
@@ -157,10 +166,9 @@ class _CondConv(keras.Layer):
         last = self.data_format == "channels_last"
         if not last:
             x = ops.transpose(x, (0, 2, 3, 1))
-        x, size = self._padded(x)
-        x = self._convolve(x, routing, size)
+        x = self._convolve(x, routing)
         if self.bias is not None:
-            x = x + ops.matmul(routing, self.bias)[:, None, None, :]
+            x = x + _matmul(routing, self.bias)[:, None, None, :]
         if self.activation is not None:
             x = self.activation(x)
         return x if last else ops.transpose(x, (0, 3, 1, 2))
@@ -325,20 +333,20 @@ class CondConv2D(_CondConv):
     def _kernel_shape(self, channels):
         return (*self.kernel_size, channels, self.filters)
 
-    def _convolve(self, x, routing, size):
-        taps = list(self._taps(x, size))
+    def _convolve(self, x, routing):
+        x, (height, width) = self._padded(x)
+        taps = list(self._taps(x, (height, width)))
         patches = taps[0] if len(taps) == 1 else ops.concatenate(taps, axis=-1)
-        height, width = size
         inside = math.prod(self.kernel.shape[1:4])
         static = isinstance(height, int) and isinstance(width, int)
         if _mix_kernels(self.num_experts, height * width if static else None):
-            kernels = ops.matmul(routing, ops.reshape(self.kernel, (self.num_experts, -1)))
+            kernels = _matmul(routing, ops.reshape(self.kernel, (self.num_experts, -1)))
             kernels = ops.reshape(kernels, (-1, inside, self.filters))
-            y = ops.matmul(ops.reshape(patches, (-1, height * width, inside)), kernels)
+            y = _matmul(ops.reshape(patches, (-1, height * width, inside)), kernels)
         else:
             scaled = patches[:, :, :, None, :] * routing[:, None, None, :, None]
             kernels = ops.reshape(self.kernel, (-1, self.filters))
-            y = ops.matmul(ops.reshape(scaled, (-1, self.num_experts * inside)), kernels)
+            y = _matmul(ops.reshape(scaled, (-1, self.num_experts * inside)), kernels)
         return ops.reshape(y, (-1, height, width, self.filters))
 
     def get_config(self):
@@ -390,9 +398,9 @@ class DepthwiseCondConv2D(_CondConv):
     >>> import keras
     >>> from keras_effnet.layers import DepthwiseCondConv2D
     >>> layer = DepthwiseCondConv2D(5, num_experts=8, padding="same", use_bias=False)
-    >>> layer([keras.ops.ones((2, 7, 7, 16)), keras.ops.ones((2, 8))]).shape[1:]
-    (7, 7, 16)
-    >>> layer.kernel.shape
+    >>> tuple(layer([keras.ops.ones((2, 7, 7, 16)), keras.ops.ones((2, 8))]).shape)
+    (2, 7, 7, 16)
+    >>> tuple(layer.kernel.shape)
     (8, 5, 5, 16, 1)
 
     Reference:
@@ -445,49 +453,65 @@ class DepthwiseCondConv2D(_CondConv):
     def _kernel_shape(self, channels):
         return (*self.kernel_size, channels, self.depth_multiplier)
 
-    def _convolve(self, x, routing, size):
+    def _convolve(self, x, routing):
         if self.depth_multiplier > 1:
             x = ops.repeat(x, self.depth_multiplier, axis=-1)
         channels, taps = math.prod(self.kernel.shape[3:]), math.prod(self.kernel_size)
         experts = ops.transpose(ops.reshape(self.kernel, (self.num_experts, taps, channels)), (1, 0, 2))
-        kernels = ops.matmul(routing, experts)  # (taps, batch, channels)
-        if not _fold_examples(dilated=self.dilation_rate != (1, 1)):
-            products = (
-                _wide(tap) * _wide(kernels[place])[:, None, None, :] for place, tap in enumerate(self._taps(x, size))
-            )
-            return ops.cast(sum(products), x.dtype)
-        batch, rows, columns, _ = ops.shape(x)
+        kernels = _matmul(routing, experts)  # (taps, batch, channels)
+        if _fold_examples(self.strides, dilated=self.dilation_rate != (1, 1)):
+            return self._convolve_as_one(x, ops.reshape(kernels, (*self.kernel_size, -1, 1)))
+        x, size = self._padded(x)
+        products = (
+            _wide(tap) * _wide(kernels[place])[:, None, None, :] for place, tap in enumerate(self._taps(x, size))
+        )
+        return ops.cast(sum(products), x.dtype)
+
+    def _convolve_as_one(self, x, kernel):
+        """The depthwise convolution of one example that has all examples' channels.
+
+        These stand where the library is fast: TensorFlow's CPUs know them last only, PyTorch takes thrice as long there.
+        """
+        batch, rows, columns, channels = ops.shape(x)
+        if keras.backend.backend() == "torch":
+            x = ops.reshape(ops.transpose(x, (0, 3, 1, 2)), (1, batch * channels, rows, columns))
+            y = ops.depthwise_conv(x, kernel, self.strides, self.padding, data_format="channels_first")
+            y = ops.reshape(y, (batch, channels, *ops.shape(y)[2:]))
+            return ops.transpose(y, (0, 2, 3, 1))
         x = ops.reshape(ops.transpose(x, (1, 2, 0, 3)), (1, rows, columns, batch * channels))
-        y = _depthwise(x, ops.reshape(kernels, (*self.kernel_size, batch * channels, 1)), self.strides)
-        return ops.transpose(ops.reshape(y, (*size, batch, channels)), (2, 0, 1, 3))
+        y = _depthwise(x, kernel, self.strides, self.padding, self._padded)
+        y = ops.reshape(y, (*ops.shape(y)[1:3], batch, channels))
+        return ops.transpose(y, (2, 0, 1, 3))
 
     def get_config(self):
         return {**super().get_config(), "depth_multiplier": self.depth_multiplier}
 
 
-def _depthwise(x, kernel, strides: tuple[int, int]):
-    """A depthwise convolution of one example, whose gradients are such convolutions too.
+def _depthwise(x, kernel, strides: tuple[int, int], padding: str, padded):
+    """TensorFlow's depthwise convolution of one example, with gradients that are such convolutions too.
 
-    TensorFlow's own gradient of the kernel goes through the examples in parallel, of which there is one here, and
-    PyTorch's is slow with channels last: for 16 examples of 14 x 14 x 672 and 5 x 5 they take 127 and 140 ms, these 6
-    and 9.
+    Its own gradient of the kernel goes through the examples in parallel, of which there is one here: for 16 examples of
+    14 x 14 x 672 and 5 x 5 it takes 127 ms, these 6. `padded` gives x with its zeros: it has them by itself where it
+    can, which saves a copy.
     """
+    import tensorflow as tf
 
-    def convolve(x, kernel, strides: Any = 1):
-        return ops.depthwise_conv(x, kernel, strides, padding="valid", data_format="channels_last")
+    def convolve(x, kernel, strides: Any = 1, padding="valid"):
+        return ops.depthwise_conv(x, kernel, strides, padding, data_format="channels_last")
 
-    @ops.custom_gradient
+    @tf.custom_gradient
     def differentiable(x, kernel):
-        def gradients(*args, upstream=None):
-            # PyTorch gives the inputs again, through which its second derivatives go; TensorFlow does not.
-            inputs, upstream = ((x, kernel), args[0]) if upstream is None else (args, upstream)
+        def gradients(upstream):
             spread = _spread(upstream, strides)
-            sides = [(size - 1, size - 1) for size in inputs[1].shape[:2]]
-            towards_x = convolve(ops.pad(spread, ((0, 0), *sides, (0, 0))), ops.flip(inputs[1], (0, 1)))
-            towards_kernel = convolve(inputs[0], ops.reshape(spread, (*ops.shape(spread)[1:], 1)))
-            return towards_x, ops.reshape(towards_kernel, ops.shape(inputs[1]))
+            sides = [(size - 1, size - 1) for size in kernel.shape[:2]]
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                whole, _ = padded(x)
+            towards_whole = convolve(ops.pad(spread, ((0, 0), *sides, (0, 0))), ops.flip(kernel, (0, 1)))
+            towards_kernel = convolve(whole, ops.reshape(spread, (*ops.shape(spread)[1:], 1)))
+            return tape.gradient(whole, x, towards_whole), ops.reshape(towards_kernel, ops.shape(kernel))
 
-        return convolve(x, kernel, strides), gradients
+        return convolve(x, kernel, strides, padding), gradients
 
     return differentiable(x, kernel)
 
@@ -514,6 +538,11 @@ class _Experts:
         return self.combine([self.function(variable[expert]) for expert in range(variable.shape[0])])
 
 
+def _matmul(a, b):
+    """A product of the first one's dtype: Keras' own is float32 for float64 where the backend is not TensorFlow."""
+    return ops.cast(ops.matmul(a, b), a.dtype)
+
+
 def _wide(x):
     """At least float32, in which sums are taken."""
     return ops.cast(x, "float32") if keras.backend.standardize_dtype(x.dtype) in ("bfloat16", "float16") else x
@@ -536,7 +565,10 @@ def _fit(size, reach: int, stride: int, padding: str):
         missing = max(used - size, 0)
         return (missing // 2, missing - missing // 2), slice(0, used), length
     # Only the run will know how many are missing: as many as there can be, and the surplus is cut off.
-    start = (reach - 1) // 2 - ops.maximum(used - size, 0) // 2
+    missing = used - size
+    if reach < stride:  # or else it is never negative; Keras' own maximum would make other integers of PyTorch's
+        missing = (missing + abs(missing)) // 2
+    start = (reach - 1) // 2 - missing // 2
     return ((reach - 1) // 2, reach // 2), slice(start, start + used), length
 
 

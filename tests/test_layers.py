@@ -207,6 +207,21 @@ CASE = {
 }
 
 
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has no float64 unless its process is told")
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64(kind):
+    values, _ = drawn(kind, CASE)
+    layer = make(kind, CASE, dtype="float64")
+    layer.build([value.shape for value in values[:2]])
+    layer.set_weights(values[2:])
+    y = layer([ops.convert_to_tensor(value, "float64") for value in values[:2]])
+    expected = loop(kind, CASE, *values)[0]
+    assert keras.backend.standardize_dtype(y.dtype) == "float64"
+    # Keras' matrix product is one of float32 on PyTorch.
+    bound = 1e-12 if BACKEND == "tensorflow" else 1e-6
+    assert np.abs(ops.convert_to_numpy(y) - expected).max() < bound * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels_first_computes_the_same(kind):
     (x, routing, *variables), _ = drawn(kind, CASE)
@@ -222,11 +237,13 @@ def test_channels_first_computes_the_same(kind):
     assert np.array_equal(*found)
 
 
-@pytest.mark.parametrize("positions", [1, 12])
+@pytest.mark.parametrize(("side", "channels", "width"), [(1, 4, 2), (12, 4, 2), (14, 480, None)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_examples_are_independent(kind, positions):
-    """To 1e-6: in another order, among other neighbours, and alone."""
-    case = CASE | {"batch": 7, "size": (positions, positions), "strides": (1, 1)}
+def test_examples_are_independent(kind, side, channels, width):
+    """To 1e-6: in another order, among other neighbours, and alone; also as large as in the published nets."""
+    case = CASE | {"batch": 7, "size": (side, side), "strides": (1, 1), "channels": channels}
+    if width is None:
+        case |= {"kernel_size": (1, 1), "width": 80} if kind == "conv" else {"kernel_size": (5, 5), "width": 1}
     (x, routing, *variables), _ = drawn(kind, case)
     layer = make(kind, case)
     layer.build([x.shape, routing.shape])
@@ -316,7 +333,7 @@ def test_regularizers_and_constraints_are_of_each_expert(kind):
     layer.build([(None, 9, 8, 4), (None, 3)])
     kernel = ops.convert_to_numpy(layer.kernel)
     (loss,) = layer.losses
-    assert set(seen) == {kernel.shape[1:]} and float(loss) == pytest.approx((kernel**2).sum(), rel=1e-5)
+    assert set(seen) == {kernel.shape[1:]} and ops.convert_to_numpy(loss) == pytest.approx((kernel**2).sum(), rel=1e-5)
     layer.kernel.assign(layer.kernel.constraint(layer.kernel))
     assert np.array_equal(ops.convert_to_numpy(layer.kernel), np.maximum(kernel, 0))
 
@@ -404,7 +421,7 @@ def test_second_derivatives_do_not_depend_on_the_way(monkeypatch):
         return second.numpy()
 
     found = penalty(x, kernel)
-    monkeypatch.setattr(layers, "_fold_examples", lambda dilated: False)
+    monkeypatch.setattr(layers, "_fold_examples", lambda *args, **kwargs: False)
     expected = penalty(x, kernel)
     assert np.abs(expected).max() > 1 and np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
