@@ -6,6 +6,7 @@ What is computed is always that; `_mix_kernels()` and `_fold_examples()` say in 
 
 import math
 import sys
+from numbers import Integral
 from typing import Any
 
 import keras
@@ -127,9 +128,11 @@ class _CondConv(keras.Layer):
 
     def build(self, input_shape):
         channels = self._checked(input_shape)
-        kernel = self._kernel_shape(channels)
-        self.kernel = self._add("kernel", kernel, self._ROLE)
+        self.kernel = self._add("kernel", self._kernel_shape(channels), self._ROLE)
         self.bias = self._add("bias", (self._outputs(channels),), "bias") if self.use_bias else None
+        axis = -1 if self.data_format == "channels_last" else 1
+        image, routing = {axis: channels}, {-1: self.num_experts}
+        self.input_spec = [keras.InputSpec(ndim=4, axes=image), keras.InputSpec(ndim=2, axes=routing)]
         self.built = True
 
     def _add(self, name: str, shape: tuple[int, ...], role: str):
@@ -163,6 +166,11 @@ class _CondConv(keras.Layer):
 
     def call(self, inputs):
         x, routing = inputs
+        examples = [value.shape[0] for value in inputs]
+        if all(isinstance(number, int) for number in examples) and examples[0] != examples[1]:
+            raise ValueError(
+                f"Expected routing weights for each of {examples[0]} examples. Received: those of {examples[1]}"
+            )
         last = self.data_format == "channels_last"
         if not last:
             x = ops.transpose(x, (0, 2, 3, 1))
@@ -470,7 +478,8 @@ class DepthwiseCondConv2D(_CondConv):
     def _convolve_as_one(self, x, kernel):
         """The depthwise convolution of one example that has all examples' channels.
 
-        These stand where the library is fast: TensorFlow's CPUs know them last only, PyTorch takes thrice as long there.
+        These stand where the library is fast: TensorFlow's CPUs know them last only, and PyTorch takes thrice as long
+        there.
         """
         batch, rows, columns, channels = ops.shape(x)
         if keras.backend.backend() == "torch":
@@ -577,13 +586,17 @@ def _is_two_shapes(shapes) -> bool:
 
 
 def _positive(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not _counts(value):
         raise ValueError(f"Expected {name} as a positive integer. Received: {name}={value!r}")
-    return value
+    return int(value)
 
 
 def _pair(name: str, value) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(pair) != 2 or not all(isinstance(one, int) and not isinstance(one, bool) and one > 0 for one in pair):
+    if len(pair) != 2 or not all(map(_counts, pair)):
         raise ValueError(f"Expected {name} as a positive integer or a pair of them. Received: {name}={value!r}")
-    return pair
+    return int(pair[0]), int(pair[1])
+
+
+def _counts(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

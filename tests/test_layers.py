@@ -451,6 +451,29 @@ def test_a_replicas_training_step_compiles_under_xla_with_static_shapes():
         assert np.abs(found - right).max() <= 1e-8 * np.abs(right).max() + 1e-12
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="XLA is what compiles on the others")
+def test_a_compiled_layer_computes_the_same():
+    import torch
+
+    (x, routing, *variables), _ = drawn("depthwise", CASE)
+    layer = make("depthwise", CASE)
+    layer.build([x.shape, routing.shape])
+    layer.set_weights(variables)
+    compiled = torch.compile(lambda x, routing: layer([x, routing]), fullgraph=True, backend="aot_eager")
+    for size in (4, 3):
+        values = [torch.tensor(value[:size]) for value in (x, routing)]
+        expected = layer(values)
+        assert (compiled(*values) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_built_layer_refuses_other_inputs():
+    layer = ke.DepthwiseCondConv2D(3, 4)
+    layer([np.ones((1, 8, 8, 3)), np.ones((1, 4))])
+    for shapes in ([(1, 8, 8, 4), (1, 4)], [(1, 8, 8, 3), (1, 5)], [(1, 8, 8), (1, 4)]):
+        with pytest.raises(ValueError, match="incompatible"):
+            layer([np.ones(shape) for shape in shapes])
+
+
 WRONG = {
     "filters": (lambda: ke.CondConv2D(0, 3, 4), "filters as a positive integer"),
     "kernel size": (lambda: ke.CondConv2D(8, (3, 3, 3), 4), "kernel_size as a positive integer or a pair"),
@@ -462,6 +485,10 @@ WRONG = {
     "routing": (lambda: ke.CondConv2D(8, 3, 4)([np.ones((1, 8, 8, 3)), np.ones((1, 5))]), "num_experts=4. Received: 5"),
     "rank": (lambda: ke.CondConv2D(8, 3, 4)([np.ones((1, 8, 3)), np.ones((1, 4))]), "rank 4"),
     "channels": (lambda: ke.CondConv2D(8, 3, 4)([keras.Input((8, 8, None)), keras.Input((4,))]), "number of channels"),
+    "examples": (
+        lambda: ke.CondConv2D(8, 3, 4)([np.ones((2, 8, 8, 3)), np.ones((1, 4))]),
+        "2 examples. Received: those",
+    ),
     "too small": (lambda: ke.CondConv2D(8, 3, 4)([np.ones((1, 2, 8, 3)), np.ones((1, 4))]), "spans 3. Received: 2"),
 }
 
