@@ -196,7 +196,7 @@ def describe_(name, as_json) -> None:
         kernel = f"{row['kernel_size']}x{row['kernel_size']}"
         cells = (
             row["stage"],
-            row["operator"],
+            row["operator"] + (f", {row['num_experts'][0]} experts" if any(row.get("num_experts", ())) else ""),
             kernel,
             row["strides"],
             f"{height}x{width}",

@@ -4,6 +4,7 @@ Keras draws each variable with the backend's random operations, which JAX compil
 that keras.applications' B0 takes to build there (benchmarks/build.py).
 """
 
+from copy import copy
 from typing import Any
 
 import keras
@@ -54,7 +55,7 @@ def per_expert(initializer):
 
     Args:
         initializer: A Keras initializer. One with a fixed seed gives the same for the same shape, so that each expert
-            takes the next seed.
+            but the first has a seed of its own, made from that.
 
     Returns:
         Function of a shape, whose first axis is the experts', and a dtype.
@@ -73,7 +74,10 @@ def _reseeded(initializer, step: int):
     seed = getattr(initializer, "seed", None)
     if step == 0 or not isinstance(seed, int):  # a SeedGenerator moves on by itself
         return initializer
-    return type(initializer).from_config({**initializer.get_config(), "seed": seed + step})
+    # Not the next seeds: those are what other layers are given.
+    own = copy(initializer)
+    own.seed = int(np.random.SeedSequence((seed, step)).generate_state(1)[0] >> 1)
+    return own
 
 
 def apply(layer: keras.Layer, inputs):

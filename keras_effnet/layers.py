@@ -21,9 +21,9 @@ PACKAGE = "keras_effnet"
 def _mix_kernels(num_experts: int, positions: int | None) -> bool:
     """Whether to sum the experts' kernels and convolve once, or to convolve with each and sum what they give.
 
-    For an output of P positions the first takes E + P multiply-adds per element of a kernel and writes one kernel per
-    example; the second takes E * P and writes none. benchmarks/condconv.py `--plans`: with 2 to 8 experts the
-    second wins up to about 32 positions times experts more, forward and backward, on all three backends.
+    For E experts and an output of P positions the first takes E + P multiply-adds per element of a kernel and writes a
+    kernel per example; the second takes E * P and writes E times the inputs. benchmarks/condconv.py `--plans`: for 2 to
+    8 experts the second is faster where (E - 1) * P is at most about 32, forward and backward, on all three backends.
     """
     return positions is None or (num_experts - 1) * positions > 32
 
@@ -78,6 +78,7 @@ class _CondConv(keras.Layer):
 
     def __init__(
         self,
+        *,
         kernel_size,
         num_experts,
         strides,
@@ -162,15 +163,14 @@ class _CondConv(keras.Layer):
             raise ValueError(
                 f"Expected a routing weight for each of num_experts={self.num_experts}. Received: {shapes[1][1]}"
             )
+        _check_examples(shapes[0][0], shapes[1][0])
         return channels
 
     def call(self, inputs):
         x, routing = inputs
-        examples = [value.shape[0] for value in inputs]
-        if all(isinstance(number, int) for number in examples) and examples[0] != examples[1]:
-            raise ValueError(
-                f"Expected routing weights for each of {examples[0]} examples. Received: those of {examples[1]}"
-            )
+        _check_examples(x.shape[0], routing.shape[0])
+        # Keras leaves integers as they are: pixels, or a routing that chooses one expert.
+        x, routing = ops.cast(x, self.compute_dtype), ops.cast(routing, self.compute_dtype)
         last = self.data_format == "channels_last"
         if not last:
             x = ops.transpose(x, (0, 2, 3, 1))
@@ -271,13 +271,19 @@ class CondConv2D(_CondConv):
         **kwargs: `name`, `dtype` (also a `keras.DTypePolicy`), `trainable`.
 
     Call arguments:
-        inputs: List of the tensor to convolve, (batch, height, width, channels) or, with `channels_first`, (batch,
-            channels, height, width); and routing weights, (batch, num_experts). Any batch size, also one that is not
-            known before the run; height and width may be unknown too.
+        inputs: List of the tensor to convolve and the routing weights.
+
+    Input shape:
+        [(batch, height, width, channels), (batch, num_experts)], the first with `channels_first` (batch, channels,
+        height, width). Any batch size from 1, also one that is not known before the run; height and width may be
+        unknown too.
+
+    Output shape:
+        (batch, new_height, new_width, filters), or with `channels_first` (batch, filters, new_height, new_width).
 
     Returns:
-        Tensor (batch, new_height, new_width, filters), or (batch, filters, new_height, new_width). Variables are
-        `kernel`, (num_experts, height, width, channels, filters), and `bias`, (num_experts, filters).
+        The convolved images. The layer's variables are `kernel`, (num_experts, kernel_height, kernel_width, channels,
+        filters), and `bias`, (num_experts, filters).
 
     Raises:
         ValueError: If an argument or the inputs' shapes are not as described.
@@ -318,19 +324,19 @@ class CondConv2D(_CondConv):
         **kwargs,
     ):
         super().__init__(
-            kernel_size,
-            num_experts,
-            strides,
-            padding,
-            data_format,
-            dilation_rate,
-            activation,
-            use_bias,
-            (kernel_initializer, kernel_regularizer, kernel_constraint),
-            bias_initializer,
-            bias_regularizer,
-            activity_regularizer,
-            bias_constraint,
+            kernel_size=kernel_size,
+            num_experts=num_experts,
+            strides=strides,
+            padding=padding,
+            data_format=data_format,
+            dilation_rate=dilation_rate,
+            activation=activation,
+            use_bias=use_bias,
+            kernel_arguments=(kernel_initializer, kernel_regularizer, kernel_constraint),
+            bias_initializer=bias_initializer,
+            bias_regularizer=bias_regularizer,
+            activity_regularizer=activity_regularizer,
+            bias_constraint=bias_constraint,
             **kwargs,
         )
         self.filters = _positive("filters", filters)
@@ -389,14 +395,20 @@ class DepthwiseCondConv2D(_CondConv):
         **kwargs: `name`, `dtype` (also a `keras.DTypePolicy`), `trainable`.
 
     Call arguments:
-        inputs: List of the tensor to convolve, (batch, height, width, channels) or, with `channels_first`, (batch,
-            channels, height, width); and routing weights, (batch, num_experts). Any batch size, also one that is not
-            known before the run; height and width may be unknown too.
+        inputs: List of the tensor to convolve and the routing weights.
+
+    Input shape:
+        [(batch, height, width, channels), (batch, num_experts)], the first with `channels_first` (batch, channels,
+        height, width). Any batch size from 1, also one that is not known before the run; height and width may be
+        unknown too.
+
+    Output shape:
+        (batch, new_height, new_width, channels * depth_multiplier), or with `channels_first` (batch, channels *
+        depth_multiplier, new_height, new_width).
 
     Returns:
-        Tensor (batch, new_height, new_width, channels * depth_multiplier), or with the channels behind the batch.
-        Variables are `kernel`, (num_experts, height, width, channels, depth_multiplier), and `bias`, (num_experts,
-        channels * depth_multiplier).
+        The convolved images. The layer's variables are `kernel`, (num_experts, kernel_height, kernel_width, channels,
+        depth_multiplier), and `bias`, (num_experts, channels * depth_multiplier).
 
     Raises:
         ValueError: If an argument or the inputs' shapes are not as described.
@@ -438,19 +450,19 @@ class DepthwiseCondConv2D(_CondConv):
         **kwargs,
     ):
         super().__init__(
-            kernel_size,
-            num_experts,
-            strides,
-            padding,
-            data_format,
-            dilation_rate,
-            activation,
-            use_bias,
-            (depthwise_initializer, depthwise_regularizer, depthwise_constraint),
-            bias_initializer,
-            bias_regularizer,
-            activity_regularizer,
-            bias_constraint,
+            kernel_size=kernel_size,
+            num_experts=num_experts,
+            strides=strides,
+            padding=padding,
+            data_format=data_format,
+            dilation_rate=dilation_rate,
+            activation=activation,
+            use_bias=use_bias,
+            kernel_arguments=(depthwise_initializer, depthwise_regularizer, depthwise_constraint),
+            bias_initializer=bias_initializer,
+            bias_regularizer=bias_regularizer,
+            activity_regularizer=activity_regularizer,
+            bias_constraint=bias_constraint,
             **kwargs,
         )
         self.depth_multiplier = _positive("depth_multiplier", depth_multiplier)
@@ -478,8 +490,8 @@ class DepthwiseCondConv2D(_CondConv):
     def _convolve_as_one(self, x, kernel):
         """The depthwise convolution of one example that has all examples' channels.
 
-        These stand where the library is fast: TensorFlow's CPUs know them last only, and PyTorch takes thrice as long
-        there.
+        Channels come last on TensorFlow, whose convolutions on a CPU know no other layout, and first on PyTorch, which
+        takes thrice as long with channels last.
         """
         batch, rows, columns, channels = ops.shape(x)
         if keras.backend.backend() == "torch":
@@ -579,6 +591,12 @@ def _fit(size, reach: int, stride: int, padding: str):
         missing = (missing + abs(missing)) // 2
     start = (reach - 1) // 2 - missing // 2
     return ((reach - 1) // 2, reach // 2), slice(start, start + used), length
+
+
+def _check_examples(images, routings) -> None:
+    """Numbers that are known before the run are compared."""
+    if isinstance(images, int) and isinstance(routings, int) and images != routings:
+        raise ValueError(f"Expected routing weights for each of {images} examples. Received: those of {routings}")
 
 
 def _is_two_shapes(shapes) -> bool:

@@ -82,6 +82,7 @@ def test_list_describe_and_plot(tmp_path):
     assert [row["name"] for row in json.loads(run("list", "*lite*", "--json").stdout)["models"]] == ke.list_models(
         "*lite*"
     )
+    assert "CondMBConv6, 8 experts" in run("describe", "efficientnet-condconv-b0-8e").stdout
     described = run("describe", "efficientnet-b7")
     assert "813" in described.stdout and "66,347,960" in described.stdout and "randaugment" in described.stdout
     assert json.loads(run("describe", "efficientnet-b7", "--json").stdout) == ke.describe("efficientnet-b7")

@@ -223,6 +223,20 @@ def test_float64(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_integers_count_as_numbers(kind):
+    """Pixels as they are read, and a routing that chooses one expert."""
+    (_, _, *variables), _ = drawn(kind, CASE)
+    x = np.random.default_rng(0).integers(0, 256, (4, 9, 8, 4), "uint8")
+    routing = np.eye(3, dtype="int32")[[0, 2, 1, 1]]
+    layer = make(kind, CASE)
+    layer.build([x.shape, routing.shape])
+    layer.set_weights(variables)
+    y = ops.convert_to_numpy(layer([ops.convert_to_tensor(value) for value in (x, routing)]))
+    expected = loop(kind, CASE, x, routing, *variables)[0]
+    assert y.dtype == "float32" and np.abs(y - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_channels_first_computes_the_same(kind):
     (x, routing, *variables), _ = drawn(kind, CASE)
     found = []
@@ -353,6 +367,28 @@ def test_each_expert_is_drawn_as_its_own_kernel(drawn_by, seed):
         assert abs(np.corrcoef(kernel.ravel(), kernels[expert - 1].ravel())[0, 1]) < 0.05
     if seed == 3 and drawn_by == "keras":
         assert np.array_equal(kernels[0], ops.convert_to_numpy(initializer((3, 3, 32, 64))))
+
+
+def test_experts_of_neighbouring_seeds_differ():
+    kernels = []
+    for seed in range(3):
+        layer = ke.CondConv2D(4, 3, num_experts=3, kernel_initializer=keras.initializers.GlorotUniform(seed))
+        layer.build([(1, 8, 8, 2), (1, 3)])
+        kernels += list(ops.convert_to_numpy(layer.kernel))
+    assert len({kernel.tobytes() for kernel in kernels}) == 9
+
+
+def test_an_initializer_of_the_users_own_needs_no_more_than_a_seed():
+    class Mine(keras.initializers.Initializer):
+        seed = 3
+
+        def __call__(self, shape, dtype=None):
+            return keras.random.normal(shape, dtype=dtype, seed=self.seed)
+
+    layer = ke.CondConv2D(4, 3, num_experts=2, kernel_initializer=Mine())
+    layer.build([(1, 8, 8, 2), (1, 2)])
+    first, second = ops.convert_to_numpy(layer.kernel)
+    assert np.array_equal(first, ops.convert_to_numpy(Mine()((3, 3, 2, 4)))) and not np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -488,6 +524,10 @@ WRONG = {
     "examples": (
         lambda: ke.CondConv2D(8, 3, 4)([np.ones((2, 8, 8, 3)), np.ones((1, 4))]),
         "2 examples. Received: those",
+    ),
+    "symbolic examples": (
+        lambda: ke.CondConv2D(8, 3, 4)([keras.Input((8, 8, 3), batch_size=2), keras.Input((4,), batch_size=3)]),
+        "2 examples. Received: those of 3",
     ),
     "too small": (lambda: ke.CondConv2D(8, 3, 4)([np.ones((1, 2, 8, 3)), np.ones((1, 4))]), "spans 3. Received: 2"),
 }

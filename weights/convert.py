@@ -206,8 +206,10 @@ class _Contents:
         self._names = {key: name for name, key in keys.items()}
 
     def told(self, key: str, usual: str = "") -> str:
-        """A tensor's name as it stands in the file, or as it usually does where it is not there."""
+        """A tensor's name as it stands in the file; of one that is not there the usual name, * for a number at will."""
         name = self._names.get(key, usual)
+        if name == usual and self.naming.ranked:
+            name = re.sub(self.naming.ranked, r"\g<owner>*", usual)
         return f"{self.scope}{name[:-1]}" if name.endswith(" ") else f"{self.scope}{name}{self.suffix}"
 
     def shape_of(self, architecture: Architecture, layer: str, variable: str) -> tuple[int, ...] | None:
@@ -240,7 +242,8 @@ def _match(
             not_loaded.append(f"{layer}/{variable}")
             continue
         if name.key not in contents.tensors:
-            problems.append(f"- {contents.told(name.key, name.foreign)} (for {layer}/{variable})")
+            others = " or another of its block" if name.key != name.foreign else ""
+            problems.append(f"- {contents.told(name.key, name.foreign)} (for {layer}/{variable}{others})")
             continue
         needed.add(name.key)
         stored, shape = contents.tensors[name.key], name.shape
