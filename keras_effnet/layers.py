@@ -33,9 +33,9 @@ def _fold_examples(strides: tuple[int, int], dilated: bool) -> bool:
 
     benchmarks/condconv.py `--plans`, 32 examples of 14 x 14 x 672, 5 x 5: TensorFlow's and PyTorch's own convolutions
     take a fifth of the time of 25 shifted products, each of which goes through memory. A compiler makes one loop of
-    those; XLA takes over 20 times as long for so many groups, and tens of gigabytes for their gradient. Formats that are
-    exported to hold no convolution with a number of groups that only the run knows. TensorFlow has no depthwise
-    convolution with strides that differ.
+    those; XLA takes over 20 times as long for so many groups, and tens of gigabytes for their gradient. ONNX and LiteRT
+    hold no convolution with a number of groups that only the run knows, TensorFlow no depthwise one with strides that
+    differ.
     """
     match keras.backend.backend():
         case "tensorflow":
