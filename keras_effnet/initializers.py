@@ -76,7 +76,7 @@ def _reseeded(initializer, step: int):
         return initializer
     # Not the next seeds: those are what other layers are given.
     own = copy(initializer)
-    own.seed = int(np.random.SeedSequence((seed, step)).generate_state(1)[0] >> 1)
+    own.seed = int(np.random.SeedSequence((seed % 2**32, step)).generate_state(1)[0] >> 1)
     return own
 
 

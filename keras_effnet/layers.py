@@ -55,6 +55,9 @@ def _in_xla() -> bool:
     return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
+_CONVERTERS = ("keras.src.export.onnx", "keras.src.export.litert", "tf2onnx.", "tensorflow.lite.")
+
+
 def _in_converter() -> bool:
     """Whether an exporter to ONNX or LiteRT has TensorFlow trace this call: the trace for `predict()` looks the same.
 
@@ -66,9 +69,6 @@ def _in_converter() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-_CONVERTERS = ("keras.src.export.onnx", "keras.src.export.litert", "tf2onnx.", "tensorflow.lite.")
 
 
 class _CondConv(keras.Layer):

@@ -294,7 +294,8 @@ def test_a_fault_among_mixed_experts_is_told(fault, tmp_path):
         # The numbers do not tell which of the two it is.
         **dict.fromkeys(
             ("missing", "first missing"),
-            r"\(!\): - .*/blocks_12/cond_conv2d\*/condconv_kernel \(for block6b_project_conv/kernel or another of its",
+            r"\(!\): - .*/blocks_12/cond_conv2d\*/condconv_kernel "
+            r"\(for block6b_project_conv/kernel or another of its block\)$",
         ),
         "left over": r"\(!\): \+ .*/model/blocks_12/cond_conv2d_15/condconv_kernel$",
         "twice": r"\(!\): \+ .*/blocks_12/cond_conv2d_14/condconv_kernel$",

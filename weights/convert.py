@@ -208,7 +208,7 @@ class _Contents:
     def told(self, key: str, usual: str = "") -> str:
         """A tensor's name as it stands in the file; of one that is not there the usual name, * for a number at will."""
         name = self._names.get(key, usual)
-        if name == usual and self.naming.ranked:
+        if key not in self._names and self.naming.ranked:
             name = re.sub(self.naming.ranked, r"\g<owner>*", usual)
         return f"{self.scope}{name[:-1]}" if name.endswith(" ") else f"{self.scope}{name}{self.suffix}"
 
