@@ -5,8 +5,11 @@ from .layers import CondConv2D as CondConv2D
 from .layers import DepthwiseCondConv2D as DepthwiseCondConv2D
 from .models import EfficientNetB0 as EfficientNetB0
 from .models import EfficientNetB1 as EfficientNetB1
+from .models import EfficientNetB1Pruned as EfficientNetB1Pruned
 from .models import EfficientNetB2 as EfficientNetB2
+from .models import EfficientNetB2Pruned as EfficientNetB2Pruned
 from .models import EfficientNetB3 as EfficientNetB3
+from .models import EfficientNetB3Pruned as EfficientNetB3Pruned
 from .models import EfficientNetB4 as EfficientNetB4
 from .models import EfficientNetB5 as EfficientNetB5
 from .models import EfficientNetB6 as EfficientNetB6

@@ -6,8 +6,11 @@ descriptions, plots, weight names) reads the blocks and multiplies nothing.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+Widths = tuple[int, int, int]  # of a block: expand_filters, se_filters, filters_out
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Variant:
         fixed_ends: Boolean, whether stem and head keep their width and first and last stage their depth (Lite).
         preprocessing: String, the usual scheme of the variant's weights (a key of `preprocessing.SCHEMES`).
         class_offset: Integer, classes before ImageNet's 1000 in the original's own checkpoints.
+        widths: Tuple of `(expand_filters, se_filters, filters_out)` per block, where a pruned net has other ones than
+            its stages say. Defaults to None.
     """
 
     name: str
@@ -110,6 +115,7 @@ class Variant:
     fixed_ends: bool = False
     preprocessing: str = "imagenet"
     class_offset: int = 0
+    widths: tuple[Widths, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,11 @@ class Architecture:
         tensorflow/tpu efficientnet_model.py:656-659: block 0 never drops, the last of N drops (N - 1) / N of the rate.
         """
         return tuple(self.drop_connect_rate * index / len(self.blocks) for index in range(len(self.blocks)))
+
+    @property
+    def widths(self) -> dict[str, Widths]:
+        """Channels of each block by its name: `(expand_filters, se_filters, filters_out)`."""
+        return {block.name: (block.expand_filters, block.se_filters, block.filters_out) for block in self.blocks}
 
     @property
     def reductions(self) -> tuple[int, ...]:
@@ -244,7 +255,7 @@ def resolve(variant: Variant) -> Architecture:
                 )
             )
             arriving = declared = filters_out
-    return Architecture(
+    architecture = Architecture(
         name=variant.name,
         stem_filters=stem_filters,
         blocks=tuple(blocks),
@@ -253,6 +264,63 @@ def resolve(variant: Variant) -> Architecture:
         dropout_rate=variant.dropout_rate,
         drop_connect_rate=variant.drop_connect_rate,
     )
+    return architecture if variant.widths is None else with_widths(architecture, variant.widths)
+
+
+def with_widths(
+    architecture: Architecture, widths: Sequence[Sequence[int]] | Mapping[str, Sequence[int]]
+) -> Architecture:
+    """The same layers with other numbers of channels: a pruned net.
+
+    Args:
+        architecture: An `Architecture`.
+        widths: Sequence of `(expand_filters, se_filters, filters_out)` for each block, or dict of them by the blocks'
+            names. 0 where a block has no such convolution; of one without expansion the channels that arrive will do.
+
+    Returns:
+        An `Architecture`.
+
+    Raises:
+        ValueError: If the widths are not those of such a net.
+
+    Example:
+
+    >>> from keras_effnet.variants import VARIANTS
+    >>> b0 = resolve(VARIANTS["efficientnet-b0"])
+    >>> with_widths(b0, b0.widths | {"2b": (100, 5, 24)}).blocks[2].expand_filters
+    100
+    """
+    names = [block.name for block in architecture.blocks]
+    if isinstance(widths, Mapping):
+        if set(widths) != set(names):
+            others = ", ".join(map(repr, sorted(set(names) ^ set(widths), key=str)))
+            raise ValueError(f"Expected widths of the blocks {names[0]} to {names[-1]}. Missing or too many: {others}")
+        widths = [widths[name] for name in names]
+    if len(widths) != len(names):
+        raise ValueError(
+            f"Expected widths of the {len(names)} blocks of {architecture.name}. Received: {len(widths)} of them"
+        )
+    blocks, arriving = [], architecture.stem_filters
+    for block, given in zip(architecture.blocks, widths, strict=True):
+        before = (block.expand_filters, block.se_filters, block.filters_out)
+        whole = len(given) == 3 and all(isinstance(width, int) and not isinstance(width, bool) for width in given)
+        expand, se, out = given if whole else (-1, -1, -1)
+        if not block.expand_filters and expand == arriving:
+            expand = 0
+        # A convolution stays one, and none stays none.
+        if not all((new > 0) == (old > 0) and new >= 0 for new, old in zip((expand, se, out), before, strict=True)):
+            raise ValueError(
+                f"Expected (expand, se, out) of block {block.name} as positive integers, 0 where it has no such "
+                f"convolution, such as {before}. Received: {given!r}"
+            )
+        if block.residual and out != arriving:
+            raise ValueError(
+                f"Expected {arriving} output channels of block {block.name}, whose input is added to it. "
+                f"Received: {given!r}"
+            )
+        blocks.append(replace(block, filters_in=arriving, expand_filters=expand, se_filters=se, filters_out=out))
+        arriving = out
+    return replace(architecture, blocks=tuple(blocks))
 
 
 class Layer(NamedTuple):

@@ -365,6 +365,9 @@ EfficientNetEdgeTPUL = _named(create_model, "efficientnet-edgetpu-l")
 EfficientNetCondConvB0x4 = _named(create_model, "efficientnet-condconv-b0-4e")
 EfficientNetCondConvB0x8 = _named(create_model, "efficientnet-condconv-b0-8e")
 EfficientNetCondConvB0x8Depth = _named(create_model, "efficientnet-condconv-b0-8e-depth")
+EfficientNetB1Pruned = _named(create_model, "efficientnet-b1-pruned")
+EfficientNetB2Pruned = _named(create_model, "efficientnet-b2-pruned")
+EfficientNetB3Pruned = _named(create_model, "efficientnet-b3-pruned")
 
 for _name, _function in list(globals().items()):
     if _name.startswith("EfficientNet"):

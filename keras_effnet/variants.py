@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
 
-from keras_effnet.arch import Block, Stage, Variant, resolve
+from keras_effnet.arch import Block, Stage, Variant, Widths, resolve
 from keras_effnet.errors import unknown
 
 # Table 1 of arXiv 1905.11946; efficientnet_builder.py:172-177.
@@ -100,6 +100,37 @@ _CONDCONV = {  # condconv/efficientnet_condconv_builder.py:36-42, by the number 
     },
 }
 
+# Channels (expand, se, out) of each block, a line per stage: timm/models/_pruned/efficientnet_b*_pruned.txt, 1.0.31.
+_PRUNED: dict[str, tuple[Widths, ...]] = {
+    "efficientnet-b1": (
+        *((0, 8, 16), (0, 4, 16)),
+        *((48, 4, 12), (62, 6, 12), (48, 6, 12)),
+        *((70, 6, 35), (61, 10, 35), (51, 10, 35)),
+        *((175, 10, 74), (188, 20, 74), (137, 20, 74), (164, 20, 74)),
+        *((399, 20, 67), (201, 28, 67), (160, 28, 67), (213, 28, 67)),
+        *((637, 27, 192), (806, 48, 192), (798, 48, 192), (891, 48, 192), (990, 48, 192)),
+        *((1152, 48, 320), (1912, 80, 320)),
+    ),
+    "efficientnet-b2": (
+        *((0, 8, 16), (0, 4, 16)),
+        *((54, 4, 17), (69, 6, 17), (61, 6, 17)),
+        *((86, 6, 42), (72, 12, 42), (98, 12, 42)),
+        *((245, 12, 85), (274, 22, 85), (254, 22, 85), (292, 22, 85)),
+        *((502, 22, 116), (315, 30, 116), (354, 30, 116), (443, 30, 116)),
+        *((719, 30, 208), (1148, 52, 208), (1160, 52, 208), (1182, 52, 208), (1228, 52, 208)),
+        *((1248, 52, 352), (2112, 88, 352)),
+    ),
+    "efficientnet-b3": (
+        *((0, 10, 24), (0, 6, 24)),
+        *((27, 6, 12), (49, 8, 12), (48, 8, 12)),
+        *((83, 8, 40), (90, 12, 40), (85, 12, 40)),
+        *((215, 12, 93), (261, 24, 93), (219, 24, 93), (254, 24, 93), (236, 24, 93)),
+        *((480, 24, 120), (235, 34, 120), (217, 34, 120), (226, 33, 120), (340, 34, 120)),
+        *((802, 34, 232), (1030, 58, 232), (924, 58, 232), (1016, 58, 232), (1130, 58, 232), (1266, 58, 232)),
+        *((1392, 58, 384), (2301, 96, 384)),
+    ),
+}
+
 # What the rows of a table share.
 _FAMILIES: tuple[tuple[dict, dict], ...] = (
     (_B, {"stages": B0_STAGES, "source": "arXiv 1905.11946, table 1"}),
@@ -140,6 +171,16 @@ VARIANTS: dict[str, Variant] = {
     name: Variant(name=name, width=width, depth=depth, resolution=resolution, dropout_rate=dropout_rate, **shared)
     for rows, shared in _FAMILIES
     for name, (width, depth, resolution, dropout_rate) in rows.items()
+}
+VARIANTS |= {
+    f"{name}-pruned": replace(
+        VARIANTS[name],
+        name=f"{name}-pruned",
+        widths=widths,
+        preprocessing="inception",
+        source="arXiv 2002.08258; timm's efficientnet_*_pruned",
+    )
+    for name, widths in _PRUNED.items()
 }
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_effnet import describe, list_models
-from keras_effnet.arch import resolve, round_filters, round_repeats
+from keras_effnet.arch import resolve, round_filters, round_repeats, with_widths
 from keras_effnet.variants import VARIANTS
 
 # Millions of trainable parameters: tables of arXiv 1905.11946 and of tensorflow/tpu's READMEs.
@@ -82,6 +82,50 @@ def test_mixed_experts_cost_what_was_published(name, params, macs):
     assert described["macs"] * 391 / 385.8 == pytest.approx(macs, rel=2e-3)
     assert described["preprocessing"] == "tpu127" and described["dropout_rate"] == 0.25
     assert described["resolution"] == [224, 224]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "macs"),
+    [("b1", 6_331_916, 391_208_019), ("b2", 8_309_737, 715_749_145), ("b3", 9_855_020, 1_020_257_090)],
+)
+def test_pruned_nets_have_timms_channels(name, params, macs):
+    """Channels of its state dicts; parameters and multiply-adds as they are counted from timm 1.0.31's modules."""
+    table = golden("timm/pruned_channels.json")[f"efficientnet_{name}_pruned"]
+    described = describe(f"efficientnet-{name}-pruned")
+    assert (described["params"], described["macs"]) == (params, macs) == (table["params"], macs)
+    assert described["preprocessing"] == "inception" and described["resolution"][0] == table["resolution"]
+    architecture = resolve(VARIANTS[f"efficientnet-{name}-pruned"])
+    assert (architecture.stem_filters, architecture.head_filters) == (table["stem"], table["head"])
+    for block, row in zip(architecture.blocks, table["blocks"], strict=True):
+        assert (block.filters_in, block.inner_filters, block.se_filters, block.filters_out, block.residual) == tuple(
+            row[key] for key in ("in", "expanded", "se", "out", "skip")
+        )
+        assert (block.kernel_size, block.strides) == (row["kernel"], row["stride"])
+        assert bool(block.expand_filters) == (row["stage"] > 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda rows: rows[1:], "16 blocks of efficientnet-b0. Received: 15"),
+        (lambda rows: [(96, 4, 24, 1), *rows[1:]], r"block 1a .*such as \(0, 8, 16\). Received: \(96, 4, 24, 1\)"),
+        (lambda rows: [*rows[:1], (0, 4, 24), *rows[2:]], "block 2a as positive"),
+        (lambda rows: [*rows[:1], (96, 0, 24), *rows[2:]], "block 2a as positive"),
+        (lambda rows: [*rows[:1], (96, 4.0, 24), *rows[2:]], "block 2a as positive"),
+        (lambda rows: [*rows[:2], (144, 6, 23), *rows[3:]], "Expected 24 output channels of block 2b"),
+        (lambda rows: {"1a": (0, 8, 16)}, "Missing or too many: '2a', "),
+    ],
+)
+def test_widths_that_are_no_net_are_told(change, problem):
+    b0 = resolve(VARIANTS["efficientnet-b0"])
+    with pytest.raises(ValueError, match=problem):
+        with_widths(b0, change(list(b0.widths.values())))
+
+
+def test_a_net_has_its_own_widths():
+    b0 = resolve(VARIANTS["efficientnet-b0"])
+    assert with_widths(b0, b0.widths) == with_widths(b0, list(b0.widths.values())) == b0
+    assert with_widths(b0, [(32, 8, 16), *list(b0.widths.values())[1:]]) == b0  # as timm writes a plain block
 
 
 def test_parameters_are_exactly_the_originals():
