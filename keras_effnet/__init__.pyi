@@ -1,3 +1,4 @@
+from . import pruning as pruning
 from . import weights as weights
 from .describe import describe as describe
 from .describe import plot as plot

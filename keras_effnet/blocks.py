@@ -5,6 +5,7 @@ compute another net where a size is odd or unknown.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,6 +248,31 @@ def read(model: keras.Model, prefix: str | None = None) -> Reading:
         )
     named = {name.removeprefix(prefix): layer for name, layer in found.items() if name.startswith(prefix)}
     return _read(model, {name: layer for name, layer in named.items() if LAYER.fullmatch(name)})
+
+
+def find(model: keras.Model) -> tuple[keras.Model, Reading]:
+    """Finds the EfficientNet in a model: the model itself, or a layer of it, as in `Sequential([body, ...])`.
+
+    Args:
+        model: A model.
+
+    Returns:
+        Tuple of the model that holds the network's layers, and its `Reading`.
+
+    Raises:
+        ValueError: If there is none, or several.
+    """
+    try:
+        return model, read(model)
+    except ValueError:
+        found = []
+        for layer in getattr(model, "layers", []):
+            if isinstance(layer, keras.Model):
+                with suppress(ValueError):
+                    found.append(find(layer))
+        if len(found) != 1:
+            raise
+        return found[0]
 
 
 def _read(model: keras.Model, named: dict) -> Reading:

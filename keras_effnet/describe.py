@@ -109,7 +109,7 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         preprocessing = scheme_of(reading.scale, reading.offset)
     known_size: Any = size if None not in size else None
     stages = list(_stages(architecture, known_size, channels, classes))
-    norms = sum(stage["_norms"] for stage in stages)
+    params, norms, macs = _total(stages)
     ours, theirs = (sum(stage["_layers"][side] for stage in stages) for side in (0, 1))
     return {
         "name": architecture.name,
@@ -117,9 +117,9 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         "resolution": list(known_size) if known_size else None,
         "channels": channels,
         "classes": classes,
-        "params": sum(stage["_params"] for stage in stages) + 2 * norms,
+        "params": params + 2 * norms,
         "non_trainable_params": 2 * norms,
-        "macs": sum(stage["_macs"] for stage in stages) if known_size else None,
+        "macs": macs if known_size else None,
         "layers": {"ours": ours, "keras_applications": theirs},
         "activation": architecture.activation,
         "dropout_rate": architecture.dropout_rate,
@@ -139,6 +139,33 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
             for record in (registry.of_model(variant) if variant else ())
         ],
     }
+
+
+def costs(architecture: Architecture, size: tuple[int, int], channels: int, classes: int | None) -> dict[str, int]:
+    """What a network costs, as `describe()` counts it.
+
+    Args:
+        architecture: An `Architecture`.
+        size: Tuple of the input's height and width.
+        channels: Integer, the input's channels.
+        classes: Integer, or None without a top.
+
+    Returns:
+        Dict of `params` (trainable) and `macs` (multiply-adds for one image).
+
+    Example:
+
+    >>> costs(resolve(VARIANTS["efficientnet-b0"]), (224, 224), 3, 1000)
+    {'params': 5288548, 'macs': 385814752}
+    """
+    params, norms, macs = _total(_stages(architecture, size, channels, classes))
+    return {"params": params + 2 * norms, "macs": macs}
+
+
+def _total(stages) -> tuple[int, int, int]:
+    rows = [(stage["_params"], stage["_norms"], stage["_macs"]) for stage in stages]
+    params, norms, macs = map(sum, zip(*rows, strict=True))
+    return params, norms, macs
 
 
 def _stages(architecture: Architecture, size, channels: int, classes: int | None):
@@ -306,7 +333,7 @@ def tradeoff() -> list[dict[str, Any]]:
         architecture, params = resolve(variant), describe(name)["params"]
         for record in registry.of_model(name):
             side = record.resolution or variant.resolution
-            macs = sum(stage["_macs"] for stage in _stages(architecture, (side, side), 3, 1000))
+            macs = costs(architecture, (side, side), 3, 1000)["macs"]
             rows.append(
                 {
                     "model": name,

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import keras
 
-from keras_effnet import blocks
+from keras_effnet import blocks as builders
 from keras_effnet.arch import resolve
 from keras_effnet.errors import one_of
 from keras_effnet.preprocessing import constants, scheme_of
@@ -38,6 +38,7 @@ def create_model(
     bn_epsilon: float | None = None,
     data_format: str | None = None,
     dtype: Any = None,
+    blocks: Any = None,
 ) -> keras.Model:
     """Builds one of the family's networks as a functional model that takes pixels 0-255.
 
@@ -66,6 +67,9 @@ def create_model(
         data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras' setting.
         dtype: Dtype or dtype policy, such as `"mixed_bfloat16"`. Defaults to Keras' policy. The input's arithmetic and
             the classifier stay in the policy's variable dtype.
+        blocks: Channels of the blocks of a pruned net: a `keras_effnet.pruning.Plan` or the path of its file, or
+            `(expand, se, out)` for each block, as a sequence or as a dict by the blocks' names. `weights` is then
+            None, or the path of such a net's. Defaults to None: the variant's.
 
     Returns:
         A `keras.Model`.
@@ -88,6 +92,8 @@ def create_model(
     row = VARIANTS[variant]
     origin = _Origin.of(variant, weights)
     architecture = _override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
+    if blocks is not None:
+        architecture = _pruned(architecture, blocks, origin)
     data_format = one_of(
         "data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first")
     )
@@ -97,7 +103,7 @@ def create_model(
     channels = inputs.shape[-1 if data_format == "channels_last" else 1]
     scale, offset = constants(origin.preprocessing(preprocessing, row.preprocessing, channels), channels)
 
-    style = blocks.Style(
+    style = builders.Style(
         activation=architecture.activation,
         bn_momentum=_between("bn_momentum", bn_momentum, 0.99),
         bn_epsilon=_between("bn_epsilon", bn_epsilon, 1e-3),
@@ -105,12 +111,12 @@ def create_model(
         dtype=_policy(dtype),
         prefix="" if input_tensor is None else _free_prefix(name, inputs),
     )
-    x = blocks.stem(style, inputs, architecture.stem_filters, scale, offset)
+    x = builders.stem(style, inputs, architecture.stem_filters, scale, offset)
     for block, rate in zip(architecture.blocks, architecture.drop_connect_rates, strict=True):
-        x = blocks.body(style, x, block, rate)
-    x = blocks.head(style, x, architecture.head_filters)
+        x = builders.body(style, x, block, rate)
+    x = builders.head(style, x, architecture.head_filters)
     if include_top:
-        x = blocks.classifier(style, x, classes, architecture.dropout_rate, classifier_activation)
+        x = builders.classifier(style, x, classes, architecture.dropout_rate, classifier_activation)
     elif pooling:
         x = style.pool(x, pooling)
     model = _functional(inputs if input_tensor is None else keras.utils.get_source_inputs(inputs), x, name)
@@ -186,6 +192,17 @@ class _Origin:
             convert.load(model, path, prefix=prefix)
         if self.record is not None or self.path is None:  # else they are somebody's own
             model.weights_record = self.record
+
+
+def _pruned(architecture, blocks, origin: _Origin):
+    from keras_effnet import pruning
+
+    if origin.record is not None:
+        raise ValueError(
+            "Expected weights=None, or the path of a pruned net's, where blocks are given. Received: "
+            f"weights={origin.record.tag!r}, which are those of all channels of {architecture.name}"
+        )
+    return pruning.narrowed(architecture, blocks)
 
 
 def _override(architecture, **rates):
@@ -278,7 +295,7 @@ def _free_prefix(name: str, tensor) -> str:
 
 
 def _is_ours(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) and bool(blocks.LAYER.fullmatch(name.removeprefix(prefix)))
+    return name.startswith(prefix) and bool(builders.LAYER.fullmatch(name.removeprefix(prefix)))
 
 
 def _names_around(tensor) -> set[str]:
@@ -317,7 +334,7 @@ def features(model: keras.Model, levels: int | tuple[int, ...] = (1, 2, 3, 4, 5)
     Reference:
         tensorflow/tpu efficientnet_model.py:646-665: the last block before each stride.
     """
-    reading = blocks.read(model)
+    reading = builders.read(model)
     reductions = reading.architecture.reductions
     outputs = {}
     for level in (levels,) if isinstance(levels, int) else levels:

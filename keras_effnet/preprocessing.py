@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_effnet.errors import one_of, unknown
-from keras_effnet.variants import VARIANTS, identify
+from keras_effnet.variants import VARIANTS, nearest
 
 if TYPE_CHECKING:
     import keras
@@ -287,7 +287,7 @@ def _expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
         reading = blocks.read(model)
         name, variant, size, channels = (
             model.name,
-            identify(reading.architecture.blocks),
+            nearest(reading.architecture),
             reading.size,
             reading.channels,
         )

@@ -3,11 +3,12 @@
 Lines are those of tensorflow/tpu @ 7dc921f, models/official/efficientnet.
 """
 
+import math
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
 
-from keras_effnet.arch import Block, Stage, Variant, Widths, resolve
+from keras_effnet.arch import Architecture, Block, Stage, Variant, Widths, resolve
 from keras_effnet.errors import unknown
 
 # Table 1 of arXiv 1905.11946; efficientnet_builder.py:172-177.
@@ -219,3 +220,33 @@ def identify(blocks: tuple[Block, ...]) -> str | None:
         String, or None where no variant has them.
     """
     return next((name for name, row in VARIANTS.items() if resolve(row).blocks == blocks), None)
+
+
+@cache
+def nearest(architecture: Architecture) -> str | None:
+    """Name of the variant with the same layers, whatever channels its blocks have: what a pruned net was cut from.
+
+    Args:
+        architecture: An `Architecture`.
+
+    Returns:
+        String, of several the one whose channels differ least, or None.
+    """
+    exact = identify(architecture.blocks)
+    if exact:
+        return exact
+
+    def layers(net: Architecture):
+        blocks = tuple(
+            replace(block, filters_in=0, expand_filters=bool(expand), se_filters=bool(se), filters_out=0)
+            for block, (expand, se, _) in zip(net.blocks, net.widths.values(), strict=True)
+        )
+        return net.stem_filters, blocks, net.head_filters, net.activation
+
+    def distance(net: Architecture) -> float:
+        pairs = zip(net.widths.values(), architecture.widths.values(), strict=True)
+        return sum(abs(math.log(a / b)) for one, other in pairs for a, b in zip(one, other, strict=True) if a)
+
+    nets = {name: resolve(row) for name, row in VARIANTS.items()}
+    alike = [name for name, net in nets.items() if layers(net) == layers(architecture)]
+    return min(alike, key=lambda name: distance(nets[name]), default=None)

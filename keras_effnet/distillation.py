@@ -1,0 +1,361 @@
+"""Inner distillation: a pruned student learns from its teacher's labels and from all that the teacher computes inside.
+
+arXiv 2002.08258, and its code (yoniaflalo/knapsack_pruning @ 375abf9, external/utils_pruning.py:982-1104). Keras' own
+`keras.distillation` compares named pairs of equal width, and runs the student a second time for it.
+"""
+
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_effnet import blocks
+
+# What the trainers here are given
+
+
+def first(dataset: Any) -> tuple[Any, Any]:
+    """Pixels and labels of a dataset's first batch.
+
+    Args:
+        dataset: What `keras.Model.fit()` takes: an iterable of batches, or a pair of arrays.
+
+    Returns:
+        Tuple of two arrays or tensors.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if isinstance(dataset, tuple | list):
+        batch = [part[:1] for part in dataset]
+    else:
+        batch = dataset[0] if isinstance(dataset, keras.utils.PyDataset) else next(iter(dataset), None)
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise ValueError(f"Expected batches of (pixels, labels). Received: {type(batch).__name__}")
+    return batch[0], batch[1]
+
+
+def fit(runner: keras.Model, dataset: Any, batch_size: int, **kwargs) -> keras.callbacks.History:
+    """`runner.fit()` on arrays or on batches."""
+    if isinstance(dataset, tuple | list):
+        return runner.fit(*dataset, batch_size=batch_size, **kwargs)
+    return runner.fit(dataset, **kwargs)
+
+
+def loss_of(model: keras.Model, dataset: Any, loss: Any = None) -> Any:
+    """What was asked for, or what the model is compiled with, or the cross-entropy that suits its output and labels.
+
+    Args:
+        model: A classifier.
+        dataset: See `first()`.
+        loss: A Keras loss, or None.
+
+    Returns:
+        A Keras loss, or its name.
+    """
+    loss = loss or getattr(model, "loss", None)
+    if loss is not None:
+        return loss
+    shape, classes = first(dataset)[1].shape, model.output_shape[-1]
+    one_hot = len(shape) > 1 and shape[-1] == classes > 1
+    kind = keras.losses.CategoricalCrossentropy if one_hot else keras.losses.SparseCategoricalCrossentropy
+    return kind(from_logits=not _ends_in_activation(model))
+
+
+def _last(model: keras.Model):
+    """The operation that puts a model's output out, inside of models that stand last, and its input."""
+    output = model.outputs[0]
+    operation, node, _ = output._keras_history
+    if isinstance(operation, keras.Model):
+        return _last(operation)
+    return operation, operation._inbound_nodes[node].input_tensors[0]
+
+
+def _ends_in_activation(model: keras.Model) -> bool:
+    operation, _ = _last(model)
+    return isinstance(operation, keras.layers.Softmax) or getattr(operation, "activation", None) not in (
+        None,
+        keras.activations.linear,
+    )
+
+
+# The trainer
+
+
+class _Logits(keras.layers.Layer):
+    """What a dense layer computes before its activation."""
+
+    def __init__(self, dense: keras.layers.Dense):
+        super().__init__(dtype=dense.dtype_policy, name=f"{dense.name}_logits")
+        self.dense = dense
+
+    def build(self, input_shape):
+        self.built = True
+
+    def call(self, inputs):
+        outputs = ops.matmul(inputs, self.dense.kernel)
+        return outputs if self.dense.bias is None else ops.add(outputs, self.dense.bias)
+
+
+def _with_modules(model: keras.Model) -> keras.Model:
+    """The model, with the outputs of the network's modules beside its own: those that the published code compares.
+
+    They are stem, stages and head, of stem and head also what each layer computes, the pooled features and the
+    logits (utils_pruning.py:982-1104).
+    """
+    holder, reading = blocks.find(model)
+    if model is not holder:
+        return _around(model)
+    modules = {name: reading.layers[name].output for name in ("stem_conv", "stem_bn", "stem_activation")}
+    ends = [*zip(reading.architecture.blocks, reading.block_ends, strict=True), (None, None)]
+    for (block, end), (following, _) in pairwise(ends):
+        if following is None or following.stage != block.stage:
+            modules[f"stage{block.stage}"] = end.output
+    modules |= {
+        name: reading.layers[name].output
+        for name in ("top_conv", "top_bn", "top_activation", "avg_pool", "max_pool")
+        if name in reading.layers
+    }
+    return keras.Model(model.inputs, {"output": model.output, **modules, "logits": _logits(model)})
+
+
+def _around(model: keras.Model) -> keras.Model:
+    """As `_with_modules()`, of a model one of whose layers holds the network."""
+    modules: dict[str, Any] = {}
+
+    def call(layer, *args, **kwargs):
+        if not isinstance(layer, keras.Model):
+            return layer(*args, **kwargs)
+        try:
+            inner = _with_modules(layer)
+        except ValueError:  # another model
+            return layer(*args, **kwargs)
+        modules.update(inner(*args, **kwargs))
+        return modules["output"]
+
+    # A sequential model cannot be gone through, its graph can.
+    graph = keras.Model(model.inputs, model.outputs)
+    same = keras.models.clone_model(graph, clone_function=lambda layer: layer, call_function=call)
+    if not isinstance(model.outputs[0]._keras_history.operation, keras.Model):
+        modules["logits"] = _logits(same)
+    return keras.Model(same.inputs, modules | {"output": same.outputs[0]})
+
+
+def _logits(model: keras.Model):
+    """A classifier's output before its last activation; of other models the output."""
+    operation, arriving = _last(model)
+    if not _ends_in_activation(model):
+        return model.outputs[0]
+    return _Logits(operation)(arriving) if isinstance(operation, keras.layers.Dense) else arriving
+
+
+class Distiller(keras.Model):
+    """Trains a pruned student on its labels and on what its teacher computes, module by module.
+
+    The loss is the task's, plus `gamma` times the mean over the modules (each layer of stem and head, each stage,
+    pooled features, logits) of the mean squared difference between the student's and the teacher's outputs. Where
+    the student has fewer channels, a learned 1x1 projection without bias stands between, which is thrown away.
+
+    Args:
+        student: The model to train, as `apply()` makes it.
+        teacher: The whole model. It is frozen, and computes as at inference.
+        gamma: Float. Defaults to 0.2.
+        **kwargs: As of `keras.Model`.
+
+    Raises:
+        ValueError: If one of the models holds no EfficientNet, or they are not of the same stages.
+
+    Example:
+
+    >>> import numpy as np, keras_effnet as ke
+    >>> teacher = ke.EfficientNetLite0(weights=None, classes=2, input_shape=(32, 32, 3))
+    >>> data = np.zeros((4, 32, 32, 3)), np.array([0, 1, 0, 1])
+    >>> student = ke.pruning.apply(teacher, ke.pruning.plan(teacher, data, verbose=0))
+    >>> distiller = ke.pruning.Distiller(student, teacher)
+    >>> distiller.compile("adam", "sparse_categorical_crossentropy")
+    >>> logs = distiller.fit(*data, verbose=0).history
+    >>> "task_loss" in logs, "distillation_loss" in logs, "stage4_mse" in logs
+    (True, True, True)
+
+    Reference:
+        arXiv 2002.08258, section 4.
+    """
+
+    def __init__(self, student: keras.Model, teacher: keras.Model, gamma: float = 0.2, **kwargs):
+        super().__init__(**kwargs)
+        if {id(layer) for layer in student._flatten_layers()} & {id(layer) for layer in teacher._flatten_layers()}:
+            raise ValueError(
+                f"Expected a student with layers of its own. Received: {student.name!r}, which shares some"
+            )
+        self.gamma = gamma
+        self.student = student
+        self._inner_student = _with_modules(student)
+        self._inner_teacher = _with_modules(teacher)
+        theirs, ours = self._inner_teacher.output, self._inner_student.output
+        if ours.keys() != theirs.keys() or ours["output"].shape != theirs["output"].shape:
+            raise ValueError(
+                "Expected a student and a teacher of the same modules. Received: "
+                f"{', '.join(ours)} of {ours['output'].shape} and {', '.join(theirs)} of {theirs['output'].shape}"
+            )
+        self._inner_teacher.trainable = False
+        self.modules = tuple(name for name in theirs if name != "output")
+        data_format = blocks.find(student)[1].layers["stem_conv"].data_format
+        axis = -1 if data_format == "channels_last" else 1
+        self.projections = {
+            name: keras.layers.Conv2D(
+                theirs[name].shape[axis], 1, use_bias=False, data_format=data_format, name=f"{name}_projection"
+            )
+            for name in self.modules
+            if ours[name].shape[axis] != theirs[name].shape[axis]
+        }
+        for name, projection in self.projections.items():
+            projection.build(ours[name].shape)
+        self.terms = [keras.metrics.Mean(f"{name}_mse") for name in self.modules]
+        self.task_loss, self.distillation_loss = map(keras.metrics.Mean, ("task_loss", "distillation_loss"))
+        self.built = True
+
+    def call(self, inputs, training=None):
+        """The student's output, and a term per module."""
+        found, goal = self._inner_student(inputs, training=training), self._inner_teacher(inputs, training=False)
+        terms = []
+        for name in self.modules:
+            ours = self.projections[name](found[name]) if name in self.projections else found[name]
+            difference = ops.cast(ours, "float32") - ops.stop_gradient(ops.cast(goal[name], "float32"))
+            terms.append(ops.mean(ops.square(difference)))
+        return {"output": found["output"], "terms": ops.stack(terms)}
+
+    def compute_loss(self, x=None, y=None, y_pred: Any = None, sample_weight=None, training=True):
+        """The task's loss and `gamma` times the mean of the terms."""
+        task = super().compute_loss(x, y, y_pred["output"], sample_weight, training)
+        terms = y_pred["terms"]
+        for place, term in enumerate(self.terms):
+            term.update_state(terms[place])
+        inner = ops.mean(terms)
+        self.task_loss.update_state(task)
+        self.distillation_loss.update_state(inner)
+        return task + self.gamma * ops.cast(inner, task.dtype)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """The metrics of the student's output."""
+        return super().compute_metrics(x, y, y_pred["output"], sample_weight)
+
+    def predict(self, *args, **kwargs):
+        """The student's."""
+        return self.student.predict(*args, **kwargs)
+
+
+def distill(
+    student: keras.Model,
+    teacher: keras.Model,
+    data: Any,
+    validation_data: Any = None,
+    *,
+    epochs: int = 10,
+    gamma: float = 0.2,
+    optimizer: Any = None,
+    learning_rate: float = 0.01,
+    loss: Any = None,
+    metrics: Sequence[Any] = ("accuracy",),
+    backup_dir: str | os.PathLike | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    batch_size: int = 32,
+    verbose: str | int = "auto",
+) -> keras.callbacks.History:
+    """Trains a pruned model to compute what the whole one does: inner distillation.
+
+    Args:
+        student: The model to train, in place, as `apply()` makes it. What is frozen in it stays frozen.
+        teacher: The whole model. It stays as it is.
+        data: What `keras.Model.fit()` takes: batches of (pixels, labels), or a pair of arrays.
+        validation_data: Likewise. Defaults to None.
+        epochs: Integer. Defaults to 10.
+        gamma: Float, weight of the distillation. Defaults to 0.2, as published.
+        optimizer: A Keras optimizer. Defaults to None: gradient descent with momentum 0.9 and weight decay 1e-4, whose
+            rate rises over a tenth of the steps and falls as a cosine, as published.
+        learning_rate: Float, its highest rate. Defaults to 0.01.
+        loss: A Keras loss. Defaults to None: the one that the teacher is compiled with, or the cross-entropy of its
+            classes.
+        metrics: Of the student's output. Defaults to accuracy.
+        backup_dir: Path of a folder for the state of the training after each epoch. The same call then goes on where
+            it was interrupted. Defaults to None.
+        callbacks: Further Keras callbacks.
+        batch_size: Integer, for arrays. Defaults to 32.
+        verbose: As in `keras.Model.fit()`.
+
+    Returns:
+        The `keras.callbacks.History`: `loss`, `task_loss`, `distillation_loss`, the terms of the modules (such as
+        `stage4_mse`) and the metrics of each epoch.
+
+    Raises:
+        ValueError: If one of the models holds no EfficientNet, or the student is frozen.
+
+    Example:
+
+    >>> import numpy as np, keras_effnet as ke
+    >>> teacher = ke.EfficientNetLite0(weights=None, classes=2, input_shape=(32, 32, 3))
+    >>> data = np.zeros((4, 32, 32, 3)), np.array([0, 1, 0, 1])
+    >>> student = ke.pruning.apply(teacher, ke.pruning.plan(teacher, data, verbose=0))
+    >>> history = ke.pruning.distill(student, teacher, data, epochs=2, verbose=0)
+    >>> len(history.history["distillation_loss"])
+    2
+
+    Reference:
+        arXiv 2002.08258, section 4; recipe of train_pruning.py:88-120.
+    """
+    _, reading = blocks.find(student)
+    if not any(layer.trainable_weights for name, layer in reading.layers.items() if name.startswith("block")):
+        raise ValueError(
+            f"Expected a student that can be trained. Received: {student.name!r}, whose blocks are frozen. "
+            "Set student.trainable = True"
+        )
+    flags = [(layer, layer.trainable) for layer in teacher._flatten_layers()]
+    distiller = Distiller(student, teacher, gamma)
+    try:
+        distiller.compile(
+            optimizer or _optimizer(learning_rate, _steps(data, batch_size), epochs),
+            loss_of(teacher, data, loss),
+            metrics=list(metrics),
+        )
+        # Keras' own: weights, optimizer, and the state of random numbers.
+        backup = [keras.callbacks.BackupAndRestore(os.fspath(backup_dir), double_checkpoint=True)] if backup_dir else []
+        return fit(
+            distiller,
+            data,
+            batch_size,
+            validation_data=validation_data,
+            epochs=epochs,
+            callbacks=[*backup, *callbacks],
+            verbose=verbose,
+        )
+    finally:
+        for layer, trainable in flags:
+            layer._trainable = trainable  # of this layer alone: the setter is for all inside
+        for layer, trainable in reversed(flags):
+            layer.trainable = trainable
+
+
+def _steps(data, batch_size: int) -> int | None:
+    """Batches per epoch, where the data know."""
+    if isinstance(data, tuple | list):
+        return -(-len(data[0]) // batch_size)
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _optimizer(learning_rate: float, steps: int | None, epochs: int) -> keras.optimizers.Optimizer:
+    rate: Any = learning_rate
+    if steps is not None:
+        warmup = steps * epochs // 10
+        rate = keras.optimizers.schedules.CosineDecay(
+            learning_rate / 100,
+            max(1, steps * epochs - warmup),
+            alpha=1e-3,
+            warmup_target=learning_rate,
+            warmup_steps=warmup,
+        )
+    return keras.optimizers.SGD(rate, momentum=0.9, weight_decay=1e-4)

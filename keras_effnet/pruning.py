@@ -1,0 +1,815 @@
+"""Knapsack pruning: which channels of a trained net to keep within a budget, and the smaller net without the others.
+
+Method: arXiv 2002.08258, and its code (yoniaflalo/knapsack_pruning @ 375abf9, external/utils_pruning.py). Here the budget
+is of the whole net, a channel's cost counts what the next layers save, and no group of channels vanishes.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_effnet import arch, blocks, initializers, knapsack
+from keras_effnet.arch import Architecture, Widths
+from keras_effnet.describe import costs
+from keras_effnet.distillation import Distiller, distill, first, fit, loss_of
+from keras_effnet.errors import one_of, unknown
+from keras_effnet.variants import nearest
+
+__all__ = ["Distiller", "Plan", "apply", "distill", "importance", "latency", "plan"]
+
+
+class Group(NamedTuple):
+    """Channels that can go one by one, each together with what belongs to it in other layers.
+
+    Args:
+        name: String, that of the first layer which puts the channels out, without `_conv`.
+        width: Name of the `Block` field that counts them.
+        blocks: Tuple of the indices of the blocks that share them.
+        size: Integer, their number.
+    """
+
+    name: str
+    width: str
+    blocks: tuple[int, ...]
+    size: int
+
+
+def groups(architecture: Architecture) -> tuple[Group, ...]:
+    """The groups of channels of a net that pruning may narrow.
+
+    A block's expansion, with depthwise convolution and gate; its squeeze-and-excite width; and the projections that
+    residual connections add up. Stem, first stage and head stay whole, as in the published nets (utils_pruning.py
+    :437-472).
+
+    Args:
+        architecture: An `Architecture`.
+
+    Returns:
+        Tuple of `Group`.
+
+    Example:
+
+    >>> from keras_effnet.variants import VARIANTS
+    >>> b0 = arch.resolve(VARIANTS["efficientnet-b0"])
+    >>> [(group.name, group.blocks, group.size) for group in groups(b0)][:3]
+    [('block2a_expand', (1,), 96), ('block2a_se_reduce', (1,), 4), ('block2a_project', (1, 2), 24)]
+    """
+    net, found = architecture.blocks, []
+    for index, block in enumerate(net):
+        if block.stage == 1:
+            continue
+        if block.expand_filters:
+            found.append(Group(f"block{block.name}_expand", "expand_filters", (index,), block.expand_filters))
+        if block.se_filters:
+            found.append(Group(f"block{block.name}_se_reduce", "se_filters", (index,), block.se_filters))
+        if not block.residual:
+            last = index
+            while last + 1 < len(net) and net[last + 1].residual:
+                last += 1
+            chain = tuple(range(index, last + 1))
+            # The depthwise convolution of a block without expansion has the channels that arrive.
+            if all(follower.expand_filters for follower in net[index + 1 : last + 2]):
+                found.append(Group(f"block{block.name}_project", "filters_out", chain, block.filters_out))
+    return tuple(found)
+
+
+def _with_sizes(architecture: Architecture, sizes: Mapping[Group, int]) -> Architecture:
+    """The net whose groups have other sizes."""
+    rows: list[dict[str, int]] = [{} for _ in architecture.blocks]
+    for group, size in sizes.items():
+        for index in group.blocks:
+            rows[index][group.width] = size
+    narrow = dataclasses.replace(
+        architecture,
+        blocks=tuple(dataclasses.replace(block, **row) for block, row in zip(architecture.blocks, rows, strict=True)),
+    )
+    return arch.with_widths(architecture, narrow.widths)
+
+
+# The layers of a block: what arrives on the last but one axis of their kernels and what leaves on the last.
+_CHANNELS = {
+    "routing": ("arriving", ""),
+    "expand_conv": ("arriving", "expand_filters"),
+    "expand_bn": ("", "expand_filters"),
+    "dwconv": ("expand_filters", ""),
+    "bn": ("", "expand_filters"),
+    "se_reduce": ("expand_filters", "se_filters"),
+    "se_expand": ("se_filters", "expand_filters"),
+    "project_conv": ("expand_filters", "filters_out"),
+    "project_bn": ("", "filters_out"),
+}
+
+
+# Plans
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which channels of a net go. Its file is a small JSON object.
+
+    Args:
+        model: Name of the variant that the net is, or was cut from.
+        blocks: Dict from a block's name to the channels that stay, `(expand, se, out)`.
+        removed: Dict from a group's name to the tuple of its channels, from 0, that go.
+        before: Float, cost of the whole net.
+        after: Float, cost of the smaller one.
+        asked: Float, the share of the cost that was to be saved.
+        cost: `"macs"`, `"latency"` (in seconds) or `"params"`.
+        solver: `"greedy"` or `"exact"`.
+        gap: Float, share of the importance that a best choice may have more at this budget.
+        importance: String, how the channels were judged.
+    """
+
+    model: str | None
+    blocks: dict[str, Widths]
+    removed: dict[str, tuple[int, ...]] = field(repr=False)
+    before: float
+    after: float
+    asked: float
+    cost: str = "macs"
+    solver: str = "greedy"
+    gap: float = 0.0
+    importance: str = "gradient"
+
+    @property
+    def reduction(self) -> float:
+        """Share of the cost that is saved."""
+        return 1 - self.after / self.before
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Writes the plan as JSON.
+
+        Args:
+            path: Path of the file. Its folder exists.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        from keras_effnet.weights import writers
+
+        rows = dataclasses.asdict(self)
+        rows["removed"] = {name: _told(channels) for name, channels in self.removed.items()}
+        # A line per entry of a dict, and none per number.
+        parts = [f"  {json.dumps(key)}: {_lines(value)}" for key, value in rows.items()]
+        with writers.replacing(path) as temporary:
+            temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """Reads what `save()` wrote.
+
+        Args:
+            path: Path of the file.
+
+        Returns:
+            A `Plan`.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If it holds no plan.
+        """
+        text = Path(path).read_bytes()
+        try:
+            rows = json.loads(text)
+            rows["blocks"] = {str(name): tuple(widths) for name, widths in rows["blocks"].items()}
+            rows["removed"] = {str(name): _channels(told) for name, told in rows["removed"].items()}
+            return cls(**rows)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"Expected the JSON of a plan. Received: {str(path)!r} ({error})") from error
+
+
+def _lines(value) -> str:
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return "{\n" + ",\n".join(f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in value.items()) + "\n  }"
+
+
+def _told(channels: Sequence[int]) -> str:
+    """Numbers in ascending order as ranges: "0-3,7"."""
+    array = np.asarray(channels, int)
+    runs = np.split(array, np.flatnonzero(np.diff(array) > 1) + 1) if len(array) else []
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _channels(told: str) -> tuple[int, ...]:
+    ends = [run.partition("-")[::2] for run in told.split(",") if told]
+    return tuple(channel for first, last in ends for channel in range(int(first), int(last or first) + 1))
+
+
+def narrowed(architecture: Architecture, plan: Any) -> Architecture:
+    """A variant with the channels of a plan.
+
+    Args:
+        architecture: An `Architecture`, that of a variant.
+        plan: A `Plan`, the path of its file, or widths as `arch.with_widths()` takes them.
+
+    Returns:
+        An `Architecture`.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the plan is of another net.
+    """
+    if isinstance(plan, str | os.PathLike):
+        plan = Plan.load(plan)
+    if isinstance(plan, Plan):
+        if plan.model not in (None, architecture.name):
+            raise ValueError(f"Expected a plan for {architecture.name!r}. Received: one for {plan.model!r}")
+        plan = plan.blocks
+    if not isinstance(plan, Mapping | Sequence):
+        raise ValueError(
+            "Expected a Plan, the path of one, or (expand, se, out) for each block. "
+            f"Received: {type(plan).__name__} {plan!r}"
+        )
+    return arch.with_widths(architecture, plan)
+
+
+# Importance
+
+
+class _Sums(keras.optimizers.Optimizer):
+    """Adds up gradients where an optimizer would move the variables, which stay as they are.
+
+    Args:
+        axes: Dict from a variable's path to the axis of its channels. Defaults to None: gradients are added as they
+            are. Else, of each batch, the absolute value of each channel's sum of variable times gradient.
+    """
+
+    def __init__(self, axes: dict[str, int] | None = None):
+        super().__init__(learning_rate=0.0, name="sums")
+        self.axes = axes
+        self.sums: list[Any] = []
+
+    def build(self, variables):
+        super().build(variables)
+        shapes = [
+            tuple(variable.shape) if self.axes is None else (variable.shape[self.axes[variable.path]],)
+            for variable in variables
+        ]
+        self.sums = [self.add_variable(shape, initializer="zeros", dtype="float32", name="sum") for shape in shapes]
+
+    def update_step(self, gradient, variable, learning_rate):
+        total = self.sums[self._get_variable_index(variable)]
+        gradient = keras.ops.cast(gradient, "float32")
+        if self.axes is not None:
+            others = [axis for axis in range(len(variable.shape)) if axis != self.axes[variable.path]]
+            product = gradient * keras.ops.cast(variable, "float32")
+            gradient = keras.ops.abs(keras.ops.sum(product, axis=others))
+        self.assign_add(total, gradient)
+
+
+class _AsInference(keras.Model):
+    """A model that trains as it predicts: with its batch-norm statistics, and nothing dropped."""
+
+    def __init__(self, net: keras.Model):
+        super().__init__(name="as_inference")
+        self.net = net
+
+    def call(self, inputs, training=None):
+        return self.net(inputs, training=False)
+
+
+def _outer(block_layer: str) -> int:
+    """Axis of a kernel's output channels; a depthwise kernel has them before its multiplier."""
+    return -2 if block_layer == "dwconv" else -1
+
+
+def _kernels(reading: blocks.Reading) -> dict[str, list[tuple[Any, int]]]:
+    """Of each group the layers whose kernels put its channels out, with their axis."""
+    found: dict[str, list[tuple[Any, int]]] = {}
+    for group in groups(reading.architecture):
+        members = found.setdefault(group.name, [])
+        for index in group.blocks:
+            start = f"block{reading.architecture.blocks[index].name}_"
+            for name, channels in _CHANNELS.items():
+                layer = reading.layers.get(start + name)
+                if layer is not None and hasattr(layer, "kernel") and group.width == channels[_outer(name)]:
+                    members.append((layer, _outer(name)))
+    return found
+
+
+def importance(
+    model: keras.Model,
+    dataset: Any,
+    kind: str = "gradient",
+    *,
+    loss: Any = None,
+    batch_size: int = 32,
+    verbose: str | int = "auto",
+) -> dict[str, np.ndarray]:
+    """How much each channel matters to a model's loss.
+
+    Args:
+        model: A model of this package, or a functional or sequential one that holds one. It stays as it is.
+        dataset: What the model is fitted on, such as a `tf.data.Dataset` of batches or a pair of arrays
+            (pixels, labels). One pass is made, with the statistics of inference. Not used by `"magnitude"`.
+        kind: `"gradient"`: the sum of |w * dL/dw| over a channel's weights, where dL/dw is the mean over the batches.
+            `"taylor"`: the mean over the batches of |the sum of w * dL/dw|. `"magnitude"`: the sum of |w|.
+        loss: A Keras loss. Defaults to None: the one that the model is compiled with, or the cross-entropy of its
+            classes.
+        batch_size: Integer, for arrays. Defaults to 32.
+        verbose: As in `keras.Model.fit()`, whose progress bar is shown.
+
+    Returns:
+        Dict from the name of a group (see `groups()`) to an array of floats, one per channel: the sum over the
+        convolutions of the group.
+
+    Raises:
+        ValueError: If the model holds no EfficientNet, or the data are none.
+
+    Example:
+
+    >>> import numpy as np, keras_effnet as ke
+    >>> model = ke.EfficientNetLite0(weights=None, classes=2, input_shape=(32, 32, 3))
+    >>> data = np.zeros((4, 32, 32, 3)), np.array([0, 1, 0, 1])
+    >>> ke.pruning.importance(model, data, verbose=0)["block2a_expand"].shape
+    (96,)
+
+    Reference:
+        arXiv 2002.08258, section 3; Molchanov et al., arXiv 1611.06440, for `"taylor"`.
+    """
+    one_of("importance", kind, KINDS)
+    holder, reading = blocks.find(model)
+    if kind == "magnitude":
+        return {
+            name: _summed([(_numbers(layer.kernel), axis) for layer, axis in members])
+            for name, members in _kernels(reading).items()
+        }
+    # A copy, all of whose convolutions have gradients, whatever is frozen in the model.
+    copy = _copied(model, holder, {})
+    kernels = _kernels(blocks.find(copy)[1])
+    wanted = {layer.kernel.path: axis for members in kernels.values() for layer, axis in members}
+    for layer in copy._flatten_layers():
+        if not isinstance(layer, keras.Model):
+            layer.trainable = getattr(getattr(layer, "kernel", None), "path", None) in wanted
+    runner = _AsInference(copy)
+    optimizer = _Sums(wanted if kind == "taylor" else None)
+    runner.compile(optimizer, loss_of(model, dataset, loss), auto_scale_loss=False)
+    fit(runner, dataset, batch_size, verbose=verbose)
+    batches = int(optimizer.iterations)
+    sums = {
+        variable.path: _numbers(total) / max(batches, 1)
+        for variable, total in zip(runner.trainable_variables, optimizer.sums, strict=True)
+    }
+
+    def scores(layer, axis):
+        total = sums[layer.kernel.path]
+        return (total, 0) if kind == "taylor" else (_numbers(layer.kernel) * total, axis)
+
+    found = {name: _summed([scores(*member) for member in members]) for name, members in kernels.items()}
+    if not batches or not all(np.isfinite(values).all() for values in found.values()):
+        raise ValueError(
+            f"Expected batches of pixels and labels with a finite loss. Received: {batches} batches, "
+            "whose gradients are not all finite" * bool(batches)
+        )
+    return found
+
+
+KINDS = ("gradient", "taylor", "magnitude")
+
+
+def _summed(members: list[tuple[np.ndarray, int]]) -> np.ndarray:
+    """Sum of absolute values per channel over several kernels."""
+    rows = [np.abs(np.moveaxis(array, axis, 0)).reshape(array.shape[axis], -1).sum(1) for array, axis in members]
+    return np.sum(rows, axis=0, dtype=float)
+
+
+def _numbers(variable) -> np.ndarray:
+    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32")))
+
+
+# The smaller model
+
+
+def _copied(model: keras.Model, holder: keras.Model, configs: dict[str, dict], cut=lambda layer, weights: weights):
+    """A model with layers of its own, some of other widths.
+
+    Args:
+        model: A functional or sequential model.
+        holder: The model in it whose layers are changed.
+        configs: Dict from a layer's name to what is other in its configuration.
+        cut: Function of a layer and its list of arrays, which gives those of the new layer.
+
+    Returns:
+        A `keras.Model` of the same structure.
+    """
+    pairs: list[tuple[Any, Any]] = []
+
+    def new(inside: keras.Model):
+        def layer_of(layer):
+            if isinstance(layer, keras.Model) and (layer is holder or hasattr(layer, "layers")):
+                return new(layer)
+            config = layer.get_config() | (configs.get(layer.name, {}) if inside is holder else {})
+            fresh = layer.__class__.from_config(config)
+            pairs.append((layer, fresh))
+            return fresh
+
+        def call(layer, *args, **kwargs):
+            if kwargs or len(args) != 1 or isinstance(layer, keras.Model):
+                return layer(*args, **kwargs)
+            return initializers.apply(layer, args[0])
+
+        calls = {} if isinstance(inside, keras.Sequential) else {"call_function": call}
+        clone = keras.models.clone_model(inside, clone_function=layer_of, **calls)
+        if not inside.trainable:
+            clone.trainable = False
+        clone._called = True  # see models._functional()
+        return clone
+
+    copy = new(model)
+    for old, fresh in pairs:
+        values = cut(old, [np.asarray(keras.ops.convert_to_numpy(weight.value)) for weight in old.weights])
+        for weight, value in zip(fresh.weights, values, strict=True):
+            weight.assign(value)
+    return copy
+
+
+def apply(model: keras.Model, plan: "Plan | str | os.PathLike") -> keras.Model:
+    """The smaller model: without the channels that a plan removes, with the weights of the others.
+
+    It computes what the whole model computes with those channels set to zero.
+
+    Args:
+        model: The model that was planned for, or one with the same layers. It stays as it is.
+        plan: A `Plan`, or the path of its file.
+
+    Returns:
+        A `keras.Model` of the same structure, with all that the user built around the network, which can be trained,
+        saved and exported as any other.
+
+    Raises:
+        OSError: If the plan's file cannot be read.
+        ValueError: If the plan is of another net.
+
+    Example:
+
+    >>> import numpy as np, keras_effnet as ke
+    >>> model = ke.EfficientNetLite0(weights=None, classes=2, input_shape=(32, 32, 3))
+    >>> data = np.zeros((4, 32, 32, 3)), np.array([0, 1, 0, 1])
+    >>> plan = ke.pruning.plan(model, data, reduction=0.4, verbose=0)
+    >>> ke.pruning.apply(model, plan).count_params() < model.count_params()
+    True
+    """
+    if not isinstance(plan, Plan):
+        plan = Plan.load(plan)
+    holder, reading = blocks.find(model)
+    architecture = reading.architecture
+    parts = {group.name: group for group in groups(architecture)}
+    kept: dict[tuple[int, str], np.ndarray] = {}
+    for name, channels in plan.removed.items():
+        if name not in parts:
+            raise unknown("group of channels", name, parts)
+        group = parts[name]
+        wrong = [channel for channel in channels if not 0 <= channel < group.size]
+        if wrong or len(set(channels)) >= group.size:
+            raise ValueError(
+                f"Expected fewer than {group.size} channels of {name} to go, numbers from 0. Received: "
+                f"{len(set(channels))} of them, from {min(channels)} to {max(channels)}"
+            )
+        for index in group.blocks:
+            kept[index, group.width] = np.setdiff1d(np.arange(group.size), channels)
+    sizes = {group: group.size - len(set(plan.removed.get(name, ()))) for name, group in parts.items()}
+    smaller = _with_sizes(architecture, sizes)
+    if smaller.widths != {name: tuple(row) for name, row in plan.blocks.items()}:
+        raise ValueError(
+            f"Expected a plan for {model.name!r}. Received: one that was made for another net, "
+            f"{plan.model or 'of no known variant'}"
+        )
+    by_layer, configs = _cuts(reading, kept, smaller)
+
+    def cut(layer, values: list[np.ndarray]) -> list[np.ndarray]:
+        arriving, leaving = by_layer.get(id(layer), (None, None))
+        for place, value in enumerate(values):
+            if arriving is not None and value.ndim > 1:
+                value = value.take(arriving, -2)
+            values[place] = value if leaving is None else value.take(leaving, -1)
+        return values
+
+    smaller_model = _copied(model, holder, configs, cut)
+    for whole, part in ((model, smaller_model), (holder, blocks.find(smaller_model)[0])):
+        if hasattr(whole, "weights_record"):  # whose photographs it expects
+            part.weights_record = whole.weights_record
+    return smaller_model
+
+
+def _cuts(reading: blocks.Reading, kept: dict, smaller: Architecture) -> tuple[dict[int, tuple], dict[str, dict]]:
+    """Of each layer the channels that stay, where they arrive and where they leave; and its new number of filters."""
+    by_layer: dict[int, tuple] = {}
+    configs: dict[str, dict] = {}
+    arriving = None
+    for index, block in enumerate(reading.architecture.blocks):
+        tensors = {"": None, "arriving": arriving}
+        for width in ("expand_filters", "se_filters", "filters_out"):
+            tensors[width] = kept.get((index, width))
+        if not block.expand_filters and block.operator == "mbconv":
+            tensors["expand_filters"] = arriving
+        for name, (come, go) in _CHANNELS.items():
+            layer = reading.layers.get(f"block{block.name}_{name}")
+            if layer is None:
+                continue
+            _check_variables(layer)
+            by_layer[id(layer)] = tensors[come], tensors[go]
+            if hasattr(layer, "filters"):
+                configs[layer.name] = {"filters": layer.filters if tensors[go] is None else len(tensors[go])}
+        arriving = tensors["filters_out"]
+    by_layer[id(reading.layers["top_conv"])] = arriving, None
+    return by_layer, configs
+
+
+def _check_variables(layer) -> None:
+    known = {"kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"}
+    if not {weight.name for weight in layer.weights} <= known or "int" in str(layer.weights[0].dtype):
+        kinds = ", ".join(f"{weight.name} ({weight.dtype})" for weight in layer.weights)
+        raise ValueError(
+            f"Expected layers as they were built. Received: {layer.name} with {kinds}, as of a quantized net"
+        )
+
+
+# Costs
+
+
+def _size(model: keras.Model, reading: blocks.Reading, dataset) -> tuple[int, int]:
+    """Height and width of the images: the model's, else the data's, else the usual ones."""
+    channels_last = reading.layers["stem_conv"].data_format == "channels_last"
+    shapes = [model.input_shape, () if dataset is None else first(dataset)[0].shape]
+    for shape in shapes:
+        size = tuple(shape[1:3] if channels_last else shape[2:4])
+        if len(size) == 2 and None not in size:
+            return size
+    raise ValueError(f"Expected a model of known input size, or data. Received: {model.name!r} of {model.input_shape}")
+
+
+def _around(model: keras.Model, reading: blocks.Reading) -> dict[str, int]:
+    """What the dense layers of the user's own head cost."""
+    ours = {id(layer) for layer in reading.layers.values()}
+    others = [
+        layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Dense) and id(layer) not in ours
+    ]
+    kernels = [math.prod(layer.kernel.shape) for layer in others]
+    return {"macs": sum(kernels), "params": sum(kernels) + sum(layer.units for layer in others if layer.use_bias)}
+
+
+def _counted(model, reading: blocks.Reading, size, key: str) -> Callable[[Architecture], int]:
+    around = _around(model, reading)[key]
+    return lambda net: costs(net, size, reading.channels, reading.classes)[key] + around
+
+
+def latency(models: Sequence[keras.Model], batch_size: int = 1, rounds: int = 20, size=None) -> list[float]:
+    """Measures the time that models take to predict a batch, in turn.
+
+    Args:
+        models: Models of one input.
+        batch_size: Integer, images at a time. Defaults to 1.
+        rounds: Integer, times that each is measured. Defaults to 20.
+        size: Tuple of height and width, for models of any size. Defaults to None.
+
+    Returns:
+        List of the median seconds of each.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> model = ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 3))
+    >>> seconds, = latency([model], rounds=3)
+    """
+    batches = []
+    for model in models:
+        shape = list(model.input_shape[1:])
+        if size is not None:
+            places = [place for place, side in enumerate(shape) if side is None]
+            for place, side in zip(places, size[-len(places) :] if places else (), strict=True):
+                shape[place] = side
+        batches.append(np.random.default_rng(0).uniform(0, 255, (batch_size, *shape)).astype("float32"))
+        for _ in range(2):  # compiles, and warms up
+            model.predict_on_batch(batches[-1])
+    times: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds):
+        for model, pixels, seconds in zip(models, batches, times, strict=True):
+            start = time.perf_counter()
+            model.predict_on_batch(pixels)
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def _timed(model, reading: blocks.Reading, size) -> Callable[[Architecture], float]:
+    """Seconds for one image: those of the whole model, less what each missing channel was measured to save.
+
+    Each kind of block is measured whole and with half of the channels inside, at its input and at its output. Between
+    that the time is taken to be linear, and blocks to add up.
+    """
+    (whole,) = latency([model], size=size)
+    net = reading.architecture
+    style = _style(reading)
+    saved: dict[tuple, dict[str, float]] = {}
+    slopes: list[dict[str, float]] = []
+    height, width = (math.ceil(side / 2) for side in size)
+    for block in net.blocks:
+        plain = dataclasses.replace(block, name="0a")
+        key = plain, height, width
+        if key not in saved:
+            saved[key] = _saved_per_channel(style, plain, (height, width))
+        slopes.append(saved[key])
+        height, width = (math.ceil(side / block.strides) for side in (height, width))
+    end = keras.Input(_shape(style, (height, width), net.blocks[-1].filters_out))
+    half = keras.Input(_shape(style, (height, width), net.blocks[-1].filters_out // 2))
+    heads = [keras.Model(x, blocks.head(style, x, net.head_filters)) for x in (end, half)]
+    slow, fast = latency(heads)
+    head = max(0.0, (slow - fast) / (net.blocks[-1].filters_out // 2))
+
+    def seconds(other: Architecture) -> float:
+        total = whole
+        for old, new, slope in zip(net.blocks, other.blocks, slopes, strict=True):
+            total -= slope["expand_filters"] * (old.expand_filters - new.expand_filters)
+            total -= slope["filters_out"] * (old.filters_out - new.filters_out)
+            total -= slope["filters_in"] * (old.filters_in - new.filters_in)
+        return total - head * (net.blocks[-1].filters_out - other.blocks[-1].filters_out)
+
+    return seconds
+
+
+def _saved_per_channel(style: blocks.Style, block: arch.Block, size: tuple[int, int]) -> dict[str, float]:
+    """Seconds that a block takes less for each channel less."""
+
+    def model(**widths):
+        other = dataclasses.replace(block, **widths)
+        x = keras.Input(_shape(style, size, other.filters_in))
+        return keras.Model(x, blocks.body(style, x, other, 0.0))
+
+    halves = {name: getattr(block, name) // 2 for name in ("expand_filters", "filters_in", "filters_out")}
+    # A residual block's input and output have the same channels.
+    names = ("expand_filters", "filters_out") if block.residual else tuple(halves)
+    names = tuple(name for name in names if halves[name])
+    tied = {"filters_in": halves["filters_in"]} if block.residual else {}
+    smaller = [model(**{name: halves[name]} | (tied if name == "filters_out" else {})) for name in names]
+    whole, *parts = latency([model(), *smaller])
+    gains = {name: max(0.0, (whole - part) / halves[name]) for name, part in zip(names, parts, strict=True)}
+    return dict.fromkeys(halves, 0.0) | gains
+
+
+def _shape(style: blocks.Style, size, channels: int) -> tuple[int, ...]:
+    return (*size, channels) if style.data_format == "channels_last" else (channels, *size)
+
+
+def _style(reading: blocks.Reading) -> blocks.Style:
+    conv, norm = reading.layers["stem_conv"], reading.layers["stem_bn"]
+    return blocks.Style(
+        activation=reading.architecture.activation,
+        bn_momentum=norm.momentum,
+        bn_epsilon=norm.epsilon,
+        data_format=conv.data_format,
+        dtype=conv.dtype_policy,
+    )
+
+
+COSTS: dict[str, Callable[..., Callable[[Architecture], float]]] = {
+    "macs": partial(_counted, key="macs"),
+    "params": partial(_counted, key="params"),
+    "latency": _timed,
+}
+
+
+# The plan
+
+
+def plan(
+    model: keras.Model,
+    dataset: Any,
+    reduction: float = 0.4,
+    cost: str = "macs",
+    solver: str = "greedy",
+    importance: str | Mapping[str, np.ndarray] = "gradient",
+    *,
+    floor: float = 0.1,
+    loss: Any = None,
+    batch_size: int = 32,
+    verbose: str | int = "auto",
+) -> Plan:
+    """Chooses the channels of a trained model that stay within a budget: those that matter most for what they cost.
+
+    Args:
+        model: A model of this package, or a functional or sequential one that holds one. It stays as it is.
+        dataset: See `importance()`. A thousand images will do.
+        reduction: Float between 0 and 1, share of the whole model's cost to save. Defaults to 0.4.
+        cost: `"macs"` (multiply-adds of one image), `"params"` (trainable), or `"latency"` (measured on this machine
+            and backend, for one image; the total is a sum of what single blocks were measured to save).
+        solver: `"greedy"`, or `"exact"`, which needs SciPy and finds a best choice at the same budget.
+        importance: `"gradient"`, `"taylor"` or `"magnitude"`, see `importance()`; or a dict as it returns.
+        floor: Float, smallest share of each group of channels that stays; at least one channel does. Defaults to 0.1
+            (the published nets keep at least 0.19).
+        loss: See `importance()`.
+        batch_size: Integer, for arrays. Defaults to 32.
+        verbose: As in `keras.Model.fit()`.
+
+    Returns:
+        A `Plan`. `plan.save(path)` writes it, `apply(model, plan)` carries it out, and
+        `create_model(plan.model, blocks=plan)` builds such a net from scratch.
+
+    Raises:
+        ValueError: If an argument is not valid, or the floor keeps more than the budget.
+
+    Example:
+
+    >>> import numpy as np, keras_effnet as ke
+    >>> model = ke.EfficientNetB0(weights=None, classes=2, input_shape=(32, 32, 3))
+    >>> data = np.zeros((4, 32, 32, 3)), np.array([0, 1, 0, 1])
+    >>> plan = ke.pruning.plan(model, data, reduction=0.4, verbose=0)
+    >>> abs(plan.reduction - 0.4) < 0.004
+    True
+
+    Reference:
+        arXiv 2002.08258, section 3.
+    """
+    one_of("cost", cost, COSTS)
+    one_of("solver", solver, knapsack.SOLVERS)
+    for name, share, low in (("reduction", reduction, 0), ("floor", floor, -1)):
+        if isinstance(share, bool) or not isinstance(share, int | float) or not low < share < 1:
+            raise ValueError(f"Expected {name} between 0 and 1. Received: {name}={share!r}")
+    kind = importance if isinstance(importance, str) else "given"
+    if kind != "given":
+        one_of("importance", kind, KINDS)
+    _, reading = blocks.find(model)
+    net = reading.architecture
+    parts = groups(net)
+    price = COSTS[cost](model, reading, _size(model, reading, dataset))
+    scores = (
+        _checked(importance, parts)
+        if kind == "given"
+        else _importance(model, dataset, kind, loss=loss, batch_size=batch_size, verbose=verbose)
+    )
+    order = {group: np.argsort(-scores[group.name], kind="stable") for group in parts}
+    least = {group: max(1, math.ceil(floor * group.size)) for group in parts}
+    before = price(net)
+    # The saving of one channel, with what the next layers save; not additive, which is why the budget is searched.
+    unit = {
+        group: before - price(_with_sizes(net, {group: group.size - 1})) if group.size > 1 else 0 for group in parts
+    }
+    values = np.concatenate([scores[group.name][order[group][least[group] :]] for group in parts])
+    weights = np.concatenate([np.full(group.size - least[group], unit[group]) for group in parts])
+    owner = np.repeat(np.arange(len(parts)), [group.size - least[group] for group in parts])
+
+    def sizes(solution: knapsack.Solution) -> dict[Group, int]:
+        counts = np.bincount(owner[solution.chosen], minlength=len(parts))
+        return {group: least[group] + int(count) for group, count in zip(parts, counts, strict=True)}
+
+    target = (1 - reduction) * before
+    lowest = price(_with_sizes(net, least))
+    if lowest > target:
+        raise ValueError(
+            f"Expected reduction of at most {1 - lowest / before:.3f}, at which a share of {floor} of each group stays. "
+            f"Received: reduction={reduction}"
+        )
+    low, high = 0.0, float(weights.sum())
+    for _ in range(60):
+        middle = (low + high) / 2
+        after = price(_with_sizes(net, sizes(knapsack.greedy(values, weights, middle))))
+        low, high = (middle, high) if after <= target else (low, middle)
+    solution = knapsack.SOLVERS[solver](values, weights, low)
+    chosen = np.split(solution.chosen, np.cumsum([group.size - least[group] for group in parts])[:-1])
+    removed = {
+        group.name: tuple(np.sort(order[group][least[group] :][~stays]).tolist())
+        for group, stays in zip(parts, chosen, strict=True)
+        if not stays.all()
+    }
+    smaller = _with_sizes(net, sizes(solution))
+    return Plan(
+        model=nearest(net),
+        blocks=smaller.widths,
+        removed=removed,
+        before=before,
+        after=price(smaller),
+        asked=reduction,
+        cost=cost,
+        solver=solver,
+        gap=solution.gap,
+        importance=kind,
+    )
+
+
+_importance = importance  # the argument of the same name hides it
+
+
+def _checked(scores: Mapping[str, np.ndarray], parts: tuple[Group, ...]) -> dict[str, np.ndarray]:
+    found = {name: np.asarray(values, float) for name, values in scores.items()}
+    for group in parts:
+        values = found.get(group.name)
+        if values is None or values.shape != (group.size,) or not np.isfinite(values).all() or (values < 0).any():
+            shape = None if values is None else values.shape
+            raise ValueError(
+                f"Expected importance of {group.name} as {group.size} finite numbers of at least 0. Received: {shape}"
+            )
+    return found
