@@ -8,6 +8,7 @@ descriptions, plots, weight names) reads the blocks and multiplies nothing.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import NamedTuple
 
 Widths = tuple[int, int, int]  # of a block: expand_filters, se_filters, filters_out
@@ -303,8 +304,8 @@ def with_widths(
     blocks, arriving = [], architecture.stem_filters
     for block, given in zip(architecture.blocks, widths, strict=True):
         before = (block.expand_filters, block.se_filters, block.filters_out)
-        whole = len(given) == 3 and all(isinstance(width, int) and not isinstance(width, bool) for width in given)
-        expand, se, out = given if whole else (-1, -1, -1)
+        whole = len(given) == 3 and all(isinstance(width, Integral) and not isinstance(width, bool) for width in given)
+        expand, se, out = map(int, given if whole else (-1, -1, -1))
         if not block.expand_filters and expand == arriving:
             expand = 0
         # A convolution stays one, and none stays none.

@@ -330,5 +330,49 @@ def download(model, tag, no_top, as_json) -> None:
         click.echo(path)
 
 
+@main.command()
+@click.argument("model", metavar="MODEL.keras")
+@click.option("--data", required=True, help="Folder with one per class, or with such ones called train and val.")
+@click.option("--out", required=True, help="Folder for pruned.keras, plan.json and the report.")
+@click.option("--reduction", default=0.4, show_default=True, help="Share of the whole model's cost to save.")
+@click.option("--cost", default="macs", show_default=True, help="macs, params or latency.")
+@click.option("--solver", default="greedy", show_default=True, help="greedy or exact.")
+@click.option("--importance", default="gradient", show_default=True, help="gradient, taylor or magnitude.")
+@click.option("--divisor", default=8, show_default=True, help="Of the numbers of channels that stay.")
+@click.option("--calibration", default=1000, show_default=True, help="Photographs for the importance.")
+@click.option("--epochs", default=10, show_default=True, type=click.IntRange(0), help="Of distillation.")
+@click.option("--gamma", default=0.2, show_default=True, help="Weight of the distillation.")
+@click.option("--learning-rate", default=0.01, show_default=True)
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--crop", is_flag=True, help="Crop photographs as for the published weights. As it was trained is right.")
+@AS_JSON
+def prune(model, as_json, **arguments) -> None:
+    """Remove channels of MODEL.keras, a classifier, and train it to compute what it computed.
+
+    Goes on where it was interrupted. The report is also written to the folder, as JSON, Markdown and a picture.
+    """
+    _choose_backend()
+    from keras_effnet import pruner
+
+    # Keras writes its progress on standard output, which belongs to the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        report = pruner.prune(model, on_step=lambda step: click.echo(step, err=True), **arguments)
+    if as_json:
+        _print_json(report)
+        return
+    accuracy = _table("Accuracy", "model", ">")
+    for name, value in report["accuracy"].items():
+        accuracy.add_row(name, f"{value:.2%}")
+    costs = _table(model, "", ">whole", ">pruned", ">ratio")
+    rows = [("multiply-adds", report["macs"], "{:,.0f}"), ("parameters", report["params"], "{:,.0f}")]
+    rows += [(f"latency, {name}", seconds, "{:.5f} s") for name, seconds in report["latency"].items()]
+    for name, row, form in rows:
+        costs.add_row(
+            name, *(form.format(row[net]) for net in ("whole", "pruned")), f"{row['pruned'] / row['whole']:.3f}"
+        )
+    _print(costs, "", accuracy)
+    click.echo(f"Wrote {arguments['out']}: pruned.keras, plan.json, report.json, report.md, channels.png")
+
+
 if __name__ == "__main__":
     main()

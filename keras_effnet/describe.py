@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -402,6 +403,57 @@ def plot_tradeoff(path: str | os.PathLike) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("ImageNet top-1, per cent")
     panels[0].legend(fontsize=7, frameon=False, loc="lower right")
+    return _save(figure, path)
+
+
+def plot_channels(
+    whole: Mapping[str, Sequence[int]], pruned: Mapping[str, Sequence[int]], path: str | os.PathLike
+) -> Path:
+    """Draws how many channels of each block a pruned net keeps.
+
+    Args:
+        whole: Dict from a block's name to `(expand, se, out)`, as `Architecture.widths`.
+        pruned: Likewise, of the pruned net.
+        path: Path of the picture, which ends in .svg, .png or .pdf. Its folder exists.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the path ends otherwise.
+        OSError: If the picture cannot be written.
+
+    Example:
+
+    >>> import tempfile
+    >>> b1, pruned = (resolve(VARIANTS[name]).widths for name in ("efficientnet-b1", "efficientnet-b1-pruned"))
+    >>> plot_channels(b1, pruned, f"{tempfile.mkdtemp()}/channels.png").name
+    'channels.png'
+    """
+    path = Path(path)
+    _check_picture(path)
+    figure = _figure_class()(figsize=(max(6, 0.36 * len(whole)), 4.6), layout="constrained")
+    places = range(len(whole))
+    for axes, column, title, colour in zip(
+        figure.subplots(2, 1, sharex=True),
+        (0, 2),
+        ("inside (expansion)", "out"),
+        (_COLOURS[3], _COLOURS[5]),
+        strict=True,
+    ):
+        before, after = ([widths[column] for widths in net.values()] for net in (whole, pruned))
+        axes.bar(places, before, color="#dddddd", label="removed")
+        axes.bar(places, after, color=colour, label="kept")
+        for place, (full, left) in enumerate(zip(before, after, strict=True)):
+            if full:
+                axes.annotate(
+                    f"{left / full:.0%}", (place, full), (0, 2), textcoords="offset points", ha="center", fontsize=6.5
+                )
+        axes.set_ylabel(f"channels {title}", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7, frameon=False, loc="upper left")
+        axes.set_xticks(places, whole)
     return _save(figure, path)
 
 

@@ -194,7 +194,8 @@ class Distiller(keras.Model):
         self.student = student
         self._inner_student = _with_modules(student)
         self._inner_teacher = _with_modules(teacher)
-        theirs, ours = self._inner_teacher.output, self._inner_student.output
+        theirs: Any = self._inner_teacher.output
+        ours: Any = self._inner_student.output
         if ours.keys() != theirs.keys() or ours["output"].shape != theirs["output"].shape:
             raise ValueError(
                 "Expected a student and a teacher of the same modules. Received: "
@@ -223,20 +224,20 @@ class Distiller(keras.Model):
         terms = []
         for name in self.modules:
             ours = self.projections[name](found[name]) if name in self.projections else found[name]
-            difference = ops.cast(ours, "float32") - ops.stop_gradient(ops.cast(goal[name], "float32"))
-            terms.append(ops.mean(ops.square(difference)))
+            theirs = ops.stop_gradient(ops.cast(goal[name], "float32"))
+            terms.append(ops.mean(ops.square(ops.subtract(ops.cast(ours, "float32"), theirs))))
         return {"output": found["output"], "terms": ops.stack(terms)}
 
     def compute_loss(self, x=None, y=None, y_pred: Any = None, sample_weight=None, training=True):
         """The task's loss and `gamma` times the mean of the terms."""
-        task = super().compute_loss(x, y, y_pred["output"], sample_weight, training)
+        task: Any = super().compute_loss(x, y, y_pred["output"], sample_weight, training)
         terms = y_pred["terms"]
         for place, term in enumerate(self.terms):
             term.update_state(terms[place])
-        inner = ops.mean(terms)
+        inner: Any = ops.mean(terms)
         self.task_loss.update_state(task)
         self.distillation_loss.update_state(inner)
-        return task + self.gamma * ops.cast(inner, task.dtype)
+        return ops.add(task, ops.multiply(self.gamma, inner))
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """The metrics of the student's output."""
@@ -263,6 +264,7 @@ def distill(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     batch_size: int = 32,
     verbose: str | int = "auto",
+    **kwargs,
 ) -> keras.callbacks.History:
     """Trains a pruned model to compute what the whole one does: inner distillation.
 
@@ -284,6 +286,7 @@ def distill(
         callbacks: Further Keras callbacks.
         batch_size: Integer, for arrays. Defaults to 32.
         verbose: As in `keras.Model.fit()`.
+        **kwargs: Further arguments of `keras.Model.fit()`.
 
     Returns:
         The `keras.callbacks.History`: `loss`, `task_loss`, `distillation_loss`, the terms of the modules (such as
@@ -329,6 +332,7 @@ def distill(
             epochs=epochs,
             callbacks=[*backup, *callbacks],
             verbose=verbose,
+            **kwargs,
         )
     finally:
         for layer, trainable in flags:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -267,11 +267,36 @@ def load_image(source, model: "str | keras.Model", weights: str | None = "auto")
     >>> pixels.shape
     (224, 224, 3)
     """
+    return image_loader(model, weights)(source)
+
+
+def image_loader(
+    model: "str | keras.Model", weights: str | None = "auto", crop: bool = True
+) -> Callable[[Any], np.ndarray]:
+    """`load_image()` for many photographs: what the model expects is found out once.
+
+    Args:
+        model: See `load_image()`.
+        weights: See `load_image()`.
+        crop: Boolean, whether the weights' crop and interpolation hold. Defaults to True. False: the largest window
+            of the model's shape, bilinear.
+
+    Returns:
+        Function from a path or bytes to the array of pixels.
+
+    Raises:
+        ValueError: If model or weights are unknown.
+    """
     size, channels, channels_last, record = _expected_by(model, weights)
-    pixels = decode_image(source, channels)
-    rules = (record.crop_padding, record.interpolation) if record else ()
-    pixels = crop_and_resize(pixels, size, *rules)
-    return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    rules: tuple[Any, ...] = (0, "bilinear") if not crop else ()
+    if crop and record:
+        rules = (record.crop_padding, record.interpolation)
+
+    def load(source) -> np.ndarray:
+        pixels = crop_and_resize(decode_image(source, channels), size, *rules)
+        return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    return load
 
 
 def _expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
@@ -284,17 +309,13 @@ def _expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
     else:
         from keras_effnet import blocks
 
-        reading = blocks.read(model)
-        name, variant, size, channels = (
-            model.name,
-            nearest(reading.architecture),
-            reading.size,
-            reading.channels,
-        )
+        holder, reading = blocks.find(model)
+        name, variant, channels = model.name, nearest(reading.architecture), reading.channels
         channels_last = reading.layers["stem_conv"].data_format == "channels_last"
+        size = tuple(model.input_shape[1:3] if channels_last else model.input_shape[2:4])
         # One that is loaded from a file, or was built on, does not know its weights: its variant's usual ones then.
         usual = registry.default(variant) if variant else None
-        record = getattr(model, "weights_record", usual)
+        record = getattr(holder, "weights_record", usual)
     if weights is None:
         record = None
     elif weights != "auto":

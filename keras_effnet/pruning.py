@@ -1,7 +1,7 @@
 """Knapsack pruning: which channels of a trained net to keep within a budget, and the smaller net without the others.
 
-Method: arXiv 2002.08258, and its code (yoniaflalo/knapsack_pruning @ 375abf9, external/utils_pruning.py). Here the budget
-is of the whole net, a channel's cost counts what the next layers save, and no group of channels vanishes.
+Method: arXiv 2002.08258, and its code (yoniaflalo/knapsack_pruning @ 375abf9, external/utils_pruning.py). Here the
+budget is of the whole net, a channel's cost counts what the next layers save, and no group of channels vanishes.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from keras_effnet.arch import Architecture, Widths
 from keras_effnet.describe import costs
 from keras_effnet.distillation import Distiller, distill, first, fit, loss_of
 from keras_effnet.errors import one_of, unknown
-from keras_effnet.variants import nearest
+from keras_effnet.variants import VARIANTS, nearest
 
 __all__ = ["Distiller", "Plan", "apply", "distill", "importance", "latency", "plan"]
 
@@ -127,7 +127,8 @@ class Plan:
         asked: Float, the share of the cost that was to be saved.
         cost: `"macs"`, `"latency"` (in seconds) or `"params"`.
         solver: `"greedy"` or `"exact"`.
-        gap: Float, share of the importance that a best choice may have more at this budget.
+        gap: Float, how much less importance stays than the fractional bound, as a share of that: no choice of the same
+            cost, summed up over the groups, has more than the bound.
         importance: String, how the channels were judged.
     """
 
@@ -246,31 +247,35 @@ class _Sums(keras.optimizers.Optimizer):
     """Adds up gradients where an optimizer would move the variables, which stay as they are.
 
     Args:
-        axes: Dict from a variable's path to the axis of its channels. Defaults to None: gradients are added as they
-            are. Else, of each batch, the absolute value of each channel's sum of variable times gradient.
+        axes: Dict from the path of each variable that matters to the axis of its channels.
+        by_channel: Boolean. False: gradients are added as they are. True: of each batch, the absolute value of each
+            channel's sum of variable times gradient.
     """
 
-    def __init__(self, axes: dict[str, int] | None = None):
+    def __init__(self, axes: dict[str, int], by_channel: bool):
         super().__init__(learning_rate=0.0, name="sums")
-        self.axes = axes
-        self.sums: list[Any] = []
+        self.axes, self.by_channel = axes, by_channel
+        self.sums: list[Any] = []  # of each variable; None where it does not matter
+        self._axes: list[int] = []
 
     def build(self, variables):
         super().build(variables)
-        shapes = [
-            tuple(variable.shape) if self.axes is None else (variable.shape[self.axes[variable.path]],)
-            for variable in variables
-        ]
-        self.sums = [self.add_variable(shape, initializer="zeros", dtype="float32", name="sum") for shape in shapes]
+        for variable in variables:
+            shape, axis = tuple(variable.shape), self.axes.get(variable.path)
+            shape = (shape[axis],) if self.by_channel and axis is not None else shape
+            self._axes.append(0 if axis is None else axis % len(variable.shape))
+            self.sums.append(None if axis is None else self.add_variable(shape, "zeros", dtype="float32", name="sum"))
 
     def update_step(self, gradient, variable, learning_rate):
-        total = self.sums[self._get_variable_index(variable)]
+        place = self._get_variable_index(variable)
+        if self.sums[place] is None:
+            return
         gradient = keras.ops.cast(gradient, "float32")
-        if self.axes is not None:
-            others = [axis for axis in range(len(variable.shape)) if axis != self.axes[variable.path]]
-            product = gradient * keras.ops.cast(variable, "float32")
+        if self.by_channel:
+            product = keras.ops.multiply(gradient, keras.ops.cast(variable, "float32"))
+            others = [axis for axis in range(len(variable.shape)) if axis != self._axes[place]]
             gradient = keras.ops.abs(keras.ops.sum(product, axis=others))
-        self.assign_add(total, gradient)
+        self.assign_add(self.sums[place], gradient)
 
 
 class _AsInference(keras.Model):
@@ -358,13 +363,14 @@ def importance(
         if not isinstance(layer, keras.Model):
             layer.trainable = getattr(getattr(layer, "kernel", None), "path", None) in wanted
     runner = _AsInference(copy)
-    optimizer = _Sums(wanted if kind == "taylor" else None)
+    optimizer = _Sums(wanted, by_channel=kind == "taylor")
     runner.compile(optimizer, loss_of(model, dataset, loss), auto_scale_loss=False)
-    fit(runner, dataset, batch_size, verbose=verbose)
+    fit(runner, dataset, batch_size, verbose=verbose, shuffle=False)
     batches = int(optimizer.iterations)
     sums = {
         variable.path: _numbers(total) / max(batches, 1)
         for variable, total in zip(runner.trainable_variables, optimizer.sums, strict=True)
+        if total is not None
     }
 
     def scores(layer, axis):
@@ -424,7 +430,7 @@ def _copied(model: keras.Model, holder: keras.Model, configs: dict[str, dict], c
                 return layer(*args, **kwargs)
             return initializers.apply(layer, args[0])
 
-        calls = {} if isinstance(inside, keras.Sequential) else {"call_function": call}
+        calls: Any = {} if isinstance(inside, keras.Sequential) else {"call_function": call}
         clone = keras.models.clone_model(inside, clone_function=layer_of, **calls)
         if not inside.trainable:
             clone.trainable = False
@@ -513,7 +519,7 @@ def _cuts(reading: blocks.Reading, kept: dict, smaller: Architecture) -> tuple[d
     configs: dict[str, dict] = {}
     arriving = None
     for index, block in enumerate(reading.architecture.blocks):
-        tensors = {"": None, "arriving": arriving}
+        tensors: dict[str, Any] = {"": None, "arriving": arriving}
         for width in ("expand_filters", "se_filters", "filters_out"):
             tensors[width] = kept.get((index, width))
         if not block.expand_filters and block.operator == "mbconv":
@@ -524,8 +530,8 @@ def _cuts(reading: blocks.Reading, kept: dict, smaller: Architecture) -> tuple[d
                 continue
             _check_variables(layer)
             by_layer[id(layer)] = tensors[come], tensors[go]
-            if hasattr(layer, "filters"):
-                configs[layer.name] = {"filters": layer.filters if tensors[go] is None else len(tensors[go])}
+            if hasattr(layer, "filters") and tensors[go] is not None:
+                configs[layer.name] = {"filters": len(tensors[go])}
         arriving = tensors["filters_out"]
     by_layer[id(reading.layers["top_conv"])] = arriving, None
     return by_layer, configs
@@ -557,7 +563,7 @@ def _size(model: keras.Model, reading: blocks.Reading, dataset) -> tuple[int, in
 def _around(model: keras.Model, reading: blocks.Reading) -> dict[str, int]:
     """What the dense layers of the user's own head cost."""
     ours = {id(layer) for layer in reading.layers.values()}
-    others = [
+    others: list[Any] = [
         layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Dense) and id(layer) not in ours
     ]
     kernels = [math.prod(layer.kernel.shape) for layer in others]
@@ -587,21 +593,48 @@ def latency(models: Sequence[keras.Model], batch_size: int = 1, rounds: int = 20
     >>> model = ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 3))
     >>> seconds, = latency([model], rounds=3)
     """
-    batches = []
+    runs = []
     for model in models:
-        shape = list(model.input_shape[1:])
-        if size is not None:
-            places = [place for place, side in enumerate(shape) if side is None]
-            for place, side in zip(places, size[-len(places) :] if places else (), strict=True):
-                shape[place] = side
-        batches.append(np.random.default_rng(0).uniform(0, 255, (batch_size, *shape)).astype("float32"))
-        for _ in range(2):  # compiles, and warms up
-            model.predict_on_batch(batches[-1])
-    times: list[list[float]] = [[] for _ in models]
+        shape = (batch_size, *known_shape(model, size))
+        pixels = np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
+        runs.append(partial(model.predict_on_batch, pixels))
+    return timed(runs, rounds)
+
+
+def known_shape(model: keras.Model, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+    """Shape of one image that a model takes.
+
+    Args:
+        model: A model of one input, which holds an EfficientNet.
+        size: Tuple of height and width, for a model of any size. Defaults to those of the nearest variant.
+
+    Returns:
+        Tuple of integers.
+    """
+    shape = tuple(model.input_shape[1:])
+    if None not in shape:
+        return shape
+    if size is None:
+        variant = nearest(blocks.find(model)[1].architecture)
+        side = VARIANTS[variant].resolution if variant else 224
+        size = side, side
+    places = [place for place, side in enumerate(shape) if side is None]
+    found = list(shape)
+    for place, side in zip(places, size[2 - len(places) :], strict=True):
+        found[place] = side
+    return tuple(found)
+
+
+def timed(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """Median seconds of calls that are made in turn, after two that warm up."""
+    for run in runs:
+        run()
+        run()
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
-        for model, pixels, seconds in zip(models, batches, times, strict=True):
+        for run, seconds in zip(runs, times, strict=True):
             start = time.perf_counter()
-            model.predict_on_batch(pixels)
+            run()
             seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds) for seconds in times]
 
@@ -683,6 +716,31 @@ COSTS: dict[str, Callable[..., Callable[[Architecture], float]]] = {
 }
 
 
+def cost(model: keras.Model, kind: str = "macs", dataset: Any = None) -> float:
+    """What a model costs, with the dense layers around the network.
+
+    Args:
+        model: See `importance()`.
+        kind: `"macs"`, `"params"` or `"latency"`, see `plan()`.
+        dataset: Data, for the size of the images where the model takes any. Defaults to None.
+
+    Returns:
+        Number.
+
+    Raises:
+        ValueError: If the kind is unknown, or the model holds no EfficientNet.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> cost(ke.EfficientNetB0(weights=None))
+    385814752
+    """
+    one_of("cost", kind, COSTS)
+    _, reading = blocks.find(model)
+    return COSTS[kind](model, reading, _size(model, reading, dataset))(reading.architecture)
+
+
 # The plan
 
 
@@ -695,6 +753,7 @@ def plan(
     importance: str | Mapping[str, np.ndarray] = "gradient",
     *,
     floor: float = 0.1,
+    divisor: int = 8,
     loss: Any = None,
     batch_size: int = 32,
     verbose: str | int = "auto",
@@ -707,10 +766,13 @@ def plan(
         reduction: Float between 0 and 1, share of the whole model's cost to save. Defaults to 0.4.
         cost: `"macs"` (multiply-adds of one image), `"params"` (trainable), or `"latency"` (measured on this machine
             and backend, for one image; the total is a sum of what single blocks were measured to save).
-        solver: `"greedy"`, or `"exact"`, which needs SciPy and finds a best choice at the same budget.
+        solver: `"greedy"`, or `"exact"`, which finds a best choice at the same budget.
         importance: `"gradient"`, `"taylor"` or `"magnitude"`, see `importance()`; or a dict as it returns.
         floor: Float, smallest share of each group of channels that stays; at least one channel does. Defaults to 0.1
             (the published nets keep at least 0.19).
+        divisor: Integer, of which the numbers of channels that stay are multiples, as far as the budget can be met
+            so. Defaults to 8, the multiples that runtimes compute fastest with (benchmarks/pruning.py); the published
+            nets have 1.
         loss: See `importance()`.
         batch_size: Integer, for arrays. Defaults to 32.
         verbose: As in `keras.Model.fit()`.
@@ -739,6 +801,8 @@ def plan(
     for name, share, low in (("reduction", reduction, 0), ("floor", floor, -1)):
         if isinstance(share, bool) or not isinstance(share, int | float) or not low < share < 1:
             raise ValueError(f"Expected {name} between 0 and 1. Received: {name}={share!r}")
+    if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 1:
+        raise ValueError(f"Expected divisor as a positive integer. Received: divisor={divisor!r}")
     kind = importance if isinstance(importance, str) else "given"
     if kind != "given":
         one_of("importance", kind, KINDS)
@@ -748,56 +812,80 @@ def plan(
     price = COSTS[cost](model, reading, _size(model, reading, dataset))
     scores = (
         _checked(importance, parts)
-        if kind == "given"
+        if not isinstance(importance, str)
         else _importance(model, dataset, kind, loss=loss, batch_size=batch_size, verbose=verbose)
     )
-    order = {group: np.argsort(-scores[group.name], kind="stable") for group in parts}
-    least = {group: max(1, math.ceil(floor * group.size)) for group in parts}
     before = price(net)
-    # The saving of one channel, with what the next layers save; not additive, which is why the budget is searched.
-    unit = {
-        group: before - price(_with_sizes(net, {group: group.size - 1})) if group.size > 1 else 0 for group in parts
-    }
-    values = np.concatenate([scores[group.name][order[group][least[group] :]] for group in parts])
-    weights = np.concatenate([np.full(group.size - least[group], unit[group]) for group in parts])
-    owner = np.repeat(np.arange(len(parts)), [group.size - least[group] for group in parts])
-
-    def sizes(solution: knapsack.Solution) -> dict[Group, int]:
-        counts = np.bincount(owner[solution.chosen], minlength=len(parts))
-        return {group: least[group] + int(count) for group, count in zip(parts, counts, strict=True)}
-
     target = (1 - reduction) * before
-    lowest = price(_with_sizes(net, least))
-    if lowest > target:
-        raise ValueError(
-            f"Expected reduction of at most {1 - lowest / before:.3f}, at which a share of {floor} of each group stays. "
-            f"Received: reduction={reduction}"
-        )
-    low, high = 0.0, float(weights.sum())
-    for _ in range(60):
-        middle = (low + high) / 2
-        after = price(_with_sizes(net, sizes(knapsack.greedy(values, weights, middle))))
-        low, high = (middle, high) if after <= target else (low, middle)
-    solution = knapsack.SOLVERS[solver](values, weights, low)
-    chosen = np.split(solution.chosen, np.cumsum([group.size - least[group] for group in parts])[:-1])
+    # A coarse step may miss a small budget: a channel of a chain costs in many layers.
+    while True:
+        stay, gap = _chosen(net, scores, price, target, solver, floor, divisor)
+        smaller = _with_sizes(net, stay)
+        if divisor == 1 or target - price(smaller) <= 0.01 * reduction * before:
+            break
+        divisor = max(1, divisor // 2)
     removed = {
-        group.name: tuple(np.sort(order[group][least[group] :][~stays]).tolist())
-        for group, stays in zip(parts, chosen, strict=True)
-        if not stays.all()
+        group.name: tuple(np.sort(np.argsort(-scores[group.name], kind="stable")[stay[group] :]).tolist())
+        for group in parts
     }
-    smaller = _with_sizes(net, sizes(solution))
     return Plan(
         model=nearest(net),
         blocks=smaller.widths,
-        removed=removed,
+        removed={name: channels for name, channels in removed.items() if channels},
         before=before,
         after=price(smaller),
         asked=reduction,
         cost=cost,
         solver=solver,
-        gap=solution.gap,
+        gap=gap,
         importance=kind,
     )
+
+
+def _chosen(
+    net: Architecture, scores, price, target: float, solver: str, floor: float, divisor: int
+) -> tuple[dict[Group, int], float]:
+    """How many channels of each group stay, those of the highest scores, and the solver's gap."""
+    parts = groups(net)
+    steps = [_steps(group.size, math.ceil(floor * group.size), divisor) for group in parts]
+    before = price(net)
+    # The saving of one channel, with what the next layers save.
+    unit = [before - price(_with_sizes(net, {group: group.size - 1})) if group.size > 1 else 0 for group in parts]
+    ranked = [np.append(0, np.cumsum(-np.sort(-scores[group.name]))) for group in parts]
+    items = knapsack.Items(
+        [np.diff(sums[sizes]) for sums, sizes in zip(ranked, steps, strict=True)],
+        [np.diff(sizes) * saving for sizes, saving in zip(steps, unit, strict=True)],
+    )
+
+    def sizes_of(counts) -> dict[Group, int]:
+        return {group: int(step[count]) for group, step, count in zip(parts, steps, counts, strict=True)}
+
+    def fits(counts) -> bool:
+        return price(_with_sizes(net, sizes_of(counts))) <= target
+
+    least = [0] * len(parts)
+    if not fits(least):
+        lowest = 1 - price(_with_sizes(net, sizes_of(least))) / before
+        raise ValueError(
+            f"Expected reduction of at most {lowest:.3f}, at which a share of {floor} of each group of channels "
+            f"stays. Received: reduction={1 - target / before:.3g}"
+        )
+    # Savings do not add up, so that the capacity with which the net meets the target is searched for.
+    low, high = 0.0, float(np.sum(items.weights))
+    for _ in range(50):
+        middle = (low + high) / 2
+        met = fits(items.counts(knapsack.greedy(items.values, items.weights, middle)))
+        low, high = (middle, high) if met else (low, middle)
+    counts = items.counts(knapsack.SOLVERS[solver](items.values, items.weights, low))
+    counts = items.filled(counts, fits)
+    return sizes_of(counts), items.solution(counts).gap
+
+
+def _steps(size: int, least: int, divisor: int) -> np.ndarray:
+    """The numbers of channels that a group may keep: multiples of the divisor, and all of them."""
+    divisor = min(divisor, size)
+    first = max(1, -(-least // divisor)) * divisor
+    return np.unique(np.append(np.arange(min(first, size), size, divisor), size))
 
 
 _importance = importance  # the argument of the same name hides it

@@ -39,6 +39,7 @@ ALLOWED = {
         "keras",
     },
     "predictor": {"preprocessing"},
+    "pruner": {"blocks", "describe", "predictor", "preprocessing", "pruning", "weights.writers", "keras"},
     "cli": {"__version__"},
     "__init__": set(),
     "weights.__init__": set(),

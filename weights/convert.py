@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from keras_effnet.arch import Architecture, Layer, owners, resolve
+from keras_effnet.arch import Architecture, Layer, owners, resolve, with_widths
 from keras_effnet.errors import one_of, unknown
 from keras_effnet.variants import VARIANTS, identify
 from keras_effnet.weights import readers, registry, writers
@@ -634,7 +634,7 @@ def convert_file(
         raise unknown("model", model, VARIANTS)
     with readers.opened(source_path, raw) as tensors:
         contents = _Contents(tensors, source_path, source, raw)
-        model, architecture, channels, classes = _identify(contents, model)
+        model, architecture, channels, classes = _identify(contents, model, pruned=True)
         if target != "tpu" and contents.format == "tpu" and classes == 1001:
             classes = 1000
         report, plan = _match(contents, architecture, channels, classes, include_top=True)
@@ -645,7 +645,7 @@ def convert_file(
         preprocessing = known or VARIANTS[model].preprocessing
     numbers = constants(preprocessing, channels)
     if target == "own":
-        _write_own(values, path, model, channels, classes, preprocessing)
+        _write_own(values, path, model, architecture, channels, classes, preprocessing)
     else:
         _write(values, path, target, architecture, channels, classes, numbers)
     return model
@@ -673,13 +673,19 @@ def _checked_target(path, target: str | None) -> str:
     return ended
 
 
-def _identify(contents: _Contents, model: str | None) -> tuple[str, Architecture, int, int | None]:
-    """The model whose tensors a file holds, with its channels and classes; of several, those that differ least."""
+def _identify(
+    contents: _Contents, model: str | None, pruned: bool = False
+) -> tuple[str, Architecture, int, int | None]:
+    """The model whose tensors a file holds, with its channels and classes; of several, those that differ least.
+
+    If `pruned`, also one whose blocks have other channels, as many as the file has.
+    """
     found = []
-    for name in [model] if model else VARIANTS:
-        architecture = resolve(VARIANTS[name])
-        if model is None and not _has_names(architecture, contents.naming):
-            continue
+    nets = [(name, resolve(VARIANTS[name])) for name in ([model] if model else VARIANTS)]
+    nets = [(name, net) for name, net in nets if model or _has_names(net, contents.naming)]
+    if pruned:
+        nets += [(name, _with_widths_of(contents, net)) for name, net in nets]
+    for name, architecture in nets:
         stem = contents.shape_of(architecture, "stem_conv", "kernel")
         shape = stem and _as_ours(foreign_names(architecture, contents.naming)["stem_conv", "kernel"], stem)
         channels = shape[2] if shape and len(shape) == 4 else 3
@@ -696,7 +702,31 @@ def _identify(contents: _Contents, model: str | None) -> tuple[str, Architecture
     return name, architecture, channels, classes
 
 
-def _write_own(values: Values, path, model: str, channels: int, classes: int | None, preprocessing) -> None:
+def _with_widths_of(contents: _Contents, architecture: Architecture) -> Architecture:
+    """The net with the channels that its blocks have in a file; as it is where the file has others blocks."""
+    names = foreign_names(architecture, contents.naming)
+
+    def channels(layer: str, variable: str) -> int:
+        name = names.get((layer, variable))
+        stored = name and contents.tensors.get(name.key)
+        return stored.shape[0] if stored and len(stored.shape) == 1 else 0
+
+    widths = [
+        (
+            channels(f"{start}expand_bn", "gamma"),
+            channels(f"{start}se_reduce", "bias"),
+            channels(f"{start}project_bn", "gamma"),
+        )
+        for start in (f"block{block.name}_" for block in architecture.blocks)
+    ]
+    with suppress(ValueError):
+        return with_widths(architecture, widths)
+    return architecture
+
+
+def _write_own(
+    values: Values, path, model: str, architecture: Architecture, channels: int, classes: int | None, preprocessing
+) -> None:
     from keras_effnet.models import create_model
 
     side = VARIANTS[model].resolution
@@ -708,6 +738,7 @@ def _write_own(values: Values, path, model: str, channels: int, classes: int | N
         classes=classes or 1000,
         preprocessing=preprocessing,
         data_format="channels_last",
+        blocks=architecture.widths,
     )
     for layer in net.layers:
         for weight in layer.weights:

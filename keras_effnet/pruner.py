@@ -1,0 +1,308 @@
+"""From a trained model and a folder of photographs to a pruned model and a report."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_effnet import blocks, pruning
+from keras_effnet.describe import plot_channels
+from keras_effnet.predictor import photographs
+from keras_effnet.preprocessing import image_loader
+from keras_effnet.weights import writers
+
+HELD_OUT = 5  # of a folder that is not split already, each fifth photograph
+VALIDATION = ("val", "validation", "test")
+
+
+class Photographs(keras.utils.PyDataset):
+    """Batches of (pixels, class numbers) from files, decoded, cropped and resized as the model's weights expect.
+
+    Args:
+        files: Sequence of pairs of a path and a class number.
+        load: Function from a path to pixels, see `preprocessing.image_loader()`.
+        batch_size: Integer.
+        shuffle: Boolean, whether each epoch has an order of its own.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int]], load: Callable, batch_size: int, shuffle: bool = False):
+        super().__init__(workers=2)
+        self.files, self.load, self.batch_size, self.shuffle = list(files), load, batch_size, shuffle
+        self._random = np.random.default_rng(0)
+        self.on_epoch_end()
+
+    def __len__(self):
+        return -(-len(self.files) // self.batch_size)
+
+    def on_epoch_end(self):
+        """Draws the next epoch's order."""
+        count = len(self.files)
+        self._order = self._random.permutation(count) if self.shuffle else np.arange(count)
+
+    def __getitem__(self, index):
+        chosen = [self.files[place] for place in self._order[index * self.batch_size : (index + 1) * self.batch_size]]
+        return np.stack([self.load(path) for path, _ in chosen]), self.labels(chosen)
+
+    @staticmethod
+    def labels(files) -> np.ndarray:
+        """Class numbers of files."""
+        return np.array([label for _, label in files], "int32")
+
+
+def labelled(folder: Path) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """Finds photographs to train and to test with.
+
+    Args:
+        folder: Path of a folder with one for each class; or of one with such folders `train` and `val` (or
+            `validation`, or `test`). Else each fifth photograph of a class is held out.
+
+    Returns:
+        Tuple of the classes' names, in alphabetical order, and the two lists of pairs (path, class number).
+
+    Raises:
+        ValueError: If there are none.
+    """
+
+    def classes(place: Path) -> dict[str, list[Path]]:
+        names = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return {name: [path for path in photographs([place / name]) if path.is_file()] for name in names}
+
+    if not folder.is_dir():
+        raise ValueError(f"Expected a folder of photographs, one folder per class. Received: {str(folder)!r}")
+    held = next((folder / name for name in VALIDATION if (folder / name).is_dir()), None)
+    if held and (folder / "train").is_dir():
+        train, test = classes(folder / "train"), classes(held)
+    else:
+        found = classes(folder)
+        test = {name: files[HELD_OUT - 1 :: HELD_OUT] for name, files in found.items()}
+        train = {name: [file for file in files if file not in set(test[name])] for name, files in found.items()}
+    empty = [name for name, files in train.items() if not files]
+    if not train or empty or list(test) != list(train) or not any(test.values()):
+        told = f"no photograph of {', '.join(empty)}" if empty else f"{', '.join(train) or 'none'}"
+        raise ValueError(
+            f"Expected a folder per class with photographs, or 'train' and 'val' with the same ones. Received: "
+            f"{str(folder)!r} with {told}"
+        )
+    pairs = [[(file, number) for number, name in enumerate(train) for file in part[name]] for part in (train, test)]
+    return list(train), pairs[0], pairs[1]
+
+
+def prune(
+    path: str | os.PathLike,
+    data: str | os.PathLike,
+    out: str | os.PathLike,
+    reduction: float = 0.4,
+    *,
+    cost: str = "macs",
+    solver: str = "greedy",
+    importance: str = "gradient",
+    divisor: int = 8,
+    calibration: int = 1000,
+    epochs: int = 10,
+    gamma: float = 0.2,
+    learning_rate: float = 0.01,
+    batch_size: int = 32,
+    crop: bool = False,
+    verbose: int = 1,
+    on_step: Callable[[str], Any] = lambda step: None,
+) -> dict[str, Any]:
+    """Plans, prunes, distills and evaluates.
+
+    The folder `out` then holds `pruned.keras`, `plan.json`, `report.json`, `report.md` and `channels.png`. The same
+    call goes on where an earlier one was interrupted: with its plan, and after the last epoch that was finished.
+
+    Args:
+        path: Path of a trained classifier as a `.keras` file.
+        data: Path of a folder of photographs, see `labelled()`. The classes' alphabetical order is the model's.
+        out: Path of the folder to write to. Made where it does not exist.
+        reduction: See `pruning.plan()`.
+        cost: See `pruning.plan()`.
+        solver: See `pruning.plan()`.
+        importance: `"gradient"`, `"taylor"` or `"magnitude"`, see `pruning.importance()`.
+        divisor: See `pruning.plan()`.
+        calibration: Integer, photographs that the importance is computed from. Defaults to 1000.
+        epochs: Integer, of distillation. Defaults to 10.
+        gamma: See `pruning.distill()`.
+        learning_rate: See `pruning.distill()`.
+        batch_size: Integer. Defaults to 32.
+        crop: Boolean, whether photographs are cropped as `load_image()` does for the published weights. Defaults to
+            False: the largest window of the model's shape. As the model was trained is right.
+        verbose: As in `keras.Model.fit()`.
+        on_step: Function that is called with each step's name.
+
+    Returns:
+        Dict, the content of `report.json`.
+
+    Raises:
+        OSError: If a file cannot be read or written.
+        ValueError: If an argument is not valid, or the model and the folder have other numbers of classes.
+    """
+    out = Path(out)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"Expected a .keras file. Received: {os.fspath(path)!r}, which does not exist")
+    names, train, test = labelled(Path(data))
+    teacher: Any = keras.models.load_model(path, compile=False)
+    blocks.find(teacher)
+    if len(teacher.outputs) != 1 or teacher.output_shape != (None, len(names)):
+        raise ValueError(
+            f"Expected a model of the {len(names)} classes of {os.fspath(data)!r}. Received: {teacher.name!r}, whose "
+            f"output has the shape {teacher.output_shape}"
+        )
+    load = image_loader(teacher, crop=crop)
+    chosen = np.random.default_rng(0).permutation(len(train))[:calibration]
+    calibrating = Photographs([train[place] for place in chosen], load, batch_size)
+    training, testing = Photographs(train, load, batch_size, shuffle=True), Photographs(test, load, batch_size)
+    out.mkdir(parents=True, exist_ok=True)
+
+    settings = {"asked": reduction, "cost": cost, "solver": solver, "importance": importance}
+    plan = pruning.Plan.load(out / "plan.json") if (out / "plan.json").exists() else None
+    if plan is None or any(getattr(plan, key) != value for key, value in settings.items()):
+        on_step(f"Importance of the channels, from {len(chosen)} photographs")
+        plan = pruning.plan(teacher, calibrating, reduction, cost, solver, importance, divisor=divisor, verbose=verbose)
+    student = pruning.apply(teacher, plan)
+    plan.save(out / "plan.json")
+
+    def accuracy(model) -> float:
+        found = model.predict(testing, verbose=verbose)
+        return float(np.mean(np.argmax(found, -1) == testing.labels(testing.files)))
+
+    on_step(f"Accuracy of the whole and of the pruned model, on {len(test)} photographs")
+    accuracies = {"whole": accuracy(teacher), "pruned": accuracy(student)}
+    if epochs:
+        on_step(f"Distillation, {epochs} epochs of {len(train)} photographs")
+        student.trainable = True  # what was frozen cannot make up for what it lost
+        backup = out / ".training"
+        pruning.distill(
+            student,
+            teacher,
+            training,
+            epochs=epochs,
+            gamma=gamma,
+            learning_rate=learning_rate,
+            backup_dir=backup,
+            verbose=verbose,
+        )
+        on_step("Accuracy after distillation")
+        accuracies["distilled"] = accuracy(student)
+    with writers.replacing(out / "pruned.keras") as temporary:
+        student.save(temporary)
+    on_step("Latency")
+    report = {
+        "model": os.fspath(path),
+        "photographs": {"train": len(train), "test": len(test), "calibration": len(chosen), "classes": names},
+        "plan": settings | {"reduction": plan.reduction, "gap": plan.gap, "variant": plan.model, "divisor": divisor},
+        "distillation": {"epochs": epochs, "gamma": gamma, "learning_rate": learning_rate},
+        "accuracy": accuracies,
+        "macs": _both(teacher, student, calibrating, "macs"),
+        "params": _both(teacher, student, calibrating, "params"),
+        "latency": _latencies(teacher, student),
+        "blocks": {"whole": blocks.find(teacher)[1].architecture.widths, "pruned": plan.blocks},
+    }
+    plot_channels(report["blocks"]["whole"], plan.blocks, out / "channels.png")
+    with writers.replacing(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    with writers.replacing(out / "report.md") as temporary:
+        temporary.write_text(_markdown(report))
+    return report
+
+
+def _both(teacher, student, data, cost: str) -> dict[str, float]:
+    return dict(
+        zip(("whole", "pruned"), (pruning.cost(model, cost, data) for model in (teacher, student)), strict=True)
+    )
+
+
+def _latencies(teacher, student) -> dict[str, dict[str, float]]:
+    """Median seconds for one photograph, each with the other in turn: in Keras, and in LiteRT where it is there."""
+    runs = {
+        "keras": pruning.latency([teacher, student]),
+        "keras, 32 at a time": pruning.latency([teacher, student], 32),
+    }
+    try:
+        runs["litert"] = litert_latency([teacher, student])
+    except Exception as error:  # Keras exports from TensorFlow, and not every layer of a user's own
+        del error
+    return {name: dict(zip(("whole", "pruned"), seconds, strict=True)) for name, seconds in runs.items()}
+
+
+def litert_latency(models: Sequence[keras.Model], rounds: int = 50) -> list[float]:
+    """Measures what models take for one image once they are exported to LiteRT, in turn.
+
+    Args:
+        models: Models of one input.
+        rounds: Integer, times that each is measured. Defaults to 50.
+
+    Returns:
+        List of the median seconds of each.
+
+    Raises:
+        ImportError: If LiteRT is missing.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    def runner(path, shape):
+        interpreter = Interpreter(path, num_threads=os.cpu_count())
+        place = interpreter.get_input_details()[0]["index"]
+        interpreter.resize_tensor_input(place, shape)
+        interpreter.allocate_tensors()
+        pixels = np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
+
+        def run():
+            interpreter.set_tensor(place, pixels)
+            interpreter.invoke()
+
+        return run
+
+    with tempfile.TemporaryDirectory() as folder:
+        runners = []
+        for number, model in enumerate(models):
+            file = f"{folder}/{number}.tflite"
+            model.export(file, format="litert", verbose=False)
+            runners.append(runner(file, (1, *pruning.known_shape(model))))
+        return pruning.timed(runners, rounds)
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    """The report as a page."""
+    plan, accuracy = report["plan"], report["accuracy"]
+
+    def row(name: str, key: str, scale: float, unit: str) -> str:
+        whole, pruned = report[key]["whole"], report[key]["pruned"]
+        return f"| {name} | {whole / scale:.2f} {unit} | {pruned / scale:.2f} {unit} | {pruned / whole:.3f} |"
+
+    lines = [
+        f"# {Path(report['model']).name}, pruned",
+        "",
+        f"{plan['reduction']:.1%} of the {plan['cost']} less ({plan['asked']:.1%} asked; importance "
+        f"{plan['importance']}, solver {plan['solver']}, gap to the fractional bound {plan['gap']:.2e}).",
+        "",
+        "| | whole | pruned | ratio |",
+        "|---|---|---|---|",
+        row("multiply-adds", "macs", 1e6, "M"),
+        row("parameters", "params", 1e6, "M"),
+    ]
+    for name, seconds in report["latency"].items():
+        whole, pruned = seconds["whole"], seconds["pruned"]
+        lines.append(f"| latency, {name} | {whole * 1e3:.2f} ms | {pruned * 1e3:.2f} ms | {pruned / whole:.3f} |")
+    counted = report["photographs"]
+    lines += [
+        "",
+        f"| model | accuracy on {counted['test']} photographs of {len(counted['classes'])} classes |",
+        "|---|---|",
+        *(f"| {name} | {value:.2%} |" for name, value in accuracy.items()),
+        "",
+        "![channels that are kept per block](channels.png)",
+        "",
+        "| block | expand | squeeze-and-excite | out |",
+        "|---|---|---|---|",
+    ]
+    for name, old in report["blocks"]["whole"].items():
+        pairs = zip(old, report["blocks"]["pruned"][name], strict=True)
+        cells = (f"{new} of {full}" if new != full else str(full or "-") for full, new in pairs)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
