@@ -1,4 +1,4 @@
-"""EfficientNets in Keras 3: B0-B8, L2, Lite, EdgeTPU and CondConv, with their published weights.
+"""EfficientNets in Keras 3: B0-B8, L2, Lite, EdgeTPU, CondConv and pruned nets, with their published weights.
 
 The public names stand in `__init__.pyi`. Each is resolved when it is first used (PEP 562), so that a command that needs
 no Keras starts without it.

@@ -243,7 +243,7 @@ def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.P
     path = Path(path)
     _check_picture(path)
     descriptions = [describe(model) for model in models]
-    figure_class = _figure_class()
+    figures = figure_class()
 
     box = 0.5 if len(models) == 1 else 0.19  # inches
     widths = [
@@ -251,7 +251,7 @@ def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.P
     ]
     width = max(sum(widths) + 0.2, 3.6)
     height = 0.62 * max(len(description["stages"]) for description in descriptions) + 1.3
-    figure = figure_class(figsize=(width, height))
+    figure = figures(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
@@ -276,7 +276,8 @@ def _check_picture(path: Path) -> None:
         )
 
 
-def _figure_class():
+def figure_class():
+    """Matplotlib's figure. An `ImportError` tells where it is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -373,7 +374,7 @@ def plot_tradeoff(path: str | os.PathLike) -> Path:
     """
     path = Path(path)
     _check_picture(path)
-    figure = _figure_class()(figsize=(11, 5.2), layout="constrained")
+    figure = figure_class()(figsize=(11, 5.2), layout="constrained")
     rows = tradeoff()
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key, unit, label in zip(
@@ -432,7 +433,7 @@ def plot_channels(
     """
     path = Path(path)
     _check_picture(path)
-    figure = _figure_class()(figsize=(max(6, 0.36 * len(whole)), 4.6), layout="constrained")
+    figure = figure_class()(figsize=(max(6, 0.36 * len(whole)), 4.6), layout="constrained")
     places = range(len(whole))
     for axes, column, title, colour in zip(
         figure.subplots(2, 1, sharex=True),

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from keras_effnet import blocks, pruning
-from keras_effnet.describe import plot_channels
+from keras_effnet.describe import figure_class, plot_channels
 from keras_effnet.predictor import photographs
 from keras_effnet.preprocessing import image_loader
 from keras_effnet.weights import writers
@@ -139,10 +139,12 @@ def prune(
         Dict, the content of `report.json`.
 
     Raises:
+        ImportError: If matplotlib is missing.
         OSError: If a file cannot be read or written.
         ValueError: If an argument is not valid, or the model and the folder have other numbers of classes.
     """
     out = Path(out)
+    figure_class()  # what is missing is told before the work
     if not os.path.isfile(path):
         raise FileNotFoundError(f"Expected a .keras file. Received: {os.fspath(path)!r}, which does not exist")
     names, train, test = labelled(Path(data))
@@ -200,7 +202,7 @@ def prune(
         "accuracy": accuracies,
         "macs": _both(teacher, student, calibrating, "macs"),
         "params": _both(teacher, student, calibrating, "params"),
-        "latency": _latencies(teacher, student),
+        "latency": _latencies(teacher, student, on_step),
         "blocks": {"whole": blocks.find(teacher)[1].architecture.widths, "pruned": plan.blocks},
     }
     plot_channels(report["blocks"]["whole"], plan.blocks, out / "channels.png")
@@ -217,17 +219,14 @@ def _both(teacher, student, data, cost: str) -> dict[str, float]:
     )
 
 
-def _latencies(teacher, student) -> dict[str, dict[str, float]]:
-    """Median seconds for one photograph, each with the other in turn: in Keras, and in LiteRT where it is there."""
-    runs = {
-        "keras": pruning.latency([teacher, student]),
-        "keras, 32 at a time": pruning.latency([teacher, student], 32),
-    }
+def _latencies(teacher, student, on_step) -> dict[str, dict[str, float]]:
+    """Median seconds for a batch, each model with the other in turn: in Keras, and in LiteRT where it can be had."""
+    runs = {f"keras, batch {size}": pruning.latency([teacher, student], size) for size in (1, 32)}
     try:
-        runs["litert"] = litert_latency([teacher, student])
-    except Exception as error:  # Keras exports from TensorFlow, and not every layer of a user's own
-        del error
-    return {name: dict(zip(("whole", "pruned"), seconds, strict=True)) for name, seconds in runs.items()}
+        runs["litert, batch 1"] = litert_latency([teacher, student])
+    except Exception as error:  # no LiteRT, a backend that Keras does not export from, a layer of a user's own
+        on_step(f"No latency in LiteRT: {' '.join(str(error).split())[:200]}")
+    return {name: dict(zip(("whole", "pruned"), times, strict=True)) for name, times in runs.items()}
 
 
 def litert_latency(models: Sequence[keras.Model], rounds: int = 50) -> list[float]:

@@ -431,7 +431,12 @@ def _copied(model: keras.Model, holder: keras.Model, configs: dict[str, dict], c
             return initializers.apply(layer, args[0])
 
         calls: Any = {} if isinstance(inside, keras.Sequential) else {"call_function": call}
-        clone = keras.models.clone_model(inside, clone_function=layer_of, **calls)
+        # Keras would compile the copy, from names that it may not know, such as a loss of the user's own.
+        compiled, inside.compiled = inside.compiled, False
+        try:
+            clone = keras.models.clone_model(inside, clone_function=layer_of, **calls)
+        finally:
+            inside.compiled = compiled
         if not inside.trainable:
             clone.trainable = False
         clone._called = True  # see models._functional()
@@ -455,8 +460,8 @@ def apply(model: keras.Model, plan: "Plan | str | os.PathLike") -> keras.Model:
         plan: A `Plan`, or the path of its file.
 
     Returns:
-        A `keras.Model` of the same structure, with all that the user built around the network, which can be trained,
-        saved and exported as any other.
+        A `keras.Model` of the same structure, with all that the user built around the network, not compiled. It can be
+        trained, saved and exported as any other.
 
     Raises:
         OSError: If the plan's file cannot be read.
