@@ -304,7 +304,11 @@ def with_widths(
     blocks, arriving = [], architecture.stem_filters
     for block, given in zip(architecture.blocks, widths, strict=True):
         before = (block.expand_filters, block.se_filters, block.filters_out)
-        whole = len(given) == 3 and all(isinstance(width, Integral) and not isinstance(width, bool) for width in given)
+        whole = (
+            isinstance(given, Sequence)
+            and len(given) == 3
+            and all(isinstance(width, Integral) and not isinstance(width, bool) for width in given)
+        )
         expand, se, out = map(int, given if whole else (-1, -1, -1))
         if not block.expand_filters and expand == arriving:
             expand = 0

@@ -5,7 +5,7 @@ arXiv 2002.08258, and its code (yoniaflalo/knapsack_pruning @ 375abf9, external/
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -29,10 +29,17 @@ def first(dataset: Any) -> tuple[Any, Any]:
     Raises:
         ValueError: If there are none.
     """
-    if isinstance(dataset, tuple | list):
+    if isinstance(dataset, tuple | list) and not any(isinstance(part, tuple | list) for part in dataset[:1]):
         batch = [part[:1] for part in dataset]
+    elif isinstance(dataset, keras.utils.PyDataset):
+        batch = dataset[0]
+    elif isinstance(dataset, Iterable) and not isinstance(dataset, Iterator | tuple | list):
+        batch = next(iter(dataset), None)
     else:
-        batch = dataset[0] if isinstance(dataset, keras.utils.PyDataset) else next(iter(dataset), None)
+        raise ValueError(
+            "Expected a pair of arrays (pixels, labels), or a dataset of batches of them that can be gone through "
+            f"again. Received: {type(dataset).__name__}"
+        )
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         raise ValueError(f"Expected batches of (pixels, labels). Received: {type(batch).__name__}")
     return batch[0], batch[1]
@@ -40,8 +47,10 @@ def first(dataset: Any) -> tuple[Any, Any]:
 
 def fit(runner: keras.Model, dataset: Any, batch_size: int, **kwargs) -> keras.callbacks.History:
     """`runner.fit()` on arrays or on batches."""
+    first(dataset)
     if isinstance(dataset, tuple | list):
-        return runner.fit(*dataset, batch_size=batch_size, **kwargs)
+        arrays = dict(zip(("x", "y", "sample_weight"), dataset, strict=False))
+        return runner.fit(**arrays, batch_size=batch_size, **kwargs)
     return runner.fit(dataset, **kwargs)
 
 
@@ -57,10 +66,15 @@ def loss_of(model: keras.Model, dataset: Any, loss: Any = None) -> Any:
         A Keras loss, or its name.
     """
     loss = loss or getattr(model, "loss", None)
+    if isinstance(loss, dict | list | tuple) and len(loss) == 1:
+        (loss,) = loss.values() if isinstance(loss, dict) else loss
     if loss is not None:
         return loss
     shape, classes = first(dataset)[1].shape, model.output_shape[-1]
-    one_hot = len(shape) > 1 and shape[-1] == classes > 1
+    activation = getattr(_last(model)[0], "activation", None)
+    if classes == 1 or activation == keras.activations.sigmoid:
+        return keras.losses.BinaryCrossentropy(from_logits=activation != keras.activations.sigmoid)
+    one_hot = len(shape) > 1 and shape[-1] == classes
     kind = keras.losses.CategoricalCrossentropy if one_hot else keras.losses.SparseCategoricalCrossentropy
     return kind(from_logits=not _ends_in_activation(model))
 
@@ -76,7 +90,8 @@ def _last(model: keras.Model):
 
 def _ends_in_activation(model: keras.Model) -> bool:
     operation, _ = _last(model)
-    return isinstance(operation, keras.layers.Softmax) or getattr(operation, "activation", None) not in (
+    softmax = isinstance(operation, keras.layers.Softmax) or type(operation).__name__ == "Softmax"
+    return softmax or getattr(operation, "activation", None) not in (
         None,
         keras.activations.linear,
     )
@@ -139,8 +154,11 @@ def _around(model: keras.Model) -> keras.Model:
     # A sequential model cannot be gone through, its graph can.
     graph = keras.Model(model.inputs, model.outputs)
     same = keras.models.clone_model(graph, clone_function=lambda layer: layer, call_function=call)
-    if not isinstance(model.outputs[0]._keras_history.operation, keras.Model):
+    last = model.outputs[0]._keras_history.operation
+    if not isinstance(last, keras.Model):
         modules["logits"] = _logits(same)
+    elif blocks.find(model)[0] is not last:  # a head that is a model
+        modules["logits"] = same.outputs[0]
     return keras.Model(same.inputs, modules | {"output": same.outputs[0]})
 
 
@@ -308,13 +326,14 @@ def distill(
     Reference:
         arXiv 2002.08258, section 4; recipe of train_pruning.py:88-120.
     """
-    _, reading = blocks.find(student)
+    holder, reading = blocks.find(student)
     if not any(layer.trainable_weights for name, layer in reading.layers.items() if name.startswith("block")):
         raise ValueError(
-            f"Expected a student that can be trained. Received: {student.name!r}, whose blocks are frozen. "
-            "Set student.trainable = True"
+            f"Expected a student that can be trained. Received: {student.name!r}, whose blocks are frozen. Set "
+            f"{'student' if holder is student else f'student.get_layer({holder.name!r})'}.trainable = True"
         )
-    flags = [(layer, layer.trainable) for layer in teacher._flatten_layers()]
+    layers = [(layer, layer._trainable) for layer in teacher._flatten_layers()]
+    variables = [(variable, variable.trainable) for variable in teacher.variables]
     distiller = Distiller(student, teacher, gamma)
     try:
         distiller.compile(
@@ -335,13 +354,14 @@ def distill(
             **kwargs,
         )
     finally:
-        for layer, trainable in flags:
-            layer._trainable = trainable  # of this layer alone: the setter is for all inside
-        for layer, trainable in reversed(flags):
-            layer.trainable = trainable
+        # A layer's own flag, and the variables': the setter is for all inside, and does nothing where it is set.
+        for layer, trainable in layers:
+            layer._trainable = trainable
+        for variable, trainable in variables:
+            variable.trainable = trainable
 
 
-def _steps(data, batch_size: int) -> int | None:
+def _steps(data: Any, batch_size: int) -> int | None:
     """Batches per epoch, where the data know."""
     if isinstance(data, tuple | list):
         return -(-len(data[0]) // batch_size)

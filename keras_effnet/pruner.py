@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from keras_effnet import blocks, pruning
 from keras_effnet.describe import figure_class, plot_channels
 from keras_effnet.predictor import photographs
 from keras_effnet.preprocessing import image_loader
-from keras_effnet.weights import writers
+from keras_effnet.weights import registry, writers
 
 HELD_OUT = 5  # of a folder that is not split already, each fifth photograph
 VALIDATION = ("val", "validation", "test")
@@ -161,13 +162,22 @@ def prune(
     training, testing = Photographs(train, load, batch_size, shuffle=True), Photographs(test, load, batch_size)
     out.mkdir(parents=True, exist_ok=True)
 
-    settings = {"asked": reduction, "cost": cost, "solver": solver, "importance": importance}
-    plan = pruning.Plan.load(out / "plan.json") if (out / "plan.json").exists() else None
-    if plan is None or any(getattr(plan, key) != value for key, value in settings.items()):
+    settings = {"reduction": reduction, "cost": cost, "solver": solver, "importance": importance, "divisor": divisor}
+    distillation = {"epochs": epochs, "gamma": gamma, "learning_rate": learning_rate}
+    # An interrupted call goes on only where all is as it was.
+    state = out / ".training"
+    asked = settings | distillation | {"calibration": calibration, "batch_size": batch_size, "crop": crop}
+    asked |= {"model": registry.digest(path, "sha256"), "photographs": [str(file) for file, _ in (*train, *test)]}
+    going_on = (state / "settings.json").is_file() and json.loads((state / "settings.json").read_text()) == asked
+    if not going_on:
+        shutil.rmtree(state, ignore_errors=True)
         on_step(f"Importance of the channels, from {len(chosen)} photographs")
         plan = pruning.plan(teacher, calibrating, reduction, cost, solver, importance, divisor=divisor, verbose=verbose)
+        plan.save(out / "plan.json")
+        state.mkdir()
+        (state / "settings.json").write_text(json.dumps(asked))
+    plan = pruning.Plan.load(out / "plan.json")
     student = pruning.apply(teacher, plan)
-    plan.save(out / "plan.json")
 
     def accuracy(model) -> float:
         found = model.predict(testing, verbose=verbose)
@@ -177,16 +187,14 @@ def prune(
     accuracies = {"whole": accuracy(teacher), "pruned": accuracy(student)}
     if epochs:
         on_step(f"Distillation, {epochs} epochs of {len(train)} photographs")
-        student.trainable = True  # what was frozen cannot make up for what it lost
-        backup = out / ".training"
+        for layer in student._flatten_layers():  # what was frozen cannot make up for what it lost
+            layer.trainable = True
         pruning.distill(
             student,
             teacher,
             training,
-            epochs=epochs,
-            gamma=gamma,
-            learning_rate=learning_rate,
-            backup_dir=backup,
+            **distillation,
+            backup_dir=state / "backup",
             verbose=verbose,
         )
         on_step("Accuracy after distillation")
@@ -197,8 +205,8 @@ def prune(
     report = {
         "model": os.fspath(path),
         "photographs": {"train": len(train), "test": len(test), "calibration": len(chosen), "classes": names},
-        "plan": settings | {"reduction": plan.reduction, "gap": plan.gap, "variant": plan.model, "divisor": divisor},
-        "distillation": {"epochs": epochs, "gamma": gamma, "learning_rate": learning_rate},
+        "plan": settings | {"asked": reduction, "reduction": plan.reduction, "gap": plan.gap, "variant": plan.model},
+        "distillation": distillation,
         "accuracy": accuracies,
         "macs": _both(teacher, student, calibrating, "macs"),
         "params": _both(teacher, student, calibrating, "params"),
@@ -210,6 +218,7 @@ def prune(
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     with writers.replacing(out / "report.md") as temporary:
         temporary.write_text(_markdown(report))
+    shutil.rmtree(state)
     return report
 
 

@@ -189,7 +189,10 @@ class Plan:
             rows = json.loads(text)
             rows["blocks"] = {str(name): tuple(widths) for name, widths in rows["blocks"].items()}
             rows["removed"] = {str(name): _channels(told) for name, told in rows["removed"].items()}
-            return cls(**rows)
+            plan = cls(**rows)
+            if not 0 <= plan.after <= plan.before or not plan.before or not plan.blocks:
+                raise ValueError("it saves nothing that can be")
+            return plan
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"Expected the JSON of a plan. Received: {str(path)!r} ({error})") from error
 
@@ -364,7 +367,9 @@ def importance(
             layer.trainable = getattr(getattr(layer, "kernel", None), "path", None) in wanted
     runner = _AsInference(copy)
     optimizer = _Sums(wanted, by_channel=kind == "taylor")
-    runner.compile(optimizer, loss_of(model, dataset, loss), auto_scale_loss=False)
+    # One pass does not pay for XLA, which TensorFlow and PyTorch work without.
+    jit: Any = "auto" if keras.backend.backend() == "jax" else False
+    runner.compile(optimizer, loss_of(model, dataset, loss), jit_compile=jit, auto_scale_loss=False)
     fit(runner, dataset, batch_size, verbose=verbose, shuffle=False)
     batches = int(optimizer.iterations)
     sums = {
@@ -418,7 +423,7 @@ def _copied(model: keras.Model, holder: keras.Model, configs: dict[str, dict], c
 
     def new(inside: keras.Model):
         def layer_of(layer):
-            if isinstance(layer, keras.Model) and (layer is holder or hasattr(layer, "layers")):
+            if isinstance(layer, keras.Sequential) or hasattr(layer, "_run_through_graph"):  # a graph of layers
                 return new(layer)
             config = layer.get_config() | (configs.get(layer.name, {}) if inside is holder else {})
             fresh = layer.__class__.from_config(config)
@@ -447,6 +452,8 @@ def _copied(model: keras.Model, holder: keras.Model, configs: dict[str, dict], c
         values = cut(old, [np.asarray(keras.ops.convert_to_numpy(weight.value)) for weight in old.weights])
         for weight, value in zip(fresh.weights, values, strict=True):
             weight.assign(value)
+        if hasattr(fresh, "finalize_state"):  # of Normalization, which computes with copies
+            fresh.finalize_state()
     return copy
 
 
@@ -476,8 +483,10 @@ def apply(model: keras.Model, plan: "Plan | str | os.PathLike") -> keras.Model:
     >>> ke.pruning.apply(model, plan).count_params() < model.count_params()
     True
     """
-    if not isinstance(plan, Plan):
+    if isinstance(plan, str | os.PathLike):
         plan = Plan.load(plan)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"Expected a Plan, or the path of one. Received: {type(plan).__name__}")
     holder, reading = blocks.find(model)
     architecture = reading.architecture
     parts = {group.name: group for group in groups(architecture)}
@@ -496,10 +505,12 @@ def apply(model: keras.Model, plan: "Plan | str | os.PathLike") -> keras.Model:
             kept[index, group.width] = np.setdiff1d(np.arange(group.size), channels)
     sizes = {group: group.size - len(set(plan.removed.get(name, ()))) for name, group in parts.items()}
     smaller = _with_sizes(architecture, sizes)
-    if smaller.widths != {name: tuple(row) for name, row in plan.blocks.items()}:
+    if smaller.widths != plan.blocks:
+        wrong = [name for name, row in smaller.widths.items() if plan.blocks.get(name) != row]
+        name = wrong[0] if wrong else next(name for name in plan.blocks if name not in smaller.widths)
         raise ValueError(
-            f"Expected a plan for {model.name!r}. Received: one that was made for another net, "
-            f"{plan.model or 'of no known variant'}"
+            f"Expected a plan that was made for {model.name!r}, whose block {name} keeps {smaller.widths.get(name)} "
+            f"without the channels that it removes. Received: {plan.blocks.get(name)}, of {plan.model or 'another'}"
         )
     by_layer, configs = _cuts(reading, kept, smaller)
 
@@ -566,13 +577,19 @@ def _size(model: keras.Model, reading: blocks.Reading, dataset) -> tuple[int, in
 
 
 def _around(model: keras.Model, reading: blocks.Reading) -> dict[str, int]:
-    """What the dense layers of the user's own head cost."""
+    """What the layers of the user's own, around the network, cost."""
     ours = {id(layer) for layer in reading.layers.values()}
-    others: list[Any] = [
-        layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Dense) and id(layer) not in ours
-    ]
-    kernels = [math.prod(layer.kernel.shape) for layer in others]
-    return {"macs": sum(kernels), "params": sum(kernels) + sum(layer.units for layer in others if layer.use_bias)}
+    macs = params = 0
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.Model) or id(layer) in ours:
+            continue
+        no_parameters = {"moving_mean", "moving_variance", "mean", "variance", "count"}
+        params += sum(math.prod(weight.shape) for weight in layer.weights if weight.name not in no_parameters)
+        kernel = getattr(layer, "kernel", None)
+        if kernel is not None:
+            outputs = math.prod(side or 1 for side in layer.output.shape[1:])
+            macs += outputs // getattr(layer, "filters", kernel.shape[-1]) * math.prod(kernel.shape)
+    return {"macs": macs, "params": params}
 
 
 def _counted(model, reading: blocks.Reading, size, key: str) -> Callable[[Architecture], int]:
@@ -803,8 +820,8 @@ def plan(
     """
     one_of("cost", cost, COSTS)
     one_of("solver", solver, knapsack.SOLVERS)
-    for name, share, low in (("reduction", reduction, 0), ("floor", floor, -1)):
-        if isinstance(share, bool) or not isinstance(share, int | float) or not low < share < 1:
+    for name, share in (("reduction", reduction), ("floor", floor)):
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
             raise ValueError(f"Expected {name} between 0 and 1. Received: {name}={share!r}")
     if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 1:
         raise ValueError(f"Expected divisor as a positive integer. Received: divisor={divisor!r}")
@@ -824,10 +841,18 @@ def plan(
     target = (1 - reduction) * before
     # A coarse step may miss a small budget: a channel of a chain costs in many layers.
     while True:
-        stay, gap = _chosen(net, scores, price, target, solver, floor, divisor)
-        smaller = _with_sizes(net, stay)
-        if divisor == 1 or target - price(smaller) <= 0.01 * reduction * before:
-            break
+        found = _chosen(net, scores, price, target, solver, floor, divisor)
+        if found:
+            stay, gap = found
+            smaller = _with_sizes(net, stay)
+            if divisor == 1 or target - price(smaller) <= 0.01 * reduction * before:
+                break
+        elif divisor == 1:
+            lowest = 1 - price(_with_sizes(net, {group: _least(group.size, floor) for group in parts})) / before
+            raise ValueError(
+                f"Expected reduction of at most {lowest:.3f}, at which a share of {floor} of each group of channels "
+                f"stays. Received: reduction={reduction}"
+            )
         divisor = max(1, divisor // 2)
     removed = {
         group.name: tuple(np.sort(np.argsort(-scores[group.name], kind="stable")[stay[group] :]).tolist())
@@ -849,10 +874,10 @@ def plan(
 
 def _chosen(
     net: Architecture, scores, price, target: float, solver: str, floor: float, divisor: int
-) -> tuple[dict[Group, int], float]:
-    """How many channels of each group stay, those of the highest scores, and the solver's gap."""
+) -> tuple[dict[Group, int], float] | None:
+    """How many channels of each group stay, those of the highest scores, and the solver's gap. None: too many do."""
     parts = groups(net)
-    steps = [_steps(group.size, math.ceil(floor * group.size), divisor) for group in parts]
+    steps = [_steps(group.size, _least(group.size, floor), divisor) for group in parts]
     before = price(net)
     # The saving of one channel, with what the next layers save.
     unit = [before - price(_with_sizes(net, {group: group.size - 1})) if group.size > 1 else 0 for group in parts]
@@ -868,13 +893,8 @@ def _chosen(
     def fits(counts) -> bool:
         return price(_with_sizes(net, sizes_of(counts))) <= target
 
-    least = [0] * len(parts)
-    if not fits(least):
-        lowest = 1 - price(_with_sizes(net, sizes_of(least))) / before
-        raise ValueError(
-            f"Expected reduction of at most {lowest:.3f}, at which a share of {floor} of each group of channels "
-            f"stays. Received: reduction={1 - target / before:.3g}"
-        )
+    if not fits([0] * len(parts)):
+        return None
     # Savings do not add up, so that the capacity with which the net meets the target is searched for.
     low, high = 0.0, float(np.sum(items.weights))
     for _ in range(50):
@@ -886,11 +906,15 @@ def _chosen(
     return sizes_of(counts), items.solution(counts).gap
 
 
+def _least(size: int, floor: float) -> int:
+    return max(1, math.ceil(floor * size))
+
+
 def _steps(size: int, least: int, divisor: int) -> np.ndarray:
     """The numbers of channels that a group may keep: multiples of the divisor, and all of them."""
     divisor = min(divisor, size)
-    first = max(1, -(-least // divisor)) * divisor
-    return np.unique(np.append(np.arange(min(first, size), size, divisor), size))
+    lowest = -(-least // divisor) * divisor
+    return np.unique(np.append(np.arange(min(lowest, size), size, divisor), size))
 
 
 _importance = importance  # the argument of the same name hides it
