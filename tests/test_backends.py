@@ -18,7 +18,7 @@ SLOW = (
 )
 # Those in which a backend's variables are read, written or trained in ways of their own.
 CHOSEN = {
-    "test_pruning.py": "lite0-0 or condconv-b0-4e-0 or slope or modules_differences or student_learns or own_is_kept",
+    "test_pruning.py": "lite0-0 or slope or modules_differences or student_learns or own_is_kept",
     "test_weights.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body",
 }
 
