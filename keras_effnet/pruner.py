@@ -170,9 +170,9 @@ def prune(
     asked |= {"model": registry.digest(path, "sha256"), "photographs": [str(file) for file, _ in (*train, *test)]}
     going_on = (state / "settings.json").is_file() and json.loads((state / "settings.json").read_text()) == asked
     if not going_on:
-        shutil.rmtree(state, ignore_errors=True)
         on_step(f"Importance of the channels, from {len(chosen)} photographs")
         plan = pruning.plan(teacher, calibrating, reduction, cost, solver, importance, divisor=divisor, verbose=verbose)
+        shutil.rmtree(state, ignore_errors=True)  # of another call, whose work a wrong argument does not lose
         plan.save(out / "plan.json")
         state.mkdir()
         (state / "settings.json").write_text(json.dumps(asked))

@@ -130,6 +130,13 @@ def test_what_does_not_fit_is_told_before_the_work(tmp_path):
     with pytest.raises(ValueError, match="Expected a model of this package"):
         pruner.prune(tmp_path / "other.keras", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    state = tmp_path / "other" / ".training" / "settings.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+    ke.EfficientNetLite0(weights=None, classes=2, input_shape=(32, 32, 3)).save(tmp_path / "two.keras")
+    with pytest.raises(ValueError, match="Nearest: 'exact'"):
+        pruner.prune(tmp_path / "two.keras", folder, tmp_path / "other", solver="exakt")
+    assert state.read_text() == "{}"  # an interrupted call's work
     result = command("prune", tmp_path / "no.keras", "--data", folder, "--out", tmp_path / "out")
     assert result.returncode == 2 and result.stderr.startswith("error: Expected a .keras file")
     assert len(result.stderr.splitlines()) == 1
