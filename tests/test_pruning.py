@@ -483,7 +483,7 @@ def test_the_student_learns_and_the_teacher_stays(digits):
     student = pruning.apply(teacher, random_plan(teacher, 4))
     kinds = [type(layer).__name__ for layer in student.layers]
     history = pruning.distill(
-        student, teacher, digits, digits, epochs=4, gamma=1.0, optimizer="adam", verbose=0
+        student, teacher, digits, digits, epochs=8, gamma=1.0, optimizer="adam", verbose=0
     ).history
     assert (
         history["loss"][-1] < history["loss"][0] and history["distillation_loss"][-1] < history["distillation_loss"][0]
