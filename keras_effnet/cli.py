@@ -330,6 +330,82 @@ def download(model, tag, no_top, as_json) -> None:
         click.echo(path)
 
 
+@main.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("recipe", required=False)
+@click.option("--data", "source", help="Short for --data.source.")
+@click.option("--workdir", help="Folder of the run, or one on Cloud Storage. A run that is in it goes on.")
+@AS_JSON
+@click.option("-h", "--help", "asked", is_flag=True, help="Show this, or after a recipe's name all its fields.")
+@click.argument("changes", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def train(ctx, recipe, source, workdir, as_json, asked, changes) -> None:
+    """Train RECIPE, or go on with it. Without one: list all.
+
+    RECIPE is a name, or the path of a config.json that a run has written. Each of its fields can be changed, such as
+    with --batch-size 256 or --optimizer.peak 0.128.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if recipe is None and asked:
+        click.echo(ctx.get_help())
+        return
+    _need_tensorflow()
+    from keras_effnet.tpu import config, recipes
+
+    if recipe is None:
+        _list_recipes(recipes.every(), as_json)
+        return
+    changes = [*changes, *(("--data.source", source) if source else ()), *(("--help",) if asked else ())]
+    chosen = config.override(recipes.find(recipe), changes, f"keras-effnet train {recipe} --workdir DIR")
+    if not workdir:
+        raise ValueError("Expected a folder for the run: --workdir DIR. Received: none")
+    from keras_effnet.tpu.train import train as run
+
+    result = run(chosen, workdir, quiet=as_json)
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo(f"Wrote {workdir}/model.keras: top-1 {result['ema_top1']:.2%} after {result['steps']} steps")
+
+
+def _need_tensorflow() -> None:
+    if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
+        raise ValueError(
+            "Expected Keras on TensorFlow, which this runner trains with. Received: "
+            f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}"
+        )
+    missing = [name for name in ("tensorflow", "orbit", "tyro", "tensorflow_datasets") if not find_spec(name)]
+    if missing:
+        raise ImportError(
+            f"Expected what training needs. Received: no {', '.join(missing)}. "
+            "Bring it with: pip install 'keras_effnet[tensorflow,tpu]'"
+        )
+
+
+def _list_recipes(found, as_json: bool) -> None:
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json({"recipes": {name: asdict(recipe) for name, recipe in found.items()}})
+        return
+    table = _table("", "recipe", "model", "data", ">epochs", ">batch", "augmentation", ">top-1", "source")
+    for name, recipe in found.items():
+        cells = (
+            name,
+            recipe.model.name.removeprefix("efficientnet-"),
+            recipe.data.source,
+            f"{recipe.epochs:g}",
+            recipe.batch_size,
+            recipe.augment.policy,
+            recipe.expected_top1 or "",
+            recipe.source,
+        )
+        table.add_row(*map(str, cells))
+    _print(
+        table,
+        "Top-1 in per cent, as published; none was run by us. Fields: keras-effnet train RECIPE --help",
+    )
+
+
 @main.command()
 @click.argument("model", metavar="MODEL.keras")
 @click.option("--data", required=True, help="Folder with one per class, or with such ones called train and val.")

@@ -11,6 +11,7 @@ FOLDERS = {
     "keras_effnet": ROOT / "keras_effnet",
     "keras_effnet.weights": ROOT / "weights",
     "keras_effnet.tpu": ROOT / "tpu",
+    "keras_effnet.tpu.recipes": ROOT / "tpu" / "recipes",
 }
 FILES = {f"{package}.{path.stem}": path for package, folder in FOLDERS.items() for path in folder.glob("*.py")}
 
@@ -71,8 +72,56 @@ ALLOWED = {
     },
     "weights.store": {"weights.registry", "weights.writers"},
     "tpu.__init__": set(),
+    "tpu.augment": {"errors", "preprocessing", "tensorflow"},
+    "tpu.config": set(),
+    "tpu.data": {"tpu.augment", "tpu.config", "tpu.sources", "tensorflow"},
+    "tpu.ema": {"keras"},
+    "tpu.losses": {"keras"},
+    "tpu.optim": {"errors", "keras"},
+    "tpu.progress": {"tensorflow"},
+    "tpu.replicas": {"keras", "tensorflow"},
+    "tpu.runner": {"tpu.config", "tpu.step", "tensorflow", "orbit"},
+    "tpu.sources": {"tpu.config", "tensorflow"},
+    "tpu.step": {"tpu.ema", "tpu.losses", "tpu.optim", "keras"},
+    "tpu.train": {
+        "errors",
+        "models",
+        "tpu.config",
+        "tpu.data",
+        "tpu.optim",
+        "tpu.progress",
+        "tpu.replicas",
+        "tpu.runner",
+        "tpu.sources",
+        "tpu.step",
+        "variants",
+        "keras",
+        "tensorflow",
+        "orbit",
+    },
+    "tpu.recipes.__init__": {"errors", "tpu.config"},
 }
-HEAVY = {"keras", "tensorflow", "jax", "torch", "h5py", "matplotlib", "PIL", "pooch", "requests", "rich", "safetensors"}
+# A recipe is numbers: a file of them may import what they are put into.
+ALLOWED |= {
+    name.removeprefix("keras_effnet."): {"tpu.config"}
+    for name in FILES
+    if ".recipes." in name and not name.endswith("__init__")
+}
+
+HEAVY = {
+    "keras",
+    "orbit",
+    "tensorflow",
+    "jax",
+    "torch",
+    "h5py",
+    "matplotlib",
+    "PIL",
+    "pooch",
+    "requests",
+    "rich",
+    "safetensors",
+}
 TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.writers", "export", "layers")
 
 
@@ -113,6 +162,9 @@ def test_modules_import_what_they_may(module):
         assert not everywhere & {"tensorflow", "jax", "torch", "orbit"}
     if short in ("arch", "errors", "variants", "weights.registry", "weights.namemaps", "weights.layouts"):
         assert "keras" not in everywhere
+    # What every runner shares.
+    if short in ("tpu.config", "tpu.ema", "tpu.losses", "tpu.optim", "tpu.step") or ".recipes." in short:
+        assert not everywhere & {"tensorflow", "jax", "torch", "orbit"}
     if not short.startswith(("tpu.", "cli")):
         assert not any(name.startswith("keras_effnet.tpu") for name in imports(tree, True))
 

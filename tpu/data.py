@@ -1,0 +1,389 @@
+"""From a source's examples to batches: decoding, cropping, augmentation, and an account of what cannot be read."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_effnet.tpu import augment
+from keras_effnet.tpu.config import Augment, Data, Recipe
+from keras_effnet.tpu.sources import Source
+
+NAMED = 64  # of images one after the other that cannot be read, so many are named
+
+
+class Skipped:
+    """What one host could not read, kept in a file: where a run goes on follows from it.
+
+    Args:
+        path: Path of a file of JSON lines. None: only in memory.
+        per_epoch: Integer, examples of an epoch on this host.
+        most: Float, share of an epoch's examples from which on the run stops. Defaults to 1.
+
+    Example:
+
+    >>> from keras_effnet.tpu.data import Skipped
+    >>> skipped = Skipped(None, per_epoch=100)
+    >>> _ = skipped(3, 1, [b"cat/broken.jpg"])
+    >>> skipped.position(10), skipped.names
+    (11, ['cat/broken.jpg'])
+    """
+
+    def __init__(self, path: str | None, per_epoch: int, most: float = 1.0):
+        self.path, self.per_epoch, self.most = path, per_epoch, most
+        self.problem: str | None = None
+        self._found: dict[int, str] = {}
+        if path and tf.io.gfile.exists(path):
+            for line in tf.io.gfile.GFile(path).read().splitlines():
+                row = json.loads(line)
+                self._found[row["ordinal"]] = row["name"]
+
+    def __call__(self, first, count, names) -> np.int64:
+        """Takes note of examples, from number `first` on, with the names of the last of them."""
+        if self.problem:  # the run stops; what is read ahead is no longer looked at
+            raise ValueError(self.problem)
+        first, count = int(first), int(count)
+        told = [name.decode() for name in names][-count:]
+        told = ["?"] * (count - len(told)) + told
+        new = {first + place: name for place, name in enumerate(told) if first + place not in self._found}
+        self._found |= new
+        for name in new.values():
+            logging.getLogger("keras_effnet").warning("Skipped an image that cannot be read: %s", name)
+        if self.path and new:
+            with tf.io.gfile.GFile(self.path, "a") as file:
+                file.write("".join(json.dumps({"ordinal": n, "name": name}) + "\n" for n, name in new.items()))
+        epoch = first // self.per_epoch
+        bad = sum(number // self.per_epoch == epoch for number in self._found)
+        if bad > self.most * self.per_epoch:
+            self.problem = (
+                f"Expected at most {self.most:.1%} of the images to be unreadable (data.max_corrupt). Received: {bad} "
+                f"of {self.per_epoch}, such as {', '.join(self.names[-3:])}"
+            )
+            raise ValueError(self.problem)
+        return np.int64(0)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what was skipped, each once."""
+        return list(dict.fromkeys(self._found.values()))
+
+    def position(self, examples: int) -> int:
+        """The number of the next example, after so many that could be read."""
+        for number in sorted(self._found):
+            examples += number <= examples
+        return examples
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of the machines that read.
+
+    Args:
+        index: Integer. Defaults to 0.
+        count: Integer. Defaults to 1.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+def training(
+    source: Source,
+    recipe: Recipe,
+    size: int,
+    batch: int,
+    skipped: Skipped,
+    *,
+    parts: int = 1,
+    start: int = 0,
+    host: Host | None = None,
+) -> tf.data.Dataset:
+    """Batches of one host to train on, without end.
+
+    Every example's randomness follows from the recipe's seed, the epoch and the example alone.
+
+    Args:
+        source: `Source`.
+        recipe: `Recipe`.
+        size: Integer, pixels of an image's side.
+        batch: Integer, images of a batch, on this host.
+        skipped: `Skipped`, what cannot be read is told to it.
+        parts: Integer, replicas of this host: each batch comes in so many parts, one after the other. Defaults to 1.
+        start: Integer, examples on this host that were trained on already. Defaults to 0.
+        host: `Host`. Defaults to the only one.
+
+    Returns:
+        A `tf.data.Dataset` of images, uint8 or float32 (part, size, size, 3), and labels, int32 (part,); with mixup
+        or cutmix float32 (part, classes).
+
+    Example:
+
+    >>> from keras_effnet.tpu.config import Augment, Data, Recipe
+    >>> from keras_effnet.tpu.data import Skipped, training
+    >>> from keras_effnet.tpu.sources import open_source
+    >>> source = open_source(Data(source="digits"))
+    >>> images, labels = next(iter(training(source, Recipe(), 32, 4, Skipped(None, source.train_count))))
+    >>> images.shape, images.dtype, labels.shape
+    (TensorShape([4, 32, 32, 3]), tf.uint8, TensorShape([4]))
+    """
+    host = host or Host()
+    examples, data, seed = source.train, recipe.data, recipe.run.seed
+    first = skipped.position(start)
+    mixes = recipe.augment.mixup or recipe.augment.cutmix
+
+    def keys(example):
+        key: Any = tf.constant([seed, 0], tf.int64)
+        for part in (example["epoch"], example["id"]):
+            key = tf.random.fold_in(key, part)
+        return tf.unstack(tf.random.split(key, 3))
+
+    def read(example):
+        image = train_crop(examples.load(example["image"]), size, data, recipe.augment, keys(example)[0])
+        return {**_told(example), "image": image}
+
+    def finish(example):
+        _, changing, mixing = keys(example)
+        return {**example, "image": changed(example["image"], data, recipe.augment, changing), "key": mixing}
+
+    dataset = _checked(examples.train(seed, first, host.index, host.count), read, first, skipped)
+    dataset = dataset.map(finish, num_parallel_calls=tf.data.AUTOTUNE)
+    if not mixes:
+        dataset = dataset.map(lambda x: (x["image"], x["label"])).batch(batch // parts, drop_remainder=True)
+    else:
+
+        def mix(x):
+            labels = tf.one_hot(x["label"], source.classes)
+            return augment.mix(
+                x["image"], labels, x["key"], mixup_alpha=recipe.augment.mixup, cutmix_alpha=recipe.augment.cutmix
+            )
+
+        # Mixed before it is divided: partners do not depend on the number of replicas.
+        dataset = dataset.batch(batch, drop_remainder=True).map(mix, num_parallel_calls=tf.data.AUTOTUNE)
+        dataset = dataset.rebatch(batch // parts, drop_remainder=True)
+    return dataset.prefetch(tf.data.AUTOTUNE).with_options(_options(recipe))
+
+
+def evaluation(
+    source: Source,
+    recipe: Recipe,
+    size: int,
+    batch: int,
+    skipped: Skipped,
+    *,
+    parts: int = 1,
+    host: Host | None = None,
+) -> tf.data.Dataset:
+    """Batches of one host to evaluate on, each example once; the last ones are filled up.
+
+    Args:
+        source: `Source`.
+        recipe: `Recipe`.
+        size: Integer, pixels of an image's side.
+        batch: Integer, images of a batch, on this host.
+        skipped: `Skipped`, what cannot be read is told to it.
+        parts: Integer, replicas of this host: each batch comes in so many parts, one after the other. Defaults to 1.
+        host: `Host`. Defaults to the only one.
+
+    Returns:
+        A `tf.data.Dataset` of images, float32 (part, size, size, 3), labels, int32 (part,), and weights, float32
+        (part,), which are 0 for what only fills the batch. All hosts have as many batches.
+    """
+    host = host or Host()
+    examples = source.evaluate
+    counts = [examples.evaluated(index, host.count) for index in range(host.count)]
+    mine = counts[host.index]
+
+    def read(example):
+        image = tf.cond(
+            example["ordinal"] < mine,
+            lambda: eval_image(examples.load(example["image"]), size, recipe.data),
+            lambda: tf.zeros([size, size, 3]),
+        )
+        return {**_told(example), "image": image}
+
+    raw = examples.evaluate(host.index, host.count)
+    # One more, behind the last: what is missing is seen by the one that follows.
+    end = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), raw.element_spec)
+    end["ordinal"] = tf.constant(mine, tf.int64)
+    dataset = _checked(raw.concatenate(tf.data.Dataset.from_tensors(end)), read, 0, skipped)
+    dataset = dataset.filter(lambda example: example["ordinal"] < mine)
+    dataset = dataset.map(lambda x: (x["image"], x["label"], tf.ones([])))
+    filling = tf.data.Dataset.from_tensors((tf.zeros([size, size, 3]), tf.zeros([], tf.int32), tf.zeros([]))).repeat()
+    steps = -(-max(counts) // batch)
+    dataset = dataset.concatenate(filling).take(steps * batch).batch(batch // parts, drop_remainder=True)
+    return dataset.prefetch(tf.data.AUTOTUNE).with_options(_options(recipe))
+
+
+def _options(recipe: Recipe) -> tf.data.Options:
+    options = tf.data.Options()
+    options.deterministic = True
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    if recipe.run.threads:
+        options.threading.private_threadpool_size = recipe.run.threads
+    return options
+
+
+def _told(example) -> dict[str, Any]:
+    return {name: example[name] for name in ("ordinal", "epoch", "id", "before", "label")}
+
+
+def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped) -> tf.data.Dataset:
+    """Examples that could be read. Numbers that are missing could not; each example knows the names before its own.
+
+    An exception inside a map can only be dropped, and a `try` for each example costs more than a tenth of the speed.
+    """
+
+    def remember(names, example):
+        return tf.concat([names[1:], example["name"][None]], 0), {**example, "before": names}
+
+    def compare(expected, example):
+        ordinal = example["ordinal"]
+        told = tf.cond(
+            ordinal > expected,
+            lambda: tf.numpy_function(skipped, [expected, ordinal - expected, example["before"]], tf.int64),
+            lambda: tf.constant(0, tf.int64),
+        )
+        with tf.control_dependencies([told]):
+            return ordinal + 1, {**example, "ordinal": tf.identity(ordinal)}
+
+    done = raw.scan(tf.fill([NAMED], ""), remember)
+    done = done.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
+    return done.scan(tf.constant(first, tf.int64), compare)
+
+
+def eval_image(encoded, size: int, data: Data):
+    """The middle of an image as the network is evaluated on it, like the original's to the last bit.
+
+    Args:
+        encoded: Bytes of a JPEG, PNG, GIF or BMP file; or pixels, uint8 (height, width, 3).
+        size: Integer, pixels of a side.
+        data: `Data`, for the crop and the interpolation.
+
+    Returns:
+        Float32 tensor (size, size, 3) of pixels 0-255, which bicubic interpolation oversteps a little.
+
+    Reference:
+        tensorflow/tpu efficientnet preprocessing.py:88-137.
+    """
+    encoded = tf.convert_to_tensor(encoded)
+    return _resized(_decoded(encoded, _middle(_shape(encoded), size, data)), size, data)
+
+
+def train_crop(encoded, size: int, data: Data, how: Augment, key):
+    """The part of an image that the network is trained on this time.
+
+    Args:
+        encoded: Bytes of a JPEG, PNG, GIF or BMP file; or pixels, uint8 (height, width, 3).
+        size: Integer, pixels of a side.
+        data: `Data`, for the interpolation.
+        how: `Augment`.
+        key: Integers (2,), seed.
+
+    Returns:
+        Float32 tensor (size, size, 3) of pixels 0-255, which bicubic interpolation oversteps a little.
+
+    Reference:
+        tensorflow/tpu efficientnet preprocessing.py:40-118.
+    """
+    shape = _shape(encoded)
+    window = _middle(shape, size, data)
+    if how.crop == "inception":
+        window = _random_window(shape, window, how.min_area, key)
+    return _resized(_decoded(encoded, window), size, data)
+
+
+def changed(image, data: Data, how: Augment, key):
+    """An image flipped, augmented, and in the type in which it leaves the host.
+
+    Args:
+        image: Float32 tensor (size, size, 3) of pixels 0-255.
+        data: `Data`, for the type.
+        how: `Augment`.
+        key: Integers (2,), seed.
+
+    Returns:
+        Tensor (size, size, 3) of pixels 0-255, uint8; or float32 where `data.transfer` says so.
+
+    Reference:
+        tensorflow/tpu efficientnet preprocessing.py:160-198.
+    """
+    flipping, policy, erasing = tf.unstack(tf.random.split(key, 3))
+    if how.flip:
+        image = tf.image.stateless_random_flip_left_right(image, flipping)
+    if how.policy == "none" and not how.erase:
+        if data.transfer == "float32":
+            return image
+        return tf.cast(tf.clip_by_value(image, 0.0, 255.0) + 0.5, tf.uint8)
+    image = tf.cast(tf.clip_by_value(image, 0.0, 255.0), tf.uint8)  # truncated: preprocessing.py:177-187
+    if how.policy == "autoaugment":
+        image = augment.auto_augment(image, policy)
+    elif how.policy == "randaugment":
+        image = augment.rand_augment(
+            image,
+            policy,
+            layers=how.layers,
+            magnitude=how.magnitude,
+            magnitude_std=how.magnitude_std,
+            probability=how.op_probability,
+        )
+    if how.erase:
+        image = augment.erase(image, erasing, how.erase)
+    return image if data.transfer == "uint8" else tf.cast(image, tf.float32)
+
+
+def _shape(encoded):
+    if encoded.dtype != tf.string:
+        return tf.shape(encoded)
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.extract_jpeg_shape(encoded),
+        lambda: tf.shape(tf.io.decode_image(encoded, channels=3, expand_animations=False)),
+    )
+
+
+def _middle(shape, size: int, data: Data):
+    padding = 32 if data.eval_crop is None else round(size * (1 / data.eval_crop - 1))
+    side = tf.cast(size / (size + padding) * tf.cast(tf.minimum(shape[0], shape[1]), tf.float32), tf.int32)
+    return tf.stack([(shape[0] - side + 1) // 2, (shape[1] - side + 1) // 2, side, side])
+
+
+def _random_window(shape, middle, min_area: float, key):
+    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+        shape,
+        tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+        key,
+        min_object_covered=0.1,
+        aspect_ratio_range=(3 / 4, 4 / 3),
+        area_range=(min_area, 1.0),
+        max_attempts=10,
+        use_image_if_no_bounding_boxes=True,
+    )
+    window = tf.concat([begin[:2], extent[:2]], 0)
+    # Nothing was found, or all of it: the original takes the middle, preprocessing.py:107-113.
+    return tf.where(tf.reduce_all(extent[:2] == shape[:2]), middle, window)
+
+
+def _decoded(encoded, window):
+    def cut(pixels):
+        return tf.slice(pixels, [window[0], window[1], 0], [window[2], window[3], 3])
+
+    if encoded.dtype != tf.string:
+        return cut(encoded)
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_and_crop_jpeg(encoded, window, channels=3),
+        lambda: cut(tf.io.decode_image(encoded, channels=3, expand_animations=False)),
+    )
+
+
+def _resized(image, size: int, data: Data):
+    resize = {"bicubic": tf.raw_ops.ResizeBicubic, "bilinear": tf.raw_ops.ResizeBilinear}[data.interpolation]
+    image = resize(images=image[None], size=[size, size], align_corners=False, half_pixel_centers=False)[0]
+    return tf.ensure_shape(image, [size, size, 3])

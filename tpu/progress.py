@@ -1,0 +1,127 @@
+"""What a run says while it goes on: metrics.jsonl for programs, a bar or lines for people."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+
+class Log:
+    """Writes what is measured.
+
+    Args:
+        workdir: String, path of the run's folder.
+        batch: Integer, images of a step.
+        total: Integer, steps of the whole run.
+        quiet: Boolean, whether only files are written. Defaults to False.
+    """
+
+    def __init__(self, workdir: str, batch: int, total: int, quiet: bool = False):
+        self.workdir, self.batch, self.total, self.quiet = workdir, batch, total, quiet
+        self.text = tf.io.gfile.GFile(f"{workdir}/train.log", "a")
+        self.last: dict[str, Any] = {}
+        self.started = self._since = time.monotonic()
+        self._step, self._rates, self._bar, self._task = 0, [], None, None
+
+    def begin(self, step: int) -> None:
+        """Goes on after a step: what was written of later ones is no longer so.
+
+        Args:
+            step: Integer, the steps that are done.
+        """
+        path = f"{self.workdir}/metrics.jsonl"
+        if tf.io.gfile.exists(path):
+            lines = tf.io.gfile.GFile(path).read().splitlines()
+            # The last line may be half a one.
+            rows = [row for line in lines if (row := _row(line)) and row["step"] <= step]
+            with tf.io.gfile.GFile(path, "w") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self._step, self._since = step, time.monotonic()
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("Training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[told]}"),
+                console=Console(stderr=True),
+                redirect_stdout=False,
+            )
+            self._task = self._bar.add_task("", total=self.total, completed=step, told="")
+            self._bar.start()
+
+    def end(self) -> None:
+        """Ends the bar, and closes the files."""
+        if self._bar:
+            self._bar.stop()
+        self.text.close()
+
+    def trained(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes note of some steps of training.
+
+        Args:
+            step: Integer, the steps that are done.
+            metrics: Dict of numbers, means over the steps since the last call.
+        """
+        now = time.monotonic()
+        rate = (step - self._step) * self.batch / (now - self._since)
+        self._rates.append(rate)
+        self._step, self._since = step, now
+        row = {"step": step, "split": "train", **_numbers(metrics), "images_per_second": round(rate, 2)}
+        self._write(row)
+        # The first number holds the compilation.
+        steady = sum(self._rates[1:]) / len(self._rates[1:]) if self._rates[1:] else rate
+        self.last["images_per_second"] = round(steady, 2)
+        left = (self.total - step) * self.batch / steady
+        told = f"loss {row['loss']:.3f}  lr {row['learning_rate']:.2e}  {rate:.1f} images/s"
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step, told=told)
+        else:
+            self._tell(f"step {step}/{self.total}  {told}  {_time(left)} left")
+
+    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes note of an evaluation.
+
+        Args:
+            step: Integer, the steps that are done.
+            metrics: Dict of numbers.
+        """
+        numbers = _numbers(metrics)
+        self.last |= numbers
+        self._write({"step": step, "split": "eval", **numbers})
+        raw = f"  without average {numbers['top1']:.2%}" if "top1" in numbers else ""
+        self._tell(f"step {step}/{self.total}  top-1 {numbers['ema_top1']:.2%}  top-5 {numbers['ema_top5']:.2%}{raw}")
+        self._since = time.monotonic()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with tf.io.gfile.GFile(f"{self.workdir}/metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _tell(self, text: str) -> None:
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        elif not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,230 @@
+"""The step of `Learner` on one device or many with tf.distribute, as orbit's trainer and evaluator."""
+
+import os
+from collections.abc import Callable, Iterator
+from glob import glob
+from importlib.util import find_spec
+from typing import Any
+
+import orbit
+import tensorflow as tf
+
+from keras_effnet.tpu.config import Run
+from keras_effnet.tpu.step import METRICS, Learner, State
+
+
+def connect(run: Run) -> tf.distribute.Strategy:
+    """The devices of a run.
+
+    Args:
+        run: `Run`.
+
+    Returns:
+        A `tf.distribute.Strategy`: of the TPU, of all GPUs, or of the processor.
+
+    Raises:
+        ValueError: If the devices that are asked for are not there.
+    """
+    if run.devices == "tpu" or (run.devices == "auto" and _has_tpu()):
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=run.tpu)
+        tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        return tf.distribute.TPUStrategy(resolver)
+    gpus = tf.config.list_physical_devices("GPU") if run.devices != "cpu" else []
+    if run.devices == "gpu" and not gpus:
+        raise ValueError("Expected a GPU that TensorFlow can use (run.devices). Received: none is there")
+    if gpus and run.cpu_replicas == 1:
+        names = [f"GPU:{number}" for number in range(len(gpus))]
+    else:
+        names = [f"CPU:{number}" for number in range(run.cpu_replicas)]
+        _divide_processor(run.cpu_replicas)
+    return tf.distribute.MirroredStrategy(names) if len(names) > 1 else tf.distribute.OneDeviceStrategy(names[0])
+
+
+def _has_tpu() -> bool:
+    return bool(find_spec("libtpu")) and bool(
+        os.environ.get("TPU_NAME") or glob("/dev/accel*") or glob("/dev/vfio/[0-9]*")
+    )
+
+
+def _divide_processor(count: int) -> None:
+    processor = tf.config.list_physical_devices("CPU")[0]
+    if count == 1 or len(tf.config.get_logical_device_configuration(processor) or ()) >= count:
+        return
+    try:
+        tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * count)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Expected run.cpu_replicas={count} before TensorFlow is used in a process. Received: it was used"
+        ) from error
+
+
+def variables_of(learner: Learner) -> State:
+    """TensorFlow variables for all that a step changes: the model's own, and what goes with them.
+
+    Args:
+        learner: `Learner`. Call this in the strategy's scope, as the model was built.
+
+    Returns:
+        A `State` of `tf.Variable`.
+    """
+    state = learner.start()
+    kept = tf.nest.map_structure(lambda value: tf.Variable(value, trainable=False), (state.slots, state.averages))
+    own = [[v.value for v in some] for some in (learner.model.trainable_variables, learner.moving)]
+    return State(own[0], own[1], kept[0], kept[1])
+
+
+def replica_step(learner: Learner, state: State, batch: int) -> Callable:
+    """One replica's training step.
+
+    Args:
+        learner: `Learner`.
+        state: `State` of `tf.Variable`, which the step changes.
+        batch: Integer, images of the global batch.
+
+    Returns:
+        Function of images, labels and the number of steps done before; it gives this replica's shares of the metrics.
+    """
+
+    def step(images, labels, number):
+        context: Any = tf.distribute.get_replica_context()
+        replicas = context.num_replicas_in_sync
+        before = tf.nest.map_structure(tf.convert_to_tensor, state)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(before.trainable)
+            loss, moving, metrics = learner.objective(
+                before.trainable, before.moving, images, labels, number, batch, replicas
+            )
+        gradients = tape.gradient(loss, before.trainable)
+        if replicas > 1:
+            gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+            moving = context.all_reduce(tf.distribute.ReduceOp.MEAN, moving)
+        _assign(context, state, learner.update(before, gradients, moving, number))
+        return metrics
+
+    return step
+
+
+def _assign(context, state: State, values: State) -> None:
+    pairs = list(zip(tf.nest.flatten(state), tf.nest.flatten(values), strict=True))
+    if context.num_replicas_in_sync == 1:
+        for variable, value in pairs:
+            variable.assign(value)
+        return
+
+    def everywhere(strategy, values):
+        for (variable, _), value in zip(pairs, values, strict=True):
+            strategy.extended.update(variable, lambda v, x: v.assign(x), args=(value,), group=False)
+
+    # As Keras' optimizers do it: on TPUs there is nothing to merge.
+    tf.__internal__.distribute.interim.maybe_merge_call(everywhere, context.strategy, [value for _, value in pairs])
+
+
+def replica_score(learner: Learner, state: State, raw: bool) -> Callable:
+    """One replica's step of an evaluation.
+
+    Args:
+        learner: `Learner`.
+        state: `State` of `tf.Variable`.
+        raw: Boolean, whether the variables themselves are evaluated too.
+
+    Returns:
+        Function of images, labels and weights; it gives this replica's sums, and the number of examples.
+    """
+
+    def score(images, labels, weights):
+        averages = [tf.convert_to_tensor(v) for v in state.averages]
+        split = len(state.trainable)
+        sums = learner.score(averages[:split], averages[split:], images, labels, weights)
+        sums = {f"ema_{name}": value for name, value in sums.items()}
+        if raw:
+            trainable, moving = ([tf.convert_to_tensor(v) for v in some] for some in (state.trainable, state.moving))
+            sums |= learner.score(trainable, moving, images, labels, weights)
+        return sums | {"examples": tf.reduce_sum(weights)}
+
+    return score
+
+
+class Trainer(orbit.AbstractTrainer):
+    """Trains for a number of steps inside one graph.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        learner: `Learner`.
+        state: `State` of `tf.Variable`.
+        step: `tf.Variable`, int64: the number of steps done.
+        batches: Function without arguments that gives an iterator of distributed batches, from `step` on.
+        batch: Integer, images of the global batch.
+        xla: Boolean, whether a step on a single device is compiled with XLA. Defaults to False.
+    """
+
+    def __init__(self, strategy, learner: Learner, state: State, step, batches: Callable, batch: int, xla=False):
+        self._batches, self._iterator, self._step, self._learner = batches, None, step, learner
+        one = replica_step(learner, state, batch)
+        if xla and strategy.num_replicas_in_sync == 1:
+            one = tf.function(one, jit_compile=True)
+
+        def loop(iterator, count):
+            totals = {name: tf.zeros([]) for name in METRICS}
+            for _ in tf.range(count):
+                images, labels = next(iterator)
+                number = tf.cast(step.read_value(), tf.int32)
+                shares = strategy.run(one, args=(images, labels, number))
+                sums = {n: strategy.reduce(tf.distribute.ReduceOp.SUM, shares[n], axis=None) for n in METRICS}
+                totals = {n: totals[n] + sums[n] for n in METRICS}
+                step.assign_add(1)
+            return totals
+
+        self._loop = tf.function(loop)
+
+    def train(self, num_steps) -> Any:
+        """Trains.
+
+        Args:
+            num_steps: Integer tensor.
+
+        Returns:
+            Dict of the metrics' means, and of the learning rate of the last step.
+        """
+        self._iterator = self._iterator or self._batches()
+        totals = self._loop(self._iterator, num_steps)
+        means = {name: value / tf.cast(num_steps, tf.float32) for name, value in totals.items()}
+        return means | {"learning_rate": self._learner.schedule(self._step.numpy() - 1)}
+
+
+class Evaluator(orbit.AbstractEvaluator):
+    """Evaluates on all examples.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        learner: `Learner`.
+        state: `State` of `tf.Variable`.
+        batches: Function without arguments that gives an iterator of distributed batches.
+        raw: Boolean, whether the variables themselves are evaluated too, and not only their moving average.
+    """
+
+    def __init__(self, strategy, learner: Learner, state: State, batches: Callable[[], Iterator], raw: bool):
+        self._batches = batches
+        one = replica_score(learner, state, raw)
+
+        def score(images, labels, weights):
+            sums = strategy.run(one, args=(images, labels, weights))
+            return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in sums.items()}
+
+        self._score: Any = tf.function(score)
+
+    def evaluate(self, num_steps) -> Any:
+        """Evaluates.
+
+        Args:
+            num_steps: Not used: all there is.
+
+        Returns:
+            Dict of means over all examples, and their number.
+        """
+        totals: dict[str, float] = {}
+        for images, labels, weights in self._batches():
+            for name, value in self._score(images, labels, weights).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        examples = totals.pop("examples")
+        return {name: value / examples for name, value in totals.items()} | {"examples": examples}
