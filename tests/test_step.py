@@ -233,3 +233,32 @@ def test_masks_follow_from_seed_and_step():
 
     assert np.array_equal(logits(1, 7), logits(1, 7))
     assert not np.allclose(logits(1, 7), logits(1, 8)) and not np.allclose(logits(1, 7), logits(2, 7))
+
+
+def test_low_precision_computes_and_float32_keeps():
+    """mixed_bfloat16: the loss, its gradients and all that is kept are float32."""
+    logits = {}
+    for policy in ("float32", "mixed_bfloat16"):
+        keras.utils.set_random_seed(0)
+        model = ke.EfficientNetLite0(
+            weights=None,
+            classes=10,
+            input_shape=(96, 96, 3),
+            classifier_activation=None,
+            dtype=policy,
+            dropout_rate=0,
+            drop_connect_rate=0,
+        )
+        learner = Learner(model, Optimizer("rmsprop"), Schedule(0.1, 10, 100))
+        state = learner.start()
+        images = tf.constant(np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3)), tf.uint8)
+        with tf.GradientTape() as tape:
+            tape.watch(state.trainable)
+            loss, moving, _ = learner.objective(state.trainable, state.moving, images, tf.range(8), 0, 8)
+        gradients = tape.gradient(loss, state.trainable)
+        after = learner.update(state, gradients, moving, tf.constant(0))
+        assert {value.dtype for value in (loss, *gradients, *tf.nest.flatten(after))} == {tf.float32}
+        assert model.get_layer("stem_conv").compute_dtype == ("bfloat16" if "bfloat16" in policy else "float32")
+        logits[policy] = learner.logits(state.trainable, state.moving, images, 0)[0].numpy()
+    whole, low = (values.ravel() for values in logits.values())
+    assert not np.allclose(whole, low, rtol=1e-3) and np.corrcoef(whole, low)[0, 1] > 0.97

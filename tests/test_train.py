@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     saved = sorted(tmp_path.glob("checkpoints/ckpt-*.index"), key=os.path.getmtime)
     assert saved and not (tmp_path / "result.json").exists()
     before = rows(tmp_path, "train")
@@ -175,6 +175,8 @@ def test_devices_that_are_not_there(tmp_path):
         runner.connect(Run(cpu_replicas=3))
     with pytest.raises(ValueError, match=r"Expected data.classes of at least the 10"):
         train(override(SHORT, ["--data.classes", "3"]), tmp_path, quiet=True)
+    with pytest.raises(ValueError, match=r"at least one step: epochs \* 1437 images / batch_size"):
+        train(override(SHORT, ["--batch-size", "4096"]), tmp_path, quiet=True)
     with pytest.raises(ValueError, match="Unknown model"):
         train(override(SHORT, ["--model.name", "efficientnet-lite9"]), tmp_path, quiet=True)
 

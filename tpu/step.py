@@ -71,8 +71,8 @@ class Learner:
         Returns:
             A `State` of arrays.
         """
-        trainable = [ops.convert_to_tensor(v) for v in self.model.trainable_variables]
-        moving = [ops.convert_to_tensor(v) for v in self.moving]
+        trainable = [ops.copy(v.value) for v in self.model.trainable_variables]
+        moving = [ops.copy(v.value) for v in self.moving]
         return State(trainable, moving, self.optimizer.start(trainable), [*trainable, *moving])
 
     def logits(self, trainable, moving, images, step=None):

@@ -60,6 +60,11 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
     size, classes = recipe.model.image_size or 0, recipe.data.classes or source.classes
     steps_per_epoch = source.train_count / recipe.batch_size  # a float, as in the original
     total = int(recipe.epochs * steps_per_epoch)
+    if total < 1:
+        raise ValueError(
+            f"Expected at least one step: epochs * {source.train_count} images / batch_size. Received: "
+            f"epochs={recipe.epochs:g}, batch_size={recipe.batch_size}"
+        )
 
     # Devices. Everything below is the same for one processor and for a slice of TPUs.
     strategy = connect(recipe.run)
