@@ -354,6 +354,8 @@ def train(ctx, recipe, source, workdir, as_json, asked, changes) -> None:
     if recipe is None:
         _list_recipes(recipes.every(), as_json)
         return
+    if recipe.startswith("-"):
+        raise ValueError(f"Expected the recipe's name first. Received: {recipe}")
     changes = [*changes, *(("--data.source", source) if source else ()), *(("--help",) if asked else ())]
     chosen = config.override(recipes.find(recipe), changes, f"keras-effnet train {recipe} --workdir DIR")
     if not workdir:

@@ -15,6 +15,7 @@ SLOW = (
     "test_preprocessing.py",
     "test_weights.py",
     "test_pruning.py",
+    "test_optim.py",
 )
 # Those in which a backend's variables are read, written or trained in ways of their own.
 CHOSEN = {

@@ -172,6 +172,20 @@ def test_an_evaluation_counts_each_example_once(folder, hosts):
     assert sorted(seen) == [(number, number % 2) for number in range(40, 51)]
 
 
+def test_labels_are_those_of_the_model(folder, records):
+    how = recipe(folder, mixup=0.2)
+    how = Recipe(how.model, Data(**{**vars(how.data), "classes": 5}), how.augment, run=how.run)
+    ((_, labels),) = train(how, 1)
+    assert labels.shape == (6, 5) and np.allclose(labels.sum(1), 1)
+    # Labels from 0 in a layout whose labels are from 1.
+    how = recipe(records)
+    how = Recipe(how.model, Data(**{**vars(how.data), "first_label": 5}), how.augment, run=how.run)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"Expected labels from 0 to classes - 1 .data.classes"):
+        train(how, 5)
+    with pytest.raises(ValueError, match=r"Expected no data.holdout_shards for a folder of photographs"):
+        open_source(Data(str(folder), holdout_shards=20))
+
+
 def test_what_leaves_the_host(folder):
     ((images, labels),) = train(recipe(folder), 1)
     assert images.dtype == np.uint8 and labels.dtype == np.int32

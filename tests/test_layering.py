@@ -82,7 +82,7 @@ ALLOWED = {
     "tpu.replicas": {"keras", "tensorflow"},
     "tpu.runner": {"tpu.config", "tpu.step", "tensorflow", "orbit"},
     "tpu.sources": {"tpu.config", "tensorflow"},
-    "tpu.step": {"tpu.ema", "tpu.losses", "tpu.optim", "keras"},
+    "tpu.step": {"errors", "tpu.ema", "tpu.losses", "tpu.optim", "keras"},
     "tpu.train": {
         "errors",
         "models",
@@ -163,7 +163,7 @@ def test_modules_import_what_they_may(module):
     if short in ("arch", "errors", "variants", "weights.registry", "weights.namemaps", "weights.layouts"):
         assert "keras" not in everywhere
     # What every runner shares.
-    if short in ("tpu.config", "tpu.ema", "tpu.losses", "tpu.optim", "tpu.step") or ".recipes." in short:
+    if short in ("tpu.config", "tpu.ema", "tpu.losses", "tpu.optim", "tpu.step"):
         assert not everywhere & {"tensorflow", "jax", "torch", "orbit"}
     if not short.startswith(("tpu.", "cli")):
         assert not any(name.startswith("keras_effnet.tpu") for name in imports(tree, True))

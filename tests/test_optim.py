@@ -120,7 +120,7 @@ def test_the_other_optimizers():
     assert np.abs(follow("lars", hyper, 0.5, GRADIENTS, 0 * START)[-1]["v"]).min() > 0
     with pytest.raises(ValueError, match="Nearest: 'rmsprop'"):
         Optimizer("rmsprob")
-    assert set(OPTIMIZERS) == {"sgd", "momentum", "rmsprop", "rmsprop-torch", "lars", "lamb"}
+    assert set(OPTIMIZERS) == {"sgd", "momentum", "rmsprop", "rmsprop-keras", "rmsprop-torch", "lars", "lamb"}
 
 
 def test_gradients_are_clipped_together():
@@ -154,6 +154,10 @@ def test_the_loss_is_keras_losses():
     for k in (1, 3):
         expected = [label in row[:k] for label, row in zip(labels, order, strict=True)]
         np.testing.assert_array_equal(np.array(losses.hits(labels, logits, k)), expected)
+    # Of equal logits the first one is the prediction, as for arg-max.
+    flat = np.zeros((3, 4), "float32")
+    np.testing.assert_array_equal(np.array(losses.hits(np.array([0, 1, 3]), flat, 1)), [1, 0, 0])
+    np.testing.assert_array_equal(np.array(losses.hits(np.array([0, 1, 3]), flat, 2)), [1, 1, 0])
     # bfloat16 logits: the loss is float32's of the rounded numbers.
     low = keras.ops.cast(logits, "bfloat16")
     found = losses.cross_entropy(labels, low)

@@ -51,13 +51,19 @@ def test_fields_are_changed_by_name_and_type():
     changed = override(EVERY["b0_baseline"], ["--optimizer.peak", "0.256", "--augment.no-flip", "--batch-size=4096"])
     assert (changed.peak, changed.augment.flip, changed.batch_size) == (0.256, False, 4096)
     assert changed.data == EVERY["b0_baseline"].data
-    assert config.from_json(config.to_json(changed)) == changed
+    assert config.from_json(config.to_json(changed, steps=3)) == changed
+    with pytest.raises(ValueError, match=r"Expected a recipe of this version.*'speed'"):
+        config.from_json('{"model": {"speed": 1}}')
+    assert (
+        override(Recipe(), ["--optimizer.peak", "0"]).peak == 0
+        and override(Recipe(), ["--batch-size=256"]).peak == 0.016
+    )
     for arguments, told in (
         (["--optimizer.peek", "1"], "Did you mean --optimizer.peak"),
         (["--learning_rate", "1"], "Expected a field of the recipe. Received: --learning_rate"),
         (["--optimizer.peak", "fast"], "could not convert string to float: 'fast'"),
         (["--batch-size", "1.5"], "invalid literal for int"),
-        (["--optimizer.name", "adam"], "Expected one of ('rmsprop', 'rmsprop-torch'"),
+        (["--optimizer.name", "adam"], "Expected one of ('rmsprop', 'rmsprop-keras', 'rmsprop-torch'"),
         (["--model.no_name"], "Expected a field of the recipe. Received: --model.no_name"),
         (["12"], "Unrecognized options: 12"),
     ):
@@ -76,6 +82,7 @@ def test_the_command_lists_and_explains(tmp_path):
     for arguments, told in (
         (["digit_demo", "--workdir", str(tmp_path)], "Nearest: 'digits_demo'"),
         (["digits_demo"], "Expected a folder for the run: --workdir DIR"),
+        (["--batch-size", "8", "digits_demo"], "Expected the recipe's name first. Received: --batch-size"),
         (["digits_demo", "--workdir", str(tmp_path), "--batch_size", "x"], "invalid literal for int"),
     ):
         result = run(main, ["train", *arguments])

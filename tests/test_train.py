@@ -80,13 +80,21 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
     # The saved model is the moving average: what Keras says about it is what the run said.
     assert accuracy(tmp_path / "run" / "model.keras", 32) == pytest.approx(result["ema_top1"], abs=1e-6)
     config = from_json((tmp_path / "run" / "config.json").read_text())
-    assert (config.data.classes, config.model.image_size, config.optimizer.peak) == (10, 32, SHORT.peak)
+    assert config == SHORT
+    resolved = json.loads((tmp_path / "run" / "config.json").read_text())["resolved"]
+    assert resolved == {
+        "image_size": 32,
+        "classes": 10,
+        "steps": steps,
+        "steps_per_epoch": 1437 / 32,
+        "peak": SHORT.peak,
+        "replicas": 1,
+    }
     assert list((tmp_path / "run" / "tensorboard").rglob("events*"))
     # Once more: nothing is left to do. Another recipe is not this run.
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     again = train(config, tmp_path / "run", quiet=True)
-    assert again["steps"] == steps and again["ema_top1"] == result["ema_top1"]
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)
+    assert again == result and (tmp_path / "run" / "metrics.jsonl").read_text() == before
     other = dataclasses.replace(SHORT, optimizer=Optimizer(peak=0.5))
     with pytest.raises(ValueError, match=r"Received: optimizer.peak 0.016 -> 0.5"):
         train(other, tmp_path / "run", quiet=True)
@@ -175,6 +183,8 @@ def test_devices_that_are_not_there(tmp_path):
         runner.connect(Run(cpu_replicas=3))
     with pytest.raises(ValueError, match=r"Expected data.classes of at least the 10"):
         train(override(SHORT, ["--data.classes", "3"]), tmp_path, quiet=True)
+    with pytest.raises(ValueError, match="Expected batch_size above 0"):
+        train(override(SHORT, ["--batch-size", "0"]), tmp_path / "none", quiet=True)
     with pytest.raises(ValueError, match=r"at least one step: epochs \* 1437 images / batch_size"):
         train(override(SHORT, ["--batch-size", "4096"]), tmp_path, quiet=True)
     with pytest.raises(ValueError, match="Unknown model"):

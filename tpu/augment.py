@@ -573,46 +573,41 @@ def mix(images, labels, seeds, mixup_alpha: float = 0.0, cutmix_alpha: float = 0
     images, labels = tf.convert_to_tensor(images), tf.convert_to_tensor(labels)
     if not mixup_alpha and not cutmix_alpha:
         return images, labels
-    shape = tf.shape(images)
-    size, channels = shape[1:3], shape[3]
+    size = tf.shape(images)[1:3]
+    partners = tf.shape(images)[0] - 1
 
-    def draw(seed):
-        first, second, rest = _split(seed, 3)
-        betas = [
-            _beta(which, alpha) if alpha else tf.constant(1.0)
-            for which, alpha in ((first, mixup_alpha), (second, cutmix_alpha))
-        ]
-        return tf.concat([betas, tf.random.stateless_uniform([3], rest)], 0)
+    # Example by example: its numbers stay in the cache, which takes half the time of passes over the whole batch.
+    def one(place):
+        first, second, third = _split(seeds[place], 3)
+        which, *center = tf.unstack(tf.random.stateless_uniform([3], third))
+        own, other = images[place], images[partners - place]
 
-    # A random op takes one seed, so there is one call per example.
-    mixup, cutmix, which, *place = tf.unstack(
-        tf.map_fn(draw, seeds, fn_output_signature=tf.TensorSpec([5], tf.float32)), axis=1
-    )
-    weight = share = tf.maximum(mixup, 1 - mixup)  # share of the example's own label
-    weight = weight[:, None, None]
-    if cutmix_alpha:
-        cut = which < (0.5 if mixup_alpha else 1.0)
-        half = tf.cast(tf.sqrt(1 - cutmix)[:, None] * tf.cast(size, tf.float32), tf.int32) // 2
-        center = tf.cast(tf.stack(place, axis=1) * tf.cast(size, tf.float32), tf.int32)
-        low, high = tf.maximum(center - half, 0), tf.minimum(center + half, size)
-        rows, columns = (
-            (at >= low[:, axis, None]) & (at < high[:, axis, None])
-            for axis, at in enumerate((tf.range(size[0]), tf.repeat(tf.range(size[1]), channels)))
-        )
-        inside = rows[:, :, None] & columns[:, None, :]
-        weight = tf.where(cut[:, None, None], 1.0 - tf.cast(inside, tf.float32), weight)
-        own = 1 - tf.reduce_prod(high - low, axis=1) / tf.reduce_prod(size)
-        share = tf.where(cut, tf.cast(own, tf.float32), share)
-    # As rows of width * channels numbers: to repeat a weight over 3 channels costs more than all the rest.
-    pixels = tf.reshape(tf.cast(images, tf.float32), [shape[0], shape[1], -1])
-    mixed = _weighted(pixels, weight)
-    mixed = tf.reshape(tf.round(mixed) if images.dtype.is_integer else mixed, shape)
-    labels = _weighted(labels, tf.cast(share, labels.dtype)[:, None])
-    return tf.ensure_shape(tf.cast(mixed, images.dtype), images.shape), labels
+        def blended():
+            beta = _beta(first, mixup_alpha)
+            weight = tf.maximum(beta, 1 - beta)
+            return _weighted(own, other, weight), weight
+
+        def pasted():
+            half = tf.cast(tf.sqrt(1 - _beta(second, cutmix_alpha)) * tf.cast(size, tf.float32), tf.int32) // 2
+            middle = tf.cast(tf.stack(center) * tf.cast(size, tf.float32), tf.int32)
+            low, high = tf.maximum(middle - half, 0), tf.minimum(middle + half, size)
+            pixels = _paste(own, other[low[0] : high[0], low[1] : high[1]], low[0], low[1])
+            share = 1 - tf.reduce_prod(high - low) / tf.reduce_prod(size)
+            return tf.ensure_shape(pixels, own.shape), tf.cast(share, tf.float32)
+
+        if not mixup_alpha or not cutmix_alpha:
+            return blended() if mixup_alpha else pasted()
+        return tf.cond(which < 0.5, pasted, blended)
+
+    kinds = tf.TensorSpec(images.shape[1:], images.dtype), tf.TensorSpec([], tf.float32)
+    mixed, share = tf.map_fn(one, tf.range(partners + 1), fn_output_signature=kinds)
+    share = tf.cast(share, labels.dtype)[:, None]
+    return tf.ensure_shape(mixed, images.shape), labels * share + tf.reverse(labels, [0]) * (1 - share)
 
 
-def _weighted(values, weight):
-    return values * weight + tf.reverse(values, [0]) * (1 - weight)
+def _weighted(own, other, weight):
+    mixed = tf.cast(own, tf.float32) * weight + tf.cast(other, tf.float32) * (1 - weight)
+    return tf.cast(tf.round(mixed) if own.dtype.is_integer else mixed, own.dtype)
 
 
 def _beta(seed, alpha: float):

@@ -100,8 +100,9 @@ class Augment:
 class Optimizer:
     """How a step changes the variables."""
 
-    name: Literal["rmsprop", "rmsprop-torch", "momentum", "sgd", "lars", "lamb"] = "rmsprop"
-    """rmsprop is the original's; rmsprop-torch PyTorch's."""
+    name: Literal["rmsprop", "rmsprop-keras", "rmsprop-torch", "momentum", "sgd", "lars", "lamb"] = "rmsprop"
+    """rmsprop is the original's; the others are those of tf.keras and PyTorch. With lars the original shares batch
+    statistics: --run.batch-norm-group all."""
     peak: float | None = None
     """Highest learning rate. None: per_256 * batch_size / 256."""
     per_256: float = 0.016
@@ -146,14 +147,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Run:
-    """How a machine goes through it. A change here does not change what is computed, but for rounding and groups."""
+    """How a machine goes through it. But for the seed and the groups, a change here changes nothing but rounding."""
 
     seed: int = 0
     """Of initial values, order, augmentation and masks."""
     devices: Literal["auto", "tpu", "gpu", "cpu"] = "auto"
     """auto: a TPU if there is one, else all GPUs, else the processor."""
-    tpu: str = "local"
-    """Name of the TPU; local is the one that this machine belongs to."""
+    tpu: str | None = None
+    """Name of the TPU; local is the one that this machine belongs to. None: TPU_NAME of the environment, or local."""
     cpu_replicas: int = 1
     """Replicas on the processor, to try a distributed run without the devices."""
     precision: Literal["auto", "float32", "mixed_bfloat16"] = "auto"
@@ -173,7 +174,7 @@ class Run:
     keep: int = 3
     """Newest checkpoints that are kept."""
     xla: bool = False
-    """Compile the step with XLA where it is not compiled anyway."""
+    """Compile the step of a single device with XLA. On a TPU it is compiled anyway."""
     threads: int | None = None
     """Of the input pipeline. None: as many as it finds useful."""
 
@@ -219,7 +220,8 @@ class Recipe:
     @property
     def peak(self) -> float:
         """The highest learning rate."""
-        return self.optimizer.peak or self.optimizer.per_256 * self.batch_size / 256
+        given = self.optimizer.peak
+        return self.optimizer.per_256 * self.batch_size / 256 if given is None else given
 
 
 def override(recipe: Recipe, arguments: Sequence[str], prog: str = "keras-effnet train RECIPE") -> Recipe:
@@ -293,11 +295,12 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def to_json(recipe: Recipe) -> str:
+def to_json(recipe: Recipe, **resolved: Any) -> str:
     """A recipe as text.
 
     Args:
         recipe: `Recipe`.
+        **resolved: Numbers that follow from it and the data, for those who look at the text.
 
     Returns:
         String of JSON.
@@ -308,7 +311,7 @@ def to_json(recipe: Recipe) -> str:
     >>> from_json(to_json(Recipe(epochs=2))) == Recipe(epochs=2)
     True
     """
-    return json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(recipe) | ({"resolved": resolved} if resolved else {}), indent=2) + "\n"
 
 
 def from_json(text: str) -> Recipe:
@@ -319,7 +322,16 @@ def from_json(text: str) -> Recipe:
 
     Returns:
         `Recipe`.
+
+    Raises:
+        ValueError: If a field is missing here.
     """
     tree = json.loads(text)
+    tree.pop("resolved", None)
     parts: dict[str, Any] = {one.name: one.default_factory for one in dataclasses.fields(Recipe)}
-    return Recipe(**{name: parts[name](**value) if isinstance(value, dict) else value for name, value in tree.items()})
+    try:
+        return Recipe(
+            **{name: parts[name](**value) if isinstance(value, dict) else value for name, value in tree.items()}
+        )
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"Expected a recipe of this version. Received: {error}") from error

@@ -36,6 +36,7 @@ class Skipped:
     def __init__(self, path: str | None, per_epoch: int, most: float = 1.0):
         self.path, self.per_epoch, self.most = path, per_epoch, most
         self.problem: str | None = None
+        self.probe: Callable[[str], None] | None = None
         self._found: dict[int, str] = {}
         if path and tf.io.gfile.exists(path):
             for line in tf.io.gfile.GFile(path).read().splitlines():
@@ -50,6 +51,7 @@ class Skipped:
         told = [name.decode() for name in names][-count:]
         told = ["?"] * (count - len(told)) + told
         new = {first + place: name for place, name in enumerate(told) if first + place not in self._found}
+        self._try(new.values())
         self._found |= new
         for name in new.values():
             logging.getLogger("keras_effnet").warning("Skipped an image that cannot be read: %s", name)
@@ -65,6 +67,16 @@ class Skipped:
             )
             raise ValueError(self.problem)
         return np.int64(0)
+
+    def _try(self, names) -> None:
+        """A storage that does not answer is no photograph's fault."""
+        for name in names:
+            try:
+                if self.probe and name != "?":
+                    self.probe(name)
+            except tf.errors.OpError as error:
+                self.problem = f"Expected to read {name}. Received: {error.message}"
+                raise ValueError(self.problem) from error
 
     def __len__(self) -> int:
         return len(self._found)
@@ -137,6 +149,8 @@ def training(
     examples, data, seed = source.train, recipe.data, recipe.run.seed
     first = skipped.position(start)
     mixes = recipe.augment.mixup or recipe.augment.cutmix
+    classes = recipe.data.classes or source.classes
+    skipped.probe = examples.probe
 
     def keys(example):
         key: Any = tf.constant([seed, 0], tf.int64)
@@ -149,6 +163,7 @@ def training(
         return {**_told(example), "image": image}
 
     def finish(example):
+        example = _labelled(example, classes)
         _, changing, mixing = keys(example)
         return {**example, "image": changed(example["image"], data, recipe.augment, changing), "key": mixing}
 
@@ -159,7 +174,7 @@ def training(
     else:
 
         def mix(x):
-            labels = tf.one_hot(x["label"], source.classes)
+            labels = tf.one_hot(x["label"], classes)
             return augment.mix(
                 x["image"], labels, x["key"], mixup_alpha=recipe.augment.mixup, cutmix_alpha=recipe.augment.cutmix
             )
@@ -197,6 +212,7 @@ def evaluation(
     """
     host = host or Host()
     examples = source.evaluate
+    skipped.probe = examples.probe
     counts = [examples.evaluated(index, host.count) for index in range(host.count)]
     mine = counts[host.index]
 
@@ -214,6 +230,7 @@ def evaluation(
     end["ordinal"] = tf.constant(mine, tf.int64)
     dataset = _checked(raw.concatenate(tf.data.Dataset.from_tensors(end)), read, 0, skipped)
     dataset = dataset.filter(lambda example: example["ordinal"] < mine)
+    dataset = dataset.map(lambda example: _labelled(example, recipe.data.classes or source.classes))
     dataset = dataset.map(lambda x: (x["image"], x["label"], tf.ones([])))
     filling = tf.data.Dataset.from_tensors((tf.zeros([size, size, 3]), tf.zeros([], tf.int32), tf.zeros([]))).repeat()
     steps = -(-max(counts) // batch)
@@ -230,8 +247,16 @@ def _options(recipe: Recipe) -> tf.data.Options:
     return options
 
 
+def _labelled(example, classes: int):
+    label = example["label"]
+    told = "Expected labels from 0 to classes - 1 (data.classes, data.first_label). Received, of this example:"
+    check = tf.debugging.Assert((label >= 0) & (label < classes), [told, label, example["name"]])
+    with tf.control_dependencies([check]):
+        return {**example, "label": tf.identity(label)}
+
+
 def _told(example) -> dict[str, Any]:
-    return {name: example[name] for name in ("ordinal", "epoch", "id", "before", "label")}
+    return {name: example[name] for name in ("ordinal", "epoch", "id", "name", "before", "label")}
 
 
 def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped) -> tf.data.Dataset:

@@ -58,7 +58,7 @@ def l2(variables):
 
 
 def hits(labels, logits, k: int):
-    """Whether the label is among the `k` classes with the highest logits.
+    """Whether the label is among the `k` classes with the highest logits; of equal ones the first comes first.
 
     Args:
         labels: Class numbers, integers (batch,); of shares (batch, classes) the largest counts.
@@ -77,5 +77,9 @@ def hits(labels, logits, k: int):
     """
     if len(labels.shape) == 2:
         labels = ops.argmax(labels, axis=-1)
-    logits = ops.cast(logits, "float32")
-    return ops.cast(ops.in_top_k(ops.cast(labels, "int32"), logits, k=min(k, logits.shape[-1])), "float32")
+    logits, labels = ops.cast(logits, "float32"), ops.cast(labels, "int32")[:, None]
+    # As arg-max does it, and not in_top_k, for which all equal ones are in: in bfloat16 many are.
+    own = ops.take_along_axis(logits, labels, axis=-1)
+    before = ops.arange(logits.shape[-1], dtype="int32")[None] < labels
+    rank = ops.sum(ops.cast((logits > own) | ((logits == own) & before), "int32"), axis=-1)
+    return ops.cast(rank < k, "float32")

@@ -109,6 +109,8 @@ OPTIMIZERS = {
     # tensorflow/tpu utils.py:83-101, TensorFlow 1's kernel: the square starts at 1, epsilon is under the root, and the
     # learning rate is inside the momentum.
     "rmsprop": Rule({"rms": 1.0, "momentum": 0.0}, _rmsprop),
+    # tf.keras', which NVIDIA's TensorFlow recipe takes: the square starts at 0.
+    "rmsprop-keras": Rule({"rms": 0.0, "momentum": 0.0}, _rmsprop),
     # torch.optim.RMSprop, which NVIDIA's and Composer's recipes take.
     "rmsprop-torch": Rule({"rms": 0.0, "momentum": 0.0}, _rmsprop_torch),
     # You et al., arXiv 1708.03888; biases and batch-norm variables take plain steps, as in tensorflow/tpu.
@@ -122,8 +124,8 @@ class Optimizer:
     """Steps all variables of a model.
 
     Args:
-        name: String, a row of `OPTIMIZERS`: `"rmsprop"` as the original's, `"rmsprop-torch"`, `"momentum"`, `"sgd"`,
-            `"lars"` or `"lamb"`.
+        name: String, a row of `OPTIMIZERS`: `"rmsprop"` as the original's, `"rmsprop-keras"`, `"rmsprop-torch"`,
+            `"momentum"`, `"sgd"`, `"lars"` or `"lamb"`.
         hyper: `Hyperparameters`. Defaults to the original's.
         clip_norm: Float, gradients are scaled so that the norm of all together is at most this. Defaults to None.
 

@@ -1,5 +1,6 @@
 """What a run says while it goes on: metrics.jsonl for programs, a bar or lines for people."""
 
+import io
 import json
 import sys
 import time
@@ -21,7 +22,7 @@ class Log:
 
     def __init__(self, workdir: str, batch: int, total: int, quiet: bool = False):
         self.workdir, self.batch, self.total, self.quiet = workdir, batch, total, quiet
-        self.text = tf.io.gfile.GFile(f"{workdir}/train.log", "a")
+        self.text = io.StringIO()  # what orbit prints; on Cloud Storage a file appears when it is closed
         self.last: dict[str, Any] = {}
         self.started = self._since = time.monotonic()
         self._step, self._rates, self._bar, self._task = 0, [], None, None
@@ -57,10 +58,10 @@ class Log:
             self._bar.start()
 
     def end(self) -> None:
-        """Ends the bar, and closes the files."""
+        """Ends the bar."""
         if self._bar:
             self._bar.stop()
-        self.text.close()
+        self._keep_text()
 
     def trained(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes note of some steps of training.
@@ -99,7 +100,14 @@ class Log:
         self._tell(f"step {step}/{self.total}  top-1 {numbers['ema_top1']:.2%}  top-5 {numbers['ema_top5']:.2%}{raw}")
         self._since = time.monotonic()
 
+    def _keep_text(self) -> None:
+        with tf.io.gfile.GFile(f"{self.workdir}/train.log", "a") as file:
+            file.write(self.text.getvalue())
+        self.text.seek(0)
+        self.text.truncate()
+
     def _write(self, row: dict[str, Any]) -> None:
+        self._keep_text()
         with tf.io.gfile.GFile(f"{self.workdir}/metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -130,7 +130,9 @@ class GlobalDropout(keras.layers.Dropout):
         ones = tf.ones([here * replicas, *rest], inputs.dtype)
         mask = keras.random.dropout(ones, self.rate, seed=self.seed_generator)
         start = context.replica_id_in_sync_group * here
-        return inputs * tf.stop_gradient(mask[start : start + here])
+        begin = tf.stack([start] + [0] * (inputs.shape.rank - 1))
+        part = tf.slice(mask, begin, tf.stack([here, *([-1] * (inputs.shape.rank - 1))]))
+        return inputs * tf.stop_gradient(part)
 
 
 def spread(model: keras.Model, group: int) -> keras.Model:

@@ -26,13 +26,16 @@ def connect(run: Run) -> tf.distribute.Strategy:
         ValueError: If the devices that are asked for are not there.
     """
     if run.devices == "tpu" or (run.devices == "auto" and _has_tpu()):
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=run.tpu)
+        name = run.tpu or os.environ.get("TPU_NAME", "local")
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         return tf.distribute.TPUStrategy(resolver)
     gpus = tf.config.list_physical_devices("GPU") if run.devices != "cpu" else []
     if run.devices == "gpu" and not gpus:
         raise ValueError("Expected a GPU that TensorFlow can use (run.devices). Received: none is there")
+    if run.devices == "gpu" and run.cpu_replicas > 1:
+        raise ValueError(f"Expected run.cpu_replicas=1 with run.devices='gpu'. Received: {run.cpu_replicas}")
     if gpus and run.cpu_replicas == 1:
         names = [f"GPU:{number}" for number in range(len(gpus))]
     else:
@@ -98,7 +101,11 @@ def replica_step(learner: Learner, state: State, batch: int) -> Callable:
         gradients = tape.gradient(loss, before.trainable)
         if replicas > 1:
             gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-            moving = context.all_reduce(tf.distribute.ReduceOp.MEAN, moving)
+            # Not what is frozen.
+            places = [n for n, v in enumerate(learner.moving) if v.name in ("moving_mean", "moving_variance")]
+            means = context.all_reduce(tf.distribute.ReduceOp.MEAN, [moving[n] for n in places])
+            for place, mean in zip(places, means, strict=True):
+                moving[place] = mean
         _assign(context, state, learner.update(before, gradients, moving, number))
         return metrics
 
@@ -161,7 +168,9 @@ class Trainer(orbit.AbstractTrainer):
     def __init__(self, strategy, learner: Learner, state: State, step, batches: Callable, batch: int, xla=False):
         self._batches, self._iterator, self._step, self._learner = batches, None, step, learner
         one = replica_step(learner, state, batch)
-        if xla and strategy.num_replicas_in_sync == 1:
+        if xla and strategy.num_replicas_in_sync > 1:
+            raise ValueError("Expected run.xla only on a single device. Received: several")
+        if xla:
             one = tf.function(one, jit_compile=True)
 
         def loop(iterator, count):

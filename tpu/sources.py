@@ -14,7 +14,6 @@ from keras_effnet.tpu.config import Data
 # A permutation's value at an index, without the permutation.
 SHUFFLED: Any = tf.random.experimental.index_shuffle  # pyright: ignore[reportAttributeAccessIssue]
 HELD_OUT = 5  # of what has no split of its own, each fifth example of a class is evaluated
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
 EVALUATED = ("validation", "val", "test")
 
 
@@ -65,6 +64,11 @@ class Items:
         name = image if image.dtype == tf.string else tf.strings.as_string(index)
         label = tf.gather(tf.constant(self.labels, tf.int32), index)
         return {"ordinal": ordinal, "epoch": epoch, "id": index, "name": name, "image": image, "label": label}
+
+    def probe(self, name: str) -> None:
+        """Reads what an example is in, for the error that there is if it cannot be reached."""
+        if self.images.dtype == object:
+            tf.io.read_file(name)
 
     def load(self, image):
         """What is decoded: the bytes of a file, or pixels."""
@@ -123,7 +127,7 @@ class Records:
             order = tf.data.Dataset.range(last + 1).map(lambda place: SHUFFLED(place, key, last))
             examples = self._read(order, host, hosts)
             # Dataset.shuffle takes the process' global seed into its own, and none that is a tensor.
-            windows = examples.batch(self.buffer).enumerate()
+            windows: Any = examples.batch(self.buffer).enumerate()
             examples = windows.flat_map(lambda number, window: _mixed(window, tf.random.fold_in(key, number)))
             skip = tf.where(epoch == first, tf.constant(start - first * count, tf.int64), tf.constant(0, tf.int64))
             return examples.enumerate(epoch * count).skip(skip).map(lambda n, x: {**x, "ordinal": n, "epoch": epoch})
@@ -151,7 +155,6 @@ class Records:
 
         def records(place):
             path = tf.gather(paths, place)
-            # What is rotten in a file of records ends that file; a record that is whole holds its image, or does not.
             some = tf.data.TFRecordDataset(path, buffer_size=8 << 20)
             some = some.skip(tf.gather(skips, place)).take(tf.gather(counts, place))
             number = place * hosts + host  # among all hosts' files
@@ -166,6 +169,11 @@ class Records:
         return order.interleave(
             records, cycle_length=min(len(parts), 16), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
         )
+
+    def probe(self, name: str) -> None:
+        """Reads what an example is in, for the error that there is if it cannot be reached."""
+        with tf.io.gfile.GFile(name.rpartition(":")[0], "rb") as file:
+            file.read(1)
 
     def load(self, image):
         """What is decoded: the bytes of a file."""
@@ -218,14 +226,25 @@ def open_source(data: Data, cache: str | None = None) -> Source:
     (1437, 360, 10)
     """
     if data.source == "digits":
+        _only(data, "the digits")
         return _digits()
     if tf.io.gfile.isdir(data.source):
-        if tf.io.gfile.glob(f"{data.source}/train-*"):
+        if any(not tf.io.gfile.isdir(path) for path in tf.io.gfile.glob(f"{data.source}/train-*")):
+            _only(data, "TFRecords", "holdout_shards")
             return _tfrecords(data, cache)
+        _only(data, "a folder of photographs")
         return _folder(data)
     if any(mark in data.source for mark in ("://", "\\")) or data.source.startswith((".", "/", "~")):
         raise ValueError(f"Expected a folder, digits, or the name of a TensorFlow dataset. Received: {data.source!r}")
+    _only(data, "a TensorFlow dataset", "data_dir", "train_split", "eval_split")
     return _tensorflow_dataset(data)
+
+
+def _only(data: Data, kind: str, *fields: str) -> None:
+    """A field that would do nothing is a mistake."""
+    for name in ("holdout_shards", "data_dir", "train_split", "eval_split"):
+        if getattr(data, name) and name not in fields:
+            raise ValueError(f"Expected no data.{name} for {kind}. Received: {getattr(data, name)!r}")
 
 
 def _digits() -> Source:
@@ -262,7 +281,8 @@ def _folder(data: Data) -> Source:
         train = {name: [f for place, f in enumerate(files, 1) if place % HELD_OUT] for name, files in found.items()}
     empty = [name for name, files in train.items() if not files]
     if not train or empty or list(test) != list(train) or not any(test.values()):
-        told = f"no photograph of {', '.join(empty)}" if empty else f"{', '.join(train) or 'none'}"
+        told = f"no photograph of {', '.join(empty)}" if empty else f"{', '.join(train) or 'no folder'} to train on"
+        told += f", {', '.join(name for name, files in test.items() if files) or 'nothing'} to evaluate on"
         raise ValueError(
             "Expected a folder per class with photographs, or 'train' and 'val' with the same ones, or TFRecords. "
             f"Received: {data.source!r} with {told}"
@@ -316,7 +336,10 @@ def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
             lambda path: tf.data.TFRecordDataset(path, buffer_size=8 << 20).reduce(zero, lambda n, _: n + one),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
-        counts |= {path: int(number) for path, number in zip(todo, numbers, strict=True)}
+        try:
+            counts |= {path: int(number) for path, number in zip(todo, numbers, strict=True)}
+        except tf.errors.OpError as error:
+            raise ValueError(f"Expected whole files of records. Received: {error.message}") from error
         if cache:
             with tf.io.gfile.GFile(cache, "w") as file:
                 file.write(json.dumps(counts))
@@ -329,12 +352,18 @@ def _tensorflow_dataset(data: Data) -> Source:
     try:
         builder: Any = tfds.builder(data.source, data_dir=data.data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(data.source, tfds.list_builders(), n=3)
+        near = difflib.get_close_matches(data.source, ["digits", *tfds.list_builders()], n=3)
         raise ValueError(
-            f"Expected a folder, digits, or the name of a TensorFlow dataset{' such as ' * bool(near)}"
+            f"Expected --data as a folder, as digits, or as the name of a TensorFlow dataset{' such as ' * bool(near)}"
             f"{', '.join(near)}. Received: {data.source!r}"
         ) from error
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # whatever a data set's own code raises
+        raise ValueError(
+            f"Expected a TensorFlow dataset that is prepared in data.data_dir, or that can be. Received: "
+            f"{data.source!r}, and {type(error).__name__}: {error}"
+        ) from error
     if builder.info.file_format.value != "tfrecord":
         raise ValueError(
             f"Expected a TensorFlow dataset in the format tfrecord. Received: {builder.info.file_format.value}. "

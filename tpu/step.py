@@ -1,19 +1,25 @@
 """One training step as pure functions of arrays: what every runner computes, however it moves the arrays about."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
 
+from keras_effnet.errors import one_of
 from keras_effnet.tpu import ema, losses
 from keras_effnet.tpu.optim import Optimizer, Schedule, is_kernel
 
 ops: Any = keras.ops
 
-DECAYED = ("no-batch-norm", "all", "kernels")
 METRICS = ("loss", "top1", "top5")
+# Of which variables the weight decay is.
+DECAYED: dict[str, Callable[[keras.Variable], bool]] = {
+    "no-batch-norm": lambda variable: variable.name not in ("gamma", "beta"),
+    "all": lambda variable: True,
+    "kernels": is_kernel,
+}
 
 
 class State(NamedTuple):
@@ -139,11 +145,7 @@ class Learner:
         Returns:
             Float32 scalar tensor.
         """
-        of = {
-            "all": lambda v: True,
-            "kernels": is_kernel,
-            "no-batch-norm": lambda v: v.name not in ("gamma", "beta"),
-        }[self.decayed]
+        of = DECAYED[one_of("decayed", self.decayed, DECAYED)]
         pairs = zip(self.model.trainable_variables, trainable, strict=True)
         return self.weight_decay * losses.l2([value for variable, value in pairs if of(variable)])
 

@@ -53,11 +53,21 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
     workdir = os.fspath(workdir).rstrip("/")
     tf.io.gfile.makedirs(workdir)
 
-    # What is trained on what. Resolved numbers are written down before anything else happens.
-    source = open_source(recipe.data, cache=f"{workdir}/records.json")
-    recipe = _resolved(recipe, source)
+    # The recipe is written down before anything else happens.
+    _check(recipe)
     _write_config(recipe, workdir)
-    size, classes = recipe.model.image_size or 0, recipe.data.classes or source.classes
+
+    # Devices. Everything below is the same for one processor and for a slice of TPUs.
+    strategy = connect(recipe.run)
+    count = strategy.num_replicas_in_sync
+    _check_batches(recipe, count)
+
+    # What is trained on what.
+    source = open_source(recipe.data, cache=f"{workdir}/records.json")
+    size = recipe.model.image_size or VARIANTS[recipe.model.name].resolution
+    classes = recipe.data.classes or source.classes
+    if classes < source.classes:
+        raise ValueError(f"Expected data.classes of at least the {source.classes} that there are. Received: {classes}")
     steps_per_epoch = source.train_count / recipe.batch_size  # a float, as in the original
     total = int(recipe.epochs * steps_per_epoch)
     if total < 1:
@@ -65,11 +75,8 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
             f"Expected at least one step: epochs * {source.train_count} images / batch_size. Received: "
             f"epochs={recipe.epochs:g}, batch_size={recipe.batch_size}"
         )
-
-    # Devices. Everything below is the same for one processor and for a slice of TPUs.
-    strategy = connect(recipe.run)
-    count = strategy.num_replicas_in_sync
-    _check_batches(recipe, count)
+    numbers = {"image_size": size, "classes": classes, "steps": total, "steps_per_epoch": steps_per_epoch}
+    _write_config(recipe, workdir, **numbers, peak=recipe.peak, replicas=count)
 
     # The model and all that a step changes are made together, where the devices want it.
     with strategy.scope():
@@ -96,9 +103,11 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
 
     def train_batches():
         def part(context):
-            host = data.Host(context.input_pipeline_id, context.num_input_pipelines)
+            host = _host(context, strategy)
             batch, here = recipe.batch_size // host.count, count // host.count
             path = f"{workdir}/skipped-{host.index}.jsonl"
+            if not step.numpy() and tf.io.gfile.exists(path):
+                tf.io.gfile.remove(path)  # of a run that did not come to its first checkpoint
             skipped = data.Skipped(path, source.train.count(host.index, host.count), recipe.data.max_corrupt)
             accounts[f"train {host.index}"] = skipped
             return data.training(
@@ -109,7 +118,7 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
 
     def eval_batches():
         def part(context):
-            host = data.Host(context.input_pipeline_id, context.num_input_pipelines)
+            host = _host(context, strategy)
             skipped = data.Skipped(None, source.evaluate.evaluated(host.index, host.count), recipe.data.max_corrupt)
             accounts[f"eval {host.index}"] = skipped
             batch, here = (recipe.run.eval_batch or recipe.batch_size) // host.count, count // host.count
@@ -131,12 +140,14 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
             eval_summary_dir=f"{workdir}/tensorboard/eval",
             train_actions=[lambda metrics: log.trained(int(step.numpy()), metrics)],
         )
+        done = int(step.numpy())
+        if done >= total and tf.io.gfile.exists(f"{workdir}/result.json"):
+            return json.loads(tf.io.gfile.GFile(f"{workdir}/result.json").read())
         # Loop.
-        log.begin(int(step.numpy()))
+        log.begin(done)
         stack.callback(log.end)
         every = max(1.0, recipe.run.eval_every * steps_per_epoch)
         stops = (min(total, int(number * every)) for number in itertools.count(1))
-        done = int(step.numpy())
         try:
             while True:
                 if done < total:
@@ -148,10 +159,8 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
                 if done >= total:
                     break
         except tf.errors.OpError as error:
-            problem = next((account.problem for account in accounts.values() if account.problem), None)
-            if problem:
-                raise ValueError(problem) from error
-            raise
+            problem = next((account.problem for account in accounts.values() if account.problem), error.message)
+            raise ValueError(problem) from error
 
     export(recipe, classes, learner, state).save(f"{workdir}/model.keras")
     skipped = sorted({name for account in accounts.values() for name in account.names})
@@ -162,34 +171,39 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
     return result
 
 
-def _resolved(recipe: Recipe, source: Source) -> Recipe:
-    """The recipe with the numbers in place of None."""
-    model, given = recipe.model, recipe.data.classes
-    if given is not None and given < source.classes:
-        raise ValueError(f"Expected data.classes of at least the {source.classes} that there are. Received: {given}")
-    classes = given or source.classes
-    size = model.image_size or VARIANTS[one_of("model", model.name, VARIANTS)].resolution
-    return dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(model, image_size=size),
-        data=dataclasses.replace(recipe.data, classes=classes),
-        optimizer=dataclasses.replace(recipe.optimizer, peak=recipe.peak),
-    )
+def _check(recipe: Recipe) -> None:
+    one_of("model", recipe.model.name, VARIANTS)
+    named = {"batch_size": recipe.batch_size, "epochs": recipe.epochs}
+    named |= {f"run.{name}": getattr(recipe.run, name) for name in ("steps_per_loop", "keep", "cpu_replicas")}
+    named |= {f"run.{name}": getattr(recipe.run, name) for name in ("eval_every", "save_every")}
+    for name, value in named.items():
+        if value <= 0:
+            raise ValueError(f"Expected {name} above 0. Received: {value}")
 
 
-def _write_config(recipe: Recipe, workdir: str) -> None:
+def _host(context, strategy: tf.distribute.Strategy) -> data.Host:
+    if context.num_input_pipelines > 1 and isinstance(strategy, tf.distribute.TPUStrategy):
+        raise ValueError(
+            "Expected a TPU slice with one host, whose process reads the data and knows what it skipped. Received: one "
+            f"with {context.num_input_pipelines} hosts"
+        )
+    return data.Host(context.input_pipeline_id, context.num_input_pipelines)
+
+
+def _write_config(recipe: Recipe, workdir: str, **resolved) -> None:
     path = f"{workdir}/config.json"
-    if tf.train.latest_checkpoint(f"{workdir}/checkpoints"):
+    if tf.train.latest_checkpoint(f"{workdir}/checkpoints") and tf.io.gfile.exists(path):
         old, new = (flat(dataclasses.asdict(one)) for one in (from_json(tf.io.gfile.GFile(path).read()), recipe))
         changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-        changed = [told for told in changed if not told.startswith("run.") or told.startswith("run.seed")]
+        free = ("run.", "source ", "expected_top1 ")  # what does not change what is computed
+        changed = [told for told in changed if not told.startswith(free) or told.startswith("run.seed")]
         if changed:
             raise ValueError(
                 f"Expected the recipe of the run that is in {workdir!r}, or an empty folder. Received: "
                 + ", ".join(changed)
             )
     with tf.io.gfile.GFile(path, "w") as file:
-        file.write(to_json(recipe))
+        file.write(to_json(recipe, **resolved))
 
 
 def _check_batches(recipe: Recipe, count: int) -> None:
@@ -203,46 +217,60 @@ def _is_low(run: Run, strategy: tf.distribute.Strategy) -> bool:
     return run.precision == "mixed_bfloat16" or (run.precision == "auto" and is_tpu)
 
 
-def build(recipe: Recipe, classes: int, dtype: str, activation: str | None = None) -> keras.Model:
-    """The model of a recipe with the values that its training starts from.
+def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
+    """The model of a recipe with the values that its training starts from; it gives logits.
 
     Args:
-        recipe: `Recipe`, whose `model.image_size` is a number.
+        recipe: `Recipe`.
         classes: Integer.
         dtype: String, dtype or policy of the layers.
-        activation: String, the classifier's. Defaults to None, for logits.
 
     Returns:
         A `keras.Model`.
     """
-    how = recipe.model
-    size = how.image_size or VARIANTS[how.name].resolution
-    common: dict[str, Any] = {
-        "input_shape": (size, size, 3),
-        "dropout_rate": how.dropout_rate,
-        "drop_connect_rate": how.drop_connect_rate,
-        "bn_momentum": how.bn_momentum,
-        "bn_epsilon": how.bn_epsilon,
-        "dtype": dtype,
-    }
-    head: dict[str, Any] = {"classes": classes, "classifier_activation": activation}
-    if how.weights is None:
-        model = models.create_model(how.name, weights=None, preprocessing=how.preprocessing, **head, **common)
-    else:
-        top = head if how.keep_top else {"include_top": False}
-        donor: Any = models.create_model(
-            how.name, weights=how.weights, preprocessing=how.preprocessing, **top, **common
+    how, donor = recipe.model, None
+    scheme: Any = how.preprocessing
+    if how.weights is not None:
+        top: dict[str, Any] = {"classes": classes} if how.keep_top else {"include_top": False}
+        donor = models.create_model(
+            how.name, weights=how.weights, preprocessing=scheme, classifier_activation=None, **top, **_shape(recipe)
         )
-        first = donor.get_layer("preprocessing")
-        pair = [[float(number) for number in tf.reshape(values, [-1])] for values in (first.scale, first.offset)]
-        model = models.create_model(how.name, weights=None, preprocessing=tuple(pair), **head, **common)
-        for layer in donor.layers:
-            model.get_layer(layer.name).set_weights(layer.get_weights())
+        scheme = _scheme(donor)
+    model = models.create_model(
+        how.name,
+        weights=None,
+        classes=classes,
+        classifier_activation=None,
+        preprocessing=scheme,
+        dtype=dtype,
+        **_shape(recipe),
+    )
+    for layer in donor.layers if donor else ():
+        model.get_layer(layer.name).set_weights(layer.get_weights())
     for layer in model.layers:
         frozen = how.freeze == "batch-norm" and isinstance(layer, keras.layers.BatchNormalization)
         if frozen or (how.freeze == "all-but-top" and layer.name != "predictions"):
             layer.trainable = False
     return model
+
+
+def _shape(recipe: Recipe) -> dict[str, Any]:
+    how = recipe.model
+    size = how.image_size or VARIANTS[how.name].resolution
+    return {
+        "input_shape": (size, size, 3),
+        "dropout_rate": how.dropout_rate,
+        "drop_connect_rate": how.drop_connect_rate,
+        "bn_momentum": how.bn_momentum,
+        "bn_epsilon": how.bn_epsilon,
+    }
+
+
+def _scheme(model: keras.Model) -> tuple[list[float], list[float]]:
+    """What a model does with pixels: scale and offset."""
+    layer: Any = model.get_layer("preprocessing")
+    scale, offset = ([float(number) for number in tf.reshape(part, [-1])] for part in (layer.scale, layer.offset))
+    return scale, offset
 
 
 def make_learner(model: keras.Model, recipe: Recipe, steps_per_epoch: float, total: int) -> Learner:
@@ -284,8 +312,10 @@ def export(recipe: Recipe, classes: int, learner: Learner, state: State) -> kera
     Returns:
         A `keras.Model` that gives probabilities.
     """
-    plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, freeze="none"))
-    model = build(plain, classes, "float32", "softmax")
+    scheme = _scheme(learner.model)
+    model = models.create_model(
+        recipe.model.name, weights=None, classes=classes, preprocessing=scheme, **_shape(recipe)
+    )
     names = [v.path for v in (*learner.model.trainable_variables, *learner.moving)]
     averages = dict(zip(names, state.averages, strict=True))
     for variable in model.weights:

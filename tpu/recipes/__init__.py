@@ -44,7 +44,9 @@ def find(name: str) -> config.Recipe:
     17.0
     """
     if name.endswith(".json"):
-        with open(name) as file:
+        import tensorflow as tf  # for gs://
+
+        with tf.io.gfile.GFile(name) as file:
             return config.from_json(file.read())
     found = every()
     return found[one_of("recipe", name, found)]

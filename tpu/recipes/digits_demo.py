@@ -16,7 +16,7 @@ RECIPES = {
         optimizer=Optimizer(peak=0.016),
         schedule=Schedule("cosine", warmup_epochs=2),
         run=Run(steps_per_loop=22, eval_every=5, save_every=5),
-        epochs=40,
+        epochs=50,
         batch_size=64,
         average_decay=0.99,
     )

@@ -5,7 +5,8 @@ Hardware: 8 A100; 11 hours (PyTorch) and 8.5 hours (TensorFlow) by NVIDIA's READ
 Top-1: 77.42 (PyTorch, mixed precision) and 77.59 (TensorFlow, mixed precision).
 PyTorch's has no moving average and no drop connect; its momentum 0.01 of batch normalisation is 0.99 here. Its
 symmetric padding is not rebuilt. TensorFlow's weight decay of 5e-6 is 1e-5 times half the sum of squares here, and its
-batch normalisation is of all replicas.
+batch normalisation is of all replicas; its cosine is taken to end with the last epoch. mixup is the original's: a
+weight for each image, at least 1/2 its own. Initial values are the original's.
 Source: NVIDIA DeepLearningExamples @ 729963dd, PyTorch/Classification/ConvNets configs.yml:99-125 and
 efficientnet/README.md:555-568; TensorFlow2/Classification/ConvNets config/defaults.py:231-330 and
 efficientnet_v1/README.md:393-404.
@@ -28,7 +29,7 @@ RECIPES = {
     "b0_nvidia_tensorflow": Recipe(
         model=Model("efficientnet-b0", dropout_rate=0.2, drop_connect_rate=0.2),
         augment=Augment(policy="autoaugment"),
-        optimizer=Optimizer("rmsprop", peak=0.32, epsilon=1e-3, weight_decay=1e-5),
+        optimizer=Optimizer("rmsprop-keras", peak=0.32, epsilon=1e-3, weight_decay=1e-5),
         schedule=Schedule("cosine", warmup_epochs=5),
         run=Run(batch_norm_group="all"),
         epochs=500,

@@ -4,7 +4,8 @@ Command: `keras-effnet train b0_timm --data PATH --workdir DIR`
 Hardware: 2 GPUs with 384 images each. Not run by us.
 Top-1: 77.7. The operations of RandAugment are those of the TPU code, with timm's magnitude 9, deviation 0.5 and
 probability 0.5; timm draws them with Pillow, and has Cutout not among them. Weight decay is of kernels alone, as timm
-does. The command does not name the length of the warm-up: 5 epochs are what timm takes today.
+does. The moving average's share grows to 0.9999 as in the original. The command does not name the length of the warm-
+up: 5 epochs are what timm takes today.
 Source: timm's documentation, training_script.mdx:68-73.
 """
 

@@ -1,0 +1,301 @@
+"""What a training step takes: ours, keras.applications' and timm's B0; and what our loop adds to a bare step.
+
+    python benchmarks/train.py                            # 6 minutes on two cores
+    python benchmarks/train.py --timm-python PATH         # the interpreter of an environment that has timm
+
+`--timm-python` lets timm (`pip install timm`) be in an environment of its own; by default it is looked for in this one,
+and where it is not, its net is left out, and said so.
+
+The first part: training steps of B0 at 224 pixels, 16 images, float32, 1000 classes, always the same batch, in memory.
+Ours is `runner.Trainer.train()` with what the recipe b0_baseline has: RMSprop, label smoothing, weight decay, dropout
+and drop connect, top-1 and top-5, and the moving average of all variables. keras.applications' is `fit()` with RMSprop
+and momentum, cross entropy, dropout and drop connect, without metrics, moving average and weight decay; of its steps
+the clock leaves out the first of each call of `fit()`. timm's is eager PyTorch, channels last, with torch.optim.RMSprop
+and momentum, dropout and drop path, without metrics, moving average and weight decay. So both peers do less.
+
+The second part: Lite0's bare step, which is `runner.replica_step()` compiled and called, and the same steps as
+`keras-effnet train` goes through them: orbit's controller, an iterator of the same batch, metrics, TensorBoard's files
+and the log, 20 steps in a loop.
+
+Each net has a process of its own, since libraries' threads get into each other's way, and computes when it is its turn;
+ratios are of the same round. Beside the seconds on the wall stand those of all cores together, since on a shared
+machine a core may be missing for a while.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import click
+import numpy as np
+from timing import spread, told
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+SIZE, BATCH, CLASSES = 224, 16, 1000
+OURS, APPLICATIONS, TIMM, BARE, LOOP = "ours", "keras.applications", "timm", "bare step", "our loop"
+
+Run = Callable[[int], tuple[float, float]]  # of so many steps: seconds, and seconds of all cores
+
+
+def clocks() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def clocked(function: Callable[[int], object]) -> Run:
+    def run(steps):
+        start = clocks()
+        function(steps)
+        wall, processor = clocks() - start
+        return wall, processor
+
+    return run
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (BATCH, SIZE, SIZE, 3), "uint8")
+    return images, generator.integers(0, CLASSES, BATCH).astype("int32")
+
+
+def prepared(name: str):
+    """All that `keras_effnet.tpu.train` makes before its loop begins."""
+    import keras
+    import orbit
+    import tensorflow as tf
+
+    from keras_effnet.tpu.config import Model, Recipe
+    from keras_effnet.tpu.runner import Trainer, connect, variables_of
+    from keras_effnet.tpu.train import build, make_learner
+
+    recipe = Recipe(Model(name, image_size=SIZE), batch_size=BATCH)
+    strategy = connect(recipe.run)
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        learner = make_learner(build(recipe, CLASSES, "float32"), recipe, 1_281_167 / BATCH, 28_000_000)
+        state = variables_of(learner)
+    step = orbit.utils.create_global_step()
+
+    def batches():
+        return iter(strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensors(batch()).repeat()))
+
+    return strategy, learner, state, step, Trainer(strategy, learner, state, step, batches, BATCH)
+
+
+def ours() -> dict[str, Run]:
+    import tensorflow as tf
+
+    *_, trainer = prepared("efficientnet-b0")
+    return {OURS: clocked(lambda steps: trainer.train(tf.constant(steps)))}
+
+
+def applications() -> dict[str, Run]:
+    import keras
+    import tensorflow as tf
+
+    networks: Any = keras.applications
+    model = networks.EfficientNetB0(weights=None, classes=CLASSES)
+    optimizer = keras.optimizers.RMSprop(0.016 * BATCH / 256, rho=0.9, momentum=0.9, epsilon=1e-3)
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    images, labels = batch()
+    data = tf.data.Dataset.from_tensors((images.astype("float32"), labels)).repeat()
+
+    class Times(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.ends = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.ends.append(clocks())
+
+    def run(steps):
+        times = Times()
+        model.fit(data, steps_per_epoch=steps + 1, epochs=1, shuffle=False, verbose=0, callbacks=[times])
+        wall, processor = times.ends[-1] - times.ends[0]
+        return wall, processor
+
+    return {APPLICATIONS: run}
+
+
+def timm() -> dict[str, Run]:
+    import torch
+
+    library: Any = import_module("timm")  # by name: the package is not a dependency
+    torch.set_num_threads(os.cpu_count() or 1)
+    model: Any = library.create_model("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2)
+    model = model.to(memory_format=torch.channels_last).train()
+    rate = 0.016 * BATCH / 256
+    optimizer = torch.optim.RMSprop(model.parameters(), rate, alpha=0.9, eps=1e-3, momentum=0.9)
+    images, labels = batch()
+    # Channels last in memory.
+    pixels, targets = torch.from_numpy(images / np.float32(255)).permute(0, 3, 1, 2), torch.from_numpy(labels).long()
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(pixels), targets).backward()
+            optimizer.step()
+
+    return {TIMM: clocked(train)}
+
+
+def loop() -> dict[str, Run]:
+    import orbit
+    import tensorflow as tf
+
+    from keras_effnet.tpu.progress import Log
+    from keras_effnet.tpu.runner import replica_step
+
+    strategy, learner, state, step, trainer = prepared("efficientnet-lite0")
+    one = tf.function(replica_step(learner, state, BATCH))
+    images, labels = (tf.constant(part) for part in batch())
+
+    def bare(steps):
+        for number in range(steps):
+            one(images, labels, tf.constant(number))
+
+    def looped(steps):
+        with contextlib.redirect_stdout(log.text):  # as train() does: orbit prints what it does
+            controller.train(int(step.numpy()) + steps, checkpoint_at_completion=False)
+
+    workdir = tempfile.mkdtemp(dir=sys.argv[-1])
+    log = Log(workdir, BATCH, 28_000_000, quiet=True)
+    controller = orbit.Controller(
+        strategy=strategy,
+        trainer=trainer,
+        global_step=step,
+        steps_per_loop=20,
+        summary_dir=f"{workdir}/tensorboard",
+        train_actions=[lambda metrics: log.trained(int(step.numpy()), metrics)],
+    )
+    log.begin(0)
+    return {BARE: clocked(bare), LOOP: clocked(looped)}
+
+
+PROCESSES = {"ours": ours, "applications": applications, "timm": timm, "loop": loop}
+
+
+def serve(name: str) -> None:
+    """In a process of its own: runs what a line names, so many steps, and answers with the seconds."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    runs = PROCESSES[name]()
+    for line in sys.stdin:
+        what, steps = json.loads(line)
+        print(json.dumps(runs[what](steps)), file=answers, flush=True)
+
+
+class Worker:
+    """A process that trains a net when it is told to."""
+
+    def __init__(self, name: str, python: str, folder: str):
+        command, pipe = [python, __file__, "serve", name, folder], subprocess.PIPE
+        # Of PyTorch: where a core is missing for a while, threads that wait actively make a step 10 times as long.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        self._process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def __call__(self, what: str, steps: int) -> list[float]:
+        """Seconds of a step, and seconds of all cores."""
+        self._process.stdin.write(json.dumps([what, steps]) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"Expected seconds of {what}. Received: the process ended")
+        return [value / steps for value in json.loads(line)]
+
+    def stop(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def in_turn(workers: dict[str, Worker], base: str, rounds: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Figures of each, and ratios to `base`'s. The first round is not counted: in it all is compiled."""
+    found: dict[str, list[list[float]]] = {name: [] for name in workers}
+    for number in range(rounds + 1):
+        for name, worker in workers.items():
+            times = worker(name, steps if number else 2)
+            if number:
+                found[name].append(times)
+    for worker in {id(worker): worker for worker in workers.values()}.values():
+        worker.stop()
+    return {
+        name: {
+            "ms_per_step": spread([1e3 * wall for wall, _ in rows]),
+            "core_ms_per_step": spread([1e3 * processor for _, processor in rows]),
+            "ratio": spread([wall / other for (wall, _), (other, _) in zip(rows, found[base], strict=True)]),
+            "core_ratio": spread([cost / other for (_, cost), (_, other) in zip(rows, found[base], strict=True)]),
+            "ratio_of_medians": dict(zip(("wall", "cores"), medians(rows) / medians(found[base]), strict=True)),
+        }
+        for name, rows in found.items()
+    }
+
+
+def medians(rows: list[list[float]]) -> np.ndarray:
+    return np.median(np.array(rows), axis=0)
+
+
+def has_timm(python: str) -> bool:
+    return not subprocess.run([python, "-c", "import timm"], capture_output=True).returncode
+
+
+def table(title: str, base: str, rows: dict[str, dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table("median (least-most)", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("ms/step", f"over {base}", "core ms/step", f"over {base}"):
+        shown.add_column(column, justify="right")
+    for name, row in rows.items():
+        wall, cores, over, cores_over, _ = row.values()
+        ratios = ("", "") if name == base else (told(over, 3), told(cores_over, 3))
+        shown.add_row(name, told(wall, 0), ratios[0], told(cores, 0), ratios[1])
+    Console(width=120).print(shown)
+    for name, row in rows.items():
+        if name != base:
+            of = row["ratio_of_medians"]
+            click.echo(f"  {name} over {base}, ratio of medians: {of['wall']:.3f}, by core time {of['cores']:.3f}")
+
+
+@click.command()
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Of the nets, and of the loop.")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Of a net's turn.")
+@click.option("--loops", default=1, show_default=True, type=click.IntRange(1), help="Of 20 steps, in the loop's turn.")
+@click.option("--timm-python", default=sys.executable, help="Interpreter that has timm. Defaults to this one.")
+@click.option("--only", type=click.Choice(["nets", "loop"]), help="One part.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def main(rounds, steps, loops, timm_python, only, as_json) -> None:
+    """Time training steps of B0, and what our loop adds."""
+    report: dict[str, Any] = {"rounds": rounds, "cores": os.cpu_count(), "batch": BATCH, "size": SIZE}
+    with tempfile.TemporaryDirectory() as folder:
+        if only != "loop":
+            workers = {OURS: Worker("ours", sys.executable, folder)}
+            workers[APPLICATIONS] = Worker("applications", sys.executable, folder)
+            if has_timm(timm_python):
+                workers[TIMM] = Worker("timm", timm_python, folder)
+            else:
+                click.echo("timm is not installed: its net is not timed", err=True)
+            report["nets"] = in_turn(workers, OURS, rounds, steps)
+            if not as_json:
+                table(f"Training step of B0, {SIZE} pixels, {BATCH} images", OURS, report["nets"])
+        if only != "nets":
+            worker = Worker("loop", sys.executable, folder)
+            report["loop"] = in_turn({BARE: worker, LOOP: worker}, BARE, rounds, 20 * loops)
+            if not as_json:
+                table(f"Our loop, Lite0, {SIZE} pixels, {BATCH} images, 20 steps a loop", BARE, report["loop"])
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve(sys.argv[2])
+    else:
+        main()
