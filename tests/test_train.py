@@ -192,9 +192,9 @@ def test_devices_that_are_not_there(tmp_path):
 
 
 @pytest.mark.slow
-def test_digits_demo_reaches_what_it_promises(tmp_path):
-    """One seed of the three in the README, whole, through the command."""
-    process = command(tmp_path, "digits_demo")
+def test_digits_demo_learns(tmp_path):
+    """Through the command, in a quarter of its epochs; the README has the whole runs' accuracy."""
+    process = command(tmp_path, "digits_demo", "--epochs", "12")
     told, _ = process.communicate(timeout=600)
     assert process.returncode == 0, told
-    assert json.loads((tmp_path / "result.json").read_text())["ema_top1"] >= 0.96
+    assert json.loads((tmp_path / "result.json").read_text())["ema_top1"] >= 0.8
