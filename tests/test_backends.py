@@ -11,14 +11,13 @@ SLOW = (
     "test_layers.py",
     "test_export.py",
     "test_cli.py",
-    "test_describe.py",
-    "test_preprocessing.py",
     "test_weights.py",
     "test_pruning.py",
     "test_optim.py",
 )
 # Those in which a backend's variables are read, written or trained in ways of their own.
 CHOSEN = {
+    "test_cli.py": "predict or convert",
     "test_pruning.py": "lite0-0 or slope or modules_differences or student_learns or own_is_kept",
     "test_weights.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body",
 }
