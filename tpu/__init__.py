@@ -3,5 +3,5 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["recipes"], submod_attrs={"config": ["Recipe"], "train": ["train"]}
+    __name__, submodules=["recipes"], submod_attrs={"config": ["Recipe", "override"]}
 )

@@ -43,8 +43,9 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
 
     Example:
 
-    >>> from keras_effnet.tpu import recipes, train
-    >>> recipe = recipes.find("digits_demo")
+    >>> from keras_effnet.tpu import override, recipes
+    >>> from keras_effnet.tpu.train import train
+    >>> recipe = override(recipes.find("digits_demo"), ["--epochs", "2"])
     >>> result = train(recipe, "runs/digits")  # doctest: +SKIP
 
     Reference:
