@@ -38,6 +38,9 @@ def greedy(values, weights, capacity: float) -> Solution:
     Returns:
         A `Solution`. Its value is at least the bound less the value of one item.
 
+    Raises:
+        ValueError: If a weight above 0 is so small that its value per weight is beyond a float.
+
     Example:
 
     >>> solution = greedy([60, 100, 120], [10, 20, 30], 50)
@@ -67,8 +70,13 @@ def greedy(values, weights, capacity: float) -> Solution:
 
 def _whole_items(values: np.ndarray, weights: np.ndarray, capacity: float) -> tuple[np.ndarray, int, float]:
     """The items by falling value per weight, how many of these fit one after the other, and the capacity left."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         density = np.where(weights > 0, values / weights, np.inf)
+    if np.isinf(density[weights > 0]).any():  # infinities have no order
+        raise ValueError(
+            "Expected weights that are 0, or large enough for their values to be divided by. Received: "
+            f"{np.min(weights[weights > 0])} among the weights"
+        )
     order = np.argsort(-density, kind="stable")
     total = np.cumsum(weights[order])
     whole = int(np.searchsorted(total, capacity, side="right"))
@@ -94,6 +102,7 @@ def exact(values, weights, capacity: float) -> Solution:
 
     Raises:
         RuntimeError: If too many choices are alike.
+        ValueError: See `greedy()`.
 
     Example:
 

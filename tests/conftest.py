@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import hypothesis
 import keras
 import numpy as np
 import pytest
@@ -22,6 +23,10 @@ sys.path.insert(0, str(GOLDEN))
 from seeded_weights import image, seeded  # noqa: E402
 
 BACKEND = keras.backend.backend()
+
+# A commit passes or fails: the same examples in each run. HYPOTHESIS_PROFILE=default looks for others.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Keras goes through L2's graph in 890 nested calls, to which pytest and its workers add theirs.
 sys.setrecursionlimit(3000)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from keras_effnet import knapsack
 
-NUMBERS = st.integers(0, 60) | st.floats(0, 60, allow_subnormal=False)
+# Costs are counted or measured: nothing, or some sensible part of the largest.
+NUMBERS = st.integers(0, 60) | st.floats(1e-9, 60)
 
 
 @settings(max_examples=150, deadline=None)
@@ -31,6 +32,12 @@ def test_solvers_against_all_choices(items, share, whole):
         if name == "exact":
             assert solution.value == pytest.approx(best, rel=1e-12, abs=1e-12)
     assert knapsack.greedy(values, weights, capacity).value >= best - values.max() - 1e-9
+
+
+@pytest.mark.parametrize("name", knapsack.SOLVERS)
+def test_weights_too_small_to_divide_by_are_refused(name):
+    with pytest.raises(ValueError, match=r"large enough for their values to be divided by. Received: 2"):
+        knapsack.SOLVERS[name]([4, 60], [2.3e-308, 2.4e-308], 2.5e-308)
 
 
 def test_the_bound_is_the_fractional_optimum():
