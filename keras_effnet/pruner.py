@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,26 @@ class Photographs(keras.utils.PyDataset):
         return np.array([label for _, label in files], "int32")
 
 
-def labelled(folder: Path) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+def _folders(place: str) -> list[str]:
+    return [path.name for path in Path(place).iterdir() if path.is_dir()]
+
+
+def _photographs(place: str) -> list[Path]:
+    return [path for path in photographs([place]) if path.is_file()]
+
+
+def labelled(
+    folder: str | os.PathLike,
+    folders: Callable[[str], Iterable[str]] = _folders,
+    files: Callable[[str], Sequence[Any]] = _photographs,
+) -> tuple[list[str], list[tuple[Any, int]], list[tuple[Any, int]]]:
     """Finds photographs to train and to test with.
 
     Args:
         folder: Path of a folder with one for each class; or of one with such folders `train` and `val` (or
             `validation`, or `test`). Else each fifth photograph of a class is held out.
+        folders: Function of a folder's path to the names of the folders in it. Defaults to those of this machine.
+        files: Function of a folder's path to the photographs in it, in order. Defaults to those of this machine.
 
     Returns:
         Tuple of the classes' names, in alphabetical order, and the two lists of pairs (path, class number).
@@ -69,25 +83,29 @@ def labelled(folder: Path) -> tuple[list[str], list[tuple[Path, int]], list[tupl
         ValueError: If there are none.
     """
 
-    def classes(place: Path) -> dict[str, list[Path]]:
-        names = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
-        return {name: [path for path in photographs([place / name]) if path.is_file()] for name in names}
+    def classes(place: str) -> dict[str, Sequence[Any]]:
+        names = sorted(name for name in folders(place) if not name.startswith("."))
+        return {name: files(f"{place}/{name}") for name in names}
 
-    if not folder.is_dir():
-        raise ValueError(f"Expected a folder of photographs, one folder per class. Received: {str(folder)!r}")
-    held = next((folder / name for name in VALIDATION if (folder / name).is_dir()), None)
-    if held and (folder / "train").is_dir():
-        train, test = classes(folder / "train"), classes(held)
+    root = os.fspath(folder)
+    try:
+        parts = set(folders(root))
+    except OSError as error:
+        raise ValueError(f"Expected a folder of photographs, one folder per class. Received: {root!r}") from error
+    held = next((name for name in VALIDATION if name in parts), None)
+    if held and "train" in parts:
+        train, test = classes(f"{root}/train"), classes(f"{root}/{held}")
     else:
-        found = classes(folder)
-        test = {name: files[HELD_OUT - 1 :: HELD_OUT] for name, files in found.items()}
-        train = {name: [file for file in files if file not in set(test[name])] for name, files in found.items()}
-    empty = [name for name, files in train.items() if not files]
+        found = classes(root)
+        test = {name: some[HELD_OUT - 1 :: HELD_OUT] for name, some in found.items()}
+        train = {name: [f for place, f in enumerate(some, 1) if place % HELD_OUT] for name, some in found.items()}
+    empty = [name for name, some in train.items() if not some]
     if not train or empty or list(test) != list(train) or not any(test.values()):
-        told = f"no photograph of {', '.join(empty)}" if empty else f"{', '.join(train) or 'none'}"
+        told = f"no photograph of {', '.join(empty)}" if empty else f"{', '.join(train) or 'none'} to train on"
+        told += f", {', '.join(name for name, some in test.items() if some) or 'none'} to test on"
         raise ValueError(
             f"Expected a folder per class with photographs, or 'train' and 'val' with the same ones. Received: "
-            f"{str(folder)!r} with {told}"
+            f"{root!r} with {told}"
         )
     pairs = [[(file, number) for number, name in enumerate(train) for file in part[name]] for part in (train, test)]
     return list(train), pairs[0], pairs[1]
@@ -148,7 +166,7 @@ def prune(
     figure_class()  # what is missing is told before the work
     if not os.path.isfile(path):
         raise FileNotFoundError(f"Expected a .keras file. Received: {os.fspath(path)!r}, which does not exist")
-    names, train, test = labelled(Path(data))
+    names, train, test = labelled(data)
     teacher: Any = keras.models.load_model(path, compile=False)
     blocks.find(teacher)
     if len(teacher.outputs) != 1 or teacher.output_shape != (None, len(names)):

@@ -81,9 +81,10 @@ ALLOWED = {
     "tpu.progress": {"tensorflow"},
     "tpu.replicas": {"keras", "tensorflow"},
     "tpu.runner": {"tpu.config", "tpu.step", "tensorflow", "orbit"},
-    "tpu.sources": {"tpu.config", "tensorflow"},
+    "tpu.sources": {"pruner", "tpu.config", "tensorflow"},
     "tpu.step": {"errors", "tpu.ema", "tpu.losses", "tpu.optim", "keras"},
     "tpu.train": {
+        "blocks",
         "errors",
         "models",
         "tpu.config",

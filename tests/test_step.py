@@ -126,6 +126,8 @@ def test_which_replicas_share_their_statistics():
     assert replicas.group_size(4, "all") == 4 and replicas.group_size(8, "2") == 2
     with pytest.raises(ValueError, match="which makes groups of 3"):
         replicas.group_size(8, 3)
+    with pytest.raises(ValueError, match=r"'auto' or 'all'. Received: 'some'$"):
+        replicas.group_size(8, "some")
 
 
 SPREAD = """

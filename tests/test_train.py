@@ -71,6 +71,7 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
     steps = int(0.5 * 1437 / 32)
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["steps"], result["examples"], result["skipped"]) == (steps, 360, 0)
+    assert result["labels"] == [str(digit) for digit in range(10)]
     # Each number where it belongs.
     trained, evaluated = rows(tmp_path / "run", "train"), rows(tmp_path / "run", "eval")
     assert [row["step"] for row in evaluated] == [int(0.3 * 1437 / 32), steps]
@@ -181,6 +182,9 @@ def test_devices_that_are_not_there(tmp_path):
         runner.connect(Run(cpu_replicas=3))
     with pytest.raises(ValueError, match=r"Expected data.classes of at least the 10"):
         train(override(SHORT, ["--data.classes", "3"]), tmp_path, quiet=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is not a directory"):
+        train(SHORT, tmp_path / "file" / "run", quiet=True)
     with pytest.raises(ValueError, match="Expected batch_size above 0"):
         train(override(SHORT, ["--batch-size", "0"]), tmp_path / "none", quiet=True)
     with pytest.raises(ValueError, match=r"at least one step: epochs \* 1437 images / batch_size"):

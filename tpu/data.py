@@ -230,8 +230,8 @@ def evaluation(
     end["ordinal"] = tf.constant(mine, tf.int64)
     dataset = _checked(raw.concatenate(tf.data.Dataset.from_tensors(end)), read, 0, skipped)
     dataset = dataset.filter(lambda example: example["ordinal"] < mine)
-    dataset = dataset.map(lambda example: _labelled(example, recipe.data.classes or source.classes))
-    dataset = dataset.map(lambda x: (x["image"], x["label"], tf.ones([])))
+    classes = recipe.data.classes or source.classes
+    dataset = dataset.map(lambda x: (x["image"], _labelled(x, classes)["label"], tf.ones([])))
     filling = tf.data.Dataset.from_tensors((tf.zeros([size, size, 3]), tf.zeros([], tf.int32), tf.zeros([]))).repeat()
     steps = -(-max(counts) // batch)
     dataset = dataset.concatenate(filling).take(steps * batch).batch(batch // parts, drop_remainder=True)

@@ -34,11 +34,11 @@ def group_size(replicas: int, choice: str | int = "auto") -> int:
     if choice == "auto":
         size = max(8, replicas // 8) if replicas > 8 else 1
     else:
-        size = replicas if choice == "all" else int(choice)
+        size = replicas if choice == "all" else int(choice) if str(choice).isdecimal() else 0
     if size < 1 or replicas % size:
         raise ValueError(
             f"Expected groups for batch normalisation that divide the {replicas} replicas, 'auto' or 'all'. "
-            f"Received: {choice!r}, which makes groups of {size}"
+            f"Received: {choice!r}" + (f", which makes groups of {size}" if size else "")
         )
     return size
 
@@ -125,9 +125,9 @@ class GlobalDropout(keras.layers.Dropout):
         if not training or not self.rate or replicas == 1:
             return super().call(inputs, training=training)
         here = tf.shape(inputs)[0]
-        shape = [1 if size == 1 else None for size in (self.noise_shape or [None] * inputs.shape.rank)]
-        rest = [size or tf.shape(inputs)[axis + 1] for axis, size in enumerate(shape[1:])]
-        ones = tf.ones([here * replicas, *rest], inputs.dtype)
+        noise = self.noise_shape or [None] * inputs.shape.rank
+        rest = [size or tf.shape(inputs)[axis] for axis, size in enumerate(noise)]
+        ones = tf.ones([here * replicas, *rest[1:]], inputs.dtype)
         mask = keras.random.dropout(ones, self.rate, seed=self.seed_generator)
         start = context.replica_id_in_sync_group * here
         begin = tf.stack([start] + [0] * (inputs.shape.rank - 1))

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_effnet.pruner import labelled
 from keras_effnet.tpu.config import Data
 
 # A permutation's value at an index, without the permutation.
 SHUFFLED: Any = tf.random.experimental.index_shuffle  # pyright: ignore[reportAttributeAccessIssue]
-HELD_OUT = 5  # of what has no split of its own, each fifth example of a class is evaluated
-EVALUATED = ("validation", "val", "test")
+EVALUATED = ("validation", "val", "test")  # names of splits
 
 
 def _key(seed: int, epoch):
@@ -185,7 +185,6 @@ class Source:
     """A data set.
 
     Args:
-        name: String.
         train: `Items` or `Records` to train on.
         evaluate: `Items` or `Records` to evaluate on.
         train_count: Integer, examples to train on, on all hosts.
@@ -194,7 +193,6 @@ class Source:
         labels: List of the classes' names, empty where nothing says.
     """
 
-    name: str
     train: Items | Records
     evaluate: Items | Records
     train_count: int
@@ -254,48 +252,28 @@ def _digits() -> Source:
     pixels = np.repeat((digits.images * (255 / 16)).astype("uint8")[..., None], 3, axis=-1)
     order = np.random.default_rng(0).permutation(len(pixels))
     parts = [Items(pixels[which], digits.target[which].astype("int32")) for which in (order[360:], order[:360])]
-    return Source("digits", parts[0], parts[1], len(order) - 360, 360, 10, [str(digit) for digit in range(10)])
+    return Source(parts[0], parts[1], len(order) - 360, 360, 10, [str(digit) for digit in range(10)])
 
 
 def _folder(data: Data) -> Source:
-    def classes(place: str) -> dict[str, list[str]]:
-        names = sorted(name.rstrip("/") for name in tf.io.gfile.listdir(place) if not name.startswith("."))
-        folders = [name for name in names if tf.io.gfile.isdir(f"{place}/{name}")]
-        # Whatever its name ends in: what is no photograph is named and counted as it is read.
-        return {
-            name: [
-                f"{place}/{name}/{file}"
-                for file in sorted(tf.io.gfile.listdir(f"{place}/{name}"))
-                if not file.startswith(".") and not file.endswith("/")
-            ]
-            for name in folders
-        }
-
     root = data.source.rstrip("/")
-    held = next((f"{root}/{name}" for name in EVALUATED if tf.io.gfile.isdir(f"{root}/{name}")), None)
-    if held and tf.io.gfile.isdir(f"{root}/train"):
-        train, test = classes(f"{root}/train"), classes(held)
-    else:
-        found = classes(root)
-        test = {name: files[HELD_OUT - 1 :: HELD_OUT] for name, files in found.items()}
-        train = {name: [f for place, f in enumerate(files, 1) if place % HELD_OUT] for name, files in found.items()}
-    empty = [name for name, files in train.items() if not files]
-    if not train or empty or list(test) != list(train) or not any(test.values()):
-        told = f"no photograph of {', '.join(empty)}" if empty else f"{', '.join(train) or 'no folder'} to train on"
-        told += f", {', '.join(name for name, files in test.items() if files) or 'nothing'} to evaluate on"
-        raise ValueError(
-            "Expected a folder per class with photographs, or 'train' and 'val' with the same ones, or TFRecords. "
-            f"Received: {data.source!r} with {told}"
-        )
-    parts = [
-        Items(
-            np.array([file for files in part.values() for file in files], dtype=object),
-            np.array([number for number, files in enumerate(part.values()) for _ in files], "int32"),
-        )
-        for part in (train, test)
-    ]
-    counts = [len(part.labels) for part in parts]
-    return Source(root, parts[0], parts[1], counts[0], counts[1], data.classes or len(train), list(train))
+
+    def names(place: str) -> list[str]:
+        return sorted(name for name in tf.io.gfile.listdir(place) if not name.startswith("."))
+
+    def folders(place: str) -> list[str]:
+        return [name.rstrip("/") for name in names(place) if tf.io.gfile.isdir(f"{place}/{name}")]
+
+    def files(place: str) -> list[str]:
+        # Whatever its name ends in: what is no photograph is named and counted as it is read.
+        return [f"{place}/{name}" for name in names(place) if not name.endswith("/")]
+
+    labels, *pairs = labelled(root, folders, files)
+    train, test = (
+        Items(np.array([file for file, _ in part], dtype=object), np.array([label for _, label in part], "int32"))
+        for part in pairs
+    )
+    return Source(train, test, len(train.labels), len(test.labels), data.classes or len(labels), labels)
 
 
 def _tfrecords(data: Data, cache: str | None) -> Source:
@@ -322,7 +300,7 @@ def _tfrecords(data: Data, cache: str | None) -> Source:
     parts = [[Part(path, 0, counts[path]) for path in paths] for paths in (train, test)]
     sums = [sum(part.count for part in some) for some in parts]
     sources = [Records(some, parse, data.shuffle_buffer) for some in parts]
-    return Source(data.source, sources[0], sources[1], sums[0], sums[1], data.classes or 1000)
+    return Source(sources[0], sources[1], sums[0], sums[1], data.classes or 1000)
 
 
 def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
@@ -393,4 +371,4 @@ def _tensorflow_dataset(data: Data) -> Source:
     sums = [sum(part.count for part in some) for some in parts]
     sources = [Records(some, parse, data.shuffle_buffer) for some in parts]
     names = features[label].names or ()
-    return Source(data.source, sources[0], sources[1], sums[0], sums[1], features[label].num_classes, names)
+    return Source(sources[0], sources[1], sums[0], sums[1], features[label].num_classes, names)

@@ -127,14 +127,17 @@ class Learner:
             Tuple of the loss, the new `moving`, and a dict of this replica's shares of `METRICS`.
         """
         logits, after = self.logits(trainable, moving, images, step)
-        loss = ops.sum(losses.cross_entropy(labels, logits, self.smoothing)) / batch
-        loss = loss + self.penalty(trainable) / replicas
-        metrics = {
-            "loss": loss,
-            "top1": ops.sum(losses.hits(labels, logits, 1)) / batch,
-            "top5": ops.sum(losses.hits(labels, logits, 5)) / batch,
+        metrics = {name: ops.sum(values) / batch for name, values in self._metrics(labels, logits).items()}
+        metrics["loss"] = metrics["loss"] + self.penalty(trainable) / replicas
+        return metrics["loss"], after, metrics
+
+    def _metrics(self, labels, logits) -> dict[str, Any]:
+        """`METRICS` of each example."""
+        return {
+            "loss": losses.cross_entropy(labels, logits, self.smoothing),
+            "top1": losses.hits(labels, logits, 1),
+            "top5": losses.hits(labels, logits, 5),
         }
-        return loss, after, metrics
 
     def penalty(self, trainable):
         """The weight decay's term of the loss.
@@ -182,12 +185,7 @@ class Learner:
             Dict of the sums of `METRICS`, without the weight decay's term in the loss.
         """
         logits, _ = self.logits(trainable, moving, images)
-        of_each = {
-            "loss": losses.cross_entropy(labels, logits, self.smoothing),
-            "top1": losses.hits(labels, logits, 1),
-            "top5": losses.hits(labels, logits, 5),
-        }
-        return {name: ops.sum(values * weights) for name, values in of_each.items()}
+        return {name: ops.sum(values * weights) for name, values in self._metrics(labels, logits).items()}
 
 
 def _is_seed(variable) -> bool:

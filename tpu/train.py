@@ -12,7 +12,7 @@ import keras
 import orbit
 import tensorflow as tf
 
-from keras_effnet import models
+from keras_effnet import blocks, models
 from keras_effnet.errors import one_of
 from keras_effnet.tpu import data, optim, replicas
 from keras_effnet.tpu.config import Recipe, Run, flat, from_json, to_json
@@ -23,6 +23,16 @@ from keras_effnet.tpu.step import Learner, State
 from keras_effnet.variants import VARIANTS
 
 
+@contextlib.contextmanager
+def _plainly():
+    """An error of TensorFlow's, as of a storage that refuses, is told like any other."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise ValueError(error.message) from error
+
+
+@_plainly()
 def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> dict[str, Any]:
     """Trains a recipe, or goes on with one that was interrupted.
 
@@ -160,13 +170,19 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
                 if done >= total:
                     break
         except tf.errors.OpError as error:
-            problem = next((account.problem for account in accounts.values() if account.problem), error.message)
-            raise ValueError(problem) from error
+            for account in accounts.values():
+                if account.problem:
+                    raise ValueError(account.problem) from error
+            raise
 
     export(recipe, classes, learner, state).save(f"{workdir}/model.keras")
     skipped = sorted({name for account in accounts.values() for name in account.names})
     result = {"model": recipe.model.name, "steps": done, "epochs": recipe.epochs, **log.last, "skipped": len(skipped)}
-    result |= {"expected_top1": recipe.expected_top1, "seconds": round(time.monotonic() - log.started, 1)}
+    result |= {
+        "labels": list(source.labels),
+        "expected_top1": recipe.expected_top1,
+        "seconds": round(time.monotonic() - log.started, 1),
+    }
     with tf.io.gfile.GFile(f"{workdir}/result.json", "w") as file:
         file.write(json.dumps(result, indent=2) + "\n")
     return result
@@ -267,11 +283,10 @@ def _shape(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _scheme(model: keras.Model) -> tuple[list[float], list[float]]:
+def _scheme(model: keras.Model) -> tuple[Any, Any]:
     """What a model does with pixels: scale and offset."""
-    layer: Any = model.get_layer("preprocessing")
-    scale, offset = ([float(number) for number in tf.reshape(part, [-1])] for part in (layer.scale, layer.offset))
-    return scale, offset
+    reading = blocks.read(model)
+    return reading.scale, reading.offset
 
 
 def make_learner(model: keras.Model, recipe: Recipe, steps_per_epoch: float, total: int) -> Learner:
