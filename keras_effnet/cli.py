@@ -334,15 +334,19 @@ def download(model, tag, no_top, as_json) -> None:
 @click.argument("recipe", required=False)
 @click.option("--data", "source", help="Short for --data.source.")
 @click.option("--workdir", help="Folder of the run, or one on Cloud Storage. A run that is in it goes on.")
+@click.option("--allow-changes", is_flag=True, help="Go on with another recipe than the run had.")
 @AS_JSON
 @click.option("-h", "--help", "asked", is_flag=True, help="Show this, or after a recipe's name all its fields.")
 @click.argument("changes", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
-def train(ctx, recipe, source, workdir, as_json, asked, changes) -> None:
+def train(ctx, recipe, source, workdir, allow_changes, as_json, asked, changes) -> None:
     """Train RECIPE, or go on with it. Without one: list all.
 
     RECIPE is a name, or the path of a config.json that a run has written. Each of its fields can be changed, such as
     with --batch-size 256 or --optimizer.peak 0.128.
+
+    Exit status: 75 after SIGTERM or when another host was lost, 130 after Ctrl-C, both with the state saved: the same
+    command goes on.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if recipe is None and asked:
@@ -362,7 +366,7 @@ def train(ctx, recipe, source, workdir, as_json, asked, changes) -> None:
         raise ValueError("Expected a folder for the run: --workdir DIR. Received: none")
     from keras_effnet.tpu.train import train as run
 
-    result = run(chosen, workdir, quiet=as_json)
+    result = run(chosen, workdir, quiet=as_json, allow_changes=allow_changes)
     if as_json:
         _print_json(result)
     else:

@@ -74,27 +74,33 @@ ALLOWED = {
     "tpu.__init__": set(),
     "tpu.augment": {"errors", "preprocessing", "tensorflow"},
     "tpu.config": set(),
-    "tpu.data": {"tpu.augment", "tpu.config", "tpu.sources", "tensorflow"},
+    "tpu.checkpoints": {"tpu.stops", "tensorflow"},
+    "tpu.data": {"tpu.augment", "tpu.config", "tpu.files", "tpu.sources", "tensorflow"},
     "tpu.ema": {"keras"},
+    "tpu.files": {"tensorflow"},
     "tpu.losses": {"keras"},
     "tpu.optim": {"errors", "keras"},
-    "tpu.progress": {"tensorflow"},
+    "tpu.progress": {"tpu.files", "tensorflow"},
     "tpu.replicas": {"keras", "tensorflow"},
-    "tpu.runner": {"tpu.config", "tpu.step", "tensorflow", "orbit"},
-    "tpu.sources": {"pruner", "tpu.config", "tensorflow"},
+    "tpu.runner": {"tpu.config", "tpu.step", "tpu.stops", "tensorflow", "orbit"},
+    "tpu.sources": {"pruner", "tpu.config", "tpu.files", "tensorflow"},
     "tpu.step": {"errors", "tpu.ema", "tpu.losses", "tpu.optim", "keras"},
+    "tpu.stops": set(),
     "tpu.train": {
         "blocks",
         "errors",
         "models",
+        "tpu.checkpoints",
         "tpu.config",
         "tpu.data",
+        "tpu.files",
         "tpu.optim",
         "tpu.progress",
         "tpu.replicas",
         "tpu.runner",
         "tpu.sources",
         "tpu.step",
+        "tpu.stops",
         "variants",
         "keras",
         "tensorflow",
@@ -164,7 +170,7 @@ def test_modules_import_what_they_may(module):
     if short in ("arch", "errors", "variants", "weights.registry", "weights.namemaps", "weights.layouts"):
         assert "keras" not in everywhere
     # What every runner shares.
-    if short in ("tpu.config", "tpu.ema", "tpu.losses", "tpu.optim", "tpu.step"):
+    if short in ("tpu.config", "tpu.ema", "tpu.losses", "tpu.optim", "tpu.step", "tpu.stops"):
         assert not everywhere & {"tensorflow", "jax", "torch", "orbit"}
     if not short.startswith(("tpu.", "cli")):
         assert not any(name.startswith("keras_effnet.tpu") for name in imports(tree, True))

@@ -171,8 +171,12 @@ class Run:
     """Whether the variables themselves are evaluated too, and not only their moving average."""
     save_every: float = 1.0
     """Epochs between checkpoints."""
+    save_minutes: float | None = 10.0
+    """Minutes after which there is one too. None: only after save_every."""
     keep: int = 3
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept, besides the one with the best top-1 of the moving average."""
+    deterministic: bool = False
+    """Only operations that always give the same bits. On a processor they do anyway; on a GPU it costs speed."""
     xla: bool = False
     """Compile the step of a single device with XLA. On a TPU it is compiled anyway."""
     threads: int | None = None

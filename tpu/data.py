@@ -1,5 +1,6 @@
 """From a source's examples to batches: decoding, cropping, augmentation, and an account of what cannot be read."""
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_effnet.tpu import augment
+from keras_effnet.tpu import augment, files
 from keras_effnet.tpu.config import Augment, Data, Recipe
 from keras_effnet.tpu.sources import Source
 
@@ -39,9 +40,8 @@ class Skipped:
         self.probe: Callable[[str], None] | None = None
         self._found: dict[int, str] = {}
         if path and tf.io.gfile.exists(path):
-            for line in tf.io.gfile.GFile(path).read().splitlines():
-                row = json.loads(line)
-                self._found[row["ordinal"]] = row["name"]
+            self._found = {row["ordinal"]: row["name"] for row in files.rows(path)}
+            files.write(path, self._lines(self._found))  # without a last line that is half written
 
     def __call__(self, first, count, names) -> np.int64:
         """Takes note of examples, from number `first` on, with the names of the last of them."""
@@ -57,7 +57,7 @@ class Skipped:
             logging.getLogger("keras_effnet").warning("Skipped an image that cannot be read: %s", name)
         if self.path and new:
             with tf.io.gfile.GFile(self.path, "a") as file:
-                file.write("".join(json.dumps({"ordinal": n, "name": name}) + "\n" for n, name in new.items()))
+                file.write(self._lines(new))
         epoch = first // self.per_epoch
         bad = sum(number // self.per_epoch == epoch for number in self._found)
         if bad > self.most * self.per_epoch:
@@ -78,8 +78,15 @@ class Skipped:
                 self.problem = f"Expected to read {name}. Received: {error.message}"
                 raise ValueError(self.problem) from error
 
+    @staticmethod
+    def _lines(found: dict[int, str]) -> str:
+        return "".join(json.dumps({"ordinal": number, "name": name}) + "\n" for number, name in found.items())
+
     def __len__(self) -> int:
         return len(self._found)
+
+    def __contains__(self, ordinal: int) -> bool:
+        return ordinal in self._found
 
     @property
     def names(self) -> list[str]:
@@ -111,7 +118,7 @@ def training(
     recipe: Recipe,
     size: int,
     batch: int,
-    skipped: Skipped,
+    skipped: Skipped | None,
     *,
     parts: int = 1,
     start: int = 0,
@@ -126,7 +133,8 @@ def training(
         recipe: `Recipe`.
         size: Integer, pixels of an image's side.
         batch: Integer, images of a batch, on this host.
-        skipped: `Skipped`, what cannot be read is told to it.
+        skipped: `Skipped`, what cannot be read is told to it. None, for a host where no Python runs: what cannot be
+            read is an error that names it.
         parts: Integer, replicas of this host: each batch comes in so many parts, one after the other. Defaults to 1.
         start: Integer, examples on this host that were trained on already. Defaults to 0.
         host: `Host`. Defaults to the only one.
@@ -147,10 +155,11 @@ def training(
     """
     host = host or Host()
     examples, data, seed = source.train, recipe.data, recipe.run.seed
-    first = skipped.position(start)
+    first = skipped.position(start) if skipped else start
     mixes = recipe.augment.mixup or recipe.augment.cutmix
     classes = recipe.data.classes or source.classes
-    skipped.probe = examples.probe
+    if skipped:
+        skipped.probe = examples.probe
 
     def keys(example):
         key: Any = tf.constant([seed, 0], tf.int64)
@@ -167,7 +176,7 @@ def training(
         _, changing, mixing = keys(example)
         return {**example, "image": changed(example["image"], data, recipe.augment, changing), "key": mixing}
 
-    dataset = _checked(examples.train(seed, first, host.index, host.count), read, first, skipped)
+    dataset = _checked(examples.train(seed, first, host.index, host.count, batch), read, first, skipped)
     dataset = dataset.map(finish, num_parallel_calls=tf.data.AUTOTUNE)
     if not mixes:
         dataset = dataset.map(lambda x: (x["image"], x["label"])).batch(batch // parts, drop_remainder=True)
@@ -185,12 +194,32 @@ def training(
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(_options(recipe))
 
 
+def names(source: Source, recipe: Recipe, batch: int, skipped: Skipped | None, start: int, host: Host) -> list[str]:
+    """What is in a batch of `training()`.
+
+    Args:
+        source: `Source`.
+        recipe: `Recipe`.
+        batch: Integer, images of a batch, on this host.
+        skipped: See `training()`.
+        start: Integer, examples on this host that come before it.
+        host: `Host`.
+
+    Returns:
+        List of the examples' names.
+    """
+    first = skipped.position(start) if skipped else start
+    examples = source.train.train(recipe.run.seed, first, host.index, host.count, batch)
+    found = (x["name"].numpy().decode() for x in examples if not (skipped and int(x["ordinal"]) in skipped))
+    return list(itertools.islice(found, batch))
+
+
 def evaluation(
     source: Source,
     recipe: Recipe,
     size: int,
     batch: int,
-    skipped: Skipped,
+    skipped: Skipped | None,
     *,
     parts: int = 1,
     host: Host | None = None,
@@ -202,7 +231,7 @@ def evaluation(
         recipe: `Recipe`.
         size: Integer, pixels of an image's side.
         batch: Integer, images of a batch, on this host.
-        skipped: `Skipped`, what cannot be read is told to it.
+        skipped: See `training()`.
         parts: Integer, replicas of this host: each batch comes in so many parts, one after the other. Defaults to 1.
         host: `Host`. Defaults to the only one.
 
@@ -212,7 +241,8 @@ def evaluation(
     """
     host = host or Host()
     examples = source.evaluate
-    skipped.probe = examples.probe
+    if skipped:
+        skipped.probe = examples.probe
     counts = [examples.evaluated(index, host.count) for index in range(host.count)]
     mine = counts[host.index]
 
@@ -259,7 +289,7 @@ def _told(example) -> dict[str, Any]:
     return {name: example[name] for name in ("ordinal", "epoch", "id", "name", "before", "label")}
 
 
-def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped) -> tf.data.Dataset:
+def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped | None) -> tf.data.Dataset:
     """Examples that could be read. Numbers that are missing could not; each example knows the names before its own.
 
     An exception inside a map can only be dropped, and a `try` for each example costs more than a tenth of the speed.
@@ -269,12 +299,18 @@ def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped)
         return tf.concat([names[1:], example["name"][None]], 0), {**example, "before": names}
 
     def compare(expected, example):
-        ordinal = example["ordinal"]
-        told = tf.cond(
-            ordinal > expected,
-            lambda: tf.numpy_function(skipped, [expected, ordinal - expected, example["before"]], tf.int64),
-            lambda: tf.constant(0, tf.int64),
-        )
+        ordinal, before = example["ordinal"], example["before"]
+        if skipped is None:
+            told = tf.debugging.Assert(
+                ordinal == expected,
+                ["Expected images that can be read. Received", ordinal - expected, "that cannot, the last of", before],
+            )
+        else:
+            told = tf.cond(
+                ordinal > expected,
+                lambda: tf.numpy_function(skipped, [expected, ordinal - expected, before], tf.int64),
+                lambda: tf.constant(0, tf.int64),
+            )
         with tf.control_dependencies([told]):
             return ordinal + 1, {**example, "ordinal": tf.identity(ordinal)}
 

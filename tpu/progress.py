@@ -9,6 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_effnet.tpu import files
+
 
 class Log:
     """Writes what is measured.
@@ -18,12 +20,15 @@ class Log:
         batch: Integer, images of a step.
         total: Integer, steps of the whole run.
         quiet: Boolean, whether only files are written. Defaults to False.
+        writes: Boolean, whether it writes and shows anything; one of many hosts does. Defaults to True.
     """
 
-    def __init__(self, workdir: str, batch: int, total: int, quiet: bool = False):
-        self.workdir, self.batch, self.total, self.quiet = workdir, batch, total, quiet
+    def __init__(self, workdir: str, batch: int, total: int, quiet: bool = False, writes: bool = True):
+        self.workdir, self.batch, self.total, self.writes = workdir, batch, total, writes
+        self.quiet = quiet or not writes
         self.text = io.StringIO()  # what orbit prints; on Cloud Storage a file appears when it is closed
         self.last: dict[str, Any] = {}
+        self.scores: dict[int, float] = {}  # the moving average's top-1 by step
         self.started = self._since = time.monotonic()
         self._step, self._rates, self._bar, self._task = 0, [], None, None
 
@@ -34,12 +39,15 @@ class Log:
             step: Integer, the steps that are done.
         """
         path = f"{self.workdir}/metrics.jsonl"
-        if tf.io.gfile.exists(path):
-            lines = tf.io.gfile.GFile(path).read().splitlines()
-            # The last line may be half a one.
-            rows = [row for line in lines if (row := _row(line)) and row["step"] <= step]
-            with tf.io.gfile.GFile(path, "w") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [row for row in files.rows(path) if row["step"] <= step]
+        if self.writes and tf.io.gfile.exists(path):
+            files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            if row["split"] == "eval":
+                self.scores[row["step"]] = row["ema_top1"]
+                self.last |= {name: value for name, value in row.items() if name not in ("step", "split")}
+            else:
+                self.last["images_per_second"] = row["images_per_second"]
         self._step, self._since = step, time.monotonic()
         if not self.quiet and sys.stderr.isatty():
             from rich.console import Console
@@ -95,19 +103,37 @@ class Log:
         """
         numbers = _numbers(metrics)
         self.last |= numbers
+        self.scores[step] = numbers["ema_top1"]
         self._write({"step": step, "split": "eval", **numbers})
         raw = f"  without average {numbers['top1']:.2%}" if "top1" in numbers else ""
         self._tell(f"step {step}/{self.total}  top-1 {numbers['ema_top1']:.2%}  top-5 {numbers['ema_top5']:.2%}{raw}")
         self._since = time.monotonic()
 
+    @property
+    def best(self) -> int | None:
+        """The first step of those with the highest top-1 of the moving average."""
+        return max(self.scores, key=lambda step: (self.scores[step], -step), default=None)
+
+    def note(self, text: str) -> None:
+        """Says something and keeps it in train.log.
+
+        Args:
+            text: String.
+        """
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.text)
+        self._tell(text)
+
     def _keep_text(self) -> None:
-        with tf.io.gfile.GFile(f"{self.workdir}/train.log", "a") as file:
-            file.write(self.text.getvalue())
+        if self.writes:
+            with tf.io.gfile.GFile(f"{self.workdir}/train.log", "a") as file:
+                file.write(self.text.getvalue())
         self.text.seek(0)
         self.text.truncate()
 
     def _write(self, row: dict[str, Any]) -> None:
         self._keep_text()
+        if not self.writes:
+            return
         with tf.io.gfile.GFile(f"{self.workdir}/metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -116,13 +142,6 @@ class Log:
             self._bar.console.print(text, highlight=False)
         elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

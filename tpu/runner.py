@@ -1,5 +1,7 @@
 """The step of `Learner` on one device or many with tf.distribute, as orbit's trainer and evaluator."""
 
+import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from glob import glob
@@ -11,6 +13,7 @@ import tensorflow as tf
 
 from keras_effnet.tpu.config import Run
 from keras_effnet.tpu.step import METRICS, Learner, State
+from keras_effnet.tpu.stops import Asked, NonFiniteError
 
 
 def connect(run: Run) -> tf.distribute.Strategy:
@@ -20,11 +23,22 @@ def connect(run: Run) -> tf.distribute.Strategy:
         run: `Run`.
 
     Returns:
-        A `tf.distribute.Strategy`: of the TPU, of all GPUs, or of the processor.
+        A `tf.distribute.Strategy`: of the TPU, of all GPUs, of the processor; or of those of several hosts where the
+        environment's TF_CONFIG names them.
 
     Raises:
         ValueError: If the devices that are asked for are not there.
     """
+    _, hosts = place()
+    if hosts > 1:
+        if run.cpu_replicas > 1 or run.devices == "tpu":
+            raise ValueError(
+                f"Expected run.cpu_replicas=1 and no TPU where TF_CONFIG names {hosts} workers. Received: "
+                f"run.cpu_replicas={run.cpu_replicas}, run.devices={run.devices!r}"
+            )
+        if run.devices == "cpu":
+            tf.config.set_visible_devices([], "GPU")
+        return tf.distribute.MultiWorkerMirroredStrategy()
     if run.devices == "tpu" or (run.devices == "auto" and _has_tpu()):
         name = run.tpu or os.environ.get("TPU_NAME", "local")
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
@@ -42,6 +56,48 @@ def connect(run: Run) -> tf.distribute.Strategy:
         names = [f"CPU:{number}" for number in range(run.cpu_replicas)]
         _divide_processor(run.cpu_replicas)
     return tf.distribute.MirroredStrategy(names) if len(names) > 1 else tf.distribute.OneDeviceStrategy(names[0])
+
+
+def place() -> tuple[int, int]:
+    """Which of the hosts this is, and how many there are, from the environment's TF_CONFIG. Number 0 writes.
+
+    Returns:
+        Tuple of two integers: (0, 1) without TF_CONFIG, and on a TPU, all of which one process drives.
+
+    Raises:
+        ValueError: If TF_CONFIG cannot be read.
+    """
+    text = os.environ.get("TF_CONFIG", "")
+    if not text:
+        return 0, 1
+    try:
+        told = json.loads(text)
+        cluster, task = told.get("cluster", {}), told.get("task", {})
+        hosts = [(kind, number) for kind in ("chief", "worker") for number in range(len(cluster.get(kind, ())))]
+        return (hosts.index((task["type"], int(task["index"]))), len(hosts)) if len(hosts) > 1 else (0, 1)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            'Expected TF_CONFIG like {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", '
+            f'"index": 0}}}}. Received: {text}'
+        ) from error
+
+
+def total(strategy: tf.distribute.Strategy, value: float) -> float:
+    """The sum of a number of each process' over all of them.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        value: Float, this process'.
+
+    Returns:
+        Float.
+    """
+    hosts = place()[1]
+    if hosts == 1:
+        return value
+    share = tf.constant(value * hosts / strategy.num_replicas_in_sync, tf.float64)
+    sums: Any = tf.function(lambda: strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(lambda: share), axis=None))
+    return float(sums())
 
 
 def _has_tpu() -> bool:
@@ -152,8 +208,17 @@ def replica_score(learner: Learner, state: State, raw: bool) -> Callable:
     return score
 
 
+class Totals(tf.Module):
+    """Sums of the metrics since the last look at them. In a checkpoint, a run that goes on tells the same means."""
+
+    def __init__(self):
+        super().__init__()
+        self.sums = tf.Variable(tf.zeros([len(METRICS)]), trainable=False)
+        self.steps = tf.Variable(tf.constant(0), trainable=False)
+
+
 class Trainer(orbit.AbstractTrainer):
-    """Trains for a number of steps inside one graph.
+    """Trains for a number of steps inside one graph, or until it is asked to stop.
 
     Args:
         strategy: `tf.distribute.Strategy`.
@@ -167,22 +232,33 @@ class Trainer(orbit.AbstractTrainer):
 
     def __init__(self, strategy, learner: Learner, state: State, step, batches: Callable, batch: int, xla=False):
         self._batches, self._iterator, self._step, self._learner = batches, None, step, learner
+        self.totals = totals = Totals()
+        # 1 to stop after the step; and whether that was seen, by all hosts.
+        self.stop, self.asked = tf.Variable(tf.zeros([]), trainable=False), False
         one = replica_step(learner, state, batch)
         if xla and strategy.num_replicas_in_sync > 1:
             raise ValueError("Expected run.xla only on a single device. Received: several")
         if xla:
             one = tf.function(one, jit_compile=True)
 
+        def told(images, labels, number, stop):
+            metrics = one(images, labels, number)
+            # One tensor: many hosts sum it over the network, and agree with it to stop when one of them is asked to.
+            return tf.stack([*(metrics[name] for name in METRICS), stop])
+
         def loop(iterator, count):
-            totals = {name: tf.zeros([]) for name in METRICS}
+            sums = tf.zeros([len(METRICS) + 1])
             for _ in tf.range(count):
                 images, labels = next(iterator)
                 number = tf.cast(step.read_value(), tf.int32)
-                shares = strategy.run(one, args=(images, labels, number))
-                sums = {n: strategy.reduce(tf.distribute.ReduceOp.SUM, shares[n], axis=None) for n in METRICS}
-                totals = {n: totals[n] + sums[n] for n in METRICS}
+                shares = strategy.run(told, args=(images, labels, number, self.stop.read_value()))
+                sums = strategy.reduce(tf.distribute.ReduceOp.SUM, shares, axis=None)
                 step.assign_add(1)
-            return totals
+                totals.sums.assign_add(sums[:-1])
+                totals.steps.assign_add(1)
+                if not tf.math.is_finite(sums[0]) or sums[-1] > 0:
+                    break
+            return sums
 
         self._loop = tf.function(loop)
 
@@ -194,30 +270,46 @@ class Trainer(orbit.AbstractTrainer):
 
         Returns:
             Dict of the metrics' means, and of the learning rate of the last step.
+
+        Raises:
+            Asked: If it was asked to stop before the last of them. After the last one, `asked` is True.
+            NonFiniteError: If the loss is not.
         """
         self._iterator = self._iterator or self._batches()
-        totals = self._loop(self._iterator, num_steps)
-        means = {name: value / tf.cast(num_steps, tf.float32) for name, value in totals.items()}
-        return means | {"learning_rate": self._learner.schedule(self._step.numpy() - 1)}
+        target = int(self._step.numpy()) + int(num_steps)
+        loss, *_, asked = self._loop(self._iterator, num_steps).numpy()
+        step, self.asked = int(self._step.numpy()), bool(asked)
+        if not math.isfinite(loss):
+            raise NonFiniteError(step, f"a loss of {loss}")
+        if step < target:
+            raise Asked
+        values = self.totals.sums.numpy() / int(self.totals.steps.numpy())
+        self.totals.sums.assign(tf.zeros([len(METRICS)]))
+        self.totals.steps.assign(0)
+        return dict(zip(METRICS, values, strict=True)) | {"learning_rate": self._learner.schedule(step - 1)}
 
 
 class Evaluator(orbit.AbstractEvaluator):
-    """Evaluates on all examples.
+    """Evaluates on all examples, or until it is asked to stop.
 
     Args:
         strategy: `tf.distribute.Strategy`.
         learner: `Learner`.
         state: `State` of `tf.Variable`.
+        stop: `tf.Variable`, `Trainer.stop`.
         batches: Function without arguments that gives an iterator of distributed batches.
         raw: Boolean, whether the variables themselves are evaluated too, and not only their moving average.
     """
 
-    def __init__(self, strategy, learner: Learner, state: State, batches: Callable[[], Iterator], raw: bool):
+    def __init__(self, strategy, learner: Learner, state: State, stop, batches: Callable[[], Iterator], raw: bool):
         self._batches = batches
         one = replica_score(learner, state, raw)
 
+        def told(images, labels, weights, asked):
+            return one(images, labels, weights) | {"asked": asked}
+
         def score(images, labels, weights):
-            sums = strategy.run(one, args=(images, labels, weights))
+            sums = strategy.run(told, args=(images, labels, weights, stop.read_value()))
             return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in sums.items()}
 
         self._score: Any = tf.function(score)
@@ -230,10 +322,15 @@ class Evaluator(orbit.AbstractEvaluator):
 
         Returns:
             Dict of means over all examples, and their number.
+
+        Raises:
+            Asked: If it was asked to stop.
         """
         totals: dict[str, float] = {}
         for images, labels, weights in self._batches():
             for name, value in self._score(images, labels, weights).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+            if totals.pop("asked"):
+                raise Asked
         examples = totals.pop("examples")
         return {name: value / examples for name, value in totals.items()} | {"examples": examples}

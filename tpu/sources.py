@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_effnet.pruner import labelled
+from keras_effnet.tpu import files
 from keras_effnet.tpu.config import Data
 
 # A permutation's value at an index, without the permutation.
@@ -37,14 +38,17 @@ class Items:
         """Examples of one host in an epoch of training: the same for all hosts."""
         return len(self.labels) // hosts
 
-    def train(self, seed: int, start: int, host: int, hosts: int) -> tf.data.Dataset:
-        """One host's examples without end, from number `start` on, each epoch in an order of its own."""
-        everything, count = len(self.labels), self.count(host, hosts)
+    def train(self, seed: int, start: int, host: int, hosts: int, batch: int) -> tf.data.Dataset:
+        """One host's examples without end, from number `start` on, each epoch in an order of its own.
+
+        All hosts' batches, of `batch` images each, are one after the other what a single host's are.
+        """
+        everything = len(self.labels)
 
         def example(ordinal):
-            epoch = ordinal // count
-            place = ordinal % count * hosts + host
-            index = SHUFFLED(place, _key(seed, epoch), everything - 1)
+            place = (ordinal // batch * hosts + host) * batch + ordinal % batch
+            epoch = place // everything
+            index = SHUFFLED(place % everything, _key(seed, epoch), everything - 1)
             return self._example(ordinal, epoch, index)
 
         return tf.data.Dataset.range(start, np.iinfo(np.int64).max).map(example)
@@ -117,8 +121,9 @@ class Records:
         """Examples of one host in an epoch of training."""
         return sum(part.count for part in self._parts(host, hosts))
 
-    def train(self, seed: int, start: int, host: int, hosts: int) -> tf.data.Dataset:
+    def train(self, seed: int, start: int, host: int, hosts: int, batch: int) -> tf.data.Dataset:
         """One host's examples without end, from number `start` on, each epoch in an order of its own."""
+        del batch  # each host has files of its own
         count, first = self.count(host, hosts), start // self.count(host, hosts)
 
         def one(epoch):
@@ -319,8 +324,7 @@ def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
         except tf.errors.OpError as error:
             raise ValueError(f"Expected whole files of records. Received: {error.message}") from error
         if cache:
-            with tf.io.gfile.GFile(cache, "w") as file:
-                file.write(json.dumps(counts))
+            files.write(cache, json.dumps(counts))
     return counts
 
 

@@ -14,10 +14,10 @@ import tensorflow as tf
 
 from keras_effnet import blocks, models
 from keras_effnet.errors import one_of
-from keras_effnet.tpu import data, optim, replicas
+from keras_effnet.tpu import data, files, optim, replicas, runner, stops
+from keras_effnet.tpu.checkpoints import Checkpoints, full
 from keras_effnet.tpu.config import Recipe, Run, flat, from_json, to_json
 from keras_effnet.tpu.progress import Log
-from keras_effnet.tpu.runner import Evaluator, Trainer, connect, variables_of
 from keras_effnet.tpu.sources import Source, open_source
 from keras_effnet.tpu.step import Learner, State
 from keras_effnet.variants import VARIANTS
@@ -33,23 +33,33 @@ def _plainly():
 
 
 @_plainly()
-def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False, allow_changes: bool = False
+) -> dict[str, Any]:
     """Trains a recipe, or goes on with one that was interrupted.
 
     The folder then holds config.json, checkpoints, metrics.jsonl, TensorBoard's files, skipped-*.jsonl (what could not
-    be read), model.keras with the moving average of all variables, and result.json.
+    be read), model.keras with the moving average of all variables, best.keras with the best ones seen where those are
+    not the last, and result.json.
+
+    SIGTERM and Ctrl-C save the state after the step that is being done, and end the process.
 
     Args:
         recipe: `Recipe`.
-        workdir: Path of a folder, which may be on Cloud Storage (`gs://`).
+        workdir: Path of a folder, which may be on Cloud Storage (`gs://`). All hosts have to see it.
         quiet: Boolean, whether to show no progress. Defaults to False.
+        allow_changes: Boolean, whether a run goes on with another recipe than it had. Defaults to False.
 
     Returns:
         Dict of what stands in result.json: `steps`, `top1` and `top5` (shares), the same of the moving average
-        (`ema_top1`, ...), `images_per_second` and more.
+        (`ema_top1`, ...), the step that was the best and its top-1, `images_per_second` and more.
 
     Raises:
-        ValueError: If the recipe does not fit the data, the devices, or the run that is in the folder.
+        ValueError: If the recipe does not fit the data, the devices, or the run that is in the folder; if another
+            run uses the folder; or if the loss is no longer finite.
+        OSError: If there is no room on the disk.
+        SystemExit: With status 75 after SIGTERM, or if another host was lost: the same call goes on. With 130 after
+            Ctrl-C.
 
     Example:
 
@@ -62,19 +72,44 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
         tensorflow/tpu efficientnet main.py.
     """
     workdir = os.fspath(workdir).rstrip("/")
-    tf.io.gfile.makedirs(workdir)
-
-    # The recipe is written down before anything else happens.
     _check(recipe)
-    _write_config(recipe, workdir)
+    writes = runner.place()[0] == 0
+    try:
+        with contextlib.ExitStack() as stack:
+            tf.io.gfile.makedirs(workdir)
+            if writes:
+                stack.enter_context(files.locked(workdir))
+            return _train(recipe, workdir, quiet, allow_changes, writes, stack)
+    except (tf.errors.OpError, OSError) as error:
+        if plain := full(error, workdir):
+            raise plain from error
+        raise
+
+
+def _train(
+    recipe: Recipe, workdir: str, quiet: bool, allow_changes: bool, writes: bool, stack: contextlib.ExitStack
+) -> dict[str, Any]:
+    # The recipe is written down before anything else happens.
+    changes = _changes(recipe, workdir)
+    if changes and not allow_changes:
+        raise ValueError(
+            f"Expected the recipe of the run that is in {workdir!r}, an empty folder, or --allow-changes. Received: "
+            + ", ".join(changes)
+        )
+    if writes:
+        _write_config(recipe, workdir)
 
     # Devices. Everything below is the same for one processor and for a slice of TPUs.
-    strategy = connect(recipe.run)
+    if recipe.run.deterministic:
+        keras.utils.set_random_seed(recipe.run.seed)  # which TensorFlow then asks for
+        tf.config.experimental.enable_op_determinism()
+    strategy = runner.connect(recipe.run)
     count = strategy.num_replicas_in_sync
     _check_batches(recipe, count)
 
     # What is trained on what.
-    source = open_source(recipe.data, cache=f"{workdir}/records.json")
+    counts = f"{workdir}/records.json"
+    source = open_source(recipe.data, cache=counts if writes or tf.io.gfile.exists(counts) else None)
     size = recipe.model.image_size or VARIANTS[recipe.model.name].resolution
     classes = recipe.data.classes or source.classes
     if classes < source.classes:
@@ -87,7 +122,8 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
             f"epochs={recipe.epochs:g}, batch_size={recipe.batch_size}"
         )
     numbers = {"image_size": size, "classes": classes, "steps": total, "steps_per_epoch": steps_per_epoch}
-    _write_config(recipe, workdir, **numbers, peak=recipe.peak, replicas=count)
+    if writes:
+        _write_config(recipe, workdir, **numbers, peak=recipe.peak, replicas=count)
 
     # The model and all that a step changes are made together, where the devices want it.
     with strategy.scope():
@@ -96,31 +132,26 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
         if count > 1:
             model = replicas.spread(model, replicas.group_size(count, recipe.run.batch_norm_group))
         learner = make_learner(model, recipe, steps_per_epoch, total)
-        state = variables_of(learner)
+        state = runner.variables_of(learner)
     step = orbit.utils.create_global_step()
-
-    # Checkpoints. Restored: the one in the folder, else what the model was built with.
-    checkpoint = tf.train.Checkpoint(step=step, state=_by_name(learner, state))
-    manager = tf.train.CheckpointManager(
-        checkpoint,
-        f"{workdir}/checkpoints",
-        max_to_keep=recipe.run.keep,
-        step_counter=step,
-        checkpoint_interval=max(1, round(recipe.run.save_every * steps_per_epoch)),
-    )
 
     # Data. Each host reads its own part, from where the restored step left it.
     accounts: dict[str, data.Skipped] = {}
 
+    def account(name: str, context, path: str | None, examples: int) -> data.Skipped | None:
+        if context.num_input_pipelines > 1 and isinstance(strategy, tf.distribute.TPUStrategy):
+            return None  # this process drives hosts that read without Python
+        accounts[name] = data.Skipped(path, examples, recipe.data.max_corrupt)
+        return accounts[name]
+
     def train_batches():
         def part(context):
-            host = _host(context, strategy)
+            host = _host(context)
             batch, here = recipe.batch_size // host.count, count // host.count
             path = f"{workdir}/skipped-{host.index}.jsonl"
             if not step.numpy() and tf.io.gfile.exists(path):
                 tf.io.gfile.remove(path)  # of a run that did not come to its first checkpoint
-            skipped = data.Skipped(path, source.train.count(host.index, host.count), recipe.data.max_corrupt)
-            accounts[f"train {host.index}"] = skipped
+            skipped = account("train", context, path, source.train.count(host.index, host.count))
             return data.training(
                 source, recipe, size, batch, skipped, parts=here, start=int(step.numpy()) * batch, host=host
             )
@@ -129,63 +160,166 @@ def train(recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False) -> di
 
     def eval_batches():
         def part(context):
-            host = _host(context, strategy)
-            skipped = data.Skipped(None, source.evaluate.evaluated(host.index, host.count), recipe.data.max_corrupt)
-            accounts[f"eval {host.index}"] = skipped
+            host = _host(context)
+            skipped = account("eval", context, None, source.evaluate.evaluated(host.index, host.count))
             batch, here = (recipe.run.eval_batch or recipe.batch_size) // host.count, count // host.count
             return data.evaluation(source, recipe, size, batch, skipped, parts=here, host=host)
 
         return iter(strategy.distribute_datasets_from_function(part))
 
-    log = Log(workdir, recipe.batch_size, total, quiet)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(log.text))  # orbit prints what it does
-        controller = orbit.Controller(
-            strategy=strategy,
-            trainer=Trainer(strategy, learner, state, step, train_batches, recipe.batch_size, recipe.run.xla),
-            evaluator=Evaluator(strategy, learner, state, eval_batches, recipe.run.eval_raw),
-            global_step=step,
-            checkpoint_manager=manager,
-            steps_per_loop=recipe.run.steps_per_loop,
-            summary_dir=f"{workdir}/tensorboard/train",
-            eval_summary_dir=f"{workdir}/tensorboard/eval",
-            train_actions=[lambda metrics: log.trained(int(step.numpy()), metrics)],
+    trainer = runner.Trainer(strategy, learner, state, step, train_batches, recipe.batch_size, recipe.run.xla)
+    evaluator = runner.Evaluator(strategy, learner, state, trainer.stop, eval_batches, recipe.run.eval_raw)
+
+    # Checkpoints. Restored: the newest whole one in the folder, else what the model was built with.
+    log = Log(workdir, recipe.batch_size, total, quiet, writes)
+    checkpoints = Checkpoints(
+        f"{workdir}/checkpoints",
+        tf.train.Checkpoint(step=step, totals=trainer.totals, state=_by_name(learner, state)),
+        step,
+        tf.nest.flatten(state),
+        keep=recipe.run.keep,
+        every=max(1, round(recipe.run.save_every * steps_per_epoch)),
+        minutes=recipe.run.save_minutes,
+        writes=writes,
+    )
+    done = checkpoints.restore(log.note)
+    if runner.total(strategy, done) != done * runner.place()[1]:
+        raise ValueError(
+            f"Expected all hosts to see the same checkpoints in {workdir!r}. Received: this one goes on after step "
+            f"{done}, and another one does not"
         )
-        done = int(step.numpy())
-        if done >= total and tf.io.gfile.exists(f"{workdir}/result.json"):
-            return json.loads(tf.io.gfile.GFile(f"{workdir}/result.json").read())
-        # Loop.
-        log.begin(done)
-        stack.callback(log.end)
-        every = max(1.0, recipe.run.eval_every * steps_per_epoch)
-        stops = (min(total, int(number * every)) for number in itertools.count(1))
+    for change in changes:
+        log.note(f"From step {done} on: {change}")
+    result_path = f"{workdir}/result.json"
+    if done >= total and tf.io.gfile.exists(result_path):
+        return json.loads(tf.io.gfile.GFile(result_path).read())
+
+    # Loop.
+    every = max(1.0, recipe.run.eval_every * steps_per_epoch)
+
+    def next_stop(after: int) -> int:
+        return next(min(total, int(n * every)) for n in itertools.count(int(after / every)) if int(n * every) > after)
+
+    def save() -> None:
+        checkpoints.save(log.best)
+
+    def trained(metrics) -> None:
+        log.trained(int(step.numpy()), metrics)
+        if checkpoints.due() or int(step.numpy()) == total:
+            save()
+        if trainer.asked:
+            raise stops.Asked
+
+    watch = stack.enter_context(stops.Watch(lambda: trainer.stop.assign(1.0)))
+    stack.enter_context(contextlib.redirect_stdout(log.text))  # orbit prints what it does
+    loop = recipe.run.steps_per_loop
+    controller = orbit.Controller(
+        strategy=strategy,
+        trainer=trainer,
+        evaluator=evaluator,
+        global_step=step,
+        # The same steps whether or not it was interrupted.
+        steps_per_loop=lambda done: loop - int(done) % loop,
+        summary_dir=f"{workdir}/tensorboard/train" if writes else None,
+        eval_summary_dir=f"{workdir}/tensorboard/eval" if writes else None,
+        train_actions=[trained],
+    )
+    log.begin(done)
+    stack.callback(log.end)
+    try:
         try:
             while True:
-                if done < total:
-                    target = next(stop for stop in stops if stop > done)
-                    controller.train(target, checkpoint_at_completion=target == total)
-                results = controller.evaluate()
-                done = int(step.numpy())
-                log.evaluated(done, _checked(results, source, accounts))
+                if done and done == next_stop(done - 1) and done not in log.scores:
+                    results = controller.evaluate()
+                    log.evaluated(done, _checked(results, source, accounts, strategy))
+                    if log.best == done:
+                        save()
                 if done >= total:
                     break
-        except tf.errors.OpError as error:
-            for account in accounts.values():
-                if account.problem:
-                    raise ValueError(account.problem) from error
-            raise
+                controller.train(next_stop(done), checkpoint_at_completion=False)
+                done = int(step.numpy())
+        except stops.Asked:
+            save()
+            told = f"Stopped after step {int(step.numpy())} of {total}, which is saved"
+            raise _stopped(log, watch.code, told) from None
+    except stops.NonFiniteError as problem:
+        log.note(str(problem))
+        raise _non_finite(problem, source, recipe, strategy, accounts, checkpoints, workdir) from None
+    except tf.errors.OpError as error:
+        for skipped in accounts.values():
+            if skipped.problem:
+                raise ValueError(skipped.problem) from error
+        if runner.place()[1] > 1 and isinstance(error, LOST):
+            kept = max(checkpoints.steps(), default=0)
+            told = (
+                f"Lost another host at step {int(step.numpy())} of {total}, while step {kept} is saved. Start all again"
+            )
+            raise _stopped(log, stops.AGAIN, f"{told}. {' '.join(error.message.split())[:300]}") from error
+        raise
 
-    export(recipe, classes, learner, state).save(f"{workdir}/model.keras")
-    skipped = sorted({name for account in accounts.values() for name in account.names})
-    result = {"model": recipe.model.name, "steps": done, "epochs": recipe.epochs, **log.last, "skipped": len(skipped)}
+    result = {"model": recipe.model.name, "steps": done, "epochs": recipe.epochs, **log.last}
+    best = log.best or done
     result |= {
+        "best_step": best,
+        "best_ema_top1": log.scores[best],
+        "skipped": len(_skipped_names(workdir, accounts)),
         "labels": list(source.labels),
         "expected_top1": recipe.expected_top1,
         "seconds": round(time.monotonic() - log.started, 1),
     }
-    with tf.io.gfile.GFile(f"{workdir}/result.json", "w") as file:
-        file.write(json.dumps(result, indent=2) + "\n")
+    if writes:
+        _save(export(recipe, classes, learner, state), f"{workdir}/model.keras")
+        if log.scores[best] > log.scores[done] and checkpoints.take(best):
+            _save(export(recipe, classes, learner, state), f"{workdir}/best.keras")
+        files.write(result_path, json.dumps(result, indent=2) + "\n")
     return result
+
+
+# What the other hosts' end looks like to one that waits for them.
+LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.InternalError)
+
+
+def _save(model: keras.Model, path: str) -> None:
+    with files.replacing(path) as here:
+        model.save(here)
+
+
+def _stopped(log: Log, code: int, told: str) -> stops.Stopped:
+    told += ". The same command goes on"
+    log.note(told)
+    return stops.Stopped(code, told)
+
+
+def _non_finite(
+    problem: stops.NonFiniteError,
+    source: Source,
+    recipe: Recipe,
+    strategy: tf.distribute.Strategy,
+    accounts: dict[str, data.Skipped],
+    checkpoints: Checkpoints,
+    workdir: str,
+) -> ValueError:
+    """Names the step and its batch, on this host, and where the run could go on."""
+    index, hosts = runner.place()
+    batch, host = recipe.batch_size // hosts, data.Host(index, hosts)
+    names = data.names(source, recipe, batch, accounts.get("train"), (problem.step - 1) * batch, host)
+    path = f"{workdir}/nonfinite-{index}.json"
+    told = {"step": problem.step, "what": problem.what, "examples": names}
+    files.write(path, json.dumps(told, indent=2) + "\n")
+    last = max(checkpoints.steps(), default=None)
+    kept = "No checkpoint was written yet" if last is None else f"The last checkpoint, of step {last}, is kept"
+    return ValueError(
+        f"Expected a finite loss. Received: {problem.what} at step {problem.step}, with {', '.join(names[:3])} and "
+        f"{len(names) - 3} more in its batch (all in {path}). {kept}. Another learning rate, or clipping, goes on from "
+        "there: --allow-changes --optimizer.peak ... --optimizer.clip-norm ..."
+    )
+
+
+def _skipped_names(workdir: str, accounts: dict[str, data.Skipped]) -> set[str]:
+    found = {name for account in accounts.values() for name in account.names}
+    for path in tf.io.gfile.glob(f"{workdir}/skipped-*.jsonl"):  # the other hosts'
+        found |= {row["name"] for row in files.rows(path)}
+    return found
 
 
 def _check(recipe: Recipe) -> None:
@@ -198,29 +332,23 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"Expected {name} above 0. Received: {value}")
 
 
-def _host(context, strategy: tf.distribute.Strategy) -> data.Host:
-    if context.num_input_pipelines > 1 and isinstance(strategy, tf.distribute.TPUStrategy):
-        raise ValueError(
-            "Expected a TPU slice with one host, whose process reads the data and knows what it skipped. Received: one "
-            f"with {context.num_input_pipelines} hosts"
-        )
+def _host(context) -> data.Host:
     return data.Host(context.input_pipeline_id, context.num_input_pipelines)
 
 
-def _write_config(recipe: Recipe, workdir: str, **resolved) -> None:
+def _changes(recipe: Recipe, workdir: str) -> list[str]:
+    """What is computed otherwise than in the run that is in a folder."""
     path = f"{workdir}/config.json"
-    if tf.train.latest_checkpoint(f"{workdir}/checkpoints") and tf.io.gfile.exists(path):
-        old, new = (flat(dataclasses.asdict(one)) for one in (from_json(tf.io.gfile.GFile(path).read()), recipe))
-        changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-        free = ("run.", "source ", "expected_top1 ")  # what does not change what is computed
-        changed = [told for told in changed if not told.startswith(free) or told.startswith("run.seed")]
-        if changed:
-            raise ValueError(
-                f"Expected the recipe of the run that is in {workdir!r}, or an empty folder. Received: "
-                + ", ".join(changed)
-            )
-    with tf.io.gfile.GFile(path, "w") as file:
-        file.write(to_json(recipe, **resolved))
+    if not (tf.io.gfile.glob(f"{workdir}/checkpoints/ckpt-*.index") and tf.io.gfile.exists(path)):
+        return []
+    old, new = (flat(dataclasses.asdict(one)) for one in (from_json(tf.io.gfile.GFile(path).read()), recipe))
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    free = ("run.", "source ", "expected_top1 ")  # what does not change what is computed
+    return [told for told in changed if not told.startswith(free) or told.startswith("run.seed")]
+
+
+def _write_config(recipe: Recipe, workdir: str, **resolved) -> None:
+    files.write(f"{workdir}/config.json", to_json(recipe, **resolved))
 
 
 def _check_batches(recipe: Recipe, count: int) -> None:
@@ -354,9 +482,11 @@ def _by_name(learner: Learner, state: State) -> dict[str, Any]:
     }
 
 
-def _checked(results: Any, source: Source, accounts: dict[str, data.Skipped]) -> dict[str, float]:
+def _checked(
+    results: Any, source: Source, accounts: dict[str, data.Skipped], strategy: tf.distribute.Strategy
+) -> dict[str, float]:
     """The results, if each example was counted once."""
-    skipped = sum(len(account) for name, account in accounts.items() if name.startswith("eval"))
+    skipped = int(runner.total(strategy, len(accounts["eval"]) if "eval" in accounts else 0))
     if results["examples"] + skipped != source.eval_count:
         raise ValueError(
             f"Expected to evaluate {source.eval_count} examples. Received: {results['examples']:.0f}, and {skipped} "

@@ -1,0 +1,157 @@
+"""Files that are whole or not there, on any file system, and the lock of a folder."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+BEAT = 10.0  # seconds between two signs of life where the system keeps no locks
+
+
+def write(path: str, text: str) -> None:
+    """Writes a text file: whoever looks sees the old one or the new one.
+
+    Args:
+        path: String, path of the file.
+        text: String.
+
+    Raises:
+        tf.errors.OpError: If it cannot be written. The old one is then as it was.
+    """
+    new = f"{path}.new"
+    with tf.io.gfile.GFile(new, "w") as file:
+        file.write(text)
+    tf.io.gfile.rename(new, path, overwrite=True)
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """A path on this machine to write a file to, which then takes the place of `path`.
+
+    Args:
+        path: String, path of a file, which may be on Cloud Storage.
+
+    Returns:
+        Context manager that gives a path of the same ending.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        here = os.path.join(folder, os.path.basename(path))
+        yield here
+        tf.io.gfile.copy(here, f"{path}.new", overwrite=True)
+    tf.io.gfile.rename(f"{path}.new", path, overwrite=True)
+
+
+def rows(path: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines. What a process that was killed wrote half of is left away.
+
+    Args:
+        path: String, path of the file, which need not exist.
+
+    Returns:
+        List of dicts.
+    """
+    if not tf.io.gfile.exists(path):
+        return []
+    found = []
+    for line in tf.io.gfile.GFile(path).read().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+@contextlib.contextmanager
+def locked(folder: str, beat: float = BEAT) -> Iterator[None]:
+    """Keeps other runs away from a folder, until the process ends in whatever way.
+
+    Args:
+        folder: String, path of the folder. Where it is one of this machine's, the system keeps the lock; on Cloud
+            Storage a file that changes with every beat does, and after a run that was killed the next one waits for
+            three of them.
+        beat: Float, seconds. Defaults to 10.
+
+    Raises:
+        ValueError: If another run uses the folder.
+    """
+    with _beating(folder, beat) if "://" in folder else _held(folder):
+        yield
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
+
+
+def _refused(folder: str, owner: dict[str, Any]) -> ValueError:
+    told = ", ".join(f"{name} {owner[name]}" for name in ("host", "process", "since") if name in owner)
+    return ValueError(f"Expected a folder that no other run uses. Received: {folder!r}, which one uses ({told})")
+
+
+@contextlib.contextmanager
+def _held(folder: str):
+    import fcntl
+
+    with open(os.path.join(folder, "lock"), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            file.seek(0)
+            owner = {}
+            with contextlib.suppress(ValueError):
+                owner = json.loads(file.read())
+            raise _refused(folder, owner) from error
+        file.truncate(0)
+        file.write(json.dumps(_me()))
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _beating(folder: str, beat: float):
+    path, name, done = f"{folder}/lock", uuid.uuid4().hex, threading.Event()
+
+    def read() -> dict[str, Any]:
+        found = rows(path)
+        return found[0] if found else {}
+
+    def sign(number: int) -> None:
+        write(path, json.dumps(_me() | {"name": name, "beat": number}) + "\n")
+
+    before = read()
+    if before:
+        print(f"Looking for {3 * beat:g} s whether the run that used {folder} goes on", file=sys.stderr, flush=True)
+        for _ in range(12):
+            time.sleep(beat / 4)
+            if read() != before:
+                raise _refused(folder, before)
+    sign(0)
+    time.sleep(beat / 10)  # two that found nothing: the last to write has it
+    if read().get("name") != name:
+        raise _refused(folder, read())
+
+    def go_on() -> None:
+        for number in itertools.count(1):
+            if done.wait(beat):
+                return
+            with contextlib.suppress(tf.errors.OpError):  # a storage that does not answer now may do at the next beat
+                sign(number)
+
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        tf.io.gfile.remove(path)
