@@ -75,6 +75,7 @@ ALLOWED = {
     "tpu.augment": {"errors", "preprocessing", "tensorflow"},
     "tpu.config": set(),
     "tpu.data": {"tpu.augment", "tpu.config", "tpu.sources", "tensorflow"},
+    "tpu.doctor": {"tpu.config", "weights.store"},
     "tpu.ema": {"keras"},
     "tpu.losses": {"keras"},
     "tpu.optim": {"errors", "keras"},
