@@ -373,6 +373,29 @@ def train(ctx, recipe, source, workdir, allow_changes, as_json, asked, changes) 
         click.echo(f"Wrote {workdir}/model.keras: top-1 {result['ema_top1']:.2%} after {result['steps']} steps")
 
 
+@main.command()
+@AS_JSON
+@click.pass_context
+def doctor(ctx, as_json) -> None:
+    """Tell what runs here, what a training would run on, and what to do about what does not. Exit status 1 if so."""
+    from dataclasses import asdict
+
+    from keras_effnet.tpu.doctor import examine
+
+    findings = examine()
+    if as_json:
+        strategy = next(finding.found for finding in findings if finding.what == "Strategy")
+        _print_json({"findings": [asdict(finding) for finding in findings], "strategy": strategy})
+    else:
+        from rich.text import Text  # keras_effnet[plot] is no markup
+
+        table = _table("", "what", "found", "verdict", "what to do")
+        for finding in findings:
+            table.add_row(*map(Text, (finding.what, finding.found, finding.verdict, finding.advice)))
+        _print(table)
+    ctx.exit(1 if any(finding.verdict == "problem" for finding in findings) else 0)
+
+
 def _need_tensorflow() -> None:
     if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
         raise ValueError(

@@ -76,6 +76,7 @@ ALLOWED = {
     "tpu.config": set(),
     "tpu.checkpoints": {"tpu.stops", "tensorflow"},
     "tpu.data": {"tpu.augment", "tpu.config", "tpu.files", "tpu.sources", "tensorflow"},
+    "tpu.doctor": {"tpu.config", "weights.store"},
     "tpu.ema": {"keras"},
     "tpu.files": {"tensorflow"},
     "tpu.losses": {"keras"},

@@ -30,16 +30,17 @@ def connect(run: Run) -> tf.distribute.Strategy:
         ValueError: If the devices that are asked for are not there.
     """
     _, hosts = place()
+    wants_tpu = run.devices == "tpu" or (run.devices == "auto" and _has_tpu())
     if hosts > 1:
-        if run.cpu_replicas > 1 or run.devices == "tpu":
+        if run.cpu_replicas > 1 or wants_tpu:
             raise ValueError(
-                f"Expected run.cpu_replicas=1 and no TPU where TF_CONFIG names {hosts} workers. Received: "
-                f"run.cpu_replicas={run.cpu_replicas}, run.devices={run.devices!r}"
+                f"Expected no TPU, of which one process drives all hosts, and run.cpu_replicas=1 where TF_CONFIG names "
+                f"{hosts} workers. Received: run.devices={run.devices!r}, run.cpu_replicas={run.cpu_replicas}"
             )
         if run.devices == "cpu":
             tf.config.set_visible_devices([], "GPU")
         return tf.distribute.MultiWorkerMirroredStrategy()
-    if run.devices == "tpu" or (run.devices == "auto" and _has_tpu()):
+    if wants_tpu:
         name = run.tpu or os.environ.get("TPU_NAME", "local")
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
         tf.config.experimental_connect_to_cluster(resolver)
@@ -96,13 +97,16 @@ def total(strategy: tf.distribute.Strategy, value: float) -> float:
     if hosts == 1:
         return value
     share = tf.constant(value * hosts / strategy.num_replicas_in_sync, tf.float64)
-    sums: Any = tf.function(lambda: strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(lambda: share), axis=None))
-    return float(sums())
+
+    def one():
+        return tf.identity(share)
+
+    return float(strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(one), axis=None))
 
 
 def _has_tpu() -> bool:
     return bool(find_spec("libtpu")) and bool(
-        os.environ.get("TPU_NAME") or glob("/dev/accel*") or glob("/dev/vfio/[0-9]*")
+        os.environ.get("TPU_NAME") or glob("/dev/accel[0-9]*") or glob("/dev/vfio/[0-9]*")
     )
 
 
@@ -306,7 +310,7 @@ class Evaluator(orbit.AbstractEvaluator):
         one = replica_score(learner, state, raw)
 
         def told(images, labels, weights, asked):
-            return one(images, labels, weights) | {"asked": asked}
+            return one(images, labels, weights) | {"asked": tf.identity(asked)}  # a tensor for each replica
 
         def score(images, labels, weights):
             sums = strategy.run(told, args=(images, labels, weights, stop.read_value()))

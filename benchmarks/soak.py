@@ -1,0 +1,72 @@
+"""Does a long run grow? Small steps with many evaluations and checkpoints, and what they leave in memory and on disk.
+
+    python benchmarks/soak.py --minutes 30
+
+Runs the command `keras-effnet train digits_demo` in a process of its own and looks at it every five seconds. Growth is
+of the last tenth of the time, its median, over a tenth after the first sixth, when all that is built once is there.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SMALL = "--epochs 1000000 --batch-size 16 --model.image-size 32 --run.steps-per-loop 20 --run.eval-every 4 --run.save-every 2"
+
+
+def resident(pid: int) -> float:
+    """MiB."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def grown(values: list[float]) -> float:
+    tenth = max(1, len(values) // 10)
+    early = statistics.median(values[len(values) // 6 : len(values) // 6 + tenth])
+    return statistics.median(values[-tenth:]) / early - 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "keras_effnet.cli",
+            "train",
+            "digits_demo",
+            "--workdir",
+            folder,
+            *SMALL.split(),
+        ]
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        memory, files, end = [], [], time.monotonic() + 60 * arguments.minutes
+        while time.monotonic() < end:
+            time.sleep(5)
+            if process.poll() is not None:
+                raise SystemExit(f"The run ended early, with status {process.returncode}")
+            memory.append(resident(process.pid))
+            # A temporary file may be gone before it is counted.
+            files.append(sum(len(names) for _, _, names in os.walk(folder)))
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(120)
+        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        early = files[len(files) // 6]
+        print(f"{rows[-1]['step']} steps, {sum(row['split'] == 'eval' for row in rows)} evaluations, status {status}")
+        print(f"memory {memory[len(memory) // 6]:.0f} MiB to {memory[-1]:.0f} MiB, grown by {grown(memory):+.2%}")
+        print(f"files in the folder: {early} to {files[-1]}, at most {max(files)}")
+        names = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+        print(*names, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
