@@ -17,7 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-SMALL = "--epochs 1000000 --batch-size 16 --model.image-size 32 --run.steps-per-loop 20 --run.eval-every 4 --run.save-every 2"
+SMALL = [
+    *("--epochs", "1000000", "--batch-size", "16", "--model.image-size", "32"),
+    *("--run.steps-per-loop", "20", "--run.eval-every", "4", "--run.save-every", "2"),
+]
 
 
 def resident(pid: int) -> float:
@@ -45,7 +48,7 @@ def main() -> None:
             "digits_demo",
             "--workdir",
             folder,
-            *SMALL.split(),
+            *SMALL,
         ]
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)

@@ -2,11 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import keras
@@ -21,11 +16,6 @@ from keras_effnet.tpu import data, recipes, runner
 from keras_effnet.tpu.config import Data, Optimizer, Run, from_json, override
 from keras_effnet.tpu.sources import open_source
 from keras_effnet.tpu.train import train
-
-
-def flags(text: str) -> list[str]:
-    return text.split()
-
 
 SHORT = override(
     recipes.find("digits_demo"),
@@ -99,41 +89,11 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
     other = dataclasses.replace(SHORT, optimizer=Optimizer(peak=0.5))
     with pytest.raises(ValueError, match=r"Received: optimizer.peak 0.016 -> 0.5"):
         train(other, tmp_path / "run", quiet=True)
-
-
-def command(workdir: Path, *arguments: str) -> subprocess.Popen:
-    line = [sys.executable, "-m", "keras_effnet.cli", "train", *arguments, "--workdir", str(workdir)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_checkpoint_and_learns(tmp_path):
-    """digits_demo through the command, in a quarter of its epochs; the README has the whole runs' accuracy."""
-    arguments = ["digits_demo", *flags("--epochs 12 --run.save-every 1.5 --run.steps-per-loop 10")]
-    process = command(tmp_path, *arguments)
-    metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and rows(tmp_path, "train") and rows(tmp_path, "train")[-1]["step"] >= 60):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    saved = sorted(tmp_path.glob("checkpoints/ckpt-*.index"), key=os.path.getmtime)
-    assert saved and not (tmp_path / "result.json").exists()
-    before = rows(tmp_path, "train")
-    process = command(tmp_path, *arguments)
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
-    assert "restored from checkpoint" in (tmp_path / "train.log").read_text()
-    after = rows(tmp_path, "train")
-    steps = [row["step"] for row in after]
-    assert steps == sorted(set(steps)) and steps[-1] == int(12 * 1437 / 64)
-    # What was done before the checkpoint stands as it was; what came after it was done again, on the same examples.
-    kept = [row for row in before if row in after]
-    assert kept and len(kept) < len(before)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["ema_top1"] >= 0.8
-    assert result["steps"] == steps[-1] and f"top-1 {result['ema_top1']:.2%}" in told
+    # Unless that is allowed.
+    longer = train(override(SHORT, ["--epochs", "0.6"]), tmp_path / "run", quiet=True, allow_changes=True)
+    assert longer["steps"] == int(0.6 * 1437 / 32)
+    assert f"From step {steps} on: epochs 0.5 -> 0.6" in (tmp_path / "run" / "train.log").read_text()
+    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [int(0.3 * 1437 / 32), steps, longer["steps"]]
 
 
 @pytest.mark.slow
@@ -191,3 +151,62 @@ def test_devices_that_are_not_there(tmp_path):
         train(override(SHORT, ["--batch-size", "4096"]), tmp_path, quiet=True)
     with pytest.raises(ValueError, match="Unknown model"):
         train(override(SHORT, ["--model.name", "efficientnet-lite9"]), tmp_path, quiet=True)
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_batch(tmp_path):
+    changes = ["--optimizer.peak", "1e30", "--schedule.kind", "constant", "--schedule.warmup-epochs", "0"]
+    wild = override(SHORT, [*changes, "--run.save-every", "0.02", "--run.steps-per-loop", "1"])
+    with pytest.raises(
+        ValueError, match=r"Expected a finite loss. Received: .* at step (\d+), with \d+, \d+"
+    ) as raised:
+        train(wild, tmp_path, quiet=True)
+    told = json.loads((tmp_path / "nonfinite-0.json").read_text())
+    assert f"at step {told['step']}" in str(raised.value) and told["step"] <= 4
+    # The names are those of the very batch.
+    source = open_source(wild.data)
+    start = (told["step"] - 1) * 32
+    numbers = source.train.train(0, start, 0, 1, 32).take(32)
+    assert told["examples"] == [str(int(example["id"])) for example in numbers] and len(set(told["examples"])) == 32
+    # What is kept is finite, and from there another recipe goes on if that is allowed.
+    saved = sorted(tmp_path.glob("checkpoints/*.index"))
+    assert all(int(path.stem.removeprefix("ckpt-")) < told["step"] for path in saved)
+    with pytest.raises(ValueError, match=r"or --allow-changes. Received: optimizer.peak 1e\+30 -> 1e-06"):
+        train(override(wild, ["--optimizer.peak", "1e-6"]), tmp_path, quiet=True)
+    assert saved == sorted(tmp_path.glob("checkpoints/*.index"))
+
+
+def test_a_folder_with_rotten_photographs(tmp_path):
+    """1 % that are cut off, an empty file and a text: counted and named. A fifth: no run."""
+    import tensorflow as tf
+
+    rng, bad = np.random.default_rng(0), []
+    for number in range(400):
+        place = tmp_path / "photographs" / "train" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        content = tf.io.encode_jpeg(rng.integers(0, 256, (40, 40, 3), "uint8")).numpy()
+        path = place / f"{number}.jpg"
+        if number in (3, 100, 203, 300):
+            content = content[: len(content) // 2]
+        elif number == 50:
+            content = b""
+        elif number == 51:
+            content = b"no photograph"
+        path.write_bytes(content)
+        if number in (3, 100, 203, 300, 50, 51):
+            bad.append(str(path))
+        if number < 20:
+            (tmp_path / "photographs" / "val" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+            good = tf.io.encode_jpeg(rng.integers(0, 256, (40, 40, 3), "uint8")).numpy()
+            (tmp_path / "photographs" / "val" / "ab"[number % 2] / f"{number}.jpg").write_bytes(good)
+    recipe = override(
+        SHORT, ["--data.source", str(tmp_path / "photographs"), "--epochs", "1.3", "--run.eval-every", "9"]
+    )
+    result = train(recipe, tmp_path / "run", quiet=True)
+    assert (result["skipped"], result["examples"]) == (6, 20)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in rows} == set(bad)
+    for number in range(0, 400, 5):
+        path = tmp_path / "photographs" / "train" / "ab"[number % 2] / f"{number}.jpg"
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"Expected at most 5.0% of the images to be unreadable.*Received: \d+ of 400"):
+        train(recipe, tmp_path / "other", quiet=True)

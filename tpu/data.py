@@ -301,9 +301,10 @@ def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped 
     def compare(expected, example):
         ordinal, before = example["ordinal"], example["before"]
         if skipped is None:
+            missing = before[-tf.cast(tf.clip_by_value(ordinal - expected, 1, NAMED), tf.int32) :]
             told = tf.debugging.Assert(
                 ordinal == expected,
-                ["Expected images that can be read. Received", ordinal - expected, "that cannot, the last of", before],
+                ["Expected images that can be read. Received:", tf.strings.reduce_join(missing, separator=", ")],
             )
         else:
             told = tf.cond(

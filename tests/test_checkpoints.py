@@ -1,0 +1,205 @@
+"""What survives: checkpoints, files and locks, damaged and killed for real."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BACKEND
+
+if BACKEND != "tensorflow":
+    pytest.skip("TensorFlow's runner", allow_module_level=True)
+
+import tensorflow as tf
+
+from keras_effnet.tpu import files, stops
+from keras_effnet.tpu.checkpoints import Checkpoints
+
+
+class Run:
+    """Some variables, and their checkpoints."""
+
+    def __init__(self, folder, keep=2, shape=(3, 4)):
+        self.step = tf.Variable(0, dtype=tf.int64)
+        self.values = {f"block{n}/kernel": tf.Variable(tf.zeros(shape)) for n in range(5)}
+        checkpoint = tf.train.Checkpoint(step=self.step, state=self.values)
+        self.checkpoints = Checkpoints(
+            str(folder), checkpoint, self.step, list(self.values.values()), keep=keep, every=10, minutes=None
+        )
+        self.told: list[str] = []
+
+    def save(self, step: int, best: int | None = None) -> None:
+        self.step.assign(step)
+        for variable in self.values.values():
+            variable.assign(tf.fill(variable.shape, float(step)))
+        self.checkpoints.save(best)
+
+    def restore(self) -> int:
+        step = self.checkpoints.restore(self.told.append)
+        assert step == self.step.numpy()
+        assert all((variable.numpy() == step).all() for variable in self.values.values())
+        return step
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    run = Run(tmp_path)
+    for step in range(10, 70, 10):
+        run.save(step, best=20 if step >= 20 else None)
+    assert run.checkpoints.steps() == [20, 50, 60]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"ckpt-{step}.{end}" for step in (20, 50, 60) for end in ("index", "data-00000-of-00001")
+    )
+    assert Run(tmp_path).restore() == 60
+
+
+def test_it_is_time_by_steps_or_by_minutes(tmp_path):
+    run = Run(tmp_path)
+    run.step.assign(9)
+    assert not run.checkpoints.due()
+    run.checkpoints.minutes = 1e-4
+    time.sleep(0.01)
+    assert run.checkpoints.due()
+    run.save(9)
+    run.checkpoints.minutes = None
+    run.step.assign(18)
+    assert not run.checkpoints.due()
+    run.step.assign(19)
+    assert run.checkpoints.due()
+
+
+@pytest.mark.parametrize("end", ["index", "data-00000-of-00001"])
+def test_no_damage_goes_unseen(tmp_path, end):
+    """Any bit, any length: it is set aside, and the one before it is taken; but for padding, which nothing reads."""
+    run = Run(tmp_path)
+    run.save(10)
+    run.save(20)
+    newest = {path: path.read_bytes() for path in tmp_path.glob("ckpt-20.*")}
+    path = tmp_path / f"ckpt-20.{end}"
+    whole, chance = newest[path], random.Random(0)
+    damages = [whole[:length] for length in (0, 1, len(whole) // 2, len(whole) - 1)]
+    for _ in range(40):
+        flipped = bytearray(whole)
+        flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        damages.append(bytes(flipped))
+    harmless = 0
+    for damage in damages:
+        for file, content in newest.items():
+            file.write_bytes(content)
+        path.write_bytes(damage)
+        again = Run(tmp_path)
+        if again.restore() == 20:  # with all values as they were
+            harmless += 1
+            continue
+        assert "of step 20 cannot be read" in again.told[0] and "ckpt-10" in again.told[1]
+        assert again.checkpoints.steps() == [10]
+    assert harmless <= (len(damages) // 4 if end == "index" else 0)
+    # The run comes to that step again, and what was set aside does not grow.
+    again.save(20)
+    assert Run(tmp_path).restore() == 20
+    assert len(list(tmp_path.glob("damaged-*"))) <= 2
+
+
+def test_none_that_can_be_read_is_no_new_beginning(tmp_path):
+    run = Run(tmp_path)
+    run.save(10)
+    (tmp_path / "ckpt-10.index").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"Expected a checkpoint that can be read.*Received: those of steps 10"):
+        Run(tmp_path).restore()
+
+
+def test_another_model_is_not_damage(tmp_path):
+    Run(tmp_path).save(10)
+    with pytest.raises(ValueError, match=r"Expected the variables of this model.*ckpt-10.*\(3, 4\)"):
+        Run(tmp_path, shape=(3, 5)).restore()
+    assert Run(tmp_path).restore() == 10
+
+
+def test_what_is_half_written_goes(tmp_path):
+    run = Run(tmp_path)
+    run.save(10)
+    (tmp_path / "ckpt-20_temp").mkdir()
+    (tmp_path / "ckpt-20_temp" / "part-00000-of-00001.data-00000-of-00001").write_bytes(b"half")
+    (tmp_path / "ckpt-20.data-00000-of-00001").write_bytes(b"no index")
+    assert Run(tmp_path).restore() == 10
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".data-00000-of-00001", ".index"]
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    run = Run(tmp_path)
+    run.save(10)
+    run.step.assign(11)
+    run.values["block3/kernel"].assign(tf.constant([[0.0, np.inf, 0, 0]] * 3))
+    with pytest.raises(stops.NonFiniteError, match="not finite at step 11"):
+        run.checkpoints.save()
+    assert run.checkpoints.steps() == [10]
+
+
+def test_files_are_whole(tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    assert files.rows(path) == []
+    files.write(path, '{"a": 1}\n{"b": 2}\n{"c"')
+    assert files.rows(path) == [{"a": 1}, {"b": 2}]
+    replacing = files.replacing(path)
+    Path(replacing.__enter__()).write_text("half")
+    assert not replacing.__exit__(KeyError, KeyError(), None)
+    assert files.rows(path) == [{"a": 1}, {"b": 2}]
+    with files.replacing(path) as here:
+        Path(here).write_text("[]")
+    assert Path(path).read_text() == "[]" and [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_folder_has_one_run(tmp_path, scheme):
+    """The system's lock, and that of storages without one, which a killed process leaves behind."""
+    folder = f"{scheme}{tmp_path}"
+    code = "import sys, time\nfrom keras_effnet.tpu import files\n"
+    code += "with files.locked(sys.argv[1], 0.4): print(1, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout and process.stdout.readline() == b"1\n"
+    refused = pytest.raises(ValueError, match=rf"Expected a folder that no other run uses.*process {process.pid}")
+    with refused, files.locked(folder, 0.4):
+        pass
+    process.kill()
+    process.communicate()
+    for _ in range(2):  # after one that was killed, and after one that ended
+        with files.locked(folder, 0.4):
+            assert json.loads((tmp_path / "lock").read_text().splitlines()[0])["process"] != process.pid
+
+
+def test_a_hosts_pipeline_needs_no_python_there(tmp_path):
+    """As on a pod of TPUs, whose hosts are driven by one process: an image that cannot be read ends it, by its name."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            pixels = rng.integers(0, 256, (40, 40, 3), "uint8")
+            (tmp_path / name / f"{number}.jpg").write_bytes(tf.io.encode_jpeg(pixels).numpy())
+    (tmp_path / "b" / "7.jpg").write_bytes(b"")
+    code = """
+import sys
+import tensorflow as tf
+from keras_effnet.tpu import data
+from keras_effnet.tpu.config import Data, Recipe
+from keras_effnet.tpu.sources import open_source
+
+server = tf.distribute.Server({"worker": ["localhost:0"]}, job_name="worker", task_index=0, start=True)
+cluster = tf.train.ClusterSpec({"worker": [server.target.removeprefix("grpc://")]})
+tf.config.experimental_connect_to_cluster(cluster, job_name="chief")
+source, recipe = open_source(Data(sys.argv[1])), Recipe()
+with tf.device("/job:worker/task:0"):
+    batches = iter(data.training(source, recipe, 32, 4, None, host=data.Host(0, 2)))
+    images, labels = next(batches)
+print(images.device, images.shape)
+try:
+    for _ in range(8):
+        next(batches)
+except tf.errors.InvalidArgumentError as error:
+    print(error.message)
+"""
+    told = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
+    assert "/job:worker/replica:0/task:0" in told.stdout and "(4, 32, 32, 3)" in told.stdout, told.stderr[-2000:]
+    assert "Expected images that can be read" in told.stdout and f"{tmp_path}/b/7.jpg" in told.stdout, told.stdout
