@@ -470,6 +470,31 @@ def evaluate_(
         click.echo(f"cannot be read: {name}", err=True)
 
 
+@main.command()
+@click.argument("workdir")
+@click.option("--examples", default=2000, show_default=True, type=click.IntRange(1), help="Most that are evaluated.")
+@AS_JSON
+def report(workdir, examples, as_json) -> None:
+    """Write WORKDIR/report.html about a training run: one that has ended, goes on, or was killed.
+
+    Curves, accuracies, what augmentation makes of the images, and the mistakes that the network is most sure of.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # TensorFlow takes the whole memory of a GPU, which may be that of the run itself.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    _need_tensorflow()
+    from rich.console import Console
+
+    from keras_effnet.tpu.report import write
+
+    with Console(stderr=True).status("Evaluating and drawing"), contextlib.redirect_stdout(sys.stderr):
+        path = write(workdir, examples)
+    if as_json:
+        _print_json({"path": path})
+    else:
+        click.echo(f"Wrote {path}")
+
+
 @contextlib.contextmanager
 def _progress(what: str):
     """A bar on standard error. Gives a function that is called with what is done, and with all."""

@@ -208,6 +208,12 @@ def test_a_head_of_ones_own_and_those_that_do_not_match(folder, tmp_path):
     assert [row["predictions"][0]["class"] for row in rows] == np.argmax(logits, 1).tolist()
     sums = [sum(one["probability"] for one in row["predictions"]) for row in rows]
     assert sums == pytest.approx([1.0] * 40, abs=1e-5) and found["top5"] == 1.0
+    # A file of weights tells its number of classes.
+    small = ke.EfficientNetLite0(weights=None, classes=4)
+    small.save_weights(tmp_path / "four.weights.h5")
+    found = evaluate("efficientnet-lite0", Data(str(folder)), tmp_path / "four.weights.h5", limit=8)
+    assert (found["examples"], found["top5"], found["published"]) == (8, 1.0, None)
+    assert [row["examples"] for row in found["classes"]] == [2] * 4  # from all over
     with pytest.raises(ValueError, match=r"the model's 4 classes. Received: 10 classes in 'digits': 0, 1"):
         evaluate(net, Data("digits"))
     with pytest.raises(ValueError, match=r"1000 classes, or folders that are called by WordNet ids. Received: 10"):

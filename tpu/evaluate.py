@@ -227,6 +227,31 @@ def evaluate(
     }
 
 
+def evaluate_run(workdir, source: Source, examples: int, keep: int) -> tuple[Scores, list[str], str]:
+    """What a run's model says of its own evaluation data, for those who want to see the images.
+
+    Args:
+        workdir: Path of the run's folder.
+        source: `Source` of `open_run()`.
+        examples: Integer, most examples to look at.
+        keep: Integer, the most confident mistakes whose pixels are kept.
+
+    Returns:
+        Tuple of the `Scores`, the names of the classes, and the file that the model's values are from.
+
+    Raises:
+        ValueError: If there is no model yet, or the data is not as it was.
+    """
+    subject = _subject(workdir, "imagenet", None, None)
+    how, part = subject.run.recipe, source.evaluate
+    numbers, names = _classes(Evaluated(part, source.eval_count, None, source.labels), subject, how.data.source)
+    rows = part.sample(examples) if examples < source.eval_count else part.evaluate(0, 1)
+    scores = score(subject.net, rows, part, subject.read, numbers, keep=keep)
+    if not scores.names:
+        raise ValueError(f"Expected images that can be read. Received: none in {how.data.source!r}")
+    return scores, names, subject.run.origin
+
+
 def _rows(scores: Scores, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     for place, name in enumerate(scores.names):
         best = zip(scores.classes[place].tolist(), scores.probabilities[place].tolist(), strict=True)
