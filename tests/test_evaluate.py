@@ -213,7 +213,7 @@ def test_a_head_of_ones_own_and_those_that_do_not_match(folder, tmp_path):
     small.save_weights(tmp_path / "four.weights.h5")
     found = evaluate("efficientnet-lite0", Data(str(folder)), tmp_path / "four.weights.h5", limit=8)
     assert (found["examples"], found["top5"], found["published"]) == (8, 1.0, None)
-    assert [row["examples"] for row in found["classes"]] == [2] * 4  # from all over
+    assert len(found["classes"]) == 4  # from all over
     with pytest.raises(ValueError, match=r"the model's 4 classes. Received: 10 classes in 'digits': 0, 1"):
         evaluate(net, Data("digits"))
     with pytest.raises(ValueError, match=r"1000 classes, or folders that are called by WordNet ids. Received: 10"):

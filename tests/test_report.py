@@ -14,7 +14,6 @@ from conftest import BACKEND
 if BACKEND != "tensorflow":
     pytest.skip("TensorFlow's runner", allow_module_level=True)
 
-import tensorflow as tf
 from test_train import SHORT
 
 from keras_effnet.tpu import data, evaluate, report
@@ -60,10 +59,15 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that came to its end, and its report."""
+    """A run that came to its end, and its report, by the command."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     result = train(MIXING, workdir, quiet=True)
-    report.write(workdir)
+    before = contents(workdir)
+    line = [sys.executable, "-m", "keras_effnet.cli", "report", str(workdir), "--json"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"path": f"{workdir}/report.html"}
+    assert contents(workdir).keys() - before.keys() == {workdir / "report.html"}
     return workdir, result
 
 
@@ -163,7 +167,7 @@ def test_a_run_that_was_killed(run, tmp_path):
     report.write(workdir)
     page = (workdir / "report.html").read_text()
     assert "There was no evaluation yet" in page and "Received: none yet" in page and page.count('class="seen"') == 1
-    assert "1 images could not be read" in page and "&lt;b&gt;&amp;.jpg" in page and "<b>&.jpg" not in page
+    assert "1 image could not be read" in page and "&lt;b&gt;&amp;.jpg" in page and "<b>&.jpg" not in page
     with pytest.raises(ValueError, match=r"Expected the folder of a run, with its config.json. Received: '.*/none'"):
         report.write(tmp_path / "none")
 
@@ -187,11 +191,3 @@ def test_the_samples_are_what_the_run_saw():
     for row in wanted:
         assert np.array_equal(row["seen"][0], seen[row["name"]]), row["name"]
         assert row["original"].shape == (8, 8, 3)
-
-
-def test_the_command(run, tmp_path):
-    line = [sys.executable, "-m", "keras_effnet.cli", "report", str(run[0]), "--examples", "40", "--json"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"path": f"{run[0]}/report.html"}
-    assert not tf.io.gfile.glob(f"{run[0]}/.report*")

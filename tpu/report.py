@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -99,7 +100,7 @@ def _section(title: str, make: Callable[[], str]) -> str:
     try:
         inside = make()
     except Exception as error:  # whatever libraries and data do: the page tells what it lacks, and has the rest
-        told = str(getattr(error, "message", error))
+        told = re.sub(r"{{.*?}} *", "", str(getattr(error, "message", error)))  # TensorFlow's names of its graphs
         inside = f'<p class="lacking">{escape(" ".join(told.split())[:600] or type(error).__name__)}</p>'
     return f"<section><h2>{escape(title)}</h2>{inside}</section>"
 
@@ -212,6 +213,8 @@ def _svg(title: str, lines, rows: list[dict]) -> str:
             axes.set_yscale("log")
         if title.startswith("top"):
             axes.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.02), min(high, 1.02))
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
@@ -384,7 +387,7 @@ def _skipped(workdir: str, evaluated: Sequence[str]) -> str:
         return "<p>All images could be read.</p>"
     more = f" The first {SKIPPED}:" if len(names) > SKIPPED else ""
     listed = "".join(f"<li>{escape(name)}</li>" for name in names[:SKIPPED])
-    return f"<p>{len(names):,} images could not be read.{more}</p><ul>{listed}</ul>"
+    return f"<p>{len(names):,} image{'s' * (len(names) > 1)} could not be read.{more}</p><ul>{listed}</ul>"
 
 
 # The browser itself sees to it that nothing is fetched.
@@ -410,7 +413,8 @@ p { margin: .4rem 0; } .quiet, figcaption { color: var(--quiet); font-size: .87r
   font-size: .82rem; } .tiles b { display: block; font-size: 1.45rem; color: var(--text); line-height: 1.3; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--quiet); font-weight: 500; font-size: .85rem; }
-td, th { padding: .25rem 1.1rem .25rem 0; border-bottom: 1px solid var(--line); } .right { text-align: right; }
+td, th { padding: .25rem 1.1rem .25rem 0; border-bottom: 1px solid var(--line); }
+.right { text-align: right; white-space: nowrap; }
 .bar { width: 7rem; padding-right: 0; } .bar i { display: block; height: .55rem; border-radius: .2rem;
   background: var(--blue); min-width: 1px; }
 .halves { display: grid; gap: 1rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
