@@ -435,6 +435,105 @@ def _list_recipes(found, as_json: bool) -> None:
     )
 
 
+@main.command("eval")
+@click.argument("model")
+@click.option("--data", "source", help="Folder, digits, or the name of a TensorFlow dataset. Of a run: its own.")
+@click.option("--weights", default="imagenet", show_default=True, help="Tag of published weights, or path of a file.")
+@click.option("--data-dir", help="Where TensorFlow Datasets keeps its files.")
+@click.option("--split", "eval_split", help="Of a TensorFlow dataset, of TFRecords, or a folder's folder.")
+@click.option("--first-label", default=1, show_default=True, help="Number of the first class in TFRecords.")
+@click.option("--eval-crop", "crop", type=float, help="Share of the shorter side. Default: as the weights expect.")
+@click.option("--interpolation", help="bicubic or bilinear. Default: as the weights expect.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--limit", type=click.IntRange(1), help="Most examples to evaluate.")
+@click.option("--predictions", metavar="FILE.jsonl", help="Write a line per image: its class, and the five likeliest.")
+@click.option("--all-classes", is_flag=True, help="Show all classes, not only the ten worst.")
+@AS_JSON
+def evaluate_(
+    model, source, weights, data_dir, eval_split, first_label, predictions, all_classes, as_json, **arguments
+) -> None:
+    """Evaluate MODEL on a data set: its top-1, that of each class, and what it confuses.
+
+    MODEL is a name (see `keras-effnet list`), a .keras file with an EfficientNet in it, or a training run's folder.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _need_tensorflow()
+    from keras_effnet.tpu.config import Data
+    from keras_effnet.tpu.evaluate import evaluate
+
+    if source is None and (data_dir or eval_split or first_label != 1):
+        raise ValueError("Expected --data with --data-dir, --split and --first-label. Received: none")
+    data = source and Data(source, data_dir=data_dir, eval_split=eval_split, first_label=first_label)
+    with _progress("Images") as told, contextlib.redirect_stdout(sys.stderr):
+        result = evaluate(model, data, weights, predictions=predictions, on_progress=told, **arguments)
+    if as_json:
+        _print_json(result)
+        return
+    facts = _table(result["model"], "", ">")
+    rows = [("top-1", f"{result['top1']:.2%}"), ("top-5", f"{result['top5']:.2%}")]
+    if result["published"]:
+        rows.append(("published top-1", f"{result['published']['top1']} % ({result['difference']:+.2f} points)"))
+    rows += [("images", f"{result['examples']:,}"), ("that cannot be read", f"{len(result['skipped']):,}")]
+    used = result["preprocessing"]
+    size = "x".join(map(str, used["size"]))
+    rows += [("pixels", f"{size}, {used['crop']:.1%} of the side, {used['interpolation']}")]
+    rows += [("weights", str(result["weights"] or "of the file"))]
+    rows += [("speed", f"{result['images_per_second']:.1f} images/s")]
+    for row in rows:
+        facts.add_row(*row)
+    worst = sorted(result["classes"], key=lambda row: (row["top1"], -row["examples"]))
+    shown = result["classes"] if all_classes else worst[:10]
+    title = "Classes" if len(shown) == len(worst) else f"The {len(shown)} worst of {len(worst)} classes"
+    classes = _table(title, ">class", "name", ">images", ">top-1")
+    for row in shown:
+        classes.add_row(str(row["class"]), row["name"], str(row["examples"]), f"{row['top1']:.1%}")
+    _print(facts, "", classes)
+    if result["confusions"]:
+        confusions = _table("Most often confused", "class", "taken for", ">images")
+        for row in result["confusions"]:
+            confusions.add_row(row["true"], row["predicted"], str(row["count"]))
+        _print("", confusions)
+    for name in result["skipped"]:
+        click.echo(f"cannot be read: {name}", err=True)
+
+
+@main.command()
+@click.argument("workdir")
+@click.option("--examples", default=2000, show_default=True, type=click.IntRange(1), help="Most that are evaluated.")
+@AS_JSON
+def report(workdir, examples, as_json) -> None:
+    """Write WORKDIR/report.html about a training run: one that has ended, goes on, or was killed.
+
+    Curves, accuracies, what augmentation makes of the images, and the mistakes that the network is most sure of.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # TensorFlow takes the whole memory of a GPU, which may be that of the run itself.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    _need_tensorflow()
+    from rich.console import Console
+
+    from keras_effnet.tpu.report import write
+
+    with Console(stderr=True).status("Evaluating and drawing"), contextlib.redirect_stdout(sys.stderr):
+        path = write(workdir, examples)
+    if as_json:
+        _print_json({"path": path})
+    else:
+        click.echo(f"Wrote {path}")
+
+
+@contextlib.contextmanager
+def _progress(what: str):
+    """A bar on standard error. Gives a function that is called with what is done, and with all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 @main.command()
 @click.argument("model", metavar="MODEL.keras")
 @click.option("--data", required=True, help="Folder with one per class, or with such ones called train and val.")

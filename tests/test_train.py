@@ -34,6 +34,7 @@ SHORT = override(
         "0.3",
         "--run.eval-batch",
         "64",
+        "--run.no-report",
     ],
 )
 

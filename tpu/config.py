@@ -177,6 +177,8 @@ class Run:
     """Newest checkpoints that are kept, besides the one with the best top-1 of the moving average."""
     deterministic: bool = False
     """Only operations that always give the same bits. On a processor they do anyway; on a GPU it costs speed."""
+    report: bool = True
+    """Whether report.html is written at the end."""
     xla: bool = False
     """Compile the step of a single device with XLA. On a TPU it is compiled anyway."""
     threads: int | None = None

@@ -161,19 +161,15 @@ def training(
     if skipped:
         skipped.probe = examples.probe
 
-    def keys(example):
-        key: Any = tf.constant([seed, 0], tf.int64)
-        for part in (example["epoch"], example["id"]):
-            key = tf.random.fold_in(key, part)
-        return tf.unstack(tf.random.split(key, 3))
-
     def read(example):
-        image = train_crop(examples.load(example["image"]), size, data, recipe.augment, keys(example)[0])
+        image = train_crop(
+            examples.load(example["image"]), size, data, recipe.augment, keys(seed, example["epoch"], example["id"])[0]
+        )
         return {**_told(example), "image": image}
 
     def finish(example):
         example = _labelled(example, classes)
-        _, changing, mixing = keys(example)
+        _, changing, mixing = keys(seed, example["epoch"], example["id"])
         return {**example, "image": changed(example["image"], data, recipe.augment, changing), "key": mixing}
 
     dataset = _checked(examples.train(seed, first, host.index, host.count, batch), read, first, skipped)
@@ -192,6 +188,23 @@ def training(
         dataset = dataset.batch(batch, drop_remainder=True).map(mix, num_parallel_calls=tf.data.AUTOTUNE)
         dataset = dataset.rebatch(batch // parts, drop_remainder=True)
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(_options(recipe))
+
+
+def keys(seed: int, epoch, number) -> list[Any]:
+    """What the randomness of an example follows from.
+
+    Args:
+        seed: Integer.
+        epoch: Integer scalar.
+        number: Integer scalar, the example's.
+
+    Returns:
+        List of three seeds: of its crop, of what else is done to it, and of the mixing of its batch.
+    """
+    key: Any = tf.constant([seed, 0], tf.int64)
+    for part in (epoch, number):
+        key = tf.random.fold_in(key, part)
+    return tf.unstack(tf.random.split(key, 3))
 
 
 def names(source: Source, recipe: Recipe, batch: int, skipped: Skipped | None, start: int, host: Host) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_effnet.pruner import labelled
+from keras_effnet.pruner import VALIDATION, labelled
 from keras_effnet.tpu import files
 from keras_effnet.tpu.config import Data
 
@@ -59,9 +59,16 @@ class Items:
 
     def evaluate(self, host: int, hosts: int) -> tf.data.Dataset:
         """One host's examples, once."""
-        whole = tf.data.Dataset.range(host, len(self.labels), hosts)
+        return self._once(tf.data.Dataset.range(host, len(self.labels), hosts))
+
+    def sample(self, count: int) -> tf.data.Dataset:
+        """So many examples, once, from all over: a folder's come class by class."""
+        chosen = np.linspace(0, len(self.labels), min(count, len(self.labels)), endpoint=False)
+        return self._once(tf.data.Dataset.from_tensor_slices(chosen.astype("int64")))
+
+    def _once(self, indices: tf.data.Dataset) -> tf.data.Dataset:
         zero = tf.constant(0, tf.int64)
-        return whole.enumerate().map(lambda ordinal, index: self._example(ordinal, zero, index))
+        return indices.enumerate().map(lambda ordinal, index: self._example(ordinal, zero, index))
 
     def _example(self, ordinal, epoch, index):
         image = tf.gather(self.images, index)
@@ -153,6 +160,10 @@ class Records:
             .map(lambda ordinal, example: {**example, "ordinal": ordinal, "epoch": zero})
         )
 
+    def sample(self, count: int) -> tf.data.Dataset:
+        """So many examples, once: the first of each file."""
+        return self.evaluate(0, 1).take(count)
+
     def _read(self, order: tf.data.Dataset, host: int, hosts: int) -> tf.data.Dataset:
         parts = self._parts(host, hosts)
         paths = tf.constant([part.path for part in parts])
@@ -206,6 +217,23 @@ class Source:
     labels: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """The part of a data set that a model is evaluated on.
+
+    Args:
+        examples: `Items` or `Records`.
+        count: Integer, how many they are.
+        classes: Integer, or None where nothing says.
+        labels: List of the classes' names, empty where nothing says.
+    """
+
+    examples: Items | Records
+    count: int
+    classes: int | None
+    labels: Sequence[str] = ()
+
+
 def open_source(data: Data, cache: str | None = None) -> Source:
     """Finds out what `data.source` is, and what is in it.
 
@@ -228,19 +256,75 @@ def open_source(data: Data, cache: str | None = None) -> Source:
     >>> found.train_count, found.eval_count, found.classes
     (1437, 360, 10)
     """
-    if data.source == "digits":
+    kind = _kind(data, "train")
+    if kind == "digits":
         _only(data, "the digits")
         return _digits()
-    if tf.io.gfile.isdir(data.source):
-        if any(not tf.io.gfile.isdir(path) for path in tf.io.gfile.glob(f"{data.source}/train-*")):
-            _only(data, "TFRecords", "holdout_shards")
-            return _tfrecords(data, cache)
+    if kind == "records":
+        _only(data, "TFRecords", "holdout_shards")
+        return _tfrecords(data, cache)
+    if kind == "folder":
         _only(data, "a folder of photographs")
         return _folder(data)
-    if any(mark in data.source for mark in ("://", "\\")) or data.source.startswith((".", "/", "~")):
-        raise ValueError(f"Expected a folder, digits, or the name of a TensorFlow dataset. Received: {data.source!r}")
     _only(data, "a TensorFlow dataset", "data_dir", "train_split", "eval_split")
     return _tensorflow_dataset(data)
+
+
+def open_evaluation(data: Data) -> Evaluated:
+    """Finds what a model is evaluated on, where nothing to train on has to be.
+
+    Args:
+        data: `Data`. Its `eval_split` is a split of a TensorFlow dataset, what the names of TFRecords begin with (by
+            default `validation`), or the name of a folder in a folder. By default a folder's `val`, `validation` or
+            `test` is evaluated, and all that is in a folder without.
+
+    Returns:
+        An `Evaluated`.
+
+    Raises:
+        ValueError: If there is nothing of the kind.
+
+    Example:
+
+    >>> from keras_effnet.tpu.config import Data
+    >>> from keras_effnet.tpu.sources import open_evaluation
+    >>> open_evaluation(Data(source="digits")).count
+    360
+    """
+    kind = _kind(data, data.eval_split or "validation", "train")
+    if kind == "digits":
+        _only(data, "the digits")
+        whole = _digits()
+        return Evaluated(whole.evaluate, whole.eval_count, whole.classes, whole.labels)
+    if kind == "records":
+        _only(data, "TFRecords", "holdout_shards", "eval_split")
+        paths = sorted(tf.io.gfile.glob(f"{data.source}/{data.eval_split or 'validation'}-*"))
+        if data.holdout_shards:
+            paths = sorted(tf.io.gfile.glob(f"{data.source}/train-*"))[: data.holdout_shards]
+        if not paths:
+            raise ValueError(
+                f"Expected files {data.eval_split or 'validation'}-*, or another split. Received: none in "
+                f"{data.source!r}"
+            )
+        return Evaluated(*_records(data, paths, _count(paths, None)), data.classes)
+    if kind == "folder":
+        _only(data, "a folder of photographs", "eval_split")
+        return _evaluated_folder(data)
+    _only(data, "a TensorFlow dataset", "data_dir", "eval_split")
+    dataset = _prepared(data)
+    return Evaluated(*dataset.records(data, dataset.test(data)), dataset.classes, dataset.labels)
+
+
+def _kind(data: Data, *parts: str) -> str:
+    """What a source is: digits, records, folder or dataset. Files that begin with a part's name are records."""
+    if data.source == "digits":
+        return "digits"
+    if tf.io.gfile.isdir(data.source):
+        found = (path for part in parts for path in tf.io.gfile.glob(f"{data.source}/{part}-*"))
+        return "records" if any(not tf.io.gfile.isdir(path) for path in found) else "folder"
+    if any(mark in data.source for mark in ("://", "\\")) or data.source.startswith((".", "/", "~")):
+        raise ValueError(f"Expected a folder, digits, or the name of a TensorFlow dataset. Received: {data.source!r}")
+    return "dataset"
 
 
 def _only(data: Data, kind: str, *fields: str) -> None:
@@ -260,25 +344,49 @@ def _digits() -> Source:
     return Source(parts[0], parts[1], len(order) - 360, 360, 10, [str(digit) for digit in range(10)])
 
 
+def _names(place: str) -> list[str]:
+    return sorted(name for name in tf.io.gfile.listdir(place) if not name.startswith("."))
+
+
+def _folders(place: str) -> list[str]:
+    return [name.rstrip("/") for name in _names(place) if tf.io.gfile.isdir(f"{place}/{name}")]
+
+
+def _files(place: str) -> list[str]:
+    # Whatever its name ends in: what is no photograph is named and counted as it is read.
+    return [f"{place}/{name}" for name in _names(place) if not name.endswith("/")]
+
+
+def _items(pairs: Sequence[tuple[str, int]]) -> Items:
+    return Items(np.array([file for file, _ in pairs], dtype=object), np.array([label for _, label in pairs], "int32"))
+
+
 def _folder(data: Data) -> Source:
-    root = data.source.rstrip("/")
-
-    def names(place: str) -> list[str]:
-        return sorted(name for name in tf.io.gfile.listdir(place) if not name.startswith("."))
-
-    def folders(place: str) -> list[str]:
-        return [name.rstrip("/") for name in names(place) if tf.io.gfile.isdir(f"{place}/{name}")]
-
-    def files(place: str) -> list[str]:
-        # Whatever its name ends in: what is no photograph is named and counted as it is read.
-        return [f"{place}/{name}" for name in names(place) if not name.endswith("/")]
-
-    labels, *pairs = labelled(root, folders, files)
-    train, test = (
-        Items(np.array([file for file, _ in part], dtype=object), np.array([label for _, label in part], "int32"))
-        for part in pairs
-    )
+    labels, *pairs = labelled(data.source.rstrip("/"), _folders, _files)
+    train, test = map(_items, pairs)
     return Source(train, test, len(train.labels), len(test.labels), data.classes or len(labels), labels)
+
+
+def _evaluated_folder(data: Data) -> Evaluated:
+    root = data.source.rstrip("/")
+    parts = _folders(root)
+    if data.eval_split and data.eval_split not in parts:
+        raise ValueError(f"Expected a split made of {parts}. Received: {data.eval_split!r}")
+    # A class may be called test: then no classes are in it.
+    divided = (name for name in VALIDATION if name in parts and ("train" in parts or _folders(f"{root}/{name}")))
+    split = data.eval_split or next(divided, None)
+    place = f"{root}/{split}" if split else root
+    found = _folders(place)
+    # The numbers of the classes are those that a training on this folder would have given them.
+    labels = _folders(f"{root}/train") if split and "train" in parts else found
+    pairs = [(file, labels.index(name)) for name in found if name in labels for file in _files(f"{place}/{name}")]
+    if not pairs or not set(found) <= set(labels):
+        told = f"{', '.join(labels)} to train on, and " if labels != found else ""
+        raise ValueError(
+            f"Expected a folder per class with photographs. Received: {place!r} with {told}{', '.join(found) or 'none'}"
+        )
+    examples = _items(pairs)
+    return Evaluated(examples, len(examples.labels), data.classes or len(labels), labels)
 
 
 def _tfrecords(data: Data, cache: str | None) -> Source:
@@ -292,6 +400,12 @@ def _tfrecords(data: Data, cache: str | None) -> Source:
             f"Expected files train-* and validation-*, or fewer data.holdout_shards than files. Received: {len(train)} "
             f"files to train on and {len(test)} to evaluate on in {data.source!r}"
         )
+    counts = _count([*train, *test], cache)
+    (trained, train_count), (tested, test_count) = (_records(data, paths, counts) for paths in (train, test))
+    return Source(trained, tested, train_count, test_count, data.classes or 1000)
+
+
+def _records(data: Data, paths: Sequence[str], counts: dict[str, int]) -> tuple[Records, int]:
     features = {
         "image/encoded": tf.io.FixedLenFeature([], tf.string),
         "image/class/label": tf.io.FixedLenFeature([], tf.int64),
@@ -301,11 +415,8 @@ def _tfrecords(data: Data, cache: str | None) -> Source:
         row = tf.io.parse_single_example(record, features)
         return row["image/encoded"], tf.cast(row["image/class/label"], tf.int32) - data.first_label
 
-    counts = _count([*train, *test], cache)
-    parts = [[Part(path, 0, counts[path]) for path in paths] for paths in (train, test)]
-    sums = [sum(part.count for part in some) for some in parts]
-    sources = [Records(some, parse, data.shuffle_buffer) for some in parts]
-    return Source(sources[0], sources[1], sums[0], sums[1], data.classes or 1000)
+    parts = [Part(path, 0, counts[path]) for path in paths]
+    return Records(parts, parse, data.shuffle_buffer), sum(part.count for part in parts)
 
 
 def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
@@ -328,7 +439,42 @@ def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
     return counts
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A TensorFlow dataset that is on this machine."""
+
+    parse: Callable
+    splits: Any
+    classes: int
+    labels: Sequence[str]
+
+    def test(self, data: Data) -> str:
+        """Name of the split to evaluate on."""
+        test = data.eval_split or next((name for name in EVALUATED if name in self.splits), None)
+        if test is None:
+            raise ValueError(f"Expected data.eval_split, such as train[90%:]. Received: none, and {list(self.splits)}")
+        return test
+
+    def records(self, data: Data, split: str) -> tuple[Records, int]:
+        """A split's records, and how many they are."""
+        try:
+            steps = self.splits[split].file_instructions
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"Expected a split made of {list(self.splits)}. Received: {split!r}") from error
+        parts = [Part(str(step.filename), step.skip, step.take) for step in steps]
+        return Records(parts, self.parse, data.shuffle_buffer), sum(part.count for part in parts)
+
+
 def _tensorflow_dataset(data: Data) -> Source:
+    dataset = _prepared(data)
+    test = dataset.test(data)
+    (trained, train_count), (tested, test_count) = (
+        dataset.records(data, split) for split in (data.train_split or "train", test)
+    )
+    return Source(trained, tested, train_count, test_count, dataset.classes, dataset.labels)
+
+
+def _prepared(data: Data) -> _Prepared:
     import tensorflow_datasets as tfds
 
     try:
@@ -361,18 +507,4 @@ def _tensorflow_dataset(data: Data) -> Source:
         row = features.deserialize_example(record, decoders={image: tfds.decode.SkipDecoding()})
         return row[image], tf.cast(row[label], tf.int32)
 
-    splits = builder.info.splits
-    test = data.eval_split or next((name for name in EVALUATED if name in splits), None)
-    if test is None:
-        raise ValueError(f"Expected data.eval_split, such as train[90%:]. Received: none, and {list(splits)}")
-    parts = []
-    for split in (data.train_split or "train", test):
-        try:
-            steps = splits[split].file_instructions
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"Expected a split made of {list(splits)}. Received: {split!r}") from error
-        parts.append([Part(str(step.filename), step.skip, step.take) for step in steps])
-    sums = [sum(part.count for part in some) for some in parts]
-    sources = [Records(some, parse, data.shuffle_buffer) for some in parts]
-    names = features[label].names or ()
-    return Source(sources[0], sources[1], sums[0], sums[1], features[label].num_classes, names)
+    return _Prepared(parse, builder.info.splits, features[label].num_classes, features[label].names or ())

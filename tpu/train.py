@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_effnet import blocks, models
 from keras_effnet.errors import one_of
-from keras_effnet.tpu import data, files, optim, replicas, runner, stops
+from keras_effnet.tpu import data, files, optim, replicas, report, runner, stops
 from keras_effnet.tpu.checkpoints import Checkpoints, full
 from keras_effnet.tpu.config import Recipe, Run, flat, from_json, to_json
 from keras_effnet.tpu.progress import Log
@@ -272,6 +272,11 @@ def _train(
         if log.scores[best] > log.scores[done] and checkpoints.take(best):
             _save(export(recipe, classes, learner, state), f"{workdir}/best.keras")
         files.write(result_path, json.dumps(result, indent=2) + "\n")
+    if writes and recipe.run.report:
+        try:
+            report.write(workdir)
+        except (ImportError, OSError, ValueError) as error:  # the run is whole without it
+            log.note(f"No report: {error}")
     return result
 
 
