@@ -11,7 +11,8 @@ Ours is `runner.Trainer.train()` with what the recipe b0_baseline has: RMSprop, 
 and drop connect, top-1 and top-5, and the moving average of all variables. keras.applications' is `fit()` with RMSprop
 and momentum, cross entropy, dropout and drop connect, without metrics, moving average and weight decay; of its steps
 the clock leaves out the first of each call of `fit()`. timm's is eager PyTorch, channels last, with torch.optim.RMSprop
-and momentum, dropout and drop path, without metrics, moving average and weight decay. So both peers do less.
+and momentum, dropout and drop path, without metrics, moving average and weight decay. So both peers do less. Ours is
+there a second time with `--run.deterministic`, for what that costs.
 
 The second part: Lite0's bare step, which is `runner.replica_step()` compiled and called, and the same steps as
 `keras-effnet train` goes through them: orbit's controller, an iterator of the same batch, metrics, TensorBoard's files
@@ -42,6 +43,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 SIZE, BATCH, CLASSES = 224, 16, 1000
 OURS, APPLICATIONS, TIMM, BARE, LOOP = "ours", "keras.applications", "timm", "bare step", "our loop"
+DETERMINISTIC = "ours, deterministic"
 
 Run = Callable[[int], tuple[float, float]]  # of so many steps: seconds, and seconds of all cores
 
@@ -95,6 +97,15 @@ def ours() -> dict[str, Run]:
 
     *_, trainer = prepared("efficientnet-b0")
     return {OURS: clocked(lambda steps: trainer.train(tf.constant(steps)))}
+
+
+def deterministic() -> dict[str, Run]:
+    import keras
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(0)
+    tf.config.experimental.enable_op_determinism()
+    return {DETERMINISTIC: ours()[OURS]}
 
 
 def applications() -> dict[str, Run]:
@@ -179,7 +190,13 @@ def loop() -> dict[str, Run]:
     return {BARE: clocked(bare), LOOP: clocked(looped)}
 
 
-PROCESSES = {"ours": ours, "applications": applications, "timm": timm, "loop": loop}
+PROCESSES = {
+    "ours": ours,
+    "deterministic": deterministic,
+    "applications": applications,
+    "timm": timm,
+    "loop": loop,
+}
 
 
 def serve(name: str) -> None:
@@ -277,6 +294,7 @@ def main(rounds, steps, loops, timm_python, only, as_json) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if only != "loop":
             workers = {OURS: Worker("ours", sys.executable, folder)}
+            workers[DETERMINISTIC] = Worker("deterministic", sys.executable, folder)
             workers[APPLICATIONS] = Worker("applications", sys.executable, folder)
             if has_timm(timm_python):
                 workers[TIMM] = Worker("timm", timm_python, folder)

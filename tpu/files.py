@@ -29,10 +29,21 @@ def write(path: str, text: str) -> None:
     Raises:
         tf.errors.OpError: If it cannot be written. The old one is then as it was.
     """
-    new = f"{path}.new"
-    with tf.io.gfile.GFile(new, "w") as file:
+    with _new(path) as new, tf.io.gfile.GFile(new, "w") as file:
         file.write(text)
-    tf.io.gfile.rename(new, path, overwrite=True)
+
+
+@contextlib.contextmanager
+def _new(path: str):
+    """The path of what then takes the place of a file, or goes."""
+    new = f"{path}.new"
+    try:
+        yield new
+        tf.io.gfile.rename(new, path, overwrite=True)
+    except BaseException:
+        if tf.io.gfile.exists(new):
+            tf.io.gfile.remove(new)
+        raise
 
 
 @contextlib.contextmanager
@@ -48,8 +59,8 @@ def replacing(path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         here = os.path.join(folder, os.path.basename(path))
         yield here
-        tf.io.gfile.copy(here, f"{path}.new", overwrite=True)
-    tf.io.gfile.rename(f"{path}.new", path, overwrite=True)
+        with _new(path) as new:
+            tf.io.gfile.copy(here, new, overwrite=True)
 
 
 def rows(path: str) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import sys
 import time
 from typing import Any
 
@@ -292,6 +293,8 @@ def _save(model: keras.Model, path: str) -> None:
 def _stopped(log: Log, code: int, told: str) -> stops.Stopped:
     told += ". The same command goes on"
     log.note(told)
+    if log.quiet:  # so are the hosts that do not write
+        print(told, file=sys.stderr, flush=True)
     return stops.Stopped(code, told)
 
 
