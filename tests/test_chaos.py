@@ -1,7 +1,7 @@
 """Runs that are killed, stopped and damaged in real processes finish as undisturbed ones do, bit by bit.
 
-`CHAOS_KILLS=10 pytest -m slow tests/test_chaos.py` kills ten times instead of twice, and does so to a fine-tuning with
-AutoAugment and mixup too.
+`CHAOS_KILLS=10 pytest -m slow tests/test_chaos.py` kills ten times instead of twice, in a whole run of digits_demo, which
+learns, and in a fine-tuning with AutoAugment and mixup.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,8 +27,10 @@ KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
 pytestmark = pytest.mark.slow
 
 OFTEN = "--run.deterministic --run.steps-per-loop 10 --run.save-every 0.5"
+SHORT = f"--batch-size 32 --model.image-size 32 --epochs 4 --run.no-report {OFTEN}"
 RUNS = {
-    "digits_demo": f"digits_demo --epochs 12 {OFTEN}",
+    "short": f"digits_demo {SHORT} --augment.policy autoaugment --augment.mixup 0.2",
+    "digits_demo": f"digits_demo {OFTEN}",
     "finetune": "finetune --data digits --model.image-size 64 --data.eval-crop 1 --augment.min-area 0.7 --epochs 5 "
     f"--augment.policy autoaugment --augment.mixup 0.2 {OFTEN}",
 }
@@ -80,8 +83,13 @@ def curve(workdir: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows(workdir)]
 
 
+def steps(workdir: Path) -> list[int]:
+    """Those of the checkpoints."""
+    return sorted(int(path.stem.removeprefix("ckpt-")) for path in workdir.glob("checkpoints/ckpt-*.index"))
+
+
 def newest(workdir: Path) -> int:
-    return max(int(path.stem.removeprefix("ckpt-")) for path in workdir.glob("checkpoints/ckpt-*.index"))
+    return steps(workdir)[-1]
 
 
 def done(workdir: Path) -> int:
@@ -108,13 +116,12 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-@pytest.mark.parametrize("name", ["digits_demo", *(["finetune"] if KILLS >= 10 else [])])
+@pytest.mark.parametrize("name", ["short"] if KILLS < 10 else ["digits_demo", "finetune"])
 def test_whatever_happens_the_end_is_the_same(name, tmp_path, small_disk):
     arguments, chance = RUNS[name], random.Random(name)
     reference = tmp_path / "reference"
     Process(reference, arguments).ended(0)
     total = done(reference)
-    assert json.loads((reference / "result.json").read_text())["ema_top1"] >= 0.8  # the demo learns
 
     workdir = (small_disk or tmp_path) / "run"
     workdir.mkdir()
@@ -131,38 +138,33 @@ def test_whatever_happens_the_end_is_the_same(name, tmp_path, small_disk):
 
     # kill -9 at moments that nobody chose.
     for number in range(KILLS):
-        run = Process(workdir, arguments).after(min(done(workdir) + 10, total - 40))
-        time.sleep(chance.uniform(0, 2 if KILLS < 5 else 4))
+        run = Process(workdir, arguments).after(min(done(workdir) + 10, total - 60))
+        time.sleep(chance.uniform(0, 1 if KILLS < 10 else 4))
         assert run.process.poll() is None, f"ended before kill {number}"
         run.process.kill()
         run.ended(-signal.SIGKILL)
 
-    # Damaged checkpoints, one after the other.
-    for how in ("truncated", "flipped"):
-        step = newest(workdir)
-        damage(workdir / "checkpoints" / f"ckpt-{step}.data-00000-of-00001", how)
-        before = sorted(path.stem for path in workdir.glob("checkpoints/ckpt-*.index"))[:-1]
-        run = Process(workdir, arguments)
-        while "restored from checkpoint" not in run.said():
-            assert run.process.poll() is None, run.said()
-            time.sleep(0.05)
+    # The two newest checkpoints are damaged.
+    *_, kept, second, first = steps(workdir)
+    damage(workdir / "checkpoints" / f"ckpt-{first}.data-00000-of-00001", "truncated")
+    damage(workdir / "checkpoints" / f"ckpt-{second}.data-00000-of-00001", "flipped")
+    run = Process(workdir, arguments).after(kept)
+    for step in (first, second):
         assert f"The checkpoint of step {step} cannot be read and is set aside" in run.said()
-        assert any(f"restored from checkpoint: {workdir}/checkpoints/{stem}" in run.said() for stem in before)
-        run.process.kill()
-        run.ended(-signal.SIGKILL)
+    assert f"restored from checkpoint: {workdir}/checkpoints/ckpt-{kept}" in run.said()
 
     # No room: told, and what is there stays. Then room again.
     if small_disk:
-        run = Process(workdir, arguments).after(newest(workdir))
         room = os.statvfs(small_disk)
         with open(small_disk / "ballast", "wb") as file:
             file.write(bytes(max(0, room.f_bavail * room.f_frsize - 2**20)))
         told = run.ended(2)
         assert f"Expected room on the disk of '{workdir}" in told and "no space left" in told
         (small_disk / "ballast").unlink()
-        assert not list(workdir.glob("checkpoints/*temp*"))
-    else:
-        print("no small disk: mount is not allowed here")
+        assert not list(workdir.glob("checkpoints/*temp*")) and not list(workdir.glob("*.new"))
+    else:  # mount is not allowed here
+        run.process.kill()
+        run.ended(-signal.SIGKILL)
 
     # Ctrl-C twice.
     run = Process(workdir, arguments).after(newest(workdir) + 1)
@@ -175,21 +177,24 @@ def test_whatever_happens_the_end_is_the_same(name, tmp_path, small_disk):
     assert same_weights(*models)
     assert curve(workdir) == curve(reference)
     expected, found = (json.loads((place / "result.json").read_text()) for place in (reference, workdir))
-    for speed in ("seconds", "images_per_second"):
-        expected.pop(speed), found.pop(speed)
-    assert found == expected
-    left = {path.name for path in workdir.iterdir()}
-    assert left <= {path.name for path in reference.iterdir()}
-    assert len(list(workdir.glob("checkpoints/ckpt-*.index"))) <= 4
+    assert found | speed(expected) == expected and (name == "short" or found["ema_top1"] >= 0.9)
+    # What is left over is what was damaged.
+    left = {path.name for path in workdir.rglob("*")} - {path.name for path in reference.rglob("*")}
+    assert all(name.startswith(("events.out", f"damaged-ckpt-{first}.", f"damaged-ckpt-{second}.")) for name in left)
+    assert len(steps(workdir)) <= 4
+
+
+def speed(result: dict) -> dict:
+    """What two runs do not have in common."""
+    return {name: result[name] for name in ("seconds", "images_per_second")}
 
 
 def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(tmp_path):
     """Two real processes on loopback: the curve of one process with two replicas, also over a host's death."""
-    import socket
-
     arguments = (
-        "digits_demo --epochs 2 --batch-size 32 --model.image-size 32 --run.steps-per-loop 7 --run.save-every 0.3"
+        "digits_demo --epochs 1.5 --batch-size 32 --model.image-size 32 --run.steps-per-loop 7 --run.save-every 0.3"
     )
+    arguments += " --run.no-report"
     sockets = [socket.socket() for _ in range(2)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -197,30 +202,32 @@ def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(tmp_path):
     for one in sockets:
         one.close()
 
-    def host(index: int) -> Process:
-        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        return Process(tmp_path / "two", arguments, TF_CONFIG=json.dumps(config))
+    def hosts() -> list[Process]:
+        configs = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}} for index in range(2)]
+        return [Process(tmp_path / "two", arguments, TF_CONFIG=json.dumps(config)) for config in configs]
 
     (tmp_path / "two").mkdir()
     Process(tmp_path / "one", f"{arguments} --run.cpu-replicas 2").ended(0)
-    hosts = [host(0), host(1)]
-    hosts[0].after(35)
-    hosts[1].process.kill()
+    total = done(tmp_path / "one")
+    # SIGTERM at either stops both, in the same step.
+    first, second = hosts()
+    first.after(14)
+    second.process.send_signal(signal.SIGTERM)
+    for told in (first.ended(75, 60), second.ended(75, 60)):
+        assert f"Stopped after step {newest(tmp_path / 'two')} of {total}, which is saved" in told
+    # One dies.
+    first, second = hosts()
+    first.after(35)
+    second.process.kill()
     died = time.monotonic()
-    told = hosts[0].ended(75, 60)
+    told = first.ended(75, 60)
     assert time.monotonic() - died < 60
     assert "Lost another host at step" in told and "The same command goes on" in told
-    hosts[1].ended(-signal.SIGKILL)
-    # SIGTERM at either stops both, in the same step.
-    hosts = [host(0), host(1)]
-    hosts[0].after(newest(tmp_path / "two") + 7)
-    hosts[1].process.send_signal(signal.SIGTERM)
-    told = [one.ended(75, 60) for one in hosts]
-    assert f"Stopped after step {newest(tmp_path / 'two')} of 89" in told[0]
-    hosts = [host(0), host(1)]
-    assert [one.ended(0) is not None for one in hosts] == [True, True]
+    second.ended(-signal.SIGKILL)
+    for host in hosts():
+        host.ended(0)
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert [row.keys() for row in one] == [row.keys() for row in two]
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(list(b.values())[2:], list(a.values())[2:], rtol=1e-5, err_msg=str(a["step"]))
-    assert "restored from checkpoint" in (tmp_path / "two" / "train.log").read_text()
+    assert (tmp_path / "two" / "train.log").read_text().count("restored from checkpoint") == 2
