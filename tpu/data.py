@@ -82,6 +82,10 @@ class Skipped:
     def _lines(found: dict[int, str]) -> str:
         return "".join(json.dumps({"ordinal": number, "name": name}) + "\n" for number, name in found.items())
 
+    def forget(self) -> None:
+        """Begins anew, for another look at the same examples."""
+        self._found.clear()
+
     def __len__(self) -> int:
         return len(self._found)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -159,14 +160,21 @@ def _train(
 
         return iter(strategy.distribute_datasets_from_function(part))
 
-    def eval_batches():
-        def part(context):
-            host = _host(context)
-            skipped = account("eval", context, None, source.evaluate.evaluated(host.index, host.count))
-            batch, here = (recipe.run.eval_batch or recipe.batch_size) // host.count, count // host.count
-            return data.evaluation(source, recipe, size, batch, skipped, parts=here, host=host)
+    def evaluated(context):
+        host = _host(context)
+        skipped = account("eval", context, None, source.evaluate.evaluated(host.index, host.count))
+        batch, here = (recipe.run.eval_batch or recipe.batch_size) // host.count, count // host.count
+        return data.evaluation(source, recipe, size, batch, skipped, parts=here, host=host)
 
-        return iter(strategy.distribute_datasets_from_function(part))
+    @functools.cache  # TensorFlow never frees a pipeline's functions: one for all evaluations
+    def evaluation():
+        return strategy.distribute_datasets_from_function(evaluated)
+
+    def eval_batches():
+        batches = evaluation()
+        if "eval" in accounts:
+            accounts["eval"].forget()
+        return iter(batches)
 
     trainer = runner.Trainer(strategy, learner, state, step, train_batches, recipe.batch_size, recipe.run.xla)
     evaluator = runner.Evaluator(strategy, learner, state, trainer.stop, eval_batches, recipe.run.eval_raw)
