@@ -1,7 +1,11 @@
 """What survives: checkpoints, files and locks, damaged and killed for real."""
 
+import contextlib
 import json
+import os
 import random
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +20,7 @@ if BACKEND != "tensorflow":
 
 import tensorflow as tf
 
-from keras_effnet.tpu import files, stops
+from keras_effnet.tpu import files
 from keras_effnet.tpu.checkpoints import Checkpoints
 
 
@@ -27,9 +31,7 @@ class Run:
         self.step = tf.Variable(0, dtype=tf.int64)
         self.values = {f"block{n}/kernel": tf.Variable(tf.zeros(shape)) for n in range(5)}
         checkpoint = tf.train.Checkpoint(step=self.step, state=self.values)
-        self.checkpoints = Checkpoints(
-            str(folder), checkpoint, self.step, list(self.values.values()), keep=keep, every=10, minutes=None
-        )
+        self.checkpoints = Checkpoints(str(folder), checkpoint, self.step, keep=keep, every=10, minutes=None)
         self.told: list[str] = []
 
     def save(self, step: int, best: int | None = None) -> None:
@@ -107,8 +109,31 @@ def test_none_that_can_be_read_is_no_new_beginning(tmp_path):
     run = Run(tmp_path)
     run.save(10)
     (tmp_path / "ckpt-10.index").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"Expected a checkpoint that can be read.*Received: those of steps 10"):
-        Run(tmp_path).restore()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"Expected a checkpoint that can be read.*Received: those of steps 10"):
+            Run(tmp_path).restore()
+
+
+def test_a_storage_that_does_not_answer_is_no_damage(tmp_path):
+    """No file can be opened any more: all checkpoints stay what they are."""
+    run = Run(tmp_path)
+    run.save(10)
+    run.save(20)
+    before = sorted(tmp_path.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(tf.errors.OpError, match="Too many open files"):
+            run.checkpoints._read(20)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sorted(tmp_path.iterdir()) == before and Run(tmp_path).restore() == 20
 
 
 def test_another_model_is_not_damage(tmp_path):
@@ -126,16 +151,6 @@ def test_what_is_half_written_goes(tmp_path):
     (tmp_path / "ckpt-20.data-00000-of-00001").write_bytes(b"no index")
     assert Run(tmp_path).restore() == 10
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".data-00000-of-00001", ".index"]
-
-
-def test_what_is_not_finite_is_not_saved(tmp_path):
-    run = Run(tmp_path)
-    run.save(10)
-    run.step.assign(11)
-    run.values["block3/kernel"].assign(tf.constant([[0.0, np.inf, 0, 0]] * 3))
-    with pytest.raises(stops.NonFiniteError, match="not finite at step 11"):
-        run.checkpoints.save()
-    assert run.checkpoints.steps() == [10]
 
 
 def test_files_are_whole(tmp_path):
@@ -156,18 +171,85 @@ def test_files_are_whole(tmp_path):
 def test_a_folder_has_one_run(tmp_path, scheme):
     """The system's lock, and that of storages without one, which a killed process leaves behind."""
     folder = f"{scheme}{tmp_path}"
-    code = "import sys, time\nfrom keras_effnet.tpu import files\n"
-    code += "with files.locked(sys.argv[1], 0.4): print(1, flush=True); time.sleep(60)"
+    code = "import os, sys, time\nfrom keras_effnet.tpu import files\n"
+    code += "with files.locked(sys.argv[1], lambda: os._exit(7), 0.4): print(1, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout and process.stdout.readline() == b"1\n"
     refused = pytest.raises(ValueError, match=rf"Expected a folder that no other run uses.*process {process.pid}")
-    with refused, files.locked(folder, 0.4):
+    with refused, files.locked(folder, pytest.fail, 0.4):
         pass
+    if scheme:  # the system's lock is kept by a process that sleeps; here another run takes over, and it ends
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.6)
+        with files.locked(folder, pytest.fail, 0.4):
+            process.send_signal(signal.SIGCONT)
+            process.communicate(timeout=20)
+            assert process.returncode == 7
+            assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+        assert not (tmp_path / "lock").exists()
+        process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE)
+        assert process.stdout and process.stdout.readline() == b"1\n"
     process.kill()
     process.communicate()
     for _ in range(2):  # after one that was killed, and after one that ended
-        with files.locked(folder, 0.4):
+        with files.locked(folder, pytest.fail, 0.4):
             assert json.loads((tmp_path / "lock").read_text().splitlines()[0])["process"] != process.pid
+
+
+WATCHING = """
+import sys, threading, time
+from keras_effnet.tpu import stops
+
+asked = threading.Event()
+with stops.Watch() as watch:
+    print("watching", flush=True)
+    if sys.argv[1] == "begun":
+        time.sleep(0.2)
+        watch.begin(asked.set)
+        print("begun", flush=True)
+    asked.wait(60)
+    if sys.argv[2] == "save":
+        raise stops.Stopped(watch.code, "saved")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "then", "signals", "status", "told"),
+    [
+        ("watching", "save", [signal.SIGTERM], 75, "Stopped before the first step"),
+        ("begun", "save", [signal.SIGTERM], 75, "SIGTERM: saving after this step"),
+        ("begun", "save", [signal.SIGINT], 130, "SIGINT: saving after this step"),
+        ("begun", "hang", [signal.SIGINT, signal.SIGINT], 130, "Stopped at once"),
+        ("begun", "hang", [signal.SIGINT, signal.SIGTERM], 143, "Stopped at once"),
+    ],
+)
+@pytest.mark.parametrize("heard", [True, False])
+def test_signals_stop_a_run_and_two_of_them_at_once(tmp_path, state, then, signals, status, told, heard):
+    """Also where nobody reads what it says any more, as when Ctrl-C ends `tee` too."""
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCHING, state, then], stdout=subprocess.PIPE, stderr=writing, text=True
+    )
+    os.close(writing)
+    assert process.stdout
+    while process.stdout.readline().strip() != state:
+        assert process.poll() is None
+    said = ""
+    if not heard:
+        os.close(reading)
+    for place, number in enumerate(signals):
+        if place and heard:
+            while "once more" not in said:
+                said += os.read(reading, 1000).decode()
+        elif place:
+            time.sleep(0.5)
+        process.send_signal(number)
+    assert process.wait(20) == status
+    if heard:
+        with open(reading) as file:
+            assert told in said + file.read()
+    process.stdout.close()
 
 
 def test_a_hosts_pipeline_needs_no_python_there(tmp_path):

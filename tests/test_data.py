@@ -294,6 +294,29 @@ def test_too_much_that_cannot_be_read_stops_the_run(folder, tmp_path):
     assert set(skipped.names) <= bad and len(skipped) == 5
 
 
+def test_a_file_of_records_that_rots_is_no_photograph(records, tmp_path):
+    """What the reader of files cannot give is not skipped: it would shift all that follows, under other names."""
+    import shutil
+
+    root = tmp_path / "records"
+    shutil.copytree(records, root)
+    how, counts = recipe(root), str(tmp_path / "counts.json")
+    source = open_source(how.data, cache=counts)
+    for name in ("train-00001-of-00004", "validation-00000-of-00001"):
+        content = bytearray((root / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (root / name).write_bytes(content)
+    account = data.Skipped(str(tmp_path / "skipped.jsonl"), 34)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a file was not read to its end"):
+        list(data.training(source, how, 32, 6, account).take(12))
+    assert not len(account)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a file was not read to its end"):
+        list(data.evaluation(source, how, 32, 4, data.Skipped(None, 6)))
+    # Counting says which.
+    with pytest.raises(ValueError, match=rf"Received: {root}/train-00001-of-00004, {root}/validation-00000-of-00001\."):
+        open_source(how.data)
+
+
 def test_an_error_of_ours_is_not_taken_for_a_photographs(folder, monkeypatch):
     monkeypatch.setattr(data.augment, "auto_augment", lambda image, key: tf.ensure_shape(image, [1, 1, 3]))
     with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):

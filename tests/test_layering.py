@@ -74,7 +74,7 @@ ALLOWED = {
     "tpu.__init__": set(),
     "tpu.augment": {"errors", "preprocessing", "tensorflow"},
     "tpu.config": set(),
-    "tpu.checkpoints": {"tpu.stops", "tensorflow"},
+    "tpu.checkpoints": {"tensorflow"},
     "tpu.data": {"tpu.augment", "tpu.config", "tpu.files", "tpu.sources", "tensorflow"},
     "tpu.doctor": {"tpu.config", "weights.store"},
     "tpu.ema": {"keras"},
@@ -95,7 +95,7 @@ ALLOWED = {
     "tpu.files": {"tensorflow"},
     "tpu.losses": {"keras"},
     "tpu.optim": {"errors", "keras"},
-    "tpu.progress": {"tpu.files", "tensorflow"},
+    "tpu.progress": {"tpu.files", "tpu.stops", "tensorflow"},
     "tpu.replicas": {"keras", "tensorflow"},
     "tpu.report": {
         "describe",

@@ -81,6 +81,8 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
         "steps_per_epoch": 1437 / 32,
         "peak": SHORT.peak,
         "replicas": 1,
+        "hosts": 1,
+        "images_per_statistics": 32,
     }
     assert list((tmp_path / "run" / "tensorboard").rglob("events*"))
     # Once more: nothing is left to do. Another recipe is not this run.
@@ -95,6 +97,15 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
     assert longer["steps"] == int(0.6 * 1437 / 32)
     assert f"From step {steps} on: epochs 0.5 -> 0.6" in (tmp_path / "run" / "train.log").read_text()
     assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [int(0.3 * 1437 / 32), steps, longer["steps"]]
+    # An end that lies behind where it is: there, the run is evaluated.
+    (tmp_path / "run" / "result.json").unlink()
+    shorter = train(override(SHORT, ["--epochs", "0.4"]), tmp_path / "run", quiet=True, allow_changes=True)
+    assert shorter["steps"] == longer["steps"] and shorter["ema_top1"] == longer["ema_top1"]
+    # Other images would share batch statistics.
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"images_per_statistics": 32', '"images_per_statistics": 8'))
+    with pytest.raises(ValueError, match=r"Received: images_per_statistics 8 -> 32"):
+        train(override(SHORT, ["--epochs", "0.4"]), tmp_path / "run", quiet=True)
 
 
 @pytest.mark.slow

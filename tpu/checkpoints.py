@@ -3,21 +3,14 @@
 import errno
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-from keras_effnet.tpu.stops import NonFiniteError
-
-# A storage that does not answer says nothing about what lies in it.
-_AWAY = (
-    tf.errors.UnavailableError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.PermissionDeniedError,
-    tf.errors.UnauthenticatedError,
-    tf.errors.CancelledError,
-)
+# What reading a damaged one raises; the index' reader has no class of its own, and a file that is too short is an
+# IndexError. Other errors say that a storage does not answer, and nothing about what lies in it.
+_DAMAGE = (tf.errors.DataLossError, tf.errors.OutOfRangeError, tf.errors.NotFoundError, tf.errors.InvalidArgumentError)
 
 
 class Checkpoints:
@@ -30,7 +23,6 @@ class Checkpoints:
         folder: String, path of a folder.
         checkpoint: `tf.train.Checkpoint`.
         step: `tf.Variable`, the number of steps done, which is part of the checkpoint.
-        values: Sequence of `tf.Variable`, those that must be finite.
         keep: Integer, newest ones that are kept.
         every: Integer, steps between two.
         minutes: Float, after which one is written too, or None.
@@ -42,21 +34,14 @@ class Checkpoints:
         folder: str,
         checkpoint: tf.train.Checkpoint,
         step: tf.Variable,
-        values: Sequence[Any],
         keep: int,
         every: int,
         minutes: float | None,
         writes: bool = True,
     ):
         self.folder, self.keep, self.every, self.minutes, self.writes = folder, keep, every, minutes, writes
-        self._checkpoint, self._step, self._values = checkpoint, step, values
+        self._checkpoint, self._step = checkpoint, step
         self._last, self._when = 0, time.monotonic()
-
-        @tf.function
-        def finite(tensors):
-            return tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors])
-
-        self._finite: Any = finite
 
     def steps(self) -> list[int]:
         """The steps of which there is one, in order."""
@@ -80,35 +65,44 @@ class Checkpoints:
             ValueError: If there are some and none can be read, or one is of another model.
         """
         self._clean()
-        found = self.steps()[::-1]
+        found, damaged = self.steps()[::-1], {}
         for step in found:
-            try:
-                self._read(step)
-            except _AWAY:
-                raise
-            except (tf.errors.OpError, IndexError) as error:  # IndexError: TensorFlow's, of a file that is too short
-                tell(f"The checkpoint of step {step} cannot be read and is set aside: {' '.join(str(error).split())}")
-                if self.writes:
-                    self._set_aside(step)
+            problem = self._read(step)
+            if problem:
+                damaged[step] = problem
                 continue
+            for other, told in damaged.items():
+                tell(f"The checkpoint of step {other} cannot be read and is set aside: {told}")
+                if self.writes:
+                    self._set_aside(other)
             tell(f"restored from checkpoint: {self.path(step)}")
             self._last, self._when = step, time.monotonic()
             return step
         if found:
             raise ValueError(
                 f"Expected a checkpoint that can be read in {self.folder!r}. Received: those of steps "
-                f"{', '.join(map(str, found))}, all damaged. To start anew, use another folder"
+                f"{', '.join(map(str, found))}, all damaged. To start anew, use another folder. {damaged[found[0]]}"
             )
         return 0
 
-    def _read(self, step: int) -> None:
+    def _read(self, step: int) -> str | None:
+        """Takes the values of one, or tells how it is damaged."""
         try:
             self._checkpoint.read(self.path(step)).assert_existing_objects_matched()
+        except (tf.errors.OpError, IndexError) as error:
+            for path in self._files(step):  # all bytes can be had: or that is the error
+                with tf.io.gfile.GFile(path, "rb") as file:
+                    while file.read(64 << 20):
+                        pass
+            if not isinstance(error, (*_DAMAGE, IndexError)) and type(error) is not tf.errors.OpError:
+                raise
+            return " ".join(str(error).split())
         except (AssertionError, ValueError) as error:
             told = " ".join(str(error).split())
             raise ValueError(
                 f"Expected the variables of this model in {self.path(step)!r}. Received: {told}"
             ) from error
+        return None
 
     def take(self, step: int) -> bool:
         """Takes the values of one, if it can be read.
@@ -119,11 +113,7 @@ class Checkpoints:
         Returns:
             Boolean, whether it could be.
         """
-        try:
-            self._read(step)
-        except (tf.errors.OpError, IndexError):
-            return False
-        return True
+        return step in self.steps() and self._read(step) is None
 
     def due(self) -> bool:
         """Whether it is time to write one."""
@@ -137,13 +127,10 @@ class Checkpoints:
             best: Integer, step of the best one, which is kept. Defaults to None.
 
         Raises:
-            NonFiniteError: If a variable is not finite. Nothing is written then.
             OSError: If there is no room. What was saved before is as it was.
         """
         step = int(self._step.numpy())
         if self.writes and step not in self.steps():
-            if not self._finite([tf.convert_to_tensor(value) for value in self._values]):
-                raise NonFiniteError(step, "variables that are not finite")
             try:
                 self._checkpoint.write(self.path(step))
             except tf.errors.OpError as error:
@@ -200,6 +187,6 @@ def full(error: Exception, folder: str) -> OSError | None:
     if not isinstance(error, OSError) and not any(told in str(error) for told in ("No space left", "quota exceeded")):
         return None
     return OSError(
-        f"Expected room on the disk of {folder!r}. Received: no space left. What was saved before is whole: make room, "
-        "and the same command goes on"
+        f"Expected room on the disk of {folder!r}, or for temporary files. Received: no space left. What was saved "
+        f"before is whole: make room, and the same command goes on. {' '.join(str(error).split())[:200]}"
     )

@@ -303,7 +303,7 @@ def _labelled(example, classes: int):
 
 
 def _told(example) -> dict[str, Any]:
-    return {name: example[name] for name in ("ordinal", "epoch", "id", "name", "before", "label")}
+    return {name: example[name] for name in ("ordinal", "epoch", "id", "name", "before", "lost", "label")}
 
 
 def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped | None) -> tf.data.Dataset:
@@ -312,27 +312,35 @@ def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped 
     An exception inside a map can only be dropped, and a `try` for each example costs more than a tenth of the speed.
     """
 
-    def remember(names, example):
-        return tf.concat([names[1:], example["name"][None]], 0), {**example, "before": names}
+    def remember(state, example):
+        names, last, lost = state
+        # What was never read has no number: only the next epoch's first one shows that some are missing.
+        lost += example["ordinal"] - last - 1
+        names_now = tf.concat([names[1:], example["name"][None]], 0)
+        return (names_now, example["ordinal"], lost), {**example, "before": names, "lost": lost}
 
     def compare(expected, example):
         ordinal, before = example["ordinal"], example["before"]
-        if skipped is None:
-            missing = before[-tf.cast(tf.clip_by_value(ordinal - expected, 1, NAMED), tf.int32) :]
-            told = tf.debugging.Assert(
-                ordinal == expected,
-                ["Expected images that can be read. Received:", tf.strings.reduce_join(missing, separator=", ")],
-            )
-        else:
-            told = tf.cond(
-                ordinal > expected,
-                lambda: tf.numpy_function(skipped, [expected, ordinal - expected, before], tf.int64),
-                lambda: tf.constant(0, tf.int64),
-            )
+        fewer = "Expected as many records as were counted, so far. Received fewer: a file was not read to its end, by:"
+        whole = tf.debugging.Assert(example["lost"] == 0, [fewer, example["lost"]])
+        with tf.control_dependencies([whole]):
+            if skipped is None:
+                missing = before[-tf.cast(tf.clip_by_value(ordinal - expected, 1, NAMED), tf.int32) :]
+                told = tf.debugging.Assert(
+                    ordinal == expected,
+                    ["Expected images that can be read. Received:", tf.strings.reduce_join(missing, separator=", ")],
+                )
+            else:
+                told = tf.cond(
+                    ordinal > expected,
+                    lambda: tf.numpy_function(skipped, [expected, ordinal - expected, before], tf.int64),
+                    lambda: tf.constant(0, tf.int64),
+                )
         with tf.control_dependencies([told]):
             return ordinal + 1, {**example, "ordinal": tf.identity(ordinal)}
 
-    done = raw.scan(tf.fill([NAMED], ""), remember)
+    last = tf.constant(first - 1, tf.int64)
+    done = raw.scan((tf.fill([NAMED], ""), last, tf.constant(0, tf.int64)), remember)
     done = done.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
     return done.scan(tf.constant(first, tf.int64), compare)
 

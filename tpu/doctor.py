@@ -361,11 +361,13 @@ def _lockers(lock: str) -> set[int]:
     # As libtpu takes it: lockf(), which /proc/locks tells of whoever's process it is (tensorflow:
     # compiler/xla/stream_executor/tpu/tpu_initializer_helper.cc).
     try:
-        inode = os.stat(lock).st_ino
+        found = os.stat(lock)
         lines = Path("/proc/locks").read_text().splitlines()
     except OSError:
         return set()
-    found = (re.search(rf"\s(\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", line) for line in lines)
+    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    # An arrow: one that waits.
+    found = (re.search(rf"\s(\d+) {place} ", line) for line in lines if "->" not in line)
     return {int(match[1]) for match in found if match}
 
 

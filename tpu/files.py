@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -82,19 +82,21 @@ def rows(path: str) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def locked(folder: str, beat: float = BEAT) -> Iterator[None]:
+def locked(folder: str, on_lost: Callable[[], Any], beat: float = BEAT) -> Iterator[None]:
     """Keeps other runs away from a folder, until the process ends in whatever way.
 
     Args:
         folder: String, path of the folder. Where it is one of this machine's, the system keeps the lock; on Cloud
             Storage a file that changes with every beat does, and after a run that was killed the next one waits for
             three of them.
+        on_lost: Function that is called with nothing, from another thread, if another run has taken the folder over,
+            since this one showed no sign of life for too long. The system's locks cannot be lost.
         beat: Float, seconds. Defaults to 10.
 
     Raises:
         ValueError: If another run uses the folder.
     """
-    with _beating(folder, beat) if "://" in folder else _held(folder):
+    with _beating(folder, on_lost, beat) if "://" in folder else _held(folder):
         yield
 
 
@@ -129,12 +131,15 @@ def _held(folder: str):
 
 
 @contextlib.contextmanager
-def _beating(folder: str, beat: float):
+def _beating(folder: str, on_lost: Callable[[], Any], beat: float):
     path, name, done = f"{folder}/lock", uuid.uuid4().hex, threading.Event()
 
     def read() -> dict[str, Any]:
         found = rows(path)
         return found[0] if found else {}
+
+    def is_mine() -> bool:
+        return read().get("name") == name
 
     def sign(number: int) -> None:
         write(path, json.dumps(_me() | {"name": name, "beat": number}) + "\n")
@@ -147,8 +152,8 @@ def _beating(folder: str, beat: float):
             if read() != before:
                 raise _refused(folder, before)
     sign(0)
-    time.sleep(beat / 10)  # two that found nothing: the last to write has it
-    if read().get("name") != name:
+    time.sleep(beat / 2)  # two that found nothing: the last to write has it
+    if not is_mine():
         raise _refused(folder, read())
 
     def go_on() -> None:
@@ -156,6 +161,9 @@ def _beating(folder: str, beat: float):
             if done.wait(beat):
                 return
             with contextlib.suppress(tf.errors.OpError):  # a storage that does not answer now may do at the next beat
+                if not is_mine():
+                    on_lost()
+                    return
                 sign(number)
 
     thread = threading.Thread(target=go_on, daemon=True)
@@ -165,4 +173,6 @@ def _beating(folder: str, beat: float):
     finally:
         done.set()
         thread.join()
-        tf.io.gfile.remove(path)
+        with contextlib.suppress(tf.errors.OpError):
+            if is_mine():
+                tf.io.gfile.remove(path)

@@ -1,5 +1,6 @@
 """What a run says while it goes on: metrics.jsonl for programs, a bar or lines for people."""
 
+import contextlib
 import io
 import json
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_effnet.tpu import files
+from keras_effnet.tpu.stops import say
 
 
 class Log:
@@ -67,9 +69,10 @@ class Log:
 
     def end(self) -> None:
         """Ends the bar."""
-        if self._bar:
-            self._bar.stop()
-        self._keep_text()
+        with contextlib.suppress(OSError, ValueError, tf.errors.OpError):  # how the run ended is said already
+            if self._bar:
+                self._bar.stop()
+            self._keep_text()
 
     def trained(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes note of some steps of training.
@@ -141,7 +144,7 @@ class Log:
         if self._bar:
             self._bar.console.print(text, highlight=False)
         elif not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

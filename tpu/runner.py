@@ -83,15 +83,15 @@ def place() -> tuple[int, int]:
         ) from error
 
 
-def total(strategy: tf.distribute.Strategy, value: float) -> float:
+def total(strategy: tf.distribute.Strategy, value: int) -> int:
     """The sum of a number of each process' over all of them.
 
     Args:
         strategy: `tf.distribute.Strategy`.
-        value: Float, this process'.
+        value: Integer, this process'.
 
     Returns:
-        Float.
+        Integer.
     """
     hosts = place()[1]
     if hosts == 1:
@@ -101,7 +101,7 @@ def total(strategy: tf.distribute.Strategy, value: float) -> float:
     def one():
         return tf.identity(share)
 
-    return float(strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(one), axis=None))
+    return round(float(strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(one), axis=None)))
 
 
 def _has_tpu() -> bool:
@@ -262,7 +262,9 @@ class Trainer(orbit.AbstractTrainer):
                 totals.steps.assign_add(1)
                 if not tf.math.is_finite(sums[0]) or sums[-1] > 0:
                     break
-            return sums
+            # A gradient may be no number where the loss still is one. Once in a loop, before anything is saved.
+            kept = [tf.reduce_all(tf.math.is_finite(value)) for value in tf.nest.flatten(state)]
+            return sums, tf.reduce_all(kept)
 
         self._loop = tf.function(loop)
 
@@ -277,14 +279,17 @@ class Trainer(orbit.AbstractTrainer):
 
         Raises:
             Asked: If it was asked to stop before the last of them. After the last one, `asked` is True.
-            NonFiniteError: If the loss is not.
+            NonFiniteError: If the loss, or what is trained, is not.
         """
         self._iterator = self._iterator or self._batches()
         target = int(self._step.numpy()) + int(num_steps)
-        loss, *_, asked = self._loop(self._iterator, num_steps).numpy()
+        sums, finite = self._loop(self._iterator, num_steps)
+        loss, *_, asked = sums.numpy()
         step, self.asked = int(self._step.numpy()), bool(asked)
         if not math.isfinite(loss):
             raise NonFiniteError(step, f"a loss of {loss}")
+        if not finite:
+            raise NonFiniteError(step, "variables that are not finite, with a loss that still is,")
         if step < target:
             raise Asked
         values = self.totals.sums.numpy() / int(self.totals.steps.numpy())

@@ -419,6 +419,15 @@ def _records(data: Data, paths: Sequence[str], counts: dict[str, int]) -> tuple[
     return Records(parts, parse, data.shuffle_buffer), sum(part.count for part in parts)
 
 
+def _is_whole(path: str) -> bool:
+    try:
+        for _ in tf.data.TFRecordDataset(path):
+            pass
+    except tf.errors.OpError:
+        return False
+    return True
+
+
 def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
     counts: dict[str, int] = {}
     if cache and tf.io.gfile.exists(cache):
@@ -433,7 +442,8 @@ def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
         try:
             counts |= {path: int(number) for path, number in zip(todo, numbers, strict=True)}
         except tf.errors.OpError as error:
-            raise ValueError(f"Expected whole files of records. Received: {error.message}") from error
+            broken = ", ".join(path for path in todo if not _is_whole(path))
+            raise ValueError(f"Expected whole files of records. Received: {broken}. {error.message}") from error
         if cache:
             files.write(cache, json.dumps(counts))
     return counts

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 AGAIN = os.EX_TEMPFAIL  # 75: the same command goes on; what BSD's sysexits.h calls a temporary failure
 INTERRUPTED = 128 + signal.SIGINT  # 130, as shells say it
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(SystemExit):
@@ -46,18 +45,39 @@ class NonFiniteError(Exception):
         self.step, self.what = step, what
 
 
-class Watch(contextlib.AbstractContextManager):
-    """Notices SIGTERM and Ctrl-C at once, also while TensorFlow computes. A second one ends the process.
-
-    Outside a program's main thread, where Python allows no handlers, it notices nothing.
+def say(text: str) -> None:
+    """Says something on standard error, where that is still heard: a closed pipe ends no run.
 
     Args:
-        on_signal: Function that is called with nothing, from another thread.
+        text: String.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def at_once(code: int, text: str) -> None:
+    """Ends the process, from any thread and whatever it is doing.
+
+    Args:
+        code: Integer, its exit status.
+        text: String, the last word.
+    """
+    # First the cursor, which a progress bar hides.
+    say("\x1b[?25h" * sys.stderr.isatty() + text)
+    os._exit(code)
+
+
+class Watch(contextlib.AbstractContextManager):
+    """Notices SIGTERM, and from `begin()` on Ctrl-C, at once, also while TensorFlow computes.
+
+    The first one after `begin()` asks the run to stop; a second one, or a SIGTERM before, ends the process. Outside a
+    program's main thread, where Python allows no handlers, nothing is noticed.
     """
 
-    def __init__(self, on_signal: Callable[[], object]):
-        self.on_signal = on_signal
+    def __init__(self):
         self.signal: int | None = None
+        self._on_signal: Callable[[], object] | None = None
+        self._handlers = {}
 
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread():
@@ -67,30 +87,43 @@ class Watch(contextlib.AbstractContextManager):
         # Python runs handlers between its own instructions, of which there are none for a whole loop of steps; but it
         # writes to this descriptor within the signal.
         self._before = (signal.set_wakeup_fd(start, warn_on_full_buffer=False), start)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._take(signal.SIGTERM)
         threading.Thread(target=self._listen, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
-        if hasattr(self, "_handlers"):
+        if self._handlers:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._before[0])
             os.close(self._before[1])  # ends the thread
 
+    def begin(self, on_signal: Callable[[], object]) -> None:
+        """From now on there is something to save.
+
+        Args:
+            on_signal: Function that is called with nothing, from another thread.
+        """
+        self._on_signal = on_signal
+        if self._handlers:
+            self._take(signal.SIGINT)
+
+    def _take(self, number: int) -> None:
+        self._handlers[number] = signal.signal(number, lambda *_: None)
+
     def _listen(self) -> None:
         while read := os.read(self._end, 1):
             number = read[0]
-            if number not in SIGNALS:
+            if number not in self._handlers:
                 continue
             if self.signal is not None:
-                # The cursor, which a progress bar hides.
-                print("\x1b[?25h" * sys.stderr.isatty() + "Stopped at once", file=sys.stderr, flush=True)
-                os._exit(128 + number)
+                at_once(128 + number, "Stopped at once")
             self.signal = number
-            name = signal.Signals(number).name
-            print(f"{name}: saving after this step; once more: at once", file=sys.stderr, flush=True)
-            self.on_signal()
+            if self._on_signal is None:
+                at_once(AGAIN, "Stopped before the first step. The same command goes on")
+            else:
+                self._on_signal()
+                say(f"{signal.Signals(number).name}: saving after this step; once more: at once")
         os.close(self._end)
 
     @property

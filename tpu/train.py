@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import os
-import sys
 import time
 from typing import Any
 
@@ -75,30 +74,41 @@ def train(
     """
     workdir = os.fspath(workdir).rstrip("/")
     _check(recipe)
-    writes = runner.place()[0] == 0
+    index, hosts = runner.place()
     try:
         with contextlib.ExitStack() as stack:
+            watch = stack.enter_context(stops.Watch())
             tf.io.gfile.makedirs(workdir)
-            if writes:
-                stack.enter_context(files.locked(workdir))
-            return _train(recipe, workdir, quiet, allow_changes, writes, stack)
+            if index == 0:
+                taken = f"Another run has taken {workdir} over: this one stops, and saves nothing more"
+                stack.enter_context(files.locked(workdir, lambda: stops.at_once(2, taken)))
+            return _train(recipe, workdir, quiet, allow_changes, watch, stack)
+    except KeyboardInterrupt:  # before the first step; then the watch takes it
+        raise _ended(stops.INTERRUPTED, "Stopped before the first step") from None
     except (tf.errors.OpError, OSError) as error:
+        if hosts > 1 and _is_lost(error):
+            raise _ended(stops.AGAIN, "Lost another host. Start all: they go on from the last checkpoint") from error
         if plain := full(error, workdir):
             raise plain from error
         raise
 
 
 def _train(
-    recipe: Recipe, workdir: str, quiet: bool, allow_changes: bool, writes: bool, stack: contextlib.ExitStack
+    recipe: Recipe,
+    workdir: str,
+    quiet: bool,
+    allow_changes: bool,
+    watch: stops.Watch,
+    stack: contextlib.ExitStack,
 ) -> dict[str, Any]:
-    # The recipe is written down before anything else happens.
-    changes = _changes(recipe, workdir)
-    if changes and not allow_changes:
-        raise ValueError(
-            f"Expected the recipe of the run that is in {workdir!r}, an empty folder, or --allow-changes. Received: "
-            + ", ".join(changes)
-        )
-    if writes:
+    index, hosts = runner.place()
+    writes = index == 0
+
+    # The recipe is written down before anything else happens; that of a run that is there, once it is known to fit.
+    goes_on = bool(tf.io.gfile.glob(f"{workdir}/checkpoints/ckpt-*.index"))
+    changes = _changes(recipe, workdir) if goes_on else []
+    _allowed(changes, allow_changes, workdir)
+    if writes and not goes_on:
         _write_config(recipe, workdir)
 
     # Devices. Everything below is the same for one processor and for a slice of TPUs.
@@ -108,6 +118,11 @@ def _train(
     strategy = runner.connect(recipe.run)
     count = strategy.num_replicas_in_sync
     _check_batches(recipe, count)
+    group = replicas.group_size(count, recipe.run.batch_norm_group)
+    devices = {"replicas": count, "hosts": hosts, "images_per_statistics": recipe.batch_size // count * group}
+    if goes_on:
+        changes += _other_devices(devices, workdir)
+        _allowed(changes, allow_changes, workdir)
 
     # What is trained on what.
     counts = f"{workdir}/records.json"
@@ -124,15 +139,13 @@ def _train(
             f"epochs={recipe.epochs:g}, batch_size={recipe.batch_size}"
         )
     numbers = {"image_size": size, "classes": classes, "steps": total, "steps_per_epoch": steps_per_epoch}
-    if writes:
-        _write_config(recipe, workdir, **numbers, peak=recipe.peak, replicas=count)
 
     # The model and all that a step changes are made together, where the devices want it.
     with strategy.scope():
         keras.utils.set_random_seed(recipe.run.seed)
         model = build(recipe, classes, "mixed_bfloat16" if _is_low(recipe.run, strategy) else "float32")
         if count > 1:
-            model = replicas.spread(model, replicas.group_size(count, recipe.run.batch_norm_group))
+            model = replicas.spread(model, group)
         learner = make_learner(model, recipe, steps_per_epoch, total)
         state = runner.variables_of(learner)
     step = orbit.utils.create_global_step()
@@ -185,23 +198,30 @@ def _train(
         f"{workdir}/checkpoints",
         tf.train.Checkpoint(step=step, totals=trainer.totals, state=_by_name(learner, state)),
         step,
-        tf.nest.flatten(state),
         keep=recipe.run.keep,
         every=max(1, round(recipe.run.save_every * steps_per_epoch)),
         minutes=recipe.run.save_minutes,
         writes=writes,
     )
     done = checkpoints.restore(log.note)
-    if runner.total(strategy, done) != done * runner.place()[1]:
+    if runner.total(strategy, done) != done * hosts:
         raise ValueError(
             f"Expected all hosts to see the same checkpoints in {workdir!r}. Received: this one goes on after step "
             f"{done}, and another one does not"
         )
+    if writes:
+        _write_config(recipe, workdir, **numbers, peak=recipe.peak, **devices)
     for change in changes:
         log.note(f"From step {done} on: {change}")
     result_path = f"{workdir}/result.json"
-    if done >= total and tf.io.gfile.exists(result_path):
+    if done >= total and tf.io.gfile.exists(result_path) and not changes:
         return json.loads(tf.io.gfile.GFile(result_path).read())
+    if writes:
+        # What other data lacked, or other hosts did, says nothing; and an end that is no longer the end is none.
+        stale = ["skipped-*.jsonl"] if any(told.startswith(("data.", "hosts ")) for told in changes) else []
+        for name in [*stale, "result.json", "model.keras", "best.keras", "report.html"] if changes else []:
+            for path in tf.io.gfile.glob(f"{workdir}/{name}"):
+                tf.io.gfile.remove(path)
 
     # Loop.
     every = max(1.0, recipe.run.eval_every * steps_per_epoch)
@@ -219,7 +239,7 @@ def _train(
         if trainer.asked:
             raise stops.Asked
 
-    watch = stack.enter_context(stops.Watch(lambda: trainer.stop.assign(1.0)))
+    watch.begin(lambda: trainer.stop.assign(1.0))
     stack.enter_context(contextlib.redirect_stdout(log.text))  # orbit prints what it does
     loop = recipe.run.steps_per_loop
     controller = orbit.Controller(
@@ -238,7 +258,8 @@ def _train(
     try:
         try:
             while True:
-                if done and done == next_stop(done - 1) and done not in log.scores:
+                due = done >= total or (done and done == next_stop(done - 1))
+                if due and done not in log.scores:
                     results = controller.evaluate()
                     log.evaluated(done, _checked(results, source, accounts, strategy))
                     if log.best == done:
@@ -250,20 +271,14 @@ def _train(
         except stops.Asked:
             save()
             told = f"Stopped after step {int(step.numpy())} of {total}, which is saved"
-            raise _stopped(log, watch.code, told) from None
+            raise _ended(watch.code, told, log) from None
     except stops.NonFiniteError as problem:
         log.note(str(problem))
-        raise _non_finite(problem, source, recipe, strategy, accounts, checkpoints, workdir) from None
+        raise _non_finite(problem, source, recipe, accounts, checkpoints, workdir) from None
     except tf.errors.OpError as error:
         for skipped in accounts.values():
             if skipped.problem:
                 raise ValueError(skipped.problem) from error
-        if runner.place()[1] > 1 and isinstance(error, LOST):
-            kept = max(checkpoints.steps(), default=0)
-            told = (
-                f"Lost another host at step {int(step.numpy())} of {total}, while step {kept} is saved. Start all again"
-            )
-            raise _stopped(log, stops.AGAIN, f"{told}. {' '.join(error.message.split())[:300]}") from error
         raise
 
     result = {"model": recipe.model.name, "steps": done, "epochs": recipe.epochs, **log.last}
@@ -278,19 +293,33 @@ def _train(
     }
     if writes:
         _save(export(recipe, classes, learner, state), f"{workdir}/model.keras")
-        if log.scores[best] > log.scores[done] and checkpoints.take(best):
-            _save(export(recipe, classes, learner, state), f"{workdir}/best.keras")
+        if log.scores[best] > log.scores[done]:
+            if checkpoints.take(best):
+                _save(export(recipe, classes, learner, state), f"{workdir}/best.keras")
+            else:
+                log.note(f"No best.keras: the checkpoint of step {best} cannot be read")
         files.write(result_path, json.dumps(result, indent=2) + "\n")
     if writes and recipe.run.report:
         try:
             report.write(workdir)
-        except (ImportError, OSError, ValueError) as error:  # the run is whole without it
+        except Exception as error:  # whatever drawing and data do: the run is whole without it
             log.note(f"No report: {error}")
     return result
 
 
-# What the other hosts' end looks like to one that waits for them.
-LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.InternalError)
+# What the end of another host looks like to one that waits for it.
+_LOST = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+)
+_LOST_INTERNALLY = ("Collective", "unhealthy", "heartbeat", "onnection", "oordination")
+
+
+def _is_lost(error: Exception) -> bool:
+    internal = isinstance(error, tf.errors.InternalError)
+    return isinstance(error, _LOST) or (internal and any(told in str(error) for told in _LOST_INTERNALLY))
 
 
 def _save(model: keras.Model, path: str) -> None:
@@ -298,11 +327,12 @@ def _save(model: keras.Model, path: str) -> None:
         model.save(here)
 
 
-def _stopped(log: Log, code: int, told: str) -> stops.Stopped:
+def _ended(code: int, told: str, log: Log | None = None) -> stops.Stopped:
     told += ". The same command goes on"
-    log.note(told)
-    if log.quiet:  # so are the hosts that do not write
-        print(told, file=sys.stderr, flush=True)
+    if log:
+        log.note(told)
+    if log is None or log.quiet:  # so are the hosts that do not write
+        stops.say(told)
     return stops.Stopped(code, told)
 
 
@@ -310,7 +340,6 @@ def _non_finite(
     problem: stops.NonFiniteError,
     source: Source,
     recipe: Recipe,
-    strategy: tf.distribute.Strategy,
     accounts: dict[str, data.Skipped],
     checkpoints: Checkpoints,
     workdir: str,
@@ -320,8 +349,7 @@ def _non_finite(
     batch, host = recipe.batch_size // hosts, data.Host(index, hosts)
     names = data.names(source, recipe, batch, accounts.get("train"), (problem.step - 1) * batch, host)
     path = f"{workdir}/nonfinite-{index}.json"
-    told = {"step": problem.step, "what": problem.what, "examples": names}
-    files.write(path, json.dumps(told, indent=2) + "\n")
+    files.write(path, json.dumps({"step": problem.step, "what": problem.what, "examples": names}, indent=2) + "\n")
     last = max(checkpoints.steps(), default=None)
     kept = "No checkpoint was written yet" if last is None else f"The last checkpoint, of step {last}, is kept"
     return ValueError(
@@ -355,12 +383,27 @@ def _host(context) -> data.Host:
 def _changes(recipe: Recipe, workdir: str) -> list[str]:
     """What is computed otherwise than in the run that is in a folder."""
     path = f"{workdir}/config.json"
-    if not (tf.io.gfile.glob(f"{workdir}/checkpoints/ckpt-*.index") and tf.io.gfile.exists(path)):
+    if not tf.io.gfile.exists(path):
         return []
     old, new = (flat(dataclasses.asdict(one)) for one in (from_json(tf.io.gfile.GFile(path).read()), recipe))
     changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
     free = ("run.", "source ", "expected_top1 ")  # what does not change what is computed
     return [told for told in changed if not told.startswith(free) or told.startswith("run.seed")]
+
+
+def _other_devices(devices: dict[str, int], workdir: str) -> list[str]:
+    """What devices that are not the run's change: who reads what, and which images share batch statistics."""
+    old = json.loads(tf.io.gfile.GFile(f"{workdir}/config.json").read()).get("resolved", {})
+    names = ("hosts", "images_per_statistics")
+    return [f"{name} {old[name]} -> {devices[name]}" for name in names if old.get(name, devices[name]) != devices[name]]
+
+
+def _allowed(changes: list[str], allow_changes: bool, workdir: str) -> None:
+    if changes and not allow_changes:
+        raise ValueError(
+            f"Expected the recipe of the run that is in {workdir!r}, an empty folder, or --allow-changes. Received: "
+            + ", ".join(changes)
+        )
 
 
 def _write_config(recipe: Recipe, workdir: str, **resolved) -> None:
@@ -502,7 +545,7 @@ def _checked(
     results: Any, source: Source, accounts: dict[str, data.Skipped], strategy: tf.distribute.Strategy
 ) -> dict[str, float]:
     """The results, if each example was counted once."""
-    skipped = int(runner.total(strategy, len(accounts["eval"]) if "eval" in accounts else 0))
+    skipped = runner.total(strategy, len(accounts["eval"]) if "eval" in accounts else 0)
     if results["examples"] + skipped != source.eval_count:
         raise ValueError(
             f"Expected to evaluate {source.eval_count} examples. Received: {results['examples']:.0f}, and {skipped} "
