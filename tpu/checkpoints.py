@@ -90,7 +90,7 @@ class Checkpoints:
         try:
             self._checkpoint.read(self.path(step)).assert_existing_objects_matched()
         except (tf.errors.OpError, IndexError) as error:
-            for path in self._files(step):  # all bytes can be had: or that is the error
+            for path in {f"{self.path(step)}.index", *self._files(step)}:  # all bytes can be had: or that is the error
                 with tf.io.gfile.GFile(path, "rb") as file:
                     while file.read(64 << 20):
                         pass
