@@ -64,11 +64,15 @@ def main() -> None:
         status = process.wait(120)
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         early = files[len(files) // 6]
+        names = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+        print(*names, sep="\n")
         print(f"{rows[-1]['step']} steps, {sum(row['split'] == 'eval' for row in rows)} evaluations, status {status}")
         print(f"memory {memory[len(memory) // 6]:.0f} MiB to {memory[-1]:.0f} MiB, grown by {grown(memory):+.2%}")
         print(f"files in the folder: {early} to {files[-1]}, at most {max(files)}")
-        names = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
-        print(*names, sep="\n")
+        if (
+            grown(memory) >= 0.01 or files[-1] > early + 4
+        ):  # one checkpoint more, the best one, and what is being written
+            raise SystemExit("It grows: expected less than 1 % of memory, and no files")
 
 
 if __name__ == "__main__":

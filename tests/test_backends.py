@@ -15,10 +15,12 @@ SLOW = (
     "test_pruning.py",
     "test_optim.py",
 )
-# Those in which a backend's variables are read, written or trained in ways of their own.
+# Those in which a backend's variables are read, written or trained in ways of their own. JAX compiles an eager call
+# operation by operation: its nets are compiled whole, as its users do.
 CHOSEN = {
+    "jax test_layers.py": "not eager and not fresh_process",
     "test_cli.py": "predict or convert",
-    "test_pruning.py": "lite0-0 or slope or modules_differences or student_learns or own_is_kept",
+    "test_pruning.py": "lite0-0 or slope or modules_differences or student_learns",
     "test_weights.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body",
 }
 
@@ -36,7 +38,7 @@ def test_backend(backend, file):
         "no:cacheprovider",
         f"tests/{file}",
         "-k",
-        CHOSEN.get(file, ""),
+        CHOSEN.get(f"{backend} {file}") or CHOSEN.get(file, ""),
     ]
     result = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": backend}

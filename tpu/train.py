@@ -86,7 +86,7 @@ def train(
     except KeyboardInterrupt:  # before the first step; then the watch takes it
         raise _ended(stops.INTERRUPTED, "Stopped before the first step") from None
     except (tf.errors.OpError, OSError) as error:
-        if hosts > 1 and _is_lost(error):
+        if (hosts > 1 or tf.config.list_logical_devices("TPU")) and _is_lost(error):
             raise _ended(stops.AGAIN, "Lost another host. Start all: they go on from the last checkpoint") from error
         if plain := full(error, workdir):
             raise plain from error
