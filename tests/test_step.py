@@ -200,8 +200,14 @@ def test_one_two_and_eight_replicas_learn_the_same(tmp_path):
     np.testing.assert_allclose(pairs["losses"], halves["losses"], rtol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-lite0", "efficientnet-edgetpu-s"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("efficientnet-b0", marks=pytest.mark.slow),
+        pytest.param("efficientnet-edgetpu-s", marks=pytest.mark.slow),
+        pytest.param("efficientnet-lite0", marks=pytest.mark.long),
+    ],
+)
 def test_steps_compile_with_xla(name):
     model = ke.create_model(name, weights=None, classifier_activation=None, classes=10, input_shape=(32, 32, 3))
     learner = Learner(model, Optimizer("rmsprop"), Schedule(0.01, 10, 100))

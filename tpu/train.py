@@ -41,7 +41,7 @@ def train(
 
     The folder then holds config.json, checkpoints, metrics.jsonl, TensorBoard's files, skipped-*.jsonl (what could not
     be read), model.keras with the moving average of all variables, best.keras with the best ones seen where those are
-    not the last, and result.json.
+    not the last, report.html and result.json.
 
     SIGTERM and Ctrl-C save the state after the step that is being done, and end the process.
 
