@@ -101,7 +101,11 @@ def total(strategy: tf.distribute.Strategy, value: int) -> int:
     def one():
         return tf.identity(share)
 
-    return round(float(strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(one), axis=None)))
+    @tf.function
+    def summed():
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(one), axis=None)
+
+    return round(float(summed()))
 
 
 def _has_tpu() -> bool:

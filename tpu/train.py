@@ -279,6 +279,7 @@ def _train(
         for skipped in accounts.values():
             if skipped.problem:
                 raise ValueError(skipped.problem) from error
+        print(error.message, file=log.text)  # for train.log
         raise
 
     result = {"model": recipe.model.name, "steps": done, "epochs": recipe.epochs, **log.last}
