@@ -202,7 +202,7 @@ def test_whatever_happens_the_end_is_the_same(name, kills, tmp_path, small_disk)
     assert same_weights(*models)
     assert curve(workdir) == curve(reference)
     expected, found = (json.loads((place / "result.json").read_text()) for place in (reference, workdir))
-    assert found | speed(expected) == expected and (name == "short" or found["ema_top1"] >= 0.9)
+    assert found | speed(expected) == expected and (name == "short" or found["ema_top1"] >= 0.85)
     # What is left over is what was damaged.
     left = {path.name for path in workdir.rglob("*")} - {path.name for path in reference.rglob("*")}
     assert all(name.startswith(("events.out", f"damaged-ckpt-{first}.", f"damaged-ckpt-{second}.")) for name in left)
