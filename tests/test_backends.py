@@ -19,6 +19,8 @@ SLOW = (
 # operation by operation: its nets are compiled whole, as its users do.
 CHOSEN = {
     "jax test_layers.py": "not eager and not fresh_process",
+    "jax test_models.py": "not training_by_fit",  # test_pruning.py trains
+    "test_export.py": "swish or fresh_process",
     "test_cli.py": "predict or convert",
     "test_pruning.py": "lite0-0 or slope or modules_differences or student_learns",
     "test_weights.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body",

@@ -493,8 +493,15 @@ def test_the_original_restores_what_was_exported(tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the files are the same whatever the backend")
-@pytest.mark.parametrize("include_top", [True, False])
-@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 8))])
+@pytest.mark.parametrize(
+    ("number", "include_top"),
+    [
+        (0, True),
+        (0, False),
+        *(pytest.param(number, True, marks=pytest.mark.slow) for number in range(1, 8)),
+        *(pytest.param(number, False, marks=pytest.mark.long) for number in range(1, 8)),
+    ],
+)
 def test_keras_2_files_load(number, include_top, tmp_path):
     applications = pytest.importorskip("tf_keras").applications
     kwargs = {"include_top": include_top, "weights": None, "input_shape": (32, 32, 3)}
