@@ -118,7 +118,8 @@ class Checkpoints:
     def due(self) -> bool:
         """Whether it is time to write one."""
         late = self.minutes is not None and time.monotonic() - self._when >= 60 * self.minutes
-        return late or int(self._step.numpy()) - self._last >= self.every
+        # The same steps whether or not one in between was written.
+        return late or int(self._step.numpy()) // self.every > self._last // self.every
 
     def save(self, best: int | None = None) -> None:
         """Writes one of now, unless there is one, and deletes what need not be kept.

@@ -67,6 +67,10 @@ def at_once(code: int, text: str) -> None:
     os._exit(code)
 
 
+def _leave(*_) -> None:
+    """A handler: the watch is told by another way."""
+
+
 class Watch(contextlib.AbstractContextManager):
     """Notices SIGTERM, and from `begin()` on Ctrl-C, at once, also while TensorFlow computes.
 
@@ -98,6 +102,11 @@ class Watch(contextlib.AbstractContextManager):
             signal.set_wakeup_fd(self._before[0])
             os.close(self._before[1])  # ends the thread
 
+    def hold(self) -> None:
+        """Takes the signals again: TensorFlow's service for many hosts, once connected, has a handler of its own."""
+        for number in self._handlers:
+            signal.signal(number, _leave)
+
     def begin(self, on_signal: Callable[[], object]) -> None:
         """From now on there is something to save.
 
@@ -109,7 +118,7 @@ class Watch(contextlib.AbstractContextManager):
             self._take(signal.SIGINT)
 
     def _take(self, number: int) -> None:
-        self._handlers[number] = signal.signal(number, lambda *_: None)
+        self._handlers[number] = signal.signal(number, _leave)
 
     def _listen(self) -> None:
         while read := os.read(self._end, 1):

@@ -117,6 +117,7 @@ def _train(
         keras.utils.set_random_seed(recipe.run.seed)  # which TensorFlow then asks for
         tf.config.experimental.enable_op_determinism()
     strategy = runner.connect(recipe.run)
+    watch.hold()
     count = strategy.num_replicas_in_sync
     _check_batches(recipe, count)
     group = replicas.group_size(count, recipe.run.batch_norm_group)
