@@ -35,7 +35,7 @@ def write_digits(folder: Path, side: int) -> tuple:
     return tuple((np.stack(pixels).astype("float32"), np.array(labels)) for pixels, labels in arrays.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="minutes of training; the parts run on every backend")
 def test_the_command_prunes_a_users_model(tmp_path):
     """Fine-tuned to 97 % and more, 40 % of its multiply-adds removed, distilled to within a point; killed between."""
