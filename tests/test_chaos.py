@@ -1,7 +1,7 @@
 """Runs that are killed, stopped and damaged in real processes finish as undisturbed ones do, bit by bit.
 
-`pytest -m long tests/test_chaos.py` kills ten times instead of once, and more: in a whole run of digits_demo, which has to
-learn, and in a fine-tuning with AutoAugment and mixup.
+`pytest -m long tests/test_chaos.py` kills ten times instead of once, and more: in a whole run of digits_demo, which has
+to learn, and in a fine-tuning with AutoAugment and mixup.
 """
 
 import json
