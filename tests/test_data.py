@@ -294,6 +294,24 @@ def test_too_much_that_cannot_be_read_stops_the_run(folder, tmp_path):
     assert set(skipped.names) <= bad and len(skipped) == 5
 
 
+def test_a_storage_that_does_not_answer_is_no_photographs_fault(folder, tmp_path):
+    import shutil
+
+    root = tmp_path / "moved"
+    shutil.copytree(folder, root)
+    source, how = open_source(recipe(root).data), recipe(root)
+    for part in ("train", "val"):
+        for path in sorted((root / part).rglob("*.*"))[::3]:
+            path.unlink()
+    for skipped, batches in (
+        (data.Skipped(None, 40), lambda skipped: data.training(source, how, 32, 6, skipped)),
+        (data.Skipped(None, 11), lambda skipped: data.evaluation(source, how, 32, 4, skipped)),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            list(batches(skipped).take(8))
+        assert skipped.problem and skipped.problem.startswith(f"Expected to read {root}") and not len(skipped)
+
+
 def test_a_file_of_records_that_rots_is_no_photograph(records, tmp_path):
     """What the reader of files cannot give is not skipped: it would shift all that follows, under other names."""
     import shutil

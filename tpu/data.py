@@ -159,10 +159,10 @@ def training(
     """
     host = host or Host()
     examples, data, seed = source.train, recipe.data, recipe.run.seed
-    first = skipped.position(start) if skipped else start
+    first = start if skipped is None else skipped.position(start)
     mixes = recipe.augment.mixup or recipe.augment.cutmix
     classes = recipe.data.classes or source.classes
-    if skipped:
+    if skipped is not None:  # an account with nothing in it is false
         skipped.probe = examples.probe
 
     def read(example):
@@ -225,9 +225,9 @@ def names(source: Source, recipe: Recipe, batch: int, skipped: Skipped | None, s
     Returns:
         List of the examples' names.
     """
-    first = skipped.position(start) if skipped else start
+    first = start if skipped is None else skipped.position(start)
     examples = source.train.train(recipe.run.seed, first, host.index, host.count, batch)
-    found = (x["name"].numpy().decode() for x in examples if not (skipped and int(x["ordinal"]) in skipped))
+    found = (x["name"].numpy().decode() for x in examples if skipped is None or int(x["ordinal"]) not in skipped)
     return list(itertools.islice(found, batch))
 
 
@@ -258,7 +258,7 @@ def evaluation(
     """
     host = host or Host()
     examples = source.evaluate
-    if skipped:
+    if skipped is not None:  # an account with nothing in it is false
         skipped.probe = examples.probe
     counts = [examples.evaluated(index, host.count) for index in range(host.count)]
     mine = counts[host.index]
