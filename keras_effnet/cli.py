@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -94,18 +95,12 @@ def _choose_backend() -> None:
 def predict(ctx, photographs, model, weights, top, as_json) -> None:
     """Name what is on photographs: files, or folders of them (not the folders inside)."""
     _choose_backend()
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from keras_effnet import predictor
 
     count = len(predictor.photographs(photographs))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), disable=count < 8, redirect_stdout=False)
     # Keras writes its own progress on standard output, which belongs to the result.
-    with bar, contextlib.redirect_stdout(sys.stderr):
-        task = bar.add_task("Photographs", total=count)
-        results = predictor.classify(photographs, model, weights, top, lambda done: bar.advance(task, done))
+    with _progress("Photographs", count, disable=count < 8) as tell, contextlib.redirect_stdout(sys.stderr):
+        results = predictor.classify(photographs, model, weights, top, lambda done: tell(advance=done))
     failed = [result for result in results if "error" in result]
     if as_json:
         _print_json({"model": model, "weights": weights, "photographs": results})
@@ -464,8 +459,9 @@ def evaluate_(
     if source is None and (data_dir or eval_split or first_label != 1):
         raise ValueError("Expected --data with --data-dir, --split and --first-label. Received: none")
     data = source and Data(source, data_dir=data_dir, eval_split=eval_split, first_label=first_label)
-    with _progress("Images") as told, contextlib.redirect_stdout(sys.stderr):
-        result = evaluate(model, data, weights, predictions=predictions, on_progress=told, **arguments)
+    with _progress("Images") as tell, contextlib.redirect_stdout(sys.stderr):
+        arguments["on_progress"] = lambda done, total: tell(completed=done, total=total)
+        result = evaluate(model, data, weights, predictions=predictions, **arguments)
     if as_json:
         _print_json(result)
         return
@@ -523,15 +519,14 @@ def report(workdir, examples, as_json) -> None:
 
 
 @contextlib.contextmanager
-def _progress(what: str):
-    """A bar on standard error. Gives a function that is called with what is done, and with all."""
+def _progress(what: str, total: int | None = None, disable: bool = False):
+    """A bar on standard error. Gives a function that is called with `advance`, or `completed` and `total`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Progress(*columns, console=Console(stderr=True), disable=disable, redirect_stdout=False) as bar:
+        yield partial(bar.update, bar.add_task(what, total=total))
 
 
 @main.command()

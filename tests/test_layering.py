@@ -83,6 +83,7 @@ ALLOWED = {
         "errors",
         "models",
         "preprocessing",
+        "tpu.checkpoints",
         "tpu.config",
         "tpu.data",
         "tpu.sources",

@@ -13,6 +13,19 @@ import tensorflow as tf
 _DAMAGE = (tf.errors.DataLossError, tf.errors.OutOfRangeError, tf.errors.NotFoundError, tf.errors.InvalidArgumentError)
 
 
+def steps(folder: str) -> list[int]:
+    """The steps of which there is a checkpoint, in order.
+
+    Args:
+        folder: String, path of the checkpoints' folder, which need not exist.
+
+    Returns:
+        List of integers.
+    """
+    names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"ckpt-(\d+)\.index", name)))
+
+
 class Checkpoints:
     """The checkpoints of a folder: the newest ones and the best.
 
@@ -45,8 +58,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of which there is one, in order."""
-        names = tf.io.gfile.listdir(self.folder) if tf.io.gfile.isdir(self.folder) else []
-        return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"ckpt-(\d+)\.index", name)))
+        return steps(self.folder)
 
     def path(self, step: int) -> str:
         """Where that of a step lies."""

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import os
-import re
 import tempfile
 import time
 from collections import Counter, deque
@@ -21,6 +20,7 @@ import tensorflow as tf
 
 from keras_effnet import blocks, models, preprocessing
 from keras_effnet.errors import one_of
+from keras_effnet.tpu.checkpoints import steps
 from keras_effnet.tpu.config import Data, Recipe, from_json
 from keras_effnet.tpu.data import eval_image
 from keras_effnet.tpu.sources import Evaluated, Items, Records, Source, open_evaluation, open_source
@@ -423,8 +423,8 @@ def trained(workdir) -> Trained:
             return Trained(recipe, size, net, "model.keras")
         except Exception as error:  # whatever a file that was half written makes Keras raise
             told.append(f"model.keras: {error}")
-    checkpoints = [path.removesuffix(".index") for path in tf.io.gfile.glob(f"{workdir}/checkpoints/ckpt-*.index")]
-    for path in sorted(checkpoints, key=_step_of, reverse=True):
+    for step in reversed(steps(f"{workdir}/checkpoints")):
+        path = f"{workdir}/checkpoints/ckpt-{step}"
         try:
             reader: Any = tf.train.load_checkpoint(path)
             net: Any = build(recipe, resolved["classes"], "float32")
@@ -438,10 +438,6 @@ def trained(workdir) -> Trained:
         f"Expected model.keras or a checkpoint in {workdir!r} that can be read. Received: "
         f"{'; '.join(told) or 'none yet'}"
     )
-
-
-def _step_of(path: str) -> int:
-    return int((re.findall(r"\d+", os.path.basename(path)) or ["0"])[0])
 
 
 def configuration(workdir: str) -> tuple[Recipe, dict[str, Any]]:

@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras_effnet import blocks, models
 from keras_effnet.errors import one_of
 from keras_effnet.tpu import data, files, optim, replicas, report, runner, stops
-from keras_effnet.tpu.checkpoints import Checkpoints, full
+from keras_effnet.tpu.checkpoints import Checkpoints, full, steps
 from keras_effnet.tpu.config import Recipe, Run, flat, from_json, to_json
 from keras_effnet.tpu.progress import Log
 from keras_effnet.tpu.sources import Source, open_source
@@ -106,7 +106,7 @@ def _train(
     writes = index == 0
 
     # The recipe is written down before anything else happens; that of a run that is there, once it is known to fit.
-    goes_on = bool(tf.io.gfile.glob(f"{workdir}/checkpoints/ckpt-*.index"))
+    goes_on = bool(steps(f"{workdir}/checkpoints"))
     changes = _changes(recipe, workdir) if goes_on else []
     _allowed(changes, allow_changes, workdir)
     if writes and not goes_on:
@@ -363,9 +363,9 @@ def _non_finite(
     last = max(checkpoints.steps(), default=None)
     kept = "No checkpoint was written yet" if last is None else f"The last checkpoint, of step {last}, is kept"
     return ValueError(
-        f"Expected a finite loss. Received: {problem.what} at step {problem.step}, with {', '.join(names[:3])} and "
-        f"{len(names) - 3} more in its batch (all in {path}). {kept}. Another learning rate, or clipping, goes on from "
-        "there: --allow-changes --optimizer.peak ... --optimizer.clip-norm ..."
+        f"Expected a finite loss. Received: {problem.what} at step {problem.step}, with {', '.join(names[:3])}, ... "
+        f"(all {len(names)} of its batch on this host: {path}). {kept}. Another learning rate, or clipping, goes on "
+        "from there: --allow-changes --optimizer.peak ... --optimizer.clip-norm ..."
     )
 
 
