@@ -2,6 +2,8 @@ from . import pruning as pruning
 from . import weights as weights
 from .describe import describe as describe
 from .describe import plot as plot
+from .exporter import export as export
+from .folding import fold_batch_norm as fold_batch_norm
 from .layers import CondConv2D as CondConv2D
 from .layers import DepthwiseCondConv2D as DepthwiseCondConv2D
 from .models import EfficientNetB0 as EfficientNetB0
@@ -30,6 +32,7 @@ from .models import EfficientNetLite3 as EfficientNetLite3
 from .models import EfficientNetLite4 as EfficientNetLite4
 from .models import create_model as create_model
 from .models import features as features
+from .predictor import Predictor as Predictor
 from .preprocessing import decode_predictions as decode_predictions
 from .preprocessing import load_image as load_image
 from .variants import list_models as list_models

@@ -85,22 +85,48 @@ def _choose_backend() -> None:
     os.environ["KERAS_BACKEND"] = installed[0]
 
 
+RUNTIME = click.option(
+    "--runtime", default="auto", show_default=True, help="litert, onnxruntime, openvino or keras; auto: the fastest."
+)
+PRECISION = click.option("--precision", default="float32", show_default=True, help="float32, float16 or int8.")
+
+
+@contextlib.contextmanager
+def _preparing(what: str):
+    """Says what the wait is for; what libraries print meanwhile does not belong to the result."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"Preparing {what}"), contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
 @main.command()
 @click.argument("photographs", nargs=-1, required=True, metavar="PHOTO...")
 @click.option("--model", default="efficientnet-lite0", show_default=True, help="See `keras-effnet list`.")
 @click.option("--weights", default="imagenet", show_default=True, help="Tag of published weights, or path of a file.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes per photograph.")
+@RUNTIME
+@PRECISION
 @AS_JSON
 @click.pass_context
-def predict(ctx, photographs, model, weights, top, as_json) -> None:
-    """Name what is on photographs: files, or folders of them (not the folders inside)."""
-    _choose_backend()
+def predict(ctx, photographs, model, weights, top, runtime, precision, as_json) -> None:
+    """Name what is on photographs: files, or folders of them (not the folders inside).
+
+    The first time, the model is made ready for this machine, which is remembered.
+    """
     from keras_effnet import predictor
 
+    with contextlib.suppress(ImportError):  # what was prepared already needs none
+        _choose_backend()
+    try:
+        with _preparing(model):
+            classifier = predictor.Classifier(model, weights, top, runtime, precision)
+    except ModuleNotFoundError:
+        _choose_backend()
+        raise
     count = len(predictor.photographs(photographs))
-    # Keras writes its own progress on standard output, which belongs to the result.
-    with _progress("Photographs", count, disable=count < 8) as tell, contextlib.redirect_stdout(sys.stderr):
-        results = predictor.classify(photographs, model, weights, top, lambda done: tell(advance=done))
+    with _progress("Photographs", count, disable=count < 8) as tell:
+        results = classifier(photographs, lambda done: tell(advance=done))
     failed = [result for result in results if "error" in result]
     if as_json:
         _print_json({"model": model, "weights": weights, "photographs": results})
@@ -275,6 +301,104 @@ def convert(src, dst, model, source, target, raw, preprocessing, as_json) -> Non
         _print_json({"model": name, "path": dst})
     else:
         click.echo(f"Wrote {dst}: {name}")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out")
+@click.option("--format", "kind", help="savedmodel, onnx, litert or openvino. Default: by OUT's ending.")
+@PRECISION
+@click.option("--weights", default="imagenet", show_default=True, help="Tag of published weights, or path of a file.")
+@click.option("--calibration", multiple=True, metavar="PHOTO|FOLDER", help="Photographs for int8, 100 or more.")
+@click.option("--labels", metavar="FILE", help="Text file with the name of a class in each line.")
+@click.option("--size", nargs=2, type=click.IntRange(1), help="Height and width, for a model of any size.")
+@AS_JSON
+def export(model, out, kind, precision, weights, calibration, labels, size, as_json) -> None:
+    """Write MODEL for a runtime, once it was seen to compute what Keras does: a name, or a .keras file.
+
+    OUT ends in .onnx, .tflite or .xml (OpenVINO); another name is the folder of a SavedModel.
+    """
+    _choose_backend()
+    from keras_effnet import exporter
+    from keras_effnet.predictor import load
+
+    if labels is not None:
+        labels = Path(labels).read_text().splitlines()
+    with _preparing(model):
+        net = load(model, weights)
+        report = exporter.export(
+            net,
+            out,
+            kind,
+            precision,
+            calibration=list(calibration) or None,
+            labels=labels,
+            input_shape=(*size, net.inputs[0].shape[-1]) if size else None,
+        )
+    if as_json:
+        _print_json(report)
+        return
+    table = _table(report["path"], "", ">")
+    table.add_row("size", f"{report['size'] / 1e6:.1f} MB")
+    for name, value in report["difference"].items():
+        table.add_row(f"largest difference to Keras, {name}", f"{value:.1e} of the largest output")
+    for key, name in (("top1_agreement", "same top-1 as Keras"), ("top5_overlap", "of the top-5 the same")):
+        if key in report:
+            table.add_row(name, f"{report[key]:.1%}")
+    if "cosine" in report:
+        table.add_row("cosine of the logits", f"{report['cosine']:.4f}")
+    if report.get("float_layers"):
+        table.add_row("left in float", report["float_layers"])
+    _print(table)
+
+
+def _chosen(ctx, parameter, value) -> list[str] | None:
+    return value and [part.strip() for part in value.split(",")]
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--runtimes", callback=_chosen, help="With commas between. Default: all that are installed.")
+@click.option("--precisions", callback=_chosen, default="float32", show_default=True, help="With commas between.")
+@click.option("--batch-sizes", callback=_chosen, default="1,8,32", show_default=True, help="With commas between.")
+@click.option("--threads", type=click.IntRange(1), help="Default: all processors.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="All are measured in turn.")
+@click.option("--plot", metavar="OUT.png|svg|pdf", help="Draw them, too.")
+@AS_JSON
+def benchmark(models, runtimes, precisions, batch_sizes, threads, rounds, plot, as_json) -> None:
+    """Measure how fast MODELs are here: names (with random weights), .keras or exported files."""
+    with contextlib.suppress(ImportError):
+        _choose_backend()
+    from keras_effnet import benchmark as benchmarks
+
+    if not all(size.isdecimal() and int(size) for size in batch_sizes):
+        raise ValueError(f"Expected batch sizes as numbers from 1. Received: {', '.join(batch_sizes)}")
+    with _progress("Measuring") as tell, contextlib.redirect_stdout(sys.stderr):
+        rows = benchmarks.benchmark(
+            models,
+            runtimes,
+            precisions,
+            [int(size) for size in batch_sizes],
+            threads,
+            rounds,
+            lambda what, done, total: tell(description=what, completed=done, total=total),
+        )
+    if plot:
+        benchmarks.plot(rows, plot)
+    if as_json:
+        _print_json({"rows": rows})
+        return
+    columns = ("model", "runtime", "precision", ">batch", ">milliseconds", ">images/s", ">memory")
+    table = _table("", *columns)
+    for row in rows:
+        cells = [Path(row["model"]).name, row["runtime"], row["precision"]]
+        if "error" in row:
+            _complain(f"{' '.join(cells)}: {row['error']}")
+            continue
+        seconds = {name: value * 1e3 for name, value in row["seconds"].items()}
+        cells += [str(row["batch_size"]), "{median:.2f} ({min:.2f}-{max:.2f})".format(**seconds)]
+        table.add_row(*cells, f"{row['images_per_second']:.1f}", f"{row['memory'] / 2**20:.0f} MiB")
+    _print(table)
 
 
 @main.command()

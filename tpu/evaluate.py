@@ -556,7 +556,7 @@ def _subject(model, weights, crop, interpolation) -> _Subject:
 def _classes(found: Evaluated, subject: _Subject, source: str) -> tuple[np.ndarray, list[str]]:
     """The model's class of each of the data's, and the names of the model's classes."""
     labels, outputs = found.labels, subject.outputs
-    wnids = dict(preprocessing._classes()) if outputs == 1000 else {}
+    wnids = dict(preprocessing.classes()) if outputs == 1000 else {}
     by_wnid = bool(wnids and labels and set(labels) <= wnids.keys())
     known = list(wnids) if by_wnid else list(subject.labels)
     names = [f"{wnid} {name}" for wnid, name in wnids.items()] if by_wnid or subject.record else known or list(labels)

@@ -1,0 +1,488 @@
+"""From a Keras model to a file for a runtime: folded, quantised if wanted, tried against Keras, with its metadata."""
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import asdict
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_effnet import blocks, preprocessing, runtimes
+from keras_effnet.errors import one_of
+from keras_effnet.folding import for_inference
+from keras_effnet.variants import VARIANTS, nearest
+from keras_effnet.weights import writers
+
+PRECISIONS = ("float32", "float16", "int8")
+FORMATS = {"savedmodel": "", **runtimes.FORMATS}
+# How far outputs may be from Keras', over their largest. What 8 bits make of them is told, not bounded.
+BOUNDS = {"float32": 1e-4, "float16": 2e-2, "int8": np.inf}
+
+
+def export(
+    model: keras.Model,
+    path: str | os.PathLike,
+    format: str | None = None,
+    precision: str = "float32",
+    *,
+    calibration: Any = None,
+    labels: Sequence[str] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+) -> dict[str, Any]:
+    """Writes a model for inference outside Keras, once it was seen to compute what Keras does.
+
+    Batch normalisation and preprocessing are folded (`fold_batch_norm()`), all is float32 unless `precision` says
+    otherwise, and pixels go in as 0-255. What the file expects of a photograph, its labels and where its weights are
+    from are inside: `keras_effnet.runtimes.metadata()` reads them.
+
+    Args:
+        model: A functional or sequential model of images: of this package, of keras.applications, or built on them.
+        path: Path of the file, or of the folder for `"savedmodel"`. Replaced if it exists, but only by an export that
+            was tried.
+        format: `"savedmodel"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to None: by the path's ending, `.onnx`,
+            `.tflite` or `.xml`; none of them is a SavedModel.
+        precision: `"float32"`; `"float16"` for weights of half the size, with float32 arithmetic on processors; or
+            `"int8"` for weights and activations of 8 bits. Defaults to `"float32"`.
+        calibration: For `"int8"`, what activations are measured with: an array of images with pixels 0-255, or a list
+            of photographs (paths, bytes, or folders), which are cropped and resized as the weights expect. 100 or more
+            of the kind that the model will see are right. Defaults to None: crops of two photographs, with a warning.
+        labels: List of the classes' names. Defaults to None: ImageNet's where the model has its published weights.
+        input_shape: Tuple of integers, an image's shape, for a model of any size. Defaults to None: the model's own,
+            or its variant's usual one.
+
+    Returns:
+        Dict with `path`, `format`, `precision`, `size` in bytes, `input_shape`, and `difference`: of random pixels and
+        of photographs the largest one to Keras' outputs, over the largest of these. For images in `calibration`, or
+        the photographs, also `top1_agreement` and `cosine` (of the logits).
+
+    Raises:
+        ImportError: If what writes or runs the format is not installed.
+        OSError: If the file cannot be written.
+        ValueError: If an argument is not valid, or the export does not compute what Keras does. The old file remains.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> model = ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 3), classes=2)
+    >>> report = ke.export(model, "lite0.tflite", labels=["cat", "coffee"])
+    >>> report["difference"]["random"] < 1e-4
+    True
+    """
+    path = Path(path)
+    kind = format or next((name for name, ending in runtimes.FORMATS.items() if path.suffix == ending), "savedmodel")
+    one_of("format", kind, FORMATS)
+    one_of("precision", precision, PRECISIONS)
+    if FORMATS[kind] and path.suffix != FORMATS[kind]:
+        raise ValueError(f"Expected a path that ends in {FORMATS[kind]} for {kind}. Received: {str(path)!r}")
+    if kind == "savedmodel" and precision != "float32":
+        raise ValueError(f"Expected float32 for a SavedModel. Received: precision={precision!r}. Nearest: litert")
+    shape = shape_of(model, input_shape)
+    read = preprocessing.image_loader(model, shape=shape)
+    photographs = pixels_of(calibration, read, shape) if calibration is not None else _own_photographs(read, shape)
+    if precision == "int8" and calibration is None:
+        warnings.warn(
+            "int8 is calibrated with crops of two photographs. Pass calibration=, 100 or more images of the kind that "
+            "the model will see",
+            stacklevel=2,
+        )
+    metadata = _metadata(model, shape, precision, labels)
+    random = np.random.default_rng(0).uniform(0, 255, (2, *shape)).astype("float32")
+    tried = {"random": random, "photographs": photographs[:: max(1, len(photographs) // 64)][:64]}
+    with writers.folder_beside(path) as folder:
+        temporary = folder / path.name
+        with _quietly():
+            _WRITERS[kind](model, temporary, shape, precision, photographs)
+        report = _compared(model, temporary, kind, tried)
+        worst = max(report["difference"].values())
+        if not worst <= BOUNDS[precision]:
+            raise ValueError(
+                f"Expected outputs within {BOUNDS[precision]:g} of Keras', over their largest. Received: {worst:.2g} "
+                f"from the {kind} file of {model.name!r}, which was not kept"
+            )
+        metadata |= {"difference": report["difference"]}
+        _ADD[kind](temporary, metadata)
+        for made in sorted(folder.iterdir()):
+            target = path.with_name(made.name)
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(made, target)
+    files = [path, path.with_suffix(".bin")] if kind == "openvino" else [path]
+    size = sum(file.stat().st_size for each in files for file in ([each] if each.is_file() else each.rglob("*")))
+    return {
+        "path": str(path),
+        "format": kind,
+        "precision": precision,
+        "size": size,
+        "input_shape": list(shape),
+        **report,
+    }
+
+
+def shape_of(model: keras.Model, input_shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The shape of an image that a model takes.
+
+    Args:
+        model: A functional or sequential model.
+        input_shape: Tuple of integers for what is unknown. Defaults to None: of this package's models, the variant's
+            usual size, else 224.
+
+    Returns:
+        Tuple of integers.
+
+    Raises:
+        ValueError: If the model does not take one batch of images, or the two disagree.
+    """
+    inputs = getattr(model, "inputs", None) or []
+    known = tuple(inputs[0].shape[1:]) if len(inputs) == 1 else ()
+    if len(known) != 3:
+        raise ValueError(
+            f"Expected a model of one input, a batch of images. Received: {getattr(model, 'name', model)!r} with "
+            f"{[tuple(tensor.shape) for tensor in inputs] or 'none that is known'}"
+        )
+    if input_shape is None:
+        side = 224
+        with suppress(ValueError, KeyError):  # another package's, or no known widths
+            side = VARIANTS[nearest(blocks.find(model)[1].architecture) or ""].resolution
+        return tuple(side if size is None else size for size in known)
+    shape = tuple(input_shape)
+    if len(shape) != 3 or any(size not in (None, given) for size, given in zip(known, shape, strict=True)):
+        raise ValueError(f"Expected input_shape like the model's, {known}. Received: input_shape={input_shape}")
+    return shape
+
+
+def pixels_of(images: Any, read: Callable[[Any], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Images as an array: they are one, or the paths or bytes of photographs.
+
+    Args:
+        images: Array (count, *shape), or a sequence of paths of files or folders, or of bytes.
+        read: Function from a path or bytes to pixels.
+        shape: Tuple of integers, an image's.
+
+    Returns:
+        float32 array.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If there is none, or they have another shape.
+    """
+    if isinstance(images, str | bytes | os.PathLike):
+        images = [images]
+    if not hasattr(images, "shape") and len(images) and isinstance(images[0], str | bytes | os.PathLike):
+        from keras_effnet.predictor import photographs
+
+        found = [each if isinstance(each, bytes) else photographs([each]) for each in images]
+        images = [read(one) for each in found for one in ([each] if isinstance(each, bytes) else each)]
+    array = np.asarray(images, "float32")
+    if array.ndim != 4 or array.shape[1:] != shape or not len(array) or not np.isfinite(array).all():
+        raise ValueError(f"Expected images of shape (count, {', '.join(map(str, shape))}). Received: {array.shape}")
+    return array
+
+
+def _own_photographs(read, shape: tuple[int, ...], count: int = 100) -> np.ndarray:
+    """Two photographs of this package, and crops of them, in order of how much of them is seen."""
+    if min(shape[0], shape[-1]) not in (1, 3, 4):
+        return np.random.default_rng(1).uniform(0, 255, (8, *shape)).astype("float32")
+    folder = Path(__file__).parent / "photographs"
+    wholes = [preprocessing.decode_image(path, min(shape[0], shape[-1])) for path in sorted(folder.glob("*.jpg"))]
+    images = [read(path) for path in sorted(folder.glob("*.jpg"))]
+    random = np.random.default_rng(0)
+    last = shape[-1] <= 4
+    size = (shape[0], shape[1]) if last else (shape[1], shape[2])
+    while len(images) < count:
+        whole = wholes[len(images) % len(wholes)]
+        sides = np.array(whole.shape[:2])
+        height, width = np.rint(sides * random.uniform(0.4, 1, 2)).astype(int)
+        top, left = random.integers(0, sides - (height, width) + 1)
+        crop = whole[top : top + height, left : left + width]
+        crop = crop * random.uniform(0.6, 1.2) + random.uniform(-30, 30)
+        pixels = preprocessing.crop_and_resize(np.clip(crop, 0, 255), size, 0)
+        images.append(pixels if last else pixels.transpose(2, 0, 1))
+    return np.stack(images).astype("float32")
+
+
+def _metadata(model, shape, precision: str, labels) -> dict[str, Any]:
+    outputs = model.outputs[0].shape[-1]
+    record = getattr(model, "weights_record", None)
+    try:
+        holder, reading = blocks.find(model)
+        record = record or getattr(holder, "weights_record", None)
+        pixels: dict[str, Any] = {"scale": list(reading.scale), "offset": list(reading.offset)}
+    except ValueError:
+        pixels = {}
+    if record is not None:
+        pixels |= {"crop_padding": record.crop_padding, "interpolation": record.interpolation}
+    if labels is None and record is not None and outputs == 1000:
+        labels = [name for _, name in preprocessing.classes()]
+    if labels is not None and len(labels) != outputs:
+        raise ValueError(f"Expected a label for each of the model's {outputs} outputs. Received: {len(labels)} labels")
+    told = record and {key: value for key, value in asdict(record).items() if key != "files"}
+    return {
+        "model": model.name,
+        "input_shape": list(shape),
+        "pixels": "0-255",
+        "preprocessing": pixels | {"inside": True},
+        "precision": precision,
+        "weights": told,
+        "labels": None if labels is None else list(map(str, labels)),
+    }
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Converters print and warn on their way; what goes wrong they raise."""
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _need(*modules: str) -> None:
+    missing = [name for name in modules if not find_spec(name)]
+    if missing:
+        raise ImportError(
+            f"Expected {', '.join(modules)} for this export. Received: no {', '.join(missing)}. "
+            "Bring it with: pip install 'keras_effnet[export]'"
+        )
+
+
+# Writers: of a model, a path, an image's shape, a precision and photographs
+
+
+def _savedmodel(model, path: Path, shape, precision, photographs) -> None:
+    for_inference(model, shape).export(path, format="tf_saved_model", verbose=False)
+
+
+_ONNX_WRITERS = {"tensorflow": "tf2onnx", "jax": "jax2onnx", "torch": "onnxscript"}
+
+
+def _onnx(model, path: Path, shape, precision: str, photographs) -> None:
+    _need("onnx", "onnxruntime", _ONNX_WRITERS[_backend()])
+    import onnx
+
+    net = for_inference(model, shape)
+    if _backend() == "torch":  # Keras exports there only what was called
+        net(keras.ops.zeros((1, *shape)))
+    net.export(str(path), format="onnx", verbose=False)
+    if precision == "float16":
+        onnx.save(_halved(onnx.load(path)), path)
+    elif precision == "int8":
+        _onnx_int8(path, photographs)
+
+
+def _halved(graph):
+    """ONNX: large constants as float16, which the runtime casts when it loads them."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    casts = []
+    for tensor in graph.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < 128:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}_half"))
+        casts.append(helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.graph.node]
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    return graph
+
+
+def _onnx_int8(path: Path, photographs: np.ndarray) -> None:
+    from onnxruntime import quantization as q
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(q.CalibrationDataReader):
+        def __init__(self, name: str):
+            self._rows = iter([{name: photographs[place : place + 1]} for place in range(len(photographs))])
+
+        def get_next(self) -> Any:
+            return next(self._rows, None)
+
+    import onnx
+
+    (place,) = (node.name for node in onnx.load(path, load_external_data=False).graph.input)
+    prepared = path.with_name("prepared.onnx")
+    quant_pre_process(path, prepared)
+    q.quantize_static(
+        prepared,
+        path,
+        Reader(place),
+        quant_format=q.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=q.QuantType.QUInt8,
+        weight_type=q.QuantType.QInt8,
+        reduce_range=True,  # products of two bytes overflow where a processor has no VNNI
+        op_types_to_quantize=["Conv", "MatMul", "Gemm", "Add", "Mul", "Clip", "Relu", "GlobalAveragePool"],
+    )
+    prepared.unlink()
+
+
+def _litert(model, path: Path, shape, precision: str, photographs) -> None:
+    if _backend() != "tensorflow":
+        raise ValueError(
+            f"Expected Keras on TensorFlow, which writes LiteRT. Received: KERAS_BACKEND={_backend()}. "
+            "Nearest: onnx; or save the model and export it there"
+        )
+    _need("ai_edge_litert")
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    net = for_inference(model, shape, 1)
+    traced = tf.function(
+        lambda image: net(image, training=False), input_signature=[tf.TensorSpec((1, *shape), tf.float32, "image")]
+    )
+    # Constants, since the quantising converter cannot read variables; four times as fast as by way of a SavedModel.
+    frozen: Any = convert_variables_to_constants_v2(traced.get_concrete_function())
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen])
+    if precision != "float32":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if precision == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if precision == "int8":
+        converter.representative_dataset = lambda: ([image[None]] for image in photographs)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8, tf.lite.OpsSet.TFLITE_BUILTINS]
+    path.write_bytes(converter.convert())
+
+
+def _openvino(model, path: Path, shape, precision: str, photographs) -> None:
+    _need("openvino", *(["nncf"] if precision == "int8" else []))
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "model.onnx"
+        _onnx(model, graph, shape, "float32", photographs)
+        net = openvino.Core().read_model(graph)  # convert_model() would report its use to the makers
+        if precision == "int8":
+            import nncf
+
+            net = nncf.quantize(net, nncf.Dataset(list(photographs[:, None])), preset=nncf.QuantizationPreset.MIXED)
+        openvino.save_model(net, path, compress_to_fp16=precision == "float16")
+
+
+_WRITERS = {"savedmodel": _savedmodel, "onnx": _onnx, "litert": _litert, "openvino": _openvino}
+
+
+def _backend() -> str:
+    return keras.backend.backend()
+
+
+# Metadata, where each format has its place for it
+
+
+def _add_to_savedmodel(path: Path, metadata: dict[str, Any]) -> None:
+    extra = path / "assets.extra"
+    extra.mkdir(exist_ok=True)
+    (extra / runtimes.METADATA).write_text(json.dumps(metadata))
+
+
+def _add_to_onnx(path: Path, metadata: dict[str, Any]) -> None:
+    import onnx
+
+    graph = onnx.load(path)
+    onnx.helper.set_model_props(graph, {"keras_effnet": json.dumps(metadata)})
+    onnx.save(graph, path)
+
+
+def _add_to_litert(path: Path, metadata: dict[str, Any]) -> None:
+    """As the format's own metadata library does it: a zip archive behind the model."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(runtimes.METADATA, json.dumps(metadata))
+        if metadata["labels"]:
+            archive.writestr("labels.txt", "\n".join(metadata["labels"]) + "\n")
+
+
+def _add_to_openvino(path: Path, metadata: dict[str, Any]) -> None:
+    import openvino
+
+    net = openvino.Core().read_model(path)
+    net.set_rt_info(json.dumps(metadata), ["keras_effnet"])
+    again = path.with_name(f"again-{path.name}")
+    openvino.save_model(net, again, compress_to_fp16=False)
+    del net
+    os.replace(again, path)
+    os.replace(again.with_suffix(".bin"), path.with_suffix(".bin"))
+
+
+_ADD = {
+    "savedmodel": _add_to_savedmodel,
+    "onnx": _add_to_onnx,
+    "litert": _add_to_litert,
+    "openvino": _add_to_openvino,
+}
+
+
+# The trial
+
+
+def _runner(path: Path, kind: str) -> Callable[[np.ndarray], list[np.ndarray]]:
+    if kind != "savedmodel":
+        return runtimes.Pool(runtimes.of_file(path), path, runtimes.cores())
+    import tensorflow as tf
+
+    loaded: Any = tf.saved_model.load(path)
+    return lambda images: [np.asarray(each) for each in tf.nest.flatten(loaded.serve(images))]
+
+
+def _compared(model, path: Path, kind: str, tried: dict[str, np.ndarray]) -> dict[str, Any]:
+    """How far an export's outputs are from Keras'."""
+    run = _runner(path, kind)
+    difference: dict[str, float] = {}
+    expected = found = np.zeros(0)
+    for name, images in tried.items():
+        wanted = [
+            np.asarray(keras.ops.convert_to_numpy(each), "float32")
+            for each in keras.tree.flatten(model.predict_on_batch(images))
+        ]
+        got = run(images)
+        if [each.shape for each in got] != [each.shape for each in wanted]:
+            raise ValueError(
+                f"Expected outputs of the shapes {[each.shape for each in wanted]}, as Keras gives them. Received: "
+                f"{[each.shape for each in got]} from the {kind} file of {model.name!r}, which was not kept"
+            )
+        pairs = list(zip(wanted, got, strict=True))
+        difference[name] = max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)) for a, b in pairs)
+        expected, found = pairs[0]
+    report: dict[str, Any] = {"difference": difference}
+    if expected.ndim == 2:
+        report |= agreement(expected, found)
+    return report
+
+
+def agreement(expected: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """How much two nets' outputs for the same images agree.
+
+    Args:
+        expected: Array (images, classes) of logits or probabilities.
+        found: Array likewise.
+
+    Returns:
+        Dict with `top1_agreement` and `top5_overlap`, shares from 0 to 1, and `cosine`, the mean one of the logits,
+        which probabilities are up to a constant.
+    """
+    logits = [_logits(each) for each in (expected, found)]
+    order = [np.argsort(-each, 1, kind="stable") for each in (expected, found)]
+    count = min(5, expected.shape[1])
+    shared = [len(np.intersect1d(a[:count], b[:count])) / count for a, b in zip(*order, strict=True)]
+    lengths = np.linalg.norm(logits[0], axis=1) * np.linalg.norm(logits[1], axis=1)
+    return {
+        "top1_agreement": float(np.mean(order[0][:, 0] == order[1][:, 0])),
+        "top5_overlap": float(np.mean(shared)),
+        "cosine": float(np.mean((logits[0] * logits[1]).sum(1) / np.maximum(lengths, 1e-30))),
+    }
+
+
+def _logits(outputs: np.ndarray) -> np.ndarray:
+    outputs = outputs.astype("float64")
+    if (outputs >= 0).all() and np.allclose(outputs.sum(1), 1, atol=0.02):
+        outputs = np.log(np.maximum(outputs, 1e-9))
+    return outputs - outputs.mean(1, keepdims=True)
