@@ -348,7 +348,7 @@ def export(model, out, kind, precision, weights, calibration, labels, size, as_j
     if "cosine" in report:
         table.add_row("cosine of the logits", f"{report['cosine']:.4f}")
     if report.get("float_layers"):
-        table.add_row("left in float", report["float_layers"])
+        table.add_row("layers left in float", str(len(report["float_layers"])))
     _print(table)
 
 

@@ -347,9 +347,9 @@ def _by_rows(affine: _Affine | None, x, name: str):
     _, height, width, channels = x.shape
     if channels > 4:
         return None
-    rows = keras.layers.Reshape((height, width * channels))(x)
+    rows = keras.layers.Reshape((height, width * channels), name="image_rows")(x)
     rows = keras.layers.Rescaling(1.0, np.tile(affine.offset, width).tolist(), name=name, dtype="float32")(rows)
-    return keras.layers.Reshape((height, width, channels))(rows)
+    return keras.layers.Reshape((height, width, channels), name="image_pixels")(rows)
 
 
 def _copied(step: _Step, name: str, dtype: str | None):

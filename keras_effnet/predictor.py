@@ -108,8 +108,11 @@ class Predictor:
         return rows[0] if len(rows) == 1 else rows
 
     def _checked(self, images) -> np.ndarray:
-        array = np.asarray(images)
-        if array.dtype == object or array.dtype.kind not in "uifb":
+        try:
+            array = np.asarray(images)
+        except ValueError as error:  # of several shapes
+            raise ValueError(f"Expected pixels as numbers, in images of one shape. Received: {error}") from error
+        if array.dtype.kind not in "uifb":
             raise ValueError(f"Expected pixels as numbers, in images of one shape. Received: dtype {array.dtype}")
         if array.ndim == 3:
             array = array[None]

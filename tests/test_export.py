@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+import zipfile
 
+import keras
 import numpy as np
 import pytest
 from conftest import BACKEND, ROOT, fill, run
+from test_folding import trained
 
 import keras_effnet as ke
+from keras_effnet import exporter, runtimes
 
 # Converters use what TensorFlow, JAX, PyTorch and NumPy have deprecated; their warnings are not ours to end.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -116,3 +120,81 @@ def test_litert(which, request, pixels, tmp_path):
     expected = run(net, x)
     found = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
     assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
+
+
+# keras_effnet.export()
+
+needs_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return trained(ke.EfficientNetLite0(weights=None, input_shape=(48, 48, 3), classes=3))
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("kind", ["savedmodel", "onnx", "litert", "openvino"])
+def test_an_export_is_tried_and_says_what_it_is(kind, small, tmp_path):
+    path = tmp_path / f"mine{exporter.FORMATS[kind]}"
+    report = ke.export(small, path, labels=["a", "b", "c"])
+    assert report["format"] == kind and max(report["difference"].values()) < 1e-5
+    told = runtimes.metadata(path)
+    assert told["labels"] == ["a", "b", "c"] and told["input_shape"] == [48, 48, 3] and told["pixels"] == "0-255"
+    assert told["preprocessing"]["scale"] == [1 / 128] * 3 and told["difference"] == report["difference"]
+    files = sorted(path.parent.rglob("*"))
+    assert not any("keras_effnet-" in str(file) for file in files)
+    assert report["size"] == pytest.approx(sum(file.stat().st_size for file in files if file.is_file()), abs=200)
+    if kind == "savedmodel":
+        return
+    x = np.random.default_rng(0).uniform(0, 255, (3, 48, 48, 3)).astype("float32")
+    assert np.abs(ke.Predictor(path)(x) - run(small, x)).max() < 1e-5
+    if kind == "litert":
+        assert zipfile.ZipFile(path).read("labels.txt").decode().split() == ["a", "b", "c"]
+
+
+@needs_tensorflow
+def test_published_weights_travel_with_their_record(model, tmp_path):
+    ke.export(model, tmp_path / "lite0.tflite")
+    told = runtimes.metadata(tmp_path / "lite0.tflite")
+    assert told["weights"]["tag"] == "baseline" and told["weights"]["licence"] == "Apache-2.0"
+    assert told["preprocessing"] | {"crop_padding": 32, "interpolation": "bicubic"} == told["preprocessing"]
+    assert len(told["labels"]) == 1000 and told["labels"][281] == "tabby cat"
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("kind", ["onnx", "litert", "openvino"])
+def test_float16_is_half_the_size(kind, small, tmp_path):
+    path = tmp_path / f"mine{exporter.FORMATS[kind]}"
+    whole, half = ke.export(small, path), ke.export(small, path, precision="float16")
+    assert half["size"] < 0.56 * whole["size"] and max(half["difference"].values()) < 2e-2
+    assert runtimes.metadata(path)["precision"] == "float16"
+
+
+@needs_tensorflow
+def test_what_does_not_compute_the_same_is_not_kept(small, tmp_path):
+    class Odd(keras.layers.Layer):
+        def call(self, x):
+            return keras.ops.add(x, np.random.default_rng().uniform(0, 100))  # no trace can know it
+
+    inputs = keras.Input((48, 48, 3))
+    odd = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(Odd()(inputs)))
+    path = tmp_path / "mine.tflite"
+    ke.export(small, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"Expected outputs within 0.0001 of Keras'.*not kept"):
+        ke.export(odd, path)
+    for arguments, told in [
+        ({"format": "tflite"}, "Unknown format"),
+        ({"format": "onnx"}, "a path that ends in .onnx"),
+        ({"precision": "int4"}, "Unknown precision"),
+        ({"labels": ["a"]}, "a label for each of the model's 3 outputs"),
+        ({"input_shape": (32, 32, 3)}, "Expected input_shape like the model's"),
+        ({"precision": "int8", "calibration": np.zeros((4, 32, 32, 3))}, r"Expected images of shape \(count, 48"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            ke.export(small, path, **arguments)
+    with pytest.raises(ValueError, match="Expected float32 for a SavedModel"):
+        ke.export(small, tmp_path / "saved", precision="int8")
+    with pytest.raises(OSError, match="Expected a folder to write to"):
+        ke.export(small, tmp_path / "no" / "mine.tflite")
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["mine.tflite"]
