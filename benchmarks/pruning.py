@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -78,7 +77,7 @@ def on_digits(arguments) -> dict:
             row["pruned"].append(accuracy(student, test))
             if kind == "gradient":
                 timed = {f"keras, {size} at a time": pruning.latency([teacher, student], size) for size in (1, 32)}
-                timed["litert"] = pruner.litert_latency([teacher, student])
+                timed["Predictor"] = pruner.predictor_latency([teacher, student])
                 for name, (whole, pruned) in timed.items():
                     ratios.setdefault(name, []).append(pruned / whole)
             pruning.distill(student, teacher, train, epochs=arguments.epochs, verbose=0)
@@ -107,28 +106,13 @@ def divisors(arguments) -> dict:
     models = [model, *(pruning.apply(model, plan) for plan in plans.values())]
     for name, times in {
         "keras": pruning.latency(models, rounds=arguments.rounds),
-        "litert": pruner.litert_latency(models, arguments.rounds),
-        "onnxruntime": onnx_latency(models, arguments.rounds),
+        "litert": pruner.predictor_latency(models, "litert", arguments.rounds),
+        "onnxruntime": pruner.predictor_latency(models, "onnxruntime", arguments.rounds),
     }.items():
         whole[name] = [value / times[0] for value in times[1:]]
         ratios = ", ".join(f"{divisor}: {ratio:.3f}" for divisor, ratio in zip(plans, whole[name], strict=True))
         print(f"latency over the whole model's ({times[0] * 1e3:.1f} ms), {name}, by divisor: {ratios}", flush=True)
     return whole
-
-
-def onnx_latency(models, rounds: int) -> list[float]:
-    import onnxruntime
-
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, model in enumerate(models):
-            shape = (1, *pruning.known_shape(model))
-            model(np.zeros(shape, "float32"))  # Keras exports to ONNX what was called
-            model.export(f"{folder}/{number}.onnx", format="onnx", verbose=False)
-            session = onnxruntime.InferenceSession(f"{folder}/{number}.onnx")
-            feed = {session.get_inputs()[0].name: np.random.default_rng(0).uniform(0, 255, shape).astype("float32")}
-            runs.append(lambda session=session, feed=feed: session.run(None, feed))
-        return pruning.timed(runs, rounds)
 
 
 def cost_of_importance(arguments) -> dict:

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -47,17 +47,18 @@ class Worker:
         return (time.perf_counter() - start) / count
 
     @staticmethod
-    def _memory() -> int:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def _memory() -> int | None:
+        with suppress(OSError, StopIteration):  # of Linux; the usual call also counts what the parent held
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+        return None
 
     def seconds(self, batch_size: int, least: float = 0.2) -> float:
         """Seconds of a call, the mean of as many as fill `least` seconds, after one that is not counted."""
         return self._pool.submit(self._seconds, batch_size, least).result()
 
-    def memory(self) -> int:
-        """The most bytes that the process has held."""
+    def memory(self) -> int | None:
+        """The most bytes that the process has held, where the system tells."""
         return self._pool.submit(self._memory).result()
 
     def stop(self) -> None:
@@ -95,8 +96,8 @@ def benchmark(
 
     Returns:
         List of a dict per model, runtime, precision and batch size: `seconds` of a call (`median`, `min`, `max`),
-        `images_per_second` and `memory`, the most bytes that its process held. Where a runtime cannot run a model:
-        `error`.
+        `images_per_second` and `memory`, the most bytes that its process held (None where the system does not tell).
+        Where a runtime cannot run a model: `error`.
 
     Raises:
         ValueError: If an argument is not valid.
@@ -114,8 +115,6 @@ def benchmark(
         workers: dict[tuple[str, str, str], Worker] = {}
         asked = [(model, name, precision) for model in models for precision in precisions for name in names]
         for place, (model, name, precision) in enumerate(asked):
-            if model.endswith(tuple(runtimes.FORMATS.values())) and runtimes.of_file(model) != name:
-                continue
             on_progress(f"{Path(model).name} for {name}, {precision}", place, len(asked))
             try:
                 Predictor(model, name, precision, threads, weights=None)  # exports, where that is not done yet

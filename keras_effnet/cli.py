@@ -323,7 +323,7 @@ def export(model, out, kind, precision, weights, calibration, labels, size, as_j
     from keras_effnet.predictor import load
 
     if labels is not None:
-        labels = Path(labels).read_text().splitlines()
+        labels = Path(labels).read_text(encoding="utf-8").splitlines()
     with _preparing(model):
         net = load(model, weights)
         report = exporter.export(
@@ -333,7 +333,7 @@ def export(model, out, kind, precision, weights, calibration, labels, size, as_j
             precision,
             calibration=list(calibration) or None,
             labels=labels,
-            input_shape=(*size, net.inputs[0].shape[-1]) if size else None,
+            input_shape=exporter.sized(net, size) if size else None,
         )
     if as_json:
         _print_json(report)
@@ -365,12 +365,16 @@ def _chosen(ctx, parameter, value) -> list[str] | None:
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="All are measured in turn.")
 @click.option("--plot", metavar="OUT.png|svg|pdf", help="Draw them, too.")
 @AS_JSON
-def benchmark(models, runtimes, precisions, batch_sizes, threads, rounds, plot, as_json) -> None:
+@click.pass_context
+def benchmark(ctx, models, runtimes, precisions, batch_sizes, threads, rounds, plot, as_json) -> None:
     """Measure how fast MODELs are here: names (with random weights), .keras or exported files."""
     with contextlib.suppress(ImportError):
         _choose_backend()
     from keras_effnet import benchmark as benchmarks
+    from keras_effnet.describe import figure_class
 
+    if plot:
+        figure_class()  # what is missing is told before the work
     if not all(size.isdecimal() and int(size) for size in batch_sizes):
         raise ValueError(f"Expected batch sizes as numbers from 1. Received: {', '.join(batch_sizes)}")
     with _progress("Measuring") as tell, contextlib.redirect_stdout(sys.stderr):
@@ -397,8 +401,10 @@ def benchmark(models, runtimes, precisions, batch_sizes, threads, rounds, plot, 
             continue
         seconds = {name: value * 1e3 for name, value in row["seconds"].items()}
         cells += [str(row["batch_size"]), "{median:.2f} ({min:.2f}-{max:.2f})".format(**seconds)]
-        table.add_row(*cells, f"{row['images_per_second']:.1f}", f"{row['memory'] / 2**20:.0f} MiB")
+        memory = f"{row['memory'] / 2**20:.0f} MiB" if row["memory"] else ""
+        table.add_row(*cells, f"{row['images_per_second']:.1f}", memory)
     _print(table)
+    ctx.exit(2 if any("error" in row for row in rows) else 0)
 
 
 @main.command()

@@ -3,8 +3,8 @@
 import json
 import os
 import re
-import shutil
 import tempfile
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +85,7 @@ def export(
     kind = format or next((name for name, ending in runtimes.FORMATS.items() if path.suffix == ending), "savedmodel")
     one_of("format", kind, FORMATS)
     one_of("precision", precision, PRECISIONS)
+    _check_target(path, kind)
     if FORMATS[kind] and path.suffix != FORMATS[kind]:
         raise ValueError(f"Expected a path that ends in {FORMATS[kind]} for {kind}. Received: {str(path)!r}")
     if kind == "savedmodel" and precision != "float32":
@@ -103,10 +104,18 @@ def export(
     tried = {"random": random, "photographs": photographs[:: max(1, len(photographs) // 64)][:64]}
     with writers.folder_beside(path) as folder:
         temporary = folder / path.name
-        with _quietly():
-            found = _WRITERS[kind](model, temporary, shape, precision, photographs)
+        try:
+            with _quietly():
+                found = _WRITERS[kind](model, temporary, shape, precision, photographs)
+        except (ImportError, OSError, ValueError):
+            raise
+        except Exception as error:  # each converter has its own
+            raise ValueError(
+                f"Expected a model that can be written as {kind}, {precision}. Received: {model.name!r}: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            ) from error
         report = _compared(model, temporary, kind, tried) | found
-        worst = max(report["difference"].values())
+        worst = float(np.max(list(report["difference"].values())))  # of which NaN is one
         bound = BOUNDS[precision]
         if any(layer.compute_dtype != "float32" for layer in model._flatten_layers()):  # Keras rounds more than we
             bound = max(bound, BOUNDS["mixed"])
@@ -117,11 +126,14 @@ def export(
             )
         metadata |= {"difference": report["difference"]}
         _ADD[kind](temporary, metadata)
-        for made in sorted(folder.iterdir()):
-            target = path.with_name(made.name)
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(made, target)
+        # A file that names others comes last, and its predecessor goes first: what is between works or is not there.
+        made = sorted(folder.iterdir(), key=lambda each: each == temporary)
+        for each in reversed(made):
+            old = path.with_name(each.name)
+            if os.path.lexists(old):
+                os.replace(old, folder / f"old-{each.name}")
+        for each in made:
+            os.replace(each, path.with_name(each.name))
     files = [path, path.with_suffix(".bin")] if kind == "openvino" else [path]
     inside = [file for each in files for file in ([each] if each.is_file() else each.rglob("*"))]
     size = sum(file.stat().st_size for file in inside if file.is_file())
@@ -133,6 +145,18 @@ def export(
         "input_shape": list(shape),
         **report,
     }
+
+
+def _check_target(path: Path, kind: str) -> None:
+    """An export replaces another one, not a folder of something else."""
+    if path.name in ("", ".."):
+        raise ValueError(f"Expected the path of a new file or folder. Received: {str(path)!r}")
+    if path.is_dir() and not (
+        kind == "savedmodel" and ((path / "saved_model.pb").is_file() or not any(path.iterdir()))
+    ):
+        raise ValueError(f"Expected a new path, or that of an older export. Received: {str(path)!r}, another folder")
+    if kind == "savedmodel" and path.exists() and not path.is_dir():
+        raise ValueError(f"Expected the path of a folder for a SavedModel. Received: {str(path)!r}, a file")
 
 
 def shape_of(model: keras.Model, input_shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -165,6 +189,38 @@ def shape_of(model: keras.Model, input_shape: tuple[int, ...] | None = None) -> 
     if len(shape) != 3 or any(size not in (None, given) for size, given in zip(known, shape, strict=True)):
         raise ValueError(f"Expected input_shape like the model's, {known}. Received: input_shape={input_shape}")
     return shape
+
+
+def sized(model: keras.Model, size: tuple[int, int]) -> tuple[int, ...]:
+    """An image's shape of a height and a width, wherever the model has its channels.
+
+    Args:
+        model: A functional or sequential model.
+        size: Pair of integers.
+
+    Returns:
+        Tuple of integers.
+    """
+    shape = tuple(model.inputs[0].shape[1:])
+    return (*size, shape[-1]) if shape[-1] is not None and shape[-1] <= 4 else (shape[0], *size)
+
+
+def outputs_of(model: keras.Model) -> list[str] | int | None:
+    """How a model's outputs are put together.
+
+    Args:
+        model: A functional or sequential model.
+
+    Returns:
+        None for one array, the names of a dict's arrays, or the number of them.
+    """
+    structure = None if isinstance(model, keras.Sequential) else model.output
+    match structure:
+        case dict():
+            return sorted(structure)
+        case list() | tuple():
+            return len(structure)
+    return None
 
 
 def pixels_of(images: Any, read: Callable[[Any], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -220,6 +276,8 @@ def _own_photographs(read, shape: tuple[int, ...], count: int = 100) -> np.ndarr
 def _metadata(model, shape, precision: str, labels) -> dict[str, Any]:
     outputs = model.outputs[0].shape[-1]
     record = getattr(model, "weights_record", None)
+    if labels is None and record is not None and outputs == 1000:
+        labels = [name for _, name in preprocessing.classes()]
     try:
         holder, reading = blocks.find(model)
         record = record or getattr(holder, "weights_record", None)
@@ -228,14 +286,13 @@ def _metadata(model, shape, precision: str, labels) -> dict[str, Any]:
         pixels = {}
     if record is not None:
         pixels |= {"crop_padding": record.crop_padding, "interpolation": record.interpolation}
-    if labels is None and record is not None and outputs == 1000:
-        labels = [name for _, name in preprocessing.classes()]
     if labels is not None and len(labels) != outputs:
         raise ValueError(f"Expected a label for each of the model's {outputs} outputs. Received: {len(labels)} labels")
     told = record and {key: value for key, value in asdict(record).items() if key != "files"}
     return {
         "model": model.name,
         "input_shape": list(shape),
+        "outputs": outputs_of(model),
         "pixels": "0-255",
         "preprocessing": pixels | {"inside": True},
         "precision": precision,
@@ -244,10 +301,13 @@ def _metadata(model, shape, precision: str, labels) -> dict[str, Any]:
     }
 
 
+_PRINTING = threading.RLock()  # standard output is the process's
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Converters print and warn on their way; what goes wrong they raise."""
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+    with _PRINTING, warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         yield
 
@@ -346,7 +406,7 @@ def _onnx_int8(path: Path, photographs: np.ndarray, pattern: str) -> None:
         def get_next(self) -> Any:
             return next(self._rows, None)
 
-    prepared = path.with_name("prepared.onnx")
+    prepared = path.with_name(f"prepared-{path.name}")
     quant_pre_process(path, prepared)
     graph = onnx.load(prepared).graph
     q.quantize_static(
@@ -482,10 +542,10 @@ def _compared(model, path: Path, kind: str, tried: dict[str, np.ndarray]) -> dic
     difference: dict[str, float] = {}
     expected = found = np.zeros(0)
     for name, images in tried.items():
-        wanted = [
-            np.asarray(keras.ops.convert_to_numpy(each), "float32")
-            for each in keras.tree.flatten(model.predict_on_batch(images))
-        ]
+        # A few at a time: the large nets' first maps take a gigabyte for 20 images.
+        parts = [model.predict_on_batch(images[place : place + 4]) for place in range(0, len(images), 4)]
+        rows = [[keras.ops.convert_to_numpy(each) for each in keras.tree.flatten(part)] for part in parts]
+        wanted = [np.concatenate(each).astype("float32") for each in zip(*rows, strict=True)]
         got = run(images)
         if [each.shape for each in got] != [each.shape for each in wanted]:
             raise ValueError(
@@ -493,7 +553,7 @@ def _compared(model, path: Path, kind: str, tried: dict[str, np.ndarray]) -> dic
                 f"{[each.shape for each in got]} from the {kind} file of {model.name!r}, which was not kept"
             )
         pairs = list(zip(wanted, got, strict=True))
-        difference[name] = max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)) for a, b in pairs)
+        difference[name] = float(np.max([np.abs(a - b).max() / max(np.abs(a).max(), 1e-30) for a, b in pairs]))
         expected, found = pairs[0]
     report: dict[str, Any] = {"difference": difference}
     if expected.ndim == 2:

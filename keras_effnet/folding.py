@@ -1,7 +1,9 @@
 """From a trained model to a smaller one for inference: scales and offsets go into the convolutions beside them."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import keras
@@ -67,7 +69,7 @@ class _Step:
 
     @property
     def source(self) -> _Tensor:
-        return keras.tree.flatten(self.args)[0]
+        return next(value for value in keras.tree.flatten((self.args, self.kwargs)) if isinstance(value, _Tensor))
 
     @source.setter
     def source(self, tensor: _Tensor) -> None:
@@ -151,7 +153,9 @@ def check(model) -> Any:
 
 
 def _is_graph(layer) -> bool:
-    return isinstance(layer, keras.Sequential) or hasattr(layer, "_run_through_graph")
+    """Whether its layers are all that a model does. Not so for a subclass with a `call()` of its own."""
+    known = isinstance(layer, keras.Sequential) or hasattr(layer, "_run_through_graph")
+    return known and type(layer).call.__module__.startswith("keras.")
 
 
 def _folded(model, given: list, dtype: str | None = None) -> keras.Model:
@@ -161,7 +165,8 @@ def _folded(model, given: list, dtype: str | None = None) -> keras.Model:
     structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     outputs = _trace(model, keras.tree.pack_sequence_as(structure, inputs), steps)
     known = {id(token): tensor for token, tensor in zip(inputs, given, strict=True)}
-    results = _call(_Folding(steps, outputs).steps(), known, outputs, dtype)
+    integers = {place for place, tensor in known.items() if not keras.backend.is_float_dtype(tensor.dtype)}
+    results = _call(_Folding(steps, outputs, integers).steps(), known, outputs, dtype)
     folded = keras.Model(keras.tree.pack_sequence_as(structure, given), results, name=model.name)
     if hasattr(model, "weights_record"):  # whose photographs it expects
         folded.weights_record = model.weights_record
@@ -173,12 +178,19 @@ def _trace(model, inputs, steps: list[_Step]):
     """Adds the calls in a model to the list, and gives its outputs."""
 
     def call(operation, *args, **kwargs):
-        if isinstance(operation, _TRAINING_ONLY):
+        training = kwargs.get("training")
+        if type(operation) in _TRAINING_ONLY and not training and args:
             return args[0]
-        if _is_graph(operation):
+        if _is_graph(operation) and args:
+            if training:
+                raise ValueError(
+                    f"Expected layers that are called as at inference. Received: {operation.name!r}, which is called "
+                    "with training=True"
+                )
             return _trace(operation, args[0], steps)
         outputs = [_Tensor(tensor) for tensor in operation._inbound_nodes[0].output_tensors]
-        steps.append(_Step(operation, args, kwargs, outputs, _affine(operation, kwargs, outputs[0].rank)))
+        affine = _affine(operation, outputs[0].rank) if not training and kwargs.get("mask") is None else None
+        steps.append(_Step(operation, args, kwargs, outputs, affine))
         return outputs[0] if len(outputs) == 1 else outputs
 
     if isinstance(model, keras.Sequential):
@@ -192,9 +204,11 @@ def _numbers(value) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(value, "float32")), "float64")
 
 
-def _affine(layer, kwargs: dict[str, Any], rank: int) -> _Affine | None:
+def _affine(layer, rank: int) -> _Affine | None:
+    if type(layer) not in (keras.layers.BatchNormalization, keras.layers.Rescaling, keras.layers.Normalization):
+        return None  # a subclass may do more
     match layer:
-        case keras.layers.BatchNormalization() if not kwargs.get("training") and kwargs.get("mask") is None:
+        case keras.layers.BatchNormalization():
             scale = 1 / np.sqrt(_numbers(layer.moving_variance) + layer.epsilon)
             scale = scale * _numbers(layer.gamma) if layer.scale else scale
             offset = (_numbers(layer.beta) if layer.center else 0) - _numbers(layer.moving_mean) * scale
@@ -219,8 +233,9 @@ def _affine(layer, kwargs: dict[str, Any], rank: int) -> _Affine | None:
 class _Folding:
     """Puts as many of the affine steps into others as can be."""
 
-    def __init__(self, steps: list[_Step], outputs):
+    def __init__(self, steps: list[_Step], outputs, integers: set[int]):
         self._steps = steps
+        self._integers = integers  # inputs that what is left of preprocessing has to cast
         self._makers = {id(tensor): step for step in steps for tensor in step.outputs}
         self._uses = Counter(id(value) for step in steps for value in keras.tree.flatten((step.args, step.kwargs)))
         self._uses.update(id(tensor) for tensor in keras.tree.flatten(outputs))
@@ -287,7 +302,9 @@ class _Folding:
         scale, offset, axis = maker.affine
         kernel = step.value("kernel")
         rows = [np.broadcast_to(row, kernel.shape[-2])[:, None] for row in (scale, offset)]
-        padded = first is not step or getattr(step.operation, "padding", "valid") != "valid"
+        padded = first is not step or (
+            getattr(step.operation, "padding", "valid") != "valid" and max(step.operation.kernel_size) > 1
+        )
         if np.any(offset) and padded:
             if np.all(scale):
                 step.changed["kernel"] = kernel * rows[0]
@@ -297,6 +314,9 @@ class _Folding:
         outputs = _LINEAR[type(step.operation)]
         summed = (kernel * rows[1]).sum(tuple(range(kernel.ndim - outputs))).reshape(-1)
         step.changed["bias"] = step.bias + summed
+        if id(maker.source) in self._integers:
+            maker.affine = _Affine(np.ones_like(scale), np.zeros_like(offset), axis)
+            return
         self._gone.add(id(maker))
         first.source = maker.source
 
@@ -313,43 +333,57 @@ def _channels(layer) -> int:
 def _call(steps: list[_Step], known: dict[int, Any], outputs, dtype: str | None):
     """Calls new layers on Keras tensors, which `known` has by the `id()` of what stands for them."""
     layers: dict[int, Any] = {}
-    names: Counter = Counter(tensor.name for tensor in known.values())
+    names = {tensor.name for tensor in known.values()}
 
     def filled(value):
         return known[id(value)] if isinstance(value, _Tensor) else value
 
+    def free(name: str) -> str:
+        name = next(other for other in chain((name,), (f"{name}_{n}" for n in count(1))) if other not in names)
+        names.add(name)
+        return name
+
     for step in steps:
         args, kwargs = _mapped(filled, (step.args, step.kwargs))
         old = step.operation
-        layer = layers.get(id(old))
+        if dtype and _goes_by_rows(step.affine, known[id(step.source)]):
+            known[id(step.outputs[0])] = _by_rows(step, known[id(step.source)], free)
+            continue
+        # What a shared layer scales and shifts by may be other in each place.
+        layer = layers.get(id(old)) if step.affine is None else None
         if layer is None:
-            names[old.name] += 1
-            name = old.name if names[old.name] == 1 else f"{old.name}_{names[old.name] - 1}"
-            if dtype and (rows := _by_rows(step.affine, args[0], name)) is not None:
-                known[id(step.outputs[0])] = rows
-                continue
-            layer = layers[id(old)] = _copied(step, name, dtype)
-            results = layer(*args, **kwargs) if kwargs or len(args) != 1 else initializers.apply(layer, args[0])
-            _fill(layer, step)
+            try:
+                layer = layers[id(old)] = _copied(step, free(old.name), dtype)
+                results = layer(*args, **kwargs) if kwargs or len(args) != 1 else initializers.apply(layer, args[0])
+                _fill(layer, step)
+            except Exception as error:  # whatever a layer of somebody's own raises
+                raise ValueError(
+                    f"Expected layers that can be made anew from their configuration. Received: {old.name!r}, a "
+                    f"{type(old).__name__}: {' '.join(str(error).split())[:300]}"
+                ) from error
         else:
             results = layer(*args, **kwargs)
         known |= {id(token): made for token, made in zip(step.outputs, keras.tree.flatten(results), strict=True)}
     return _mapped(filled, outputs)
 
 
-def _by_rows(affine: _Affine | None, x, name: str):
+def _goes_by_rows(affine: _Affine | None, x) -> bool:
+    if affine is None or affine.axis != -1 or len(x.shape) != 4 or None in x.shape[1:] or x.shape[-1] > 4:
+        return False
+    return bool(np.all(affine.scale == 1))
+
+
+def _by_rows(step: _Step, x, free: Callable[[str], str]):
     """Adds a pixel's numbers to whole rows of pixels, where an image's size is known.
 
     Libraries add three numbers along the last axis slowly: 1.3 ms of ONNX Runtime's 40 for B0, and so 0.1.
     """
-    if affine is None or affine.axis != -1 or len(x.shape) != 4 or None in x.shape[1:] or np.any(affine.scale != 1):
-        return None
+    affine: Any = step.affine
     _, height, width, channels = x.shape
-    if channels > 4:
-        return None
-    rows = keras.layers.Reshape((height, width * channels), name="image_rows")(x)
-    rows = keras.layers.Rescaling(1.0, np.tile(affine.offset, width).tolist(), name=name, dtype="float32")(rows)
-    return keras.layers.Reshape((height, width, channels), name="image_pixels")(rows)
+    offset = np.tile(np.broadcast_to(affine.offset, channels), width).tolist()
+    rows = keras.layers.Reshape((height, width * channels), name=free("image_rows"))(x)
+    rows = keras.layers.Rescaling(1.0, offset, name=free(step.operation.name), dtype="float32")(rows)
+    return keras.layers.Reshape((height, width, channels), name=free("image_pixels"))(rows)
 
 
 def _copied(step: _Step, name: str, dtype: str | None):
@@ -364,7 +398,7 @@ def _copied(step: _Step, name: str, dtype: str | None):
             scale, offset = (np.broadcast_to(row, size).reshape(shape).tolist() for row in affine[:2])
         return keras.layers.Rescaling(scale, offset, name=name, dtype=dtype or old.dtype_policy)
     config = old.get_config() | {"name": name}
-    if dtype and "dtype" in config:
+    if dtype and isinstance(old, keras.Layer):
         config["dtype"] = dtype
     if affine is not None:
         config |= {"scale": True, "center": True}

@@ -4,14 +4,18 @@ import hashlib
 import inspect
 import json
 import os
+import secrets
 import threading
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_effnet import preprocessing, runtimes
+from keras_effnet import __version__, preprocessing, runtimes
 from keras_effnet.errors import one_of, unknown
 from keras_effnet.variants import VARIANTS
 from keras_effnet.weights import registry, store, writers
@@ -81,17 +85,13 @@ class Predictor:
         self.precision, self.threads = precision, threads or runtimes.cores()
         source = _Source(model, weights, precision, calibration, input_shape)
         if source.exported:
-            self.runtime, self.path = runtimes.of_file(source.exported), Path(source.exported)
-            if runtime not in ("auto", self.runtime):
-                runtimes.choose(runtime)
-                raise ValueError(f"Expected runtime={self.runtime!r} for {source.exported!r}. Received: {runtime!r}")
-            runtimes.choose(self.runtime)
-            record = runtimes.metadata(self.path)
-            self.precision = record.get("precision", self.precision)
+            self.runtime, self.path = runtimes.of_file(source.exported, runtime), Path(source.exported)
             self._run: Any = runtimes.Pool(self.runtime, self.path, self.threads)
+            record = {"input_shape": self._run.input_shape} | runtimes.metadata(self.path)
+            self.precision = record.get("precision", self.precision)
         else:
             self.runtime, self.path, record, self._run = source.opened(runtime, self.threads)
-        self.input_shape = tuple(record["input_shape"]) if "input_shape" in record else None
+        self.input_shape: tuple[int, ...] = tuple(record["input_shape"])
         self.labels: list[str] | None = record.get("labels")
         self._structure = record.get("outputs")
 
@@ -116,8 +116,8 @@ class Predictor:
             raise ValueError(f"Expected pixels as numbers, in images of one shape. Received: dtype {array.dtype}")
         if array.ndim == 3:
             array = array[None]
-        told = ", ".join(map(str, self.input_shape or ("height", "width", "channels")))
-        if array.ndim != 4 or (self.input_shape and array.shape[1:] != self.input_shape):
+        told = ", ".join(map(str, self.input_shape))
+        if array.ndim != 4 or array.shape[1:] != self.input_shape:
             raise ValueError(f"Expected images of shape (count, {told}). Received: {np.shape(images)}")
         if not len(array):
             raise ValueError(f"Expected at least one image of shape ({told}). Received: an empty batch")
@@ -150,7 +150,7 @@ class _Source:
             told = ["model", _fingerprint(model)]
         if precision == "int8" and calibration is not None:
             told.append(_told(calibration))
-        told += [KEPT_AS, input_shape and list(input_shape)]
+        told += [KEPT_AS, __version__, version("keras"), input_shape and list(input_shape)]
         key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
         self.folder = store.home() / "predictor" / key
 
@@ -167,20 +167,14 @@ class _Source:
         if runtime == "keras":
             return self._keras()
         names = runtimes.choose(runtime)
-        if not names and self.precision == "float32":
-            return self._keras()
-        if not names:
-            raise ImportError(
-                f"Expected a runtime for precision={self.precision!r}. Received: none installed. "
-                "Bring one with: pip install ai-edge-litert"
-            )
-        chosen = names[0] if len(names) == 1 else self._remembered(names, threads)
-        if chosen is None:
-            chosen = self._fastest(names, threads)
-            if chosen is None:
-                return self._keras()
-        path, record = self._made(chosen)
-        return chosen, path, record, runtimes.Pool(chosen, path, threads)
+        if runtime != "auto":
+            return self._opened(runtime, threads)
+        chosen = self._remembered(names, threads) or self._fastest(names, threads)
+        return self._opened(chosen, threads) if chosen else self._keras()
+
+    def _opened(self, name: str, threads: int) -> tuple[str, Path | None, dict[str, Any], Any]:
+        path, record = self._made(name)
+        return name, path, record, runtimes.Pool(name, path, threads)
 
     def _keras(self):
         from keras_effnet import exporter
@@ -195,19 +189,29 @@ class _Source:
         def run(images: np.ndarray) -> list[np.ndarray]:
             import keras
 
-            with lock:
-                outputs = net.predict_on_batch(images)
-            return [np.asarray(keras.ops.convert_to_numpy(each)) for each in keras.tree.flatten(outputs)]
+            rows = []
+            for start in range(0, len(images), BATCH):
+                part = images[start : start + BATCH]
+                # Of one size where there are many, since each size is compiled.
+                missing = BATCH - len(part) if len(images) > BATCH else 0
+                part = np.concatenate([part, np.zeros((missing, *shape), "float32")]) if missing else part
+                with lock:
+                    outputs = net.predict_on_batch(part)
+                made = [np.asarray(keras.ops.convert_to_numpy(each)) for each in keras.tree.flatten(outputs)]
+                rows.append([each[: len(each) - missing] for each in made])
+            return [np.concatenate(each) for each in zip(*rows, strict=True)]
 
-        return "keras", None, _outputs_of(model) | {"input_shape": shape}, run
+        return "keras", None, {"outputs": exporter.outputs_of(model), "input_shape": shape}, run
 
     def _made(self, name: str) -> tuple[Path, dict[str, Any]]:
         """The file for a runtime, made if it is not there."""
         kind = runtimes.RUNTIMES[name].formats[0]
         path = self.folder / f"{self.precision}{runtimes.FORMATS[kind]}"
         told = path.with_suffix(f".{kind}.json")
-        if path.is_file() and told.is_file():
-            return path, json.loads(told.read_text())
+        with suppress(OSError, ValueError, KeyError):  # not there, or a disk that lost part of it
+            record = json.loads(told.read_text())
+            if path.stat().st_size == record["size"]:
+                return path, record
         from keras_effnet import exporter
 
         model = self.model()
@@ -216,7 +220,7 @@ class _Source:
         report = exporter.export(
             model, path, kind, self.precision, calibration=self._calibration, input_shape=self._shape
         )
-        record = report | _outputs_of(model) | {"labels": runtimes.metadata(path).get("labels")}
+        record = report | {key: value for key, value in runtimes.metadata(path).items() if key not in report}
         with writers.replacing(told) as temporary:
             temporary.write_text(json.dumps(record))
         return path, record
@@ -236,15 +240,23 @@ class _Source:
         pools, reasons = {}, {}
         for name in names:
             try:
-                path, record = self._made(name)
-                pools[name] = runtimes.Pool(name, path, threads), record
+                _, _, record, pool = self._opened(name, threads)
+                pools[name] = pool, record
             except (ImportError, ValueError) as error:
                 reasons[name] = error
         if not pools:
-            raise ValueError(
-                "Expected a model that can be exported. Received: "
-                + "; ".join(f"{name}: {' '.join(str(error).split())}" for name, error in reasons.items())
+            told = "; ".join(f"{name}: {' '.join(str(error).split())}" for name, error in reasons.items())
+            if self.precision != "float32":
+                raise ValueError(
+                    f"Expected a runtime for {self.precision}. Received: {told or 'none that is installed'}. "
+                    "Bring one with: pip install 'keras_effnet[tensorflow]'"
+                )
+            warnings.warn(
+                f"Keras itself computes, which is slower: {told or 'no runtime is installed'}. "
+                "Bring one with: pip install 'keras_effnet[tensorflow]'",
+                stacklevel=4,
             )
+            return None
         shape = next(iter(pools.values()))[1]["input_shape"]
         image = np.random.default_rng(0).uniform(0, 255, (1, *shape)).astype("float32")
         times = runtimes.seconds_each([lambda pool=pool: pool(image) for pool, _ in pools.values()])
@@ -282,7 +294,12 @@ def load(model: str | os.PathLike, weights: str | os.PathLike | None = "imagenet
     _existing(name, (".keras",))
     import keras
 
-    loaded: Any = keras.saving.load_model(name, compile=False)
+    try:
+        loaded: Any = keras.saving.load_model(name, compile=False)
+    except (TypeError, NotImplementedError) as error:  # what Keras raises for a layer that it does not know
+        raise ValueError(
+            f"Expected a model whose layers are known here. Received: {name!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
     return loaded
 
 
@@ -294,27 +311,12 @@ def _existing(name: str, endings: tuple[str, ...]) -> None:
     raise FileNotFoundError(f"Expected the file of a model. Received: {name!r}, which does not exist")
 
 
-def _outputs_of(model) -> dict[str, Any]:
-    """How the outputs are put together: a number of them, or a dict's names."""
-    import keras
-
-    structure = None if isinstance(model, keras.Sequential) else model.output
-    match structure:
-        case dict():
-            return {"outputs": sorted(structure)}
-        case list() | tuple():
-            return {"outputs": len(structure)}
-    return {"outputs": None}
-
-
 def _weights_of(name: str, weights) -> Any:
     """What tells weights from others, without bringing them."""
     if weights is None:
         return None
     if os.path.isfile(weights):
         return registry.digest(weights, "sha256")
-    if os.path.exists(weights):  # the folder of a checkpoint
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(Path(weights).iterdir())]
     try:
         record = registry.find(name, os.fspath(weights))
     except ValueError:
@@ -322,8 +324,10 @@ def _weights_of(name: str, weights) -> Any:
 
         if not readers.exists(weights):
             raise
-        files = sorted(Path(weights).parent.glob(f"{Path(weights).name}.*"))  # a checkpoint's, by its prefix
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        # A checkpoint, which is a folder or the beginning of files' names.
+        path = Path(weights)
+        files = sorted(path.iterdir() if path.is_dir() else path.parent.glob(f"{path.name}.*"))
+        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return [record.tag, *(file.hash or file.url or file.package for file in record.files)]
 
 
@@ -331,15 +335,19 @@ def _told(calibration) -> str:
     """A hash of calibration images, or of their files' names and times."""
     hashed = hashlib.sha256()
     if hasattr(calibration, "shape"):
-        hashed.update(np.ascontiguousarray(calibration).tobytes())
-    else:
-        for each in [calibration] if isinstance(calibration, str | bytes | os.PathLike) else calibration:
-            if isinstance(each, str | os.PathLike):
-                for path in photographs([each]):
-                    hashed.update(f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}".encode())
-            else:
-                hashed.update(bytes(each) if isinstance(each, bytes) else np.ascontiguousarray(each).tobytes())
+        hashed.update(np.asarray(calibration).tobytes())
+        return hashed.hexdigest()
+    for each in [calibration] if isinstance(calibration, str | bytes | os.PathLike) else calibration:
+        if isinstance(each, str | os.PathLike):
+            for path in photographs([each]):
+                found = os.stat(path)
+                hashed.update(f"{path} {found.st_size} {found.st_mtime_ns}".encode())
+        else:
+            hashed.update(each if isinstance(each, bytes) else np.asarray(each).tobytes())
     return hashed.hexdigest()
+
+
+_PROCESS = secrets.token_hex(16)
 
 
 def _fingerprint(model) -> str:
@@ -355,11 +363,14 @@ def _fingerprint(model) -> str:
     check(model)
     hashed = hashlib.sha256(model.to_json().encode())
     for layer in model._flatten_layers():
-        if type(layer).__module__.partition(".")[0] not in ("keras", "keras_effnet"):
+        functions = [value for value in vars(layer).values() if inspect.isfunction(value)]
+        for own in (type(layer), *functions):
+            if own.__module__.partition(".")[0] in ("keras", "keras_effnet"):
+                continue
             try:
-                hashed.update(inspect.getsource(type(layer)).encode())
+                hashed.update(inspect.getsource(own).encode())
             except (OSError, TypeError):  # typed at a prompt: of this process alone
-                hashed.update(f"{os.getpid()} {id(type(layer))}".encode())
+                hashed.update(f"{_PROCESS} {id(own)}".encode())
     for weight in model.weights:
         hashed.update(np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(weight.value, "float32"))).tobytes())
     record = getattr(model, "weights_record", None)
@@ -428,13 +439,12 @@ class Classifier:
         one_of("model", model, VARIANTS)
         self.top = top
         self.predictor = Predictor(model, runtime, precision, weights=weights)
-        if os.path.exists(weights):
-            record = registry.recognise(model, weights) if os.path.isfile(weights) else None
-            record = record or registry.default(model)
+        if os.path.isfile(weights):
+            record = registry.recognise(model, weights) or registry.default(model)
         else:
             try:
                 record = registry.find(model, os.fspath(weights))
-            except ValueError:  # the prefix of a checkpoint, which could be loaded
+            except ValueError:  # a checkpoint's folder or prefix, which was loaded
                 record = registry.default(model)
         self._load = preprocessing.image_loader(model, record and record.tag, shape=self.predictor.input_shape)
 

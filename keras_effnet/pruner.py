@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_effnet import blocks, pruning
 from keras_effnet.describe import figure_class, plot_channels
-from keras_effnet.predictor import photographs
+from keras_effnet.predictor import Predictor, photographs
 from keras_effnet.preprocessing import image_loader
 from keras_effnet.weights import registry, writers
 
@@ -247,50 +247,37 @@ def _both(teacher, student, data, cost: str) -> dict[str, float]:
 
 
 def _latencies(teacher, student, on_step) -> dict[str, dict[str, float]]:
-    """Median seconds for a batch, each model with the other in turn: in Keras, and in LiteRT where it can be had."""
+    """Median seconds for a batch, each model with the other in turn: in Keras, and in the fastest runtime here."""
     runs = {f"keras, batch {size}": pruning.latency([teacher, student], size) for size in (1, 32)}
     try:
-        runs["litert, batch 1"] = litert_latency([teacher, student])
-    except Exception as error:  # no LiteRT, a backend that Keras does not export from, a layer of a user's own
-        on_step(f"No latency in LiteRT: {' '.join(str(error).split())[:200]}")
+        runs["predictor, batch 1"] = predictor_latency([teacher, student])
+    except (ImportError, ValueError) as error:  # a layer of a user's own that cannot be exported
+        on_step(f"No latency in a Predictor: {' '.join(str(error).split())[:200]}")
     return {name: dict(zip(("whole", "pruned"), times, strict=True)) for name, times in runs.items()}
 
 
-def litert_latency(models: Sequence[keras.Model], rounds: int = 50) -> list[float]:
-    """Measures what models take for one image once they are exported to LiteRT, in turn.
+def predictor_latency(models: Sequence[keras.Model], runtime: str = "auto", rounds: int = 50) -> list[float]:
+    """Measures what models take for one image in a `Predictor`, in turn.
 
     Args:
         models: Models of one input.
+        runtime: See `Predictor`. Defaults to `"auto"`: the first model's fastest, for all of them.
         rounds: Integer, times that each is measured. Defaults to 50.
 
     Returns:
         List of the median seconds of each.
 
     Raises:
-        ImportError: If LiteRT is missing.
+        ImportError: If the runtime is missing.
+        ValueError: If a model cannot be exported.
     """
-    from ai_edge_litert.interpreter import Interpreter
-
-    def runner(path, shape):
-        interpreter = Interpreter(path, num_threads=os.cpu_count())
-        place = interpreter.get_input_details()[0]["index"]
-        interpreter.resize_tensor_input(place, shape)
-        interpreter.allocate_tensors()
-        pixels = np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
-
-        def run():
-            interpreter.set_tensor(place, pixels)
-            interpreter.invoke()
-
-        return run
-
-    with tempfile.TemporaryDirectory() as folder:
-        runners = []
-        for number, model in enumerate(models):
-            file = f"{folder}/{number}.tflite"
-            model.export(file, format="litert", verbose=False)
-            runners.append(runner(file, (1, *pruning.known_shape(model))))
-        return pruning.timed(runners, rounds)
+    runs = []
+    for model in models:
+        predictor = Predictor(model, runtime, input_shape=pruning.known_shape(model))
+        runtime = predictor.runtime
+        pixels = np.random.default_rng(0).uniform(0, 255, predictor.input_shape).astype("float32")
+        runs.append(partial(predictor, pixels))
+    return pruning.timed(runs, rounds)
 
 
 def _markdown(report: dict[str, Any]) -> str:

@@ -55,6 +55,8 @@ def _shifts(net, layers, images: np.ndarray, levels: int) -> Iterator[tuple[str,
         4.2, with measured means.
     """
     axes = {layer.name: (0, 1, 2) if layer.data_format == "channels_last" else (0, 2, 3) for layer in layers}
+    if not layers:
+        return
     means = keras.Model(net.inputs, {layer.name: keras.ops.mean(layer.input, axes[layer.name]) for layer in layers})
     sums: dict[str, Any] = {}
     for image in images:
@@ -96,12 +98,13 @@ def best(
         Tuple of what `quantise` gave, and the regular expression.
     """
     tried: list[tuple[float, Any, str]] = []
-    expected = _numpy(net.predict_on_batch(images[:1]))
-    if expected.ndim == 2:
+    expected = _numpy(keras.tree.flatten(net.predict_on_batch(images[:1]))[0])
+    if expected.ndim == 2 and len(net.outputs) == 1:
         expected = np.concatenate([_numpy(net.predict_on_batch(image[None])) for image in images])
+    known = any(re.match(FLOAT[-1], layer.name) for layer in net.layers)
     for pattern, version in candidates(net, images, levels):
         made = quantise(version, pattern)
-        if expected.ndim != 2 or not any(re.match(FLOAT[-1], layer.name) for layer in net.layers):
+        if expected.ndim != 2 or len(net.outputs) > 1 or not known:
             return made, pattern
         tried.append((cosine(expected, run(made)(images)), made, pattern))
         if tried[-1][0] >= COSINE:

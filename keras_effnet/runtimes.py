@@ -11,9 +11,10 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from keras_effnet.errors import one_of
+from keras_effnet.errors import one_of, unknown
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,15 @@ class Runtime:
         package: String, what pip calls it.
         module: String, what Python imports.
         formats: Tuple of strings, of the files that it runs. The first one is made for it.
-        open: Function of a path, a number of runners, and the threads of each. A runner takes a float32 batch of one
-            image and gives the list of outputs. No two threads use one at a time.
+        open: Function of a path, a number of runners, and the threads of each, which gives an image's shape and the
+            runners. A runner takes a float32 batch of one image and gives the list of outputs. No two threads use one
+            at a time.
     """
 
     package: str
     module: str
     formats: tuple[str, ...]
-    open: Callable[[str, int, int], list[Run]]
+    open: Callable[[str, int, int], tuple[Shape, list[Run]]]
 
     @property
     def installed(self) -> bool:
@@ -54,12 +57,13 @@ METADATA = "keras_effnet.json"
 FORMATS = {"litert": ".tflite", "onnx": ".onnx", "openvino": ".xml"}
 
 
-def _litert(path: str, count: int, threads: int) -> list[Run]:
+def _litert(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
     from ai_edge_litert.interpreter import Interpreter
 
-    def runner() -> Run:
+    def runner() -> tuple[Shape, Run]:
         interpreter = Interpreter(path, num_threads=threads)
-        place = interpreter.get_input_details()[0]
+        (place,) = interpreter.get_input_details()
+        _check(place["shape"], str(np.dtype(place["dtype"])))
         if place["shape_signature"][0] == -1:
             interpreter.resize_tensor_input(place["index"], (1, *place["shape"][1:]))
         interpreter.allocate_tensors()
@@ -70,32 +74,36 @@ def _litert(path: str, count: int, threads: int) -> list[Run]:
             interpreter.invoke()
             return [interpreter.get_tensor(index) for index in places]
 
-        return run
+        return tuple(map(int, place["shape"][1:])), run
 
-    return [runner() for _ in range(count)]
+    shapes, runs = zip(*(runner() for _ in range(count)), strict=True)
+    return shapes[0], list(runs)
 
 
-def _onnxruntime(path: str, count: int, threads: int) -> list[Run]:
+def _onnxruntime(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (place,) = (node.name for node in session.get_inputs())
-    run: Any = partial(_run, session, place)
-    return [run] * count
+    (place,) = session.get_inputs()
+    _check(place.shape, str(place.type).replace("tensor(float)", "float32"))
+    run: Any = partial(_run, session, place.name)
+    return tuple(place.shape[1:]), [run] * count
 
 
 def _run(session, place: str, image: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {place: image})
 
 
-def _openvino(path: str, count: int, threads: int) -> list[Run]:
+def _openvino(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
     import openvino
 
     model = openvino.Core().read_model(path)
-    model.reshape([1, *(side.get_length() for side in list(model.input().get_partial_shape())[1:])])
+    sides = [-1 if side.is_dynamic else side.get_length() for side in model.input().get_partial_shape()]
+    _check(sides, model.input().element_type.to_dtype().name)
+    model.reshape([1, *sides[1:]])
     hints = {"NUM_STREAMS": count, "INFERENCE_NUM_THREADS": count * threads, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(model, "CPU", hints)
 
@@ -108,7 +116,14 @@ def _openvino(path: str, count: int, threads: int) -> list[Run]:
 
         return run
 
-    return [runner() for _ in range(count)]
+    return tuple(sides[1:]), [runner() for _ in range(count)]
+
+
+def _check(shape, dtype: str) -> None:
+    """Refuses what takes no batch of float images of one size, such as a file that another program wrote."""
+    known = all(isinstance(side, int | np.integer) and side > 0 for side in shape[1:])
+    if len(shape) != 4 or dtype != "float32" or not known:
+        raise ValueError(f"Expected an input of float32 images of one size. Received: {dtype} {list(shape)}")
 
 
 RUNTIMES = {
@@ -118,25 +133,32 @@ RUNTIMES = {
 }
 
 
-def of_file(path: str | os.PathLike) -> str:
-    """The runtime of a file.
+def of_file(path: str | os.PathLike, name: str = "auto") -> str:
+    """The runtime to open a file with.
 
     Args:
         path: Path of an exported model.
+        name: Key of `RUNTIMES`, or `"auto"` for the first that is installed. Defaults to `"auto"`.
 
     Returns:
         Key of `RUNTIMES`.
 
     Raises:
-        ValueError: If no runtime is for files of that ending.
+        ImportError: If it is not installed.
+        ValueError: If it is not for files of that ending.
     """
-    kind = next((name for name, ending in FORMATS.items() if os.fspath(path).endswith(ending)), None)
-    found = next((name for name, runtime in RUNTIMES.items() if kind in runtime.formats), None)
-    if found is None:
+    kind = next((kind for kind, ending in FORMATS.items() if os.fspath(path).endswith(ending)), None)
+    able = [other for other, runtime in RUNTIMES.items() if kind in runtime.formats]
+    if not able:
         raise ValueError(
             f"Expected a file that ends in one of {', '.join(FORMATS.values())}. Received: {os.fspath(path)!r}"
         )
-    return found
+    if name == "auto":
+        name = next((other for other in able if RUNTIMES[other].installed), able[0])
+    elif name not in able:
+        raise unknown(f"runtime for {os.fspath(path)!r}", name, able)
+    choose(name)
+    return name
 
 
 def metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -183,16 +205,18 @@ def choose(name: str) -> list[str]:
     """The runtimes that are meant by a name, as far as they are installed.
 
     Args:
-        name: Key of `RUNTIMES`, or `"auto"` for all that are installed.
+        name: Key of `RUNTIMES`, `"keras"`, or `"auto"` for all that are installed.
 
     Returns:
-        List of keys of `RUNTIMES`.
+        List of keys of `RUNTIMES`, or of `"keras"`.
 
     Raises:
         ImportError: If the one that was asked for is not installed.
         ValueError: If the name is unknown.
     """
     one_of("runtime", name, ["auto", *RUNTIMES, "keras"])
+    if name == "keras":
+        return [name]
     if name == "auto":
         return [other for other, runtime in RUNTIMES.items() if runtime.installed]
     if not RUNTIMES[name].installed:
@@ -213,14 +237,36 @@ class Pool:
         runtime: Key of `RUNTIMES`.
         path: Path of the file.
         threads: Integer.
+
+    Raises:
+        ValueError: If the runtime does not open the file.
     """
 
     def __init__(self, runtime: str, path: str | os.PathLike, threads: int):
-        self._open, self._path, self._threads = RUNTIMES[runtime].open, os.fspath(path), threads
+        self._runtime, self._path, self._threads = runtime, os.fspath(path), threads
+        self._start()
+
+    def _start(self) -> None:
+        self._process, self._file = os.getpid(), self._stat()
         self._lock = threading.Lock()
-        (self._alone,) = self._open(self._path, 1, threads)
         self._workers: ThreadPoolExecutor | None = None
         self._runners: SimpleQueue[Run] = SimpleQueue()
+        self.input_shape, (self._alone,) = self._open(1, self._threads)
+
+    def _stat(self) -> tuple[int, int]:
+        found = os.stat(self._path)
+        return found.st_size, found.st_mtime_ns
+
+    def _open(self, count: int, threads: int) -> tuple[Shape, list[Run]]:
+        try:
+            return RUNTIMES[self._runtime].open(self._path, count, threads)
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # each library has its own
+            raise ValueError(
+                f"Expected a model that {self._runtime} opens. Received: {self._path!r}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         """Runs the model.
@@ -231,7 +277,9 @@ class Pool:
         Returns:
             List of arrays, one for each output.
         """
-        if len(images) == 1 or self._threads == 1:
+        if os.getpid() != self._process:  # a fork has the memory of its parent, but not its threads
+            self._start()
+        if len(images) < self._threads or self._threads == 1:
             with self._lock:
                 rows = [self._alone(images[place : place + 1]) for place in range(len(images))]
         else:
@@ -241,7 +289,9 @@ class Pool:
     def _side_by_side(self, images: np.ndarray) -> list[list[np.ndarray]]:
         with self._lock:
             if self._workers is None:
-                for run in self._open(self._path, self._threads, 1):
+                if self._stat() != self._file:
+                    raise ValueError(f"Expected the file as it was opened. Received: {self._path!r}, which has changed")
+                for run in self._open(self._threads, 1)[1]:
                     self._runners.put(run)
                 self._workers = ThreadPoolExecutor(self._threads, "keras_effnet")
         rows: list[Any] = [None] * len(images)
@@ -255,7 +305,7 @@ class Pool:
             finally:
                 self._runners.put(run)
 
-        for job in [self._workers.submit(work) for _ in range(min(self._threads, len(images)))]:
+        for job in [self._workers.submit(work) for _ in range(self._threads)]:
             job.result()
         return rows
 
@@ -305,6 +355,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _release(runtime: Runtime) -> str:
+    """Of whichever package brings the module: ONNX Runtime's for GPUs has another name."""
+    with suppress(PackageNotFoundError):
+        return version(runtime.package)
+    return " ".join(f"{name} {version(name)}" for name in packages_distributions().get(runtime.module, ()))
+
+
 def measured_on(names: Sequence[str], threads: int) -> str:
     """The key of a remembered measurement: another processor, release or number of threads is measured again.
 
@@ -315,5 +372,5 @@ def measured_on(names: Sequence[str], threads: int) -> str:
     Returns:
         String.
     """
-    releases = {name: version(RUNTIMES[name].package) for name in sorted(names)}
+    releases = {name: _release(RUNTIMES[name]) for name in sorted(names)}
     return hashlib.sha256(json.dumps([machine(), releases, threads]).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from conftest import BACKEND, ROOT, lite0_package, same_weights
 from PIL import Image
 
 import keras_effnet as ke
+from keras_effnet import runtimes
 
 CAT, COFFEE = (str(ROOT / "docs" / name) for name in ("cat.png", "coffee.png"))
 
@@ -74,6 +75,39 @@ def test_predict_takes_folders_and_shows_progress_from_8_photographs_on(tmp_path
     assert len(rows) == 17 and names[1:] == ["espresso"] * 16 and names[0] != "espresso"
     assert "17/17" in result.stderr
     assert "Photographs" not in run("predict", CAT, "--json").stderr
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+def test_export_and_benchmark(tmp_path):
+    net = ke.EfficientNetLite0(weights=None, input_shape=(48, 48, 3), classes=2)
+    net.save(tmp_path / "mine.keras")
+    (tmp_path / "labels.txt").write_text("cat\ncoffee\n")
+    result = run("export", "mine.keras", "mine.onnx", "--labels", "labels.txt", cwd=tmp_path)
+    assert result.returncode == 0 and "largest difference to Keras, photographs" in result.stdout, result.stderr
+    assert runtimes.metadata(tmp_path / "mine.onnx")["labels"] == ["cat", "coffee"]
+    line = [
+        "benchmark",
+        "mine.onnx",
+        "mine.keras",
+        "--batch-sizes",
+        "1,4",
+        "--rounds",
+        "1",
+        "--runtimes",
+        "onnxruntime",
+    ]
+    result = run(*line, "--plot", "speed.png", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["model"], row["batch_size"]) for row in rows] == [
+        (name, size) for name in ("mine.onnx", "mine.keras") for size in (1, 4)
+    ]
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["seconds"]["median"])
+        assert 20e6 < row["memory"] < 1e9
+    assert Image.open(tmp_path / "speed.png").size > (600, 200)
+    told = run("benchmark", "mine.onnx", "--batch-sizes", "0", cwd=tmp_path)
+    assert told.returncode == 2 and "Expected batch sizes as numbers from 1" in told.stderr
 
 
 def test_list_describe_and_plot(tmp_path):

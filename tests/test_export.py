@@ -70,7 +70,7 @@ def test_the_configuration_is_plain(model):
     assert "keras_effnet" not in text and json.loads(text)["class_name"] == "Functional"
 
 
-@pytest.mark.parametrize("which", ["model", "swish", "mixed"])
+@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.slow)])
 @pytest.mark.skipif(
     BACKEND == "torch", reason="Keras 3.15.1 on torch exports no SavedModel, keras.applications' neither"
 )
@@ -78,19 +78,19 @@ def test_saved_model(which, request, pixels, tmp_path):
     import tensorflow as tf
 
     net = request.getfixturevalue(which)
-    x = pixels if which == "model" else pixels[:, :64, :64]
+    x = pixels[:, :64, :64]
     net.export(tmp_path / "saved", format="tf_saved_model", verbose=False)
     loaded = tf.saved_model.load(tmp_path / "saved")
     expected = run(net, x)
     assert np.abs(loaded.serve(x).numpy() - expected).max() < TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("which", ["model", "swish", "mixed"])
+@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_onnx_has_one_input_and_the_same_numbers(which, request, pixels, tmp_path):
     import onnxruntime
 
     net = request.getfixturevalue(which)
-    x = pixels if which == "model" else pixels[:, :64, :64]
+    x = pixels[:, :64, :64]
     net.export(tmp_path / "m.onnx", format="onnx", verbose=False)
     if which == "swish":
         ke.features(net).export(tmp_path / "features.onnx", format="onnx", verbose=False)
@@ -102,7 +102,7 @@ def test_onnx_has_one_input_and_the_same_numbers(which, request, pixels, tmp_pat
     assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("which", ["model", "swish", "mixed"])
+@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.slow)])
 @pytest.mark.skipif(
     BACKEND != "tensorflow", reason="Keras exports LiteRT from TensorFlow; from torch with litert-torch"
 )
@@ -110,7 +110,7 @@ def test_litert(which, request, pixels, tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 
     net = request.getfixturevalue(which)
-    x = pixels[:1] if which == "model" else pixels[:1, :64, :64]
+    x = pixels[:1, :64, :64]
     net.export(tmp_path / "m.tflite", format="litert", verbose=False)
     interpreter = Interpreter(str(tmp_path / "m.tflite"))
     interpreter.allocate_tensors()
@@ -197,4 +197,10 @@ def test_what_does_not_compute_the_same_is_not_kept(small, tmp_path):
         ke.export(small, tmp_path / "saved", precision="int8")
     with pytest.raises(OSError, match="Expected a folder to write to"):
         ke.export(small, tmp_path / "no" / "mine.tflite")
+    (tmp_path / "photographs").mkdir()
+    (tmp_path / "photographs" / "mine.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="another folder"):
+        ke.export(small, tmp_path / "photographs")
+    (tmp_path / "photographs" / "mine.png").unlink()
+    (tmp_path / "photographs").rmdir()
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["mine.tflite"]

@@ -103,6 +103,70 @@ def test_the_border_is_as_it_was():
     ]
 
 
+def test_a_shared_rescaling_is_another_in_each_place():
+    inputs = keras.Input((8, 8, 3))
+    shared = layers.Rescaling(1 / 127.5, -1.0)
+    conv = layers.Conv2D(4, 3, padding="same")(shared(inputs))
+    model = keras.Model(inputs, [shared(layers.Rescaling(2.0)(inputs)), shared(inputs), conv])
+    folded, x = ke.fold_batch_norm(model), pixels((8, 8, 3))
+    for got, expected in zip(run(folded, x), run(model, x), strict=True):
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    body = ke.EfficientNetLite0(include_top=False, weights=None, pooling="avg", input_shape=SHAPE)
+    inputs = keras.Input(SHAPE)
+    twice = keras.Model(inputs, layers.Add()([body(layers.Rescaling(0.5)(inputs)), body(inputs)]))
+    check(trained(twice))
+
+
+def test_an_ensemble_is_one_graph():
+    inputs = keras.Input(SHAPE)
+    nets = [ke.EfficientNetB0(weights=None, input_shape=SHAPE, classes=3, name=name) for name in ("one", "two")]
+    model = trained(keras.Model(inputs, layers.Average()([net(inputs) for net in nets])))
+    check(model)
+    x = pixels(SHAPE)
+    assert run(for_inference(model, SHAPE), x) == pytest.approx(run(model, x), rel=1e-4, abs=1e-6)
+
+
+def test_names_that_meet_are_told_apart():
+    inputs = keras.Input((4,))
+    first, second = (
+        keras.Sequential([keras.Input((4,)), layers.Dense(4, name="dense"), layers.Dense(4, name="dense_1")])
+        for _ in range(2)
+    )
+    check(keras.Model(inputs, second(first(inputs))), (4,))
+
+
+class Tripled(layers.BatchNormalization):
+    def call(self, inputs, **kwargs):
+        return 3 * super().call(inputs, **kwargs)
+
+
+def test_a_layer_of_ones_own_is_left_alone():
+    inputs = keras.Input((8, 8, 4))
+    folded = check(keras.Model(inputs, Tripled()(layers.Conv2D(4, 1)(inputs))), (8, 8, 4))
+    assert "Tripled" in kinds(folded)
+    steps = keras.ops.cast(keras.ops.cast(inputs / 50, "int32"), "float32")
+    model = keras.Model(inputs, steps)
+    assert np.array_equal(run(for_inference(model, (8, 8, 4)), pixels((8, 8, 4))), run(model, pixels((8, 8, 4))))
+    heads = layers.MultiHeadAttention(1, 2)(query=inputs, value=inputs)
+    check(keras.Model(inputs, heads), (8, 8, 4))
+
+
+def test_an_input_of_integers_is_cast():
+    inputs = keras.Input((8, 8, 3), dtype="uint8")
+    model = keras.Model(inputs, layers.Conv2D(4, 3)(layers.Rescaling(1 / 255)(inputs)))
+    folded, x = ke.fold_batch_norm(model), pixels((8, 8, 3)).astype("uint8")
+    assert run(folded, x) == pytest.approx(run(model, x), rel=1e-5, abs=1e-6)
+
+
+def test_what_is_called_for_training_stays_so():
+    inputs = keras.Input(SHAPE)
+    dropped = keras.Model(inputs, layers.Dropout(0.5)(inputs, training=True))
+    assert "Dropout" in kinds(ke.fold_batch_norm(dropped))
+    body = ke.EfficientNetLite0(include_top=False, weights=None, input_shape=SHAPE)
+    with pytest.raises(ValueError, match="called with training=True"):
+        ke.fold_batch_norm(keras.Model(inputs, body(inputs, training=True)))
+
+
 def test_what_others_use_too_is_left_alone():
     inputs = keras.Input((8, 8, 4))
     shared = layers.Conv2D(4, 3, padding="same")
@@ -120,22 +184,24 @@ def test_what_others_use_too_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "layer",
+    ("layer", "left"),
     [
-        lambda: layers.Conv2D(6, 3, groups=2, use_bias=False),
-        lambda: layers.DepthwiseConv2D(3, depth_multiplier=2, dilation_rate=2),
-        lambda: layers.Dense(6),
-        lambda: layers.SeparableConv2D(6, 3),
-        lambda: layers.Conv2DTranspose(6, 3),
+        (lambda: layers.Conv2D(6, 3, groups=2, use_bias=False), 1),  # its output's scale, not its input's
+        (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2, dilation_rate=2), 0),
+        (lambda: layers.Conv2D(6, 1, padding="same"), 0),
+        (lambda: layers.Dense(6), 0),
+        (lambda: layers.SeparableConv2D(6, 3), 2),
+        (lambda: layers.Conv2DTranspose(6, 3), 2),
     ],
 )
-def test_layers_between_two_normalisations(layer):
+def test_layers_between_two_normalisations(layer, left):
     inputs = keras.Input((8, 8, 4))
     x = layers.BatchNormalization()(inputs)
     x = layer()(x)
     x = layers.BatchNormalization(gamma_initializer="random_normal")(x)
     model = trained(keras.Model(inputs, layers.Rescaling(2.0, 1.0)(x)))
-    check(model, (8, 8, 4))
+    affine = {"BatchNormalization", "Rescaling"}
+    assert sum(kind in affine for kind in kinds(check(model, (8, 8, 4)))) == left
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow convolves channels first on GPUs only")

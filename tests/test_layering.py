@@ -26,6 +26,21 @@ ALLOWED = {
     "blocks": {"arch", "initializers", "layers", "keras"},
     "models": {"arch", "blocks", "errors", "preprocessing", "variants", "keras"},
     "describe": {"arch", "errors", "preprocessing", "variants"},
+    "folding": {"initializers", "layers", "keras"},
+    "quantization": {"keras"},
+    "runtimes": {"errors"},
+    "exporter": {
+        "blocks",
+        "errors",
+        "folding",
+        "preprocessing",
+        "quantization",
+        "runtimes",
+        "variants",
+        "weights.writers",
+        "keras",
+    },
+    "benchmark": {"predictor", "runtimes"},
     "knapsack": set(),
     "distillation": {"blocks", "keras"},
     "pruning": {
@@ -39,7 +54,15 @@ ALLOWED = {
         "variants",
         "keras",
     },
-    "predictor": {"preprocessing"},
+    "predictor": {
+        "errors",
+        "preprocessing",
+        "runtimes",
+        "variants",
+        "weights.registry",
+        "weights.store",
+        "weights.writers",
+    },
     "pruner": {
         "blocks",
         "describe",
@@ -158,7 +181,7 @@ HEAVY = {
     "rich",
     "safetensors",
 }
-TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.writers", "export", "layers")
+TENSORFLOW_MAY_BE_USED_IN = ("tpu.", "weights.writers", "exporter", "quantization", "layers")
 
 
 def imports(tree, everywhere: bool):
@@ -211,6 +234,14 @@ def test_describing_a_name_needs_no_keras():
         "print('keras' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_predictors_need_no_backend_until_they_export():
+    code = (
+        "import sys, keras_effnet as ke; ke.Predictor; import keras_effnet.benchmark; "
+        "print([name for name in ('keras', 'tensorflow', 'jax', 'torch', 'onnxruntime') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_images_and_names_need_no_backend():

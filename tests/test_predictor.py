@@ -11,11 +11,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import BACKEND, ROOT
+from conftest import BACKEND, GOLDEN, ROOT
 from test_folding import trained
 
 import keras_effnet as ke
 from keras_effnet import runtimes
+from keras_effnet.exporter import agreement
+from keras_effnet.preprocessing import crop_and_resize
 
 # Converters use what TensorFlow, JAX, PyTorch and NumPy have deprecated; their warnings are not ours to end.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,6 +85,32 @@ def test_auto_takes_the_fastest_and_remembers_it(model, images, expected, home):
     assert ke.Predictor(model).runtime == other
     (predictor.path.parent / "float32.fastest.json").write_text("{ damaged")
     assert ke.Predictor(model).runtime in measured["seconds"]
+
+
+def test_a_damaged_export_is_made_again(model, images, expected):
+    runtime = RUNTIMES[-2]
+    path = ke.Predictor(model, runtime).path
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert np.abs(ke.Predictor(model, runtime)(images) - expected).max() < 1e-5
+    assert path.stat().st_size == len(content)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="of systems that fork")
+def test_a_fork_opens_its_own(model, images, expected, tmp_path):
+    """As servers do that load a model before they start their workers."""
+    model.save(tmp_path / "mine.keras")
+    np.save(tmp_path / "x.npy", images)
+    path = ke.Predictor(model, RUNTIMES[-2]).path
+    code = (
+        "import os, sys, numpy as np, keras_effnet as ke; x = np.load(sys.argv[2]); p = ke.Predictor(sys.argv[1]); "
+        "before = p(x); child = os.fork()\n"
+        "if not child: os._exit(0 if np.array_equal(p(x), before) else 3)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "x.npy")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "0", result.stderr
 
 
 def test_other_weights_are_another_model(model, images):
@@ -174,7 +202,8 @@ def test_bad_arguments_are_refused(model, tmp_path):
     inputs = keras.Input(SHAPE)
     odd = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(Odd()(inputs)))
     flat = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    (tmp_path / "bad.tflite").write_bytes(b"no model")
+    for name in ("bad.tflite", "bad.onnx"):
+        (tmp_path / name).write_bytes(b"no model")
     for arguments, told in [
         ((model, "tensorrt"), "Unknown runtime"),
         ((model, "auto", "int4"), "Unknown precision"),
@@ -182,7 +211,8 @@ def test_bad_arguments_are_refused(model, tmp_path):
         ((model, "keras", "int8"), "Expected float32 for Keras itself"),
         (("efficientnet-b9",), "Unknown model.*Nearest: 'efficientnet-b"),
         (("b0.tfl",), "a file that ends in"),
-        ((tmp_path / "bad.tflite",), "."),
+        ((tmp_path / "bad.tflite",), "Expected a model that litert opens"),
+        ((tmp_path / "bad.onnx",), "Expected a model that onnxruntime opens"),
         ((Mine(),), "Expected a functional or sequential model"),
         ((flat,), "Expected a model of one input, a batch of images"),
         ((lambda x: x,), "Expected a Keras model"),
@@ -233,6 +263,45 @@ def test_mixed_precision_is_float32_here(images):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+def test_int8_runs_and_tells_what_it_left_in_float(model, images, expected):
+    predictor = ke.Predictor(model, "litert", "int8", calibration=images)
+    assert np.abs(predictor(images) - expected).max() < 0.1
+    assert predictor.path.stat().st_size < 0.4 * ke.Predictor(model, "litert").path.stat().st_size
+    told = json.loads(predictor.path.with_suffix(".litert.json").read_text())
+    assert "stem_conv" in told["float_layers"] and "top_conv" not in told["float_layers"]
+    errors = told["layer_errors"]
+    assert any(name.startswith("block7a") for name in errors)
+    assert list(errors.values()) == sorted(errors.values(), reverse=True) and max(errors.values()) > 0.01
+    # Other images, other ranges.
+    other = ke.Predictor(model, "litert", "int8", calibration=images[:4] // 2)
+    assert other.path != predictor.path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+@pytest.mark.parametrize(("runtime", "top1"), [("litert", 0.9), ("onnxruntime", 0.85)])
+def test_int8_keeps_lite0s_classes(runtime, top1):
+    """Crops of photographs that calibration did not see."""
+    recorded = np.load(GOLDEN / "lite_real" / "lite0_logits.npz")
+    wholes = [recorded[name].astype("float32") for name in recorded if name.endswith("pixels_uint8")]
+
+    def crops(images, seed):
+        random = np.random.default_rng(seed)
+        found = []
+        for place in range(112):
+            side = random.integers(112, 225)
+            top, left = random.integers(0, 225 - side, 2)
+            crop = images[place % len(images)][top : top + side, left : left + side]
+            found.append(np.clip(crop_and_resize(crop, (224, 224), 0), 0, 255))
+        return np.stack(found)
+
+    calibration, test = crops(wholes[::2], 0), crops(wholes[1::2], 1)
+    expected = ke.Predictor("efficientnet-lite0", runtime)(test)
+    found = agreement(expected, ke.Predictor("efficientnet-lite0", runtime, "int8", calibration=calibration)(test))
+    assert found["top1_agreement"] >= top1 and found["top5_overlap"] >= top1 and found["cosine"] > 0.98
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
 def test_the_command_starts_without_tensorflow(monkeypatch):
     monkeypatch.chdir(ROOT)
     first = ke.Predictor("efficientnet-lite0", "onnxruntime")
@@ -243,6 +312,5 @@ def test_the_command_starts_without_tensorflow(monkeypatch):
         "except SystemExit as end: assert not end.code\n"
         "print([name for name in ('keras', 'tensorflow', 'jax', 'torch') if name in sys.modules])"
     )
-    # Another folder of weights in which there are none: what was prepared is all that is needed.
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "espresso" in result.stdout and result.stdout.splitlines()[-1] == "[]", result.stderr

@@ -75,7 +75,7 @@ def test_the_command_prunes_a_users_model(tmp_path):
     accuracy = report["accuracy"]
     assert accuracy["whole"] >= 0.97 and accuracy["distilled"] >= accuracy["whole"] - 0.01 > accuracy["pruned"]
     assert 1 - report["macs"]["pruned"] / report["macs"]["whole"] == pytest.approx(0.4, rel=0.01)
-    assert report["latency"].keys() == {"keras, batch 1", "keras, batch 32", "litert, batch 1"}
+    assert report["latency"].keys() == {"keras, batch 1", "keras, batch 32", "predictor, batch 1"}
     assert report["photographs"]["test"] == 360 and report["photographs"]["train"] == 1437
 
     smaller = keras.models.load_model(tmp_path / "out" / "pruned.keras")
