@@ -39,12 +39,14 @@ class Runtime:
         open: Function of a path, a number of runners, and the threads of each, which gives an image's shape and the
             runners. A runner takes a float32 batch of one image and gives the list of outputs. No two threads use one
             at a time.
+        forks: Boolean, whether a process that was forked from one that used the library can use it, too.
     """
 
     package: str
     module: str
     formats: tuple[str, ...]
     open: Callable[[str, int, int], tuple[Shape, list[Run]]]
+    forks: bool = True
 
     @property
     def installed(self) -> bool:
@@ -128,8 +130,8 @@ def _check(shape, dtype: str) -> None:
 
 RUNTIMES = {
     "litert": Runtime("ai-edge-litert", "ai_edge_litert", ("litert",), _litert),
-    "onnxruntime": Runtime("onnxruntime", "onnxruntime", ("onnx",), _onnxruntime),
-    "openvino": Runtime("openvino", "openvino", ("onnx", "openvino"), _openvino),
+    "onnxruntime": Runtime("onnxruntime", "onnxruntime", ("onnx",), _onnxruntime, forks=False),
+    "openvino": Runtime("openvino", "openvino", ("onnx", "openvino"), _openvino, forks=False),
 }
 
 
@@ -278,6 +280,11 @@ class Pool:
             List of arrays, one for each output.
         """
         if os.getpid() != self._process:  # a fork has the memory of its parent, but not its threads
+            if not RUNTIMES[self._runtime].forks:
+                raise ValueError(
+                    f"Expected a Predictor that this process made, since {self._runtime} does not outlive a fork. "
+                    "Received: one of its parent. Make it after the fork, or with runtime='litert'"
+                )
             self._start()
         if len(images) < self._threads or self._threads == 1:
             with self._lock:

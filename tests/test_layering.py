@@ -55,6 +55,7 @@ ALLOWED = {
         "keras",
     },
     "predictor": {
+        "__version__",
         "errors",
         "preprocessing",
         "runtimes",
