@@ -203,20 +203,33 @@ class _Source:
 
         return "keras", None, {"outputs": exporter.outputs_of(model), "input_shape": shape}, run
 
-    def _made(self, name: str) -> tuple[Path, dict[str, Any]]:
-        """The file for a runtime, made if it is not there."""
+    def _places(self, name: str) -> tuple[Path, Path]:
+        """The file for a runtime, and what is known of it."""
         kind = runtimes.RUNTIMES[name].formats[0]
         path = self.folder / f"{self.precision}{runtimes.FORMATS[kind]}"
-        told = path.with_suffix(f".{kind}.json")
-        with suppress(OSError, ValueError, KeyError):  # not there, or a disk that lost part of it
+        return path, path.with_suffix(f".{kind}.json")
+
+    def _kept(self, name: str) -> dict[str, Any] | None:
+        """What is known of a runtime's file, if that is there and whole."""
+        path, told = self._places(name)
+        with suppress(OSError, ValueError, KeyError):
             record = json.loads(told.read_text())
             if path.stat().st_size == record["size"]:
-                return path, record
+                return record
+        return None
+
+    def _made(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """The file for a runtime, made if it is not there."""
+        path, told = self._places(name)
+        record = self._kept(name)
+        if record is not None:
+            return path, record
         from keras_effnet import exporter
 
         model = self.model()
         self.folder.mkdir(parents=True, exist_ok=True)
         writers.sweep(self.folder)
+        kind = runtimes.RUNTIMES[name].formats[0]
         report = exporter.export(
             model, path, kind, self.precision, calibration=self._calibration, input_shape=self._shape
         )
@@ -237,6 +250,10 @@ class _Source:
 
     def _fastest(self, names: list[str], threads: int) -> str | None:
         """The fastest runtime, of those that this backend exports to."""
+        if not all(self._kept(name) for name in names):
+            from keras_effnet import exporter
+
+            exporter.shape_of(self.model(), self._shape)  # what no runtime mends is told as it is
         pools, reasons = {}, {}
         for name in names:
             try:
