@@ -105,7 +105,8 @@ def test_export_and_benchmark(tmp_path):
     for row in rows:
         assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["seconds"]["median"])
         assert 20e6 < row["memory"] < 1e9
-    assert Image.open(tmp_path / "speed.png").size > (600, 200)
+    with Image.open(tmp_path / "speed.png") as picture:
+        assert picture.size > (600, 200)
     told = run("benchmark", "mine.onnx", "--batch-sizes", "0", cwd=tmp_path)
     assert told.returncode == 2 and "Expected batch sizes as numbers from 1" in told.stderr
 
