@@ -23,8 +23,8 @@ CHOSEN = {
     "jax test_layers.py": "not eager and not fresh_process",
     "jax test_models.py": "not training_by_fit",  # test_pruning.py trains
     "test_export.py": "swish or fresh_process",
-    "test_folding.py": "edgetpu-s or channels_first or built_on or border",
-    "test_predictor.py": "predict_gives or any_size",
+    "test_folding.py": "edgetpu-s or channels_first or border",
+    "test_predictor.py": "predict_gives and onnxruntime or any_size",
     "test_cli.py": "predict or convert",
     "test_pruning.py": "lite0-0 or slope or modules_differences or student_learns",
     "test_weights.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body",

@@ -70,7 +70,7 @@ def test_the_configuration_is_plain(model):
     assert "keras_effnet" not in text and json.loads(text)["class_name"] == "Functional"
 
 
-@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.long)])
 @pytest.mark.skipif(
     BACKEND == "torch", reason="Keras 3.15.1 on torch exports no SavedModel, keras.applications' neither"
 )
@@ -85,7 +85,7 @@ def test_saved_model(which, request, pixels, tmp_path):
     assert np.abs(loaded.serve(x).numpy() - expected).max() < TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.long)])
 def test_onnx_has_one_input_and_the_same_numbers(which, request, pixels, tmp_path):
     import onnxruntime
 
@@ -102,7 +102,7 @@ def test_onnx_has_one_input_and_the_same_numbers(which, request, pixels, tmp_pat
     assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.long)])
 @pytest.mark.skipif(
     BACKEND != "tensorflow", reason="Keras exports LiteRT from TensorFlow; from torch with litert-torch"
 )

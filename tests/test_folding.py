@@ -41,7 +41,7 @@ def check(model, shape=SHAPE, tolerance=1e-5):
     return folded
 
 
-@pytest.mark.parametrize("name", [*NETS, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
+@pytest.mark.parametrize("name", [*NETS, *(pytest.param(name, marks=pytest.mark.long) for name in REST)])
 def test_every_variant_folds_exactly(name):
     model = trained(ke.create_model(f"efficientnet-{name}", weights=None, input_shape=SHAPE, classes=10))
     # Sums of experts' kernels grow without bound in random nets: what they show of rounding is in float64's terms.
