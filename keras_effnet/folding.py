@@ -420,6 +420,6 @@ def _fill(layer, step: _Step) -> None:
                 getattr(layer, name).assign(step.value(name))
     elif isinstance(layer, keras.Layer) and type(layer) is type(old):
         for weight, value in zip(layer.weights, old.weights, strict=True):
-            weight.assign(value.value)
+            weight.assign(np.array(keras.ops.convert_to_numpy(value.value)))  # JAX gives away what two models share
     if hasattr(layer, "finalize_state"):  # of Normalization, which computes with copies
         layer.finalize_state()
