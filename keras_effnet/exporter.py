@@ -494,6 +494,7 @@ def _add_to_onnx(path: Path, metadata: dict[str, Any]) -> None:
     graph = onnx.load(path)
     onnx.helper.set_model_props(graph, {"keras_effnet": json.dumps(metadata)})
     onnx.save(graph, path)
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of the exporter from JAX; it is inside now
 
 
 def _add_to_litert(path: Path, metadata: dict[str, Any]) -> None:
