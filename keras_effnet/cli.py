@@ -114,7 +114,7 @@ def predict(ctx, photographs, model, weights, top, runtime, precision, as_json) 
 
     The first time, the model is made ready for this machine, which is remembered.
     """
-    from keras_effnet import predictor
+    from keras_effnet import predictor, preprocessing
 
     with contextlib.suppress(ImportError):  # what was prepared already needs none
         _choose_backend()
@@ -124,7 +124,7 @@ def predict(ctx, photographs, model, weights, top, runtime, precision, as_json) 
     except ModuleNotFoundError:
         _choose_backend()
         raise
-    count = len(predictor.photographs(photographs))
+    count = len(preprocessing.photographs(photographs))
     with _progress("Photographs", count, disable=count < 8) as tell:
         results = classifier(photographs, lambda done: tell(advance=done))
     failed = [result for result in results if "error" in result]

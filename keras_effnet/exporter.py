@@ -24,7 +24,6 @@ from keras_effnet.folding import for_inference
 from keras_effnet.variants import VARIANTS, nearest
 from keras_effnet.weights import writers
 
-PRECISIONS = ("float32", "float16", "int8")
 FORMATS = {"savedmodel": "", **runtimes.FORMATS}
 # How far outputs may be from Keras', over their largest. What 8 bits make of them is told, not bounded.
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "mixed": 0.1, "int8": np.inf}
@@ -84,7 +83,7 @@ def export(
     path = Path(path)
     kind = format or next((name for name, ending in runtimes.FORMATS.items() if path.suffix == ending), "savedmodel")
     one_of("format", kind, FORMATS)
-    one_of("precision", precision, PRECISIONS)
+    one_of("precision", precision, runtimes.PRECISIONS)
     _check_target(path, kind)
     if FORMATS[kind] and path.suffix != FORMATS[kind]:
         raise ValueError(f"Expected a path that ends in {FORMATS[kind]} for {kind}. Received: {str(path)!r}")
@@ -241,9 +240,7 @@ def pixels_of(images: Any, read: Callable[[Any], np.ndarray], shape: tuple[int, 
     if isinstance(images, str | bytes | os.PathLike):
         images = [images]
     if not hasattr(images, "shape") and len(images) and isinstance(images[0], str | bytes | os.PathLike):
-        from keras_effnet.predictor import photographs
-
-        found = [each if isinstance(each, bytes) else photographs([each]) for each in images]
+        found = [each if isinstance(each, bytes) else preprocessing.photographs([each]) for each in images]
         images = [read(one) for each in found for one in ([each] if isinstance(each, bytes) else each)]
     array = np.asarray(images, "float32")
     if array.ndim != 4 or array.shape[1:] != shape or not len(array) or not np.isfinite(array).all():

@@ -79,7 +79,7 @@ class Predictor:
         calibration: Any = None,
         input_shape: tuple[int, ...] | None = None,
     ):
-        one_of("precision", precision, ("float32", "float16", "int8"))
+        one_of("precision", precision, runtimes.PRECISIONS)
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise ValueError(f"Expected threads as a positive integer. Received: threads={threads!r}")
         self.precision, self.threads = precision, threads or runtimes.cores()
@@ -178,13 +178,14 @@ class _Source:
 
     def _keras(self):
         from keras_effnet import exporter
+        from keras_effnet.folding import for_inference
 
         if self.precision != "float32":
             raise ValueError(f"Expected float32 for Keras itself. Received: precision={self.precision!r}")
         model = self.model()
         shape = exporter.shape_of(model, self._shape)
         lock = threading.Lock()
-        net: Any = exporter.for_inference(model, shape)
+        net: Any = for_inference(model, shape)
 
         def run(images: np.ndarray) -> list[np.ndarray]:
             import keras
@@ -356,7 +357,7 @@ def _told(calibration) -> str:
         return hashed.hexdigest()
     for each in [calibration] if isinstance(calibration, str | bytes | os.PathLike) else calibration:
         if isinstance(each, str | os.PathLike):
-            for path in photographs([each]):
+            for path in preprocessing.photographs([each]):
                 found = os.stat(path)
                 hashed.update(f"{path} {found.st_size} {found.st_mtime_ns}".encode())
         else:
@@ -393,30 +394,6 @@ def _fingerprint(model) -> str:
     record = getattr(model, "weights_record", None)
     hashed.update(f"{record and (record.model, record.tag)}".encode())
     return hashed.hexdigest()
-
-
-def photographs(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """Files as they are given, and the images of folders in alphabetical order.
-
-    Args:
-        paths: Paths of files or folders.
-
-    Returns:
-        List of paths. A folder without an image stays in it as it is, to be reported.
-    """
-    from PIL import Image
-
-    formats = preprocessing.formats()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
-    found = []
-    for path in map(Path, paths):
-        try:
-            files = sorted(path.iterdir()) if os.path.isdir(path) else []
-        except OSError:  # told when it is opened as a photograph
-            files = []
-        images = [file for file in files if file.suffix.lower() in suffixes and not file.name.startswith(".")]
-        found += images or [path]
-    return found
 
 
 class Classifier:
@@ -468,7 +445,7 @@ class Classifier:
     def __call__(
         self, paths: Iterable[str | os.PathLike], on_progress: Callable[[int], Any] = lambda done: None
     ) -> list[dict[str, Any]]:
-        paths = photographs(paths)
+        paths = preprocessing.photographs(paths)
         results: list[dict[str, Any]] = [{"path": os.fspath(path)} for path in paths]
         for start in range(0, len(paths), BATCH):
             batch, images = results[start : start + BATCH], []

@@ -4,9 +4,10 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,6 +137,30 @@ def formats() -> tuple[str, ...]:
     Image.init()
     wanted = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     return tuple(name for name in wanted if name in Image.OPEN)
+
+
+def photographs(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """Files as they are given, and the images of folders in alphabetical order.
+
+    Args:
+        paths: Paths of files or folders.
+
+    Returns:
+        List of paths. A folder without an image stays in it as it is, to be reported.
+    """
+    from PIL import Image
+
+    known = formats()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in known}
+    found = []
+    for path in map(Path, paths):
+        try:
+            files = sorted(path.iterdir()) if os.path.isdir(path) else []
+        except OSError:  # told when it is opened as a photograph
+            files = []
+        images = [file for file in files if file.suffix.lower() in suffixes and not file.name.startswith(".")]
+        found += images or [path]
+    return found
 
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -13,8 +13,8 @@ import numpy as np
 
 from keras_effnet import blocks, pruning
 from keras_effnet.describe import figure_class, plot_channels
-from keras_effnet.predictor import Predictor, photographs
-from keras_effnet.preprocessing import image_loader
+from keras_effnet.predictor import Predictor
+from keras_effnet.preprocessing import image_loader, photographs
 from keras_effnet.weights import registry, writers
 
 HELD_OUT = 5  # of a folder that is not split already, each fifth photograph
@@ -273,7 +273,7 @@ def predictor_latency(models: Sequence[keras.Model], runtime: str = "auto", roun
     """
     runs = []
     for model in models:
-        predictor = Predictor(model, runtime, input_shape=pruning.known_shape(model))
+        predictor = Predictor(model, runtime)
         runtime = predictor.runtime
         pixels = np.random.default_rng(0).uniform(0, 255, predictor.input_shape).astype("float32")
         runs.append(partial(predictor, pixels))

@@ -54,8 +54,9 @@ class Runtime:
         return find_spec(self.module) is not None
 
 
-# name: its ending
 METADATA = "keras_effnet.json"
+PRECISIONS = ("float32", "float16", "int8")
+# name: its ending
 FORMATS = {"litert": ".tflite", "onnx": ".onnx", "openvino": ".xml"}
 
 
