@@ -110,17 +110,24 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
 
 @pytest.mark.slow
 def test_fine_tuning_starts_from_weights(tmp_path):
-    """Lite0's genuine ImageNet weights, for a few steps on a folder of photographs."""
+    """Lite0's genuine ImageNet weights tell pieces of two photographs apart after 24 steps of 8 images.
+
+    From the usual start of the top they do not: three of three such runs ended between 0.5 and 0.94.
+    """
     import tensorflow as tf
 
+    import keras_effnet as ke
+
     rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("val", 8)):
-        for name, level in (("dark", 60), ("light", 190)):
-            (tmp_path / "photographs" / split / name).mkdir(parents=True)
+    for whole in sorted((Path(ke.__file__).parent / "photographs").glob("*.jpg")):
+        pixels = tf.io.decode_jpeg(whole.read_bytes()).numpy()
+        for split, count in (("train", 24), ("val", 8)):
+            folder = tmp_path / "photographs" / split / whole.stem
+            folder.mkdir(parents=True)
             for number in range(count):
-                pixels = rng.normal(level, 30, (70, 80, 3)).clip(0, 255).astype("uint8")
-                path = tmp_path / "photographs" / split / name / f"{number}.jpg"
-                path.write_bytes(tf.io.encode_jpeg(pixels).numpy())
+                top, left = (rng.integers(side - 120) for side in pixels.shape[:2])
+                piece = tf.io.encode_jpeg(pixels[top : top + 120, left : left + 120])
+                (folder / f"{number}.jpg").write_bytes(piece.numpy())
     changes = [
         "--batch-size",
         "8",
@@ -135,12 +142,10 @@ def test_fine_tuning_starts_from_weights(tmp_path):
     ]
     recipe = override(recipes.find("finetune"), [*changes, "--data.source", str(tmp_path / "photographs")])
     result = train(recipe, tmp_path / "run", quiet=True)
-    assert result["ema_top1"] == 1.0 and result["examples"] == 16
+    assert result["ema_top1"] == 1.0 and result["ema_loss"] < 0.5 and result["examples"] == 16
     frozen = override(recipe, ["--model.freeze", "all-but-top", "--epochs", "1"])
     train(frozen, tmp_path / "frozen", quiet=True)
     model = keras.models.load_model(tmp_path / "frozen" / "model.keras", compile=False)
-    import keras_effnet as ke
-
     body = ke.EfficientNetLite0(weights="imagenet", include_top=False, input_shape=(64, 64, 3))
     for layer in body.layers:
         for ours, theirs in zip(model.get_layer(layer.name).get_weights(), layer.get_weights(), strict=True):

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import keras
+import numpy as np
 import orbit
 import tensorflow as tf
 
@@ -461,6 +462,11 @@ def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
     )
     for layer in donor.layers if donor else ():
         model.get_layer(layer.name).set_weights(layer.get_weights())
+    if donor and not how.keep_top:
+        # The usual start, up to 1 / sqrt(classes), is of nets without weights: with few classes its gradients undo
+        # what the body has learned. Zeros, as in Big Transfer (arXiv 1912.11370, its code's `zero_head`).
+        top = model.get_layer("predictions")
+        top.set_weights([np.zeros_like(values) for values in top.get_weights()])
     for layer in model.layers:
         frozen = how.freeze == "batch-norm" and isinstance(layer, keras.layers.BatchNormalization)
         if frozen or (how.freeze == "all-but-top" and layer.name != "predictions"):
