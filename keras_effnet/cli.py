@@ -460,11 +460,14 @@ def download(model, tag, no_top, as_json) -> None:
 @click.option("--data", "source", help="Short for --data.source.")
 @click.option("--workdir", help="Folder of the run, or one on Cloud Storage. A run that is in it goes on.")
 @click.option("--allow-changes", is_flag=True, help="Go on with another recipe than the run had.")
+@click.option(
+    "--runner", type=click.Choice(["tensorflow", "jax"]), help="What computes. [default: $KERAS_BACKEND or tensorflow]"
+)
 @AS_JSON
 @click.option("-h", "--help", "asked", is_flag=True, help="Show this, or after a recipe's name all its fields.")
 @click.argument("changes", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
-def train(ctx, recipe, source, workdir, allow_changes, as_json, asked, changes) -> None:
+def train(ctx, recipe, source, workdir, allow_changes, runner, as_json, asked, changes) -> None:
     """Train RECIPE, or go on with it. Without one: list all.
 
     RECIPE is a name, or the path of a config.json that a run has written. Each of its fields can be changed, such as
@@ -477,7 +480,7 @@ def train(ctx, recipe, source, workdir, allow_changes, as_json, asked, changes) 
     if recipe is None and asked:
         click.echo(ctx.get_help())
         return
-    _need_tensorflow()
+    _need_training(runner)
     from keras_effnet.tpu import config, recipes
 
     if recipe is None:
@@ -521,18 +524,32 @@ def doctor(ctx, as_json) -> None:
     ctx.exit(1 if any(finding.verdict == "problem" for finding in findings) else 0)
 
 
-def _need_tensorflow() -> None:
-    if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
-        raise ValueError(
-            "Expected Keras on TensorFlow, which this runner trains with. Received: "
-            f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}"
-        )
-    missing = [name for name in ("tensorflow", "orbit", "tyro", "tensorflow_datasets") if not find_spec(name)]
+# What each runner needs, and the extras that bring it. TensorFlow reads for both.
+TRAINING = ("tensorflow", "orbit", "tyro", "tensorflow_datasets")
+RUNNERS = {
+    "tensorflow": (TRAINING, "tensorflow,tpu"),
+    "jax": ((*TRAINING, "jax", "orbax.checkpoint"), "tensorflow,tpu,jax"),
+}
+
+
+def _need_training(runner: str | None = None) -> None:
+    if runner:
+        os.environ["KERAS_BACKEND"] = runner
+    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if backend not in RUNNERS:
+        raise ValueError(f"Expected Keras on {' or '.join(RUNNERS)}, to train. Received: KERAS_BACKEND={backend}")
+    modules, extras = RUNNERS[backend]
+    missing = [name for name in modules if not _is_there(name)]
     if missing:
         raise ImportError(
             f"Expected what training needs. Received: no {', '.join(missing)}. "
-            "Bring it with: pip install 'keras_effnet[tensorflow,tpu]'"
+            f"Bring it with: pip install 'keras_effnet[{extras}]'"
         )
+
+
+def _is_there(module: str) -> bool:
+    package, _, rest = module.partition(".")
+    return find_spec(package) is not None and (not rest or find_spec(module) is not None)
 
 
 def _list_recipes(found, as_json: bool) -> None:
@@ -582,7 +599,7 @@ def evaluate_(
     MODEL is a name (see `keras-effnet list`), a .keras file with an EfficientNet in it, or a training run's folder.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    _need_tensorflow()
+    _need_training()
     from keras_effnet.tpu.config import Data
     from keras_effnet.tpu.evaluate import evaluate
 
@@ -635,7 +652,7 @@ def report(workdir, examples, as_json) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # TensorFlow takes the whole memory of a GPU, which may be that of the run itself.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-    _need_tensorflow()
+    _need_training()
     from rich.console import Console
 
     from keras_effnet.tpu.report import write

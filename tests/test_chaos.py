@@ -1,7 +1,7 @@
 """Runs that are killed, stopped and damaged in real processes finish as undisturbed ones do, bit by bit.
 
-`pytest -m long tests/test_chaos.py` kills ten times instead of once, and more: in a whole run of digits_demo, which has
-to learn, and in a fine-tuning with AutoAugment and mixup.
+`pytest -m long tests/test_chaos.py` kills ten times instead of once, on both runners, and more: in a whole run of
+digits_demo, which has to learn, and in a fine-tuning with AutoAugment and mixup.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import ClassVar
 import keras
 import numpy as np
 import pytest
-from conftest import BACKEND, same_weights
+from conftest import BACKEND, ROOT, same_weights
 
 if BACKEND != "tensorflow":
     pytest.skip("TensorFlow's runner", allow_module_level=True)
@@ -28,7 +28,7 @@ if BACKEND != "tensorflow":
 OFTEN = "--run.deterministic --run.steps-per-loop 10 --run.save-every 0.5"
 SHORT = f"--batch-size 32 --model.image-size 32 --epochs 4 --run.no-report {OFTEN}"
 RUNS = {
-    "short": f"digits_demo {SHORT} --augment.policy autoaugment --augment.mixup 0.2",
+    "short": f"digits_demo --model.name efficientnet-mini {SHORT} --augment.policy autoaugment --augment.mixup 0.2",
     "digits_demo": f"digits_demo {OFTEN}",
     "finetune": "finetune --data digits --model.image-size 64 --data.eval-crop 1 --augment.min-area 0.7 --epochs 5 "
     f"--augment.policy autoaugment --augment.mixup 0.2 {OFTEN}",
@@ -42,7 +42,7 @@ class Process:
 
     def __init__(self, workdir: Path, arguments: str, **environment: str):
         self.log = open(workdir.parent / f"{workdir.name}-{time.monotonic_ns()}.log", "w+")  # noqa: SIM115
-        line = [sys.executable, "-m", "keras_effnet.cli", "train", *arguments.split(), "--workdir", str(workdir)]
+        line = [sys.executable, ROOT / "tests" / "mini.py", "train", *arguments.split(), "--workdir", str(workdir)]
         self.workdir = workdir
         self.process = subprocess.Popen(
             line, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
@@ -87,7 +87,10 @@ def curve(workdir: Path) -> list[dict]:
 
 def steps(workdir: Path) -> list[int]:
     """Those of the checkpoints."""
-    return sorted(int(path.stem.removeprefix("ckpt-")) for path in workdir.glob("checkpoints/ckpt-*.index"))
+    found = (
+        re.fullmatch(r"ckpt-(\d+)\.(index|crc32c\.json)", path.name) for path in workdir.glob("checkpoints/ckpt-*")
+    )
+    return sorted(int(one[1]) for one in found if one)
 
 
 def newest(workdir: Path) -> int:
@@ -98,7 +101,11 @@ def done(workdir: Path) -> int:
     return rows(workdir)[-1]["step"]
 
 
-def damage(path: Path, how: str) -> None:
+def damage(workdir: Path, step: int, how: str) -> None:
+    """To the largest of its files."""
+    found = [path for path in workdir.glob(f"checkpoints/ckpt-{step}*/**/*") if path.is_file()]
+    found += workdir.glob(f"checkpoints/ckpt-{step}.*")
+    path = max(found, key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
     if how == "truncated":
         content = content[: len(content) // 2]
@@ -135,15 +142,19 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kills"),
+    ("runner", "name", "kills"),
     [
-        pytest.param("short", 1, marks=pytest.mark.slow),
-        pytest.param("digits_demo", 10, marks=pytest.mark.long),
-        pytest.param("finetune", 10, marks=pytest.mark.long),
+        pytest.param("tensorflow", "short", 1, marks=pytest.mark.slow),
+        pytest.param("jax", "short", 1, marks=pytest.mark.slow),
+        pytest.param("jax", "short", 10, marks=pytest.mark.long),
+        pytest.param("tensorflow", "digits_demo", 10, marks=pytest.mark.long),
+        pytest.param("jax", "digits_demo", 10, marks=pytest.mark.long),
+        pytest.param("tensorflow", "finetune", 10, marks=pytest.mark.long),
     ],
 )
-def test_whatever_happens_the_end_is_the_same(name, kills, tmp_path, small_disk):
-    arguments, chance = RUNS[name], random.Random(name)
+def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, small_disk, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    arguments, chance = f"{RUNS[name]} --runner {runner}", random.Random(name)
     reference = tmp_path / "reference"
     Process(reference, arguments).ended(0)
     total = done(reference)
@@ -171,8 +182,8 @@ def test_whatever_happens_the_end_is_the_same(name, kills, tmp_path, small_disk)
 
     # The two newest checkpoints are damaged.
     *_, kept, second, first = steps(workdir)
-    damage(workdir / "checkpoints" / f"ckpt-{first}.data-00000-of-00001", "truncated")
-    damage(workdir / "checkpoints" / f"ckpt-{second}.data-00000-of-00001", "flipped")
+    damage(workdir, first, "truncated")
+    damage(workdir, second, "flipped")
     run = Process(workdir, arguments).after(kept)
     for step in (first, second):
         assert f"The checkpoint of step {step} cannot be read and is set aside" in run.said()
@@ -205,8 +216,9 @@ def test_whatever_happens_the_end_is_the_same(name, kills, tmp_path, small_disk)
     expected, found = (json.loads((place / "result.json").read_text()) for place in (reference, workdir))
     assert found | speed(expected) == expected and (name == "short" or found["ema_top1"] >= 0.85)
     # What is left over is what was damaged.
-    left = {path.name for path in workdir.rglob("*")} - {path.name for path in reference.rglob("*")}
-    assert all(name.startswith(("events.out", f"damaged-ckpt-{first}.", f"damaged-ckpt-{second}.")) for name in left)
+    left = {path.name for place in ("*", "checkpoints/*") for path in workdir.glob(place)}
+    left -= {path.name for place in ("*", "checkpoints/*") for path in reference.glob(place)}
+    assert left and all(re.match(rf"damaged-ckpt-({first}|{second})\b", name) for name in left)
     assert len(steps(workdir)) <= 4
     if not small_disk:
         pytest.skip("no small disk could be mounted; the rest holds")
@@ -218,12 +230,11 @@ def speed(result: dict) -> dict:
 
 
 @pytest.mark.slow
-def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(tmp_path):
+@pytest.mark.parametrize("runner", ["tensorflow", "jax"])
+def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path):
     """Two real processes on loopback: the curve of one process with two replicas, also over a host's death."""
-    arguments = (
-        "digits_demo --epochs 1.5 --batch-size 32 --model.image-size 32 --run.steps-per-loop 7 --run.save-every 0.3"
-    )
-    arguments += " --run.no-report"
+    arguments = f"digits_demo --runner {runner} --model.name efficientnet-mini --epochs 1.5 --batch-size 32"
+    arguments += " --model.image-size 32 --run.steps-per-loop 7 --run.save-every 0.3 --run.no-report"
     sockets = [socket.socket() for _ in range(2)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -233,7 +244,12 @@ def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(tmp_path):
 
     def hosts() -> list[Process]:
         configs = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}} for index in range(2)]
-        return [Process(tmp_path / "two", arguments, TF_CONFIG=json.dumps(config)) for config in configs]
+        told = [{"TF_CONFIG": json.dumps(config)} for config in configs]
+        if runner == "jax":
+            names = {"JOB_ADDRESSES": addresses[0], "NUM_PROCESSES": "2"}
+            told = [names | {"PROCESS_ID": str(index)} for index in range(2)]
+            told = [{f"KERAS_DISTRIBUTION_{name}": value for name, value in one.items()} for one in told]
+        return [Process(tmp_path / "two", arguments, **environment) for environment in told]
 
     (tmp_path / "two").mkdir()
     Process(tmp_path / "one", f"{arguments} --run.cpu-replicas 2").ended(0)

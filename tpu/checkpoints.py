@@ -4,13 +4,16 @@ import errno
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 
 # What reading a damaged one raises; the index' reader has no class of its own, and a file that is too short is an
 # IndexError. Other errors say that a storage does not answer, and nothing about what lies in it.
 _DAMAGE = (tf.errors.DataLossError, tf.errors.OutOfRangeError, tf.errors.NotFoundError, tf.errors.InvalidArgumentError)
+
+# What is written last, of TensorFlow's checkpoints and of orbax' folders: without it there is none.
+_LAST = (r"ckpt-(\d+)\.index", r"ckpt-(\d+)\.crc32c\.json")
 
 
 def steps(folder: str) -> list[int]:
@@ -23,18 +26,96 @@ def steps(folder: str) -> list[int]:
         List of integers.
     """
     names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
-    return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"ckpt-(\d+)\.index", name)))
+    return sorted(int(found[1]) for last in _LAST for name in names if (found := re.fullmatch(last, name)))
+
+
+class Format(Protocol):
+    """How one checkpoint lies in a folder: files and folders whose names begin with `ckpt-` and the step."""
+
+    def write(self, path: str) -> None:
+        """Writes one.
+
+        Args:
+            path: String, what its names begin with.
+        """
+
+    def read(self, path: str) -> str | None:
+        """Takes the values of one.
+
+        Args:
+            path: String, what its names begin with.
+
+        Returns:
+            String, how it is damaged; or None.
+
+        Raises:
+            ValueError: If it is one of another model.
+        """
+
+
+class Bundles:
+    """TensorFlow's own checkpoints. It keeps a sum of every tensor and of the index, and writes the index last.
+
+    Args:
+        checkpoint: `tf.train.Checkpoint`.
+    """
+
+    def __init__(self, checkpoint: tf.train.Checkpoint):
+        self._checkpoint = checkpoint
+
+    def write(self, path: str) -> None:
+        """See `Format`."""
+        self._checkpoint.write(path)
+
+    def read(self, path: str) -> str | None:
+        """See `Format`."""
+        try:
+            self._checkpoint.read(path).assert_existing_objects_matched()
+        except (tf.errors.OpError, IndexError) as error:
+            for file in {f"{path}.index", *_parts(path)}:  # all bytes can be had: or that is the error
+                with tf.io.gfile.GFile(file, "rb") as opened:
+                    while opened.read(64 << 20):
+                        pass
+            if not isinstance(error, (*_DAMAGE, IndexError)) and type(error) is not tf.errors.OpError:
+                raise
+            return " ".join(str(error).split())
+        except (AssertionError, ValueError) as error:
+            raise other_model(path, error) from error
+        return None
+
+
+def other_model(path: str, told: object) -> ValueError:
+    """The error that a checkpoint is one of another model.
+
+    Args:
+        path: String.
+        told: What shows it.
+
+    Returns:
+        ValueError.
+    """
+    return ValueError(f"Expected the variables of this model in {path!r}. Received: {' '.join(str(told).split())}")
+
+
+def _parts(path: str) -> list[str]:
+    # What was written last comes first: without it the rest is no checkpoint.
+    found = tf.io.gfile.glob([f"{path}.*", path])
+    return sorted(found, key=lambda part: not part.endswith((".index", ".json")))
+
+
+def _remove(path: str) -> None:
+    if tf.io.gfile.isdir(path):
+        tf.io.gfile.rmtree(path)
+    else:
+        tf.io.gfile.remove(path)
 
 
 class Checkpoints:
     """The checkpoints of a folder: the newest ones and the best.
 
-    TensorFlow keeps a sum of every tensor and of the index, and writes the index last: one that is damaged or half
-    written cannot be read.
-
     Args:
         folder: String, path of a folder.
-        checkpoint: `tf.train.Checkpoint`.
+        form: `Format`.
         step: `tf.Variable`, the number of steps done, which is part of the checkpoint.
         keep: Integer, newest ones that are kept.
         every: Integer, steps between two.
@@ -45,7 +126,7 @@ class Checkpoints:
     def __init__(
         self,
         folder: str,
-        checkpoint: tf.train.Checkpoint,
+        form: Format,
         step: tf.Variable,
         keep: int,
         every: int,
@@ -53,7 +134,7 @@ class Checkpoints:
         writes: bool = True,
     ):
         self.folder, self.keep, self.every, self.minutes, self.writes = folder, keep, every, minutes, writes
-        self._checkpoint, self._step = checkpoint, step
+        self._form, self._step = form, step
         self._last, self._when = 0, time.monotonic()
 
     def steps(self) -> list[int]:
@@ -79,7 +160,7 @@ class Checkpoints:
         self._clean()
         found, damaged = self.steps()[::-1], {}
         for step in found:
-            problem = self._read(step)
+            problem = self._form.read(self.path(step))
             if problem:
                 damaged[step] = problem
                 continue
@@ -97,25 +178,6 @@ class Checkpoints:
             )
         return 0
 
-    def _read(self, step: int) -> str | None:
-        """Takes the values of one, or tells how it is damaged."""
-        try:
-            self._checkpoint.read(self.path(step)).assert_existing_objects_matched()
-        except (tf.errors.OpError, IndexError) as error:
-            for path in {f"{self.path(step)}.index", *self._files(step)}:  # all bytes can be had: or that is the error
-                with tf.io.gfile.GFile(path, "rb") as file:
-                    while file.read(64 << 20):
-                        pass
-            if not isinstance(error, (*_DAMAGE, IndexError)) and type(error) is not tf.errors.OpError:
-                raise
-            return " ".join(str(error).split())
-        except (AssertionError, ValueError) as error:
-            told = " ".join(str(error).split())
-            raise ValueError(
-                f"Expected the variables of this model in {self.path(step)!r}. Received: {told}"
-            ) from error
-        return None
-
     def take(self, step: int) -> bool:
         """Takes the values of one, if it can be read.
 
@@ -125,7 +187,7 @@ class Checkpoints:
         Returns:
             Boolean, whether it could be.
         """
-        return step in self.steps() and self._read(step) is None
+        return step in self.steps() and self._form.read(self.path(step)) is None
 
     def due(self) -> bool:
         """Whether it is time to write one."""
@@ -145,8 +207,8 @@ class Checkpoints:
         step = int(self._step.numpy())
         if self.writes and step not in self.steps():
             try:
-                self._checkpoint.write(self.path(step))
-            except tf.errors.OpError as error:
+                self._form.write(self.path(step))
+            except Exception as error:  # each library has its own
                 self._clean()
                 if plain := full(error, self.folder):
                     raise plain from error
@@ -158,18 +220,17 @@ class Checkpoints:
                 if old != best:
                     self._delete(old)
 
-    def _files(self, step: int) -> list[str]:
-        # The index first: without it the rest is no checkpoint.
-        return sorted(tf.io.gfile.glob(f"{self.path(step)}.*"), key=lambda path: not path.endswith(".index"))
-
     def _delete(self, step: int) -> None:
-        for path in self._files(step):
-            tf.io.gfile.remove(path)
+        for path in _parts(self.path(step)):
+            _remove(path)
 
     def _set_aside(self, step: int) -> None:
-        for path in self._files(step):
+        for path in _parts(self.path(step)):
             folder, _, name = path.rpartition("/")
-            tf.io.gfile.rename(path, f"{folder}/damaged-{name}", overwrite=True)
+            aside = f"{folder}/damaged-{name}"
+            if tf.io.gfile.isdir(aside):
+                tf.io.gfile.rmtree(aside)
+            tf.io.gfile.rename(path, aside, overwrite=True)
 
     def _clean(self) -> None:
         """Removes what a process that was killed left half written."""
@@ -178,11 +239,9 @@ class Checkpoints:
         whole = self.steps()
         for name in tf.io.gfile.listdir(self.folder):
             name = name.rstrip("/")
-            path, found = f"{self.folder}/{name}", re.match(r"ckpt-(\d+)", name)
-            if found and tf.io.gfile.isdir(path):
-                tf.io.gfile.rmtree(path)
-            elif found and (int(found[1]) not in whole or "tempstate" in name):
-                tf.io.gfile.remove(path)
+            found = re.match(r"ckpt-(\d+)", name)
+            if found and (int(found[1]) not in whole or re.search("temp|tmp", name)):
+                _remove(f"{self.folder}/{name}")
 
 
 def full(error: Exception, folder: str) -> OSError | None:

@@ -5,8 +5,11 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from glob import glob
+from importlib.util import find_spec
 from typing import Any, Literal
 
 
@@ -228,6 +231,16 @@ class Recipe:
         """The highest learning rate."""
         given = self.optimizer.peak
         return self.optimizer.per_256 * self.batch_size / 256 if given is None else given
+
+
+def has_tpu() -> bool:
+    """Whether this machine has a TPU, and its library; or the environment names one.
+
+    Returns:
+        Boolean.
+    """
+    named = os.environ.get("TPU_NAME") or glob("/dev/accel[0-9]*") or glob("/dev/vfio/[0-9]*")
+    return bool(find_spec("libtpu") and named)
 
 
 def override(recipe: Recipe, arguments: Sequence[str], prog: str = "keras-effnet train RECIPE") -> Recipe:

@@ -1,11 +1,51 @@
 """Layers that see beyond their replica: batch statistics over groups of replicas, masks of the global batch."""
 
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 ops: Any = keras.ops
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a step of several replicas something is computed, and how they hear of each other.
+
+    Args:
+        count: Integer, all replicas.
+        index: Integer scalar tensor, this one.
+        sum: Function of a list of arrays that gives their sums over all replicas.
+        mean: Function of an array and the size of a group that gives the mean over this replica's group.
+    """
+
+    count: int
+    index: Any
+    sum: Callable[[list[Any]], list[Any]]
+    mean: Callable[[Any, int], Any]
+
+
+_here: ContextVar[Place | None] = ContextVar("_here", default=None)
+
+
+@contextlib.contextmanager
+def at(place: Place | None) -> Iterator[None]:
+    """Where layers find themselves.
+
+    Args:
+        place: `Place`, or None for the only replica.
+
+    Returns:
+        Context manager.
+    """
+    token = _here.set(place)
+    try:
+        yield
+    finally:
+        _here.reset(token)
 
 
 def group_size(replicas: int, choice: str | int = "auto") -> int:
@@ -55,8 +95,8 @@ class GroupBatchNormalization(keras.layers.BatchNormalization):
 
     >>> import keras
     >>> from keras_effnet.tpu.replicas import GroupBatchNormalization
-    >>> GroupBatchNormalization(group=8)(keras.ops.ones((4, 2, 2, 3))).shape
-    TensorShape([4, 2, 2, 3])
+    >>> tuple(GroupBatchNormalization(group=8)(keras.ops.ones((4, 2, 2, 3))).shape)
+    (4, 2, 2, 3)
 
     Reference:
         tensorflow/tpu efficientnet utils.py:114-165.
@@ -75,23 +115,12 @@ class GroupBatchNormalization(keras.layers.BatchNormalization):
         # Relative to where the mean was: squares of large numbers, subtracted, would leave few digits.
         shift = ops.stop_gradient(ops.convert_to_tensor(self.moving_mean))
         moved = mean - shift
-        moved, square = tf.unstack(_group_mean(tf.stack([moved, variance + ops.square(moved)]), self.group))
+        both = ops.stack([moved, variance + ops.square(moved)])
+        place = _here.get()
+        if place and self.group > 1:
+            both = place.mean(both, self.group)
+        moved, square = both[0], both[1]
         return moved + shift, square - ops.square(moved)
-
-
-def _group_mean(values, group: int):
-    context: Any = tf.distribute.get_replica_context()
-    replicas = context.num_replicas_in_sync if context else 1
-    if group <= 1 or replicas == 1:
-        return values
-    if group == replicas:
-        return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
-    if isinstance(context.strategy, tf.distribute.TPUStrategy):
-        groups = [list(range(start, start + group)) for start in range(0, replicas, group)]
-        return tf.compat.v1.tpu.cross_replica_sum(values, groups) / group
-    everyone = tf.ensure_shape(context.all_gather(values[None], axis=0), [replicas, *values.shape])
-    first = context.replica_id_in_sync_group // group * group
-    return tf.reduce_mean(tf.ensure_shape(everyone[first : first + group], [group, *values.shape]), axis=0)
 
 
 @keras.saving.register_keras_serializable("keras_effnet")
@@ -120,27 +149,27 @@ class GlobalDropout(keras.layers.Dropout):
         Returns:
             Tensor like `inputs`.
         """
-        context: Any = tf.distribute.get_replica_context()
-        replicas = context.num_replicas_in_sync if context else 1
-        if not training or not self.rate or replicas == 1:
+        place = _here.get()
+        if not training or not self.rate or place is None:
             return super().call(inputs, training=training)
-        here = tf.shape(inputs)[0]
-        noise = self.noise_shape or [None] * inputs.shape.rank
-        rest = [size or tf.shape(inputs)[axis] for axis, size in enumerate(noise)]
-        ones = tf.ones([here * replicas, *rest[1:]], inputs.dtype)
+        shape = ops.shape(inputs)
+        noise = self.noise_shape or [None] * len(shape)
+        rest = [size or shape[axis] for axis, size in enumerate(noise)][1:]
+        ones = ops.ones([shape[0] * place.count, *rest], inputs.dtype)
         mask = keras.random.dropout(ones, self.rate, seed=self.seed_generator)
-        start = context.replica_id_in_sync_group * here
-        begin = tf.stack([start] + [0] * (inputs.shape.rank - 1))
-        part = tf.slice(mask, begin, tf.stack([here, *([-1] * (inputs.shape.rank - 1))]))
-        return inputs * tf.stop_gradient(part)
+        part = ops.slice(mask, [place.index * shape[0], *(0 for _ in rest)], [shape[0], *rest])
+        return inputs * ops.stop_gradient(part)
 
 
-def spread(model: keras.Model, group: int) -> keras.Model:
+def spread(
+    model: keras.Model, group: int | None, instead: Mapping[type, type[keras.layers.Layer]] | None = None
+) -> keras.Model:
     """The same model for a replica among others. It shares all layers but batch normalisation and dropout.
 
     Args:
         model: A functional `keras.Model` of this package.
-        group: Integer, replicas that share their batch statistics.
+        group: Integer, replicas that share their batch statistics. None: it is the only one.
+        instead: Mapping of classes of layers to classes of the same variables that take their place. Defaults to none.
 
     Returns:
         A `keras.Model` with variables of the same names and order.
@@ -154,12 +183,17 @@ def spread(model: keras.Model, group: int) -> keras.Model:
     8
     """
 
+    instead = instead or {}
+
     def replace(layer):
+        config = layer.get_config()
         match layer:
-            case keras.layers.BatchNormalization():
-                new = GroupBatchNormalization.from_config({**layer.get_config(), "group": group})
-            case keras.layers.Dropout():
-                new = GlobalDropout.from_config(layer.get_config())
+            case keras.layers.BatchNormalization() if group:
+                new = GroupBatchNormalization.from_config({**config, "group": group})
+            case keras.layers.Dropout() if group:
+                new = GlobalDropout.from_config(config)
+            case _ if type(layer) in instead:
+                new = instead[type(layer)].from_config(config)
             case _:
                 return layer
         new.trainable = layer.trainable

@@ -1,36 +1,155 @@
 """The step of `Learner` on one device or many with tf.distribute, as orbit's trainer and evaluator."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from glob import glob
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import keras
 import orbit
 import tensorflow as tf
 
-from keras_effnet.tpu.config import Run
+from keras_effnet.tpu.checkpoints import Bundles
+from keras_effnet.tpu.config import Run, has_tpu
+from keras_effnet.tpu.data import Host
+from keras_effnet.tpu.replicas import Place, spread
 from keras_effnet.tpu.step import METRICS, Learner, State
 from keras_effnet.tpu.stops import Asked, NonFiniteError
 
+NAME = "tensorflow"
+WAITS = False  # at a process' end, for hosts that are gone
+# What devices and other hosts end a run with.
+ERRORS = (tf.errors.OpError,)
 
-def connect(run: Run) -> tf.distribute.Strategy:
+
+@dataclass(frozen=True)
+class Devices:
+    """What a run computes on.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        hosts: Integer, processes that each drive some of the replicas.
+    """
+
+    strategy: tf.distribute.Strategy
+    hosts: int
+
+    @property
+    def count(self) -> int:
+        """Replicas, on all hosts."""
+        return self.strategy.num_replicas_in_sync
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether they are TPUs."""
+        return isinstance(self.strategy, tf.distribute.TPUStrategy)
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        """Where a model and what goes with it are made."""
+        return self.strategy.scope()
+
+    def adapted(self, model: keras.Model, group: int) -> keras.Model:
+        """A model as it is trained on these devices.
+
+        Args:
+            model: A functional `keras.Model` of this package.
+            group: Integer, replicas that share their batch statistics.
+
+        Returns:
+            A `keras.Model` with variables of the same names and order.
+        """
+        return spread(model, group) if self.count > 1 else model
+
+    def total(self, value: int) -> int:
+        """The sum of a number of each process' over all of them.
+
+        Args:
+            value: Integer, this process'.
+
+        Returns:
+            Integer.
+        """
+        if self.hosts == 1:
+            return value
+        strategy = self.strategy
+        share = tf.constant(value * self.hosts / self.count, tf.float64)
+
+        def one():
+            return tf.identity(share)
+
+        @tf.function
+        def summed():
+            return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(one), axis=None)
+
+        return round(float(summed()))
+
+    def batches(self, part: Callable[[Host, int, bool], tf.data.Dataset]) -> Iterable:
+        """What each host reads, on its devices.
+
+        Args:
+            part: Function of a `Host`, of the replicas that it has, so many parts make its batch, and of whether
+                Python runs where it is read. It gives a `tf.data.Dataset`.
+
+        Returns:
+            Iterable of batches.
+        """
+
+        def read(context):
+            host = Host(context.input_pipeline_id, context.num_input_pipelines)
+            # One process drives all hosts of a slice of TPUs.
+            return part(host, self.count // host.count, not (self.is_tpu and host.count > 1))
+
+        return self.strategy.distribute_datasets_from_function(read)
+
+    def variables(self, learner: Learner) -> State:
+        """See `variables_of()`."""
+        return variables_of(learner)
+
+    def trainer(self, learner, state, step, batches, batch: int, xla: bool = False) -> "Trainer":
+        """See `Trainer`."""
+        return Trainer(self.strategy, learner, state, step, batches, batch, xla)
+
+    def evaluator(self, learner, state, trainer: "Trainer", batches, raw: bool) -> "Evaluator":
+        """See `Evaluator`."""
+        return Evaluator(self.strategy, learner, state, trainer.stop, batches, raw)
+
+    def files(self, step, trainer: "Trainer", learner: Learner, state: State) -> Bundles:
+        """How checkpoints of it are written and read.
+
+        Args:
+            step: `tf.Variable`, the number of steps done.
+            trainer: `Trainer`.
+            learner: `Learner`.
+            state: `State` of `tf.Variable`.
+
+        Returns:
+            `Bundles`.
+        """
+        return Bundles(tf.train.Checkpoint(step=step, totals=trainer.totals, state=learner.by_name(state)))
+
+
+def connect(run: Run) -> Devices:
     """The devices of a run.
 
     Args:
         run: `Run`.
 
     Returns:
-        A `tf.distribute.Strategy`: of the TPU, of all GPUs, of the processor; or of those of several hosts where the
-        environment's TF_CONFIG names them.
+        `Devices`: the TPU, all GPUs, the processor; or those of several hosts where the environment's TF_CONFIG names
+        them.
 
     Raises:
         ValueError: If the devices that are asked for are not there.
     """
     _, hosts = place()
-    wants_tpu = run.devices == "tpu" or (run.devices == "auto" and _has_tpu())
+    return Devices(_strategy(run, hosts), hosts)
+
+
+def _strategy(run: Run, hosts: int) -> tf.distribute.Strategy:
+    wants_tpu = run.devices == "tpu" or (run.devices == "auto" and has_tpu())
     if hosts > 1:
         if run.cpu_replicas > 1 or wants_tpu:
             raise ValueError(
@@ -83,35 +202,29 @@ def place() -> tuple[int, int]:
         ) from error
 
 
-def total(strategy: tf.distribute.Strategy, value: int) -> int:
-    """The sum of a number of each process' over all of them.
+# What the end of another host looks like to one that waits for it.
+_LOST = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+)
+_LOST_INTERNALLY = ("Collective", "unhealthy", "heartbeat", "onnection", "oordination")
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error is that of another host's end.
 
     Args:
-        strategy: `tf.distribute.Strategy`.
-        value: Integer, this process'.
+        error: Exception.
 
     Returns:
-        Integer.
+        Boolean.
     """
-    hosts = place()[1]
-    if hosts == 1:
-        return value
-    share = tf.constant(value * hosts / strategy.num_replicas_in_sync, tf.float64)
-
-    def one():
-        return tf.identity(share)
-
-    @tf.function
-    def summed():
-        return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(one), axis=None)
-
-    return round(float(summed()))
-
-
-def _has_tpu() -> bool:
-    return bool(find_spec("libtpu")) and bool(
-        os.environ.get("TPU_NAME") or glob("/dev/accel[0-9]*") or glob("/dev/vfio/[0-9]*")
-    )
+    if place()[1] == 1 and not tf.config.list_logical_devices("TPU"):
+        return False
+    internal = isinstance(error, tf.errors.InternalError)
+    return isinstance(error, _LOST) or (internal and any(told in str(error) for told in _LOST_INTERNALLY))
 
 
 def _divide_processor(count: int) -> None:
@@ -155,25 +268,48 @@ def replica_step(learner: Learner, state: State, batch: int) -> Callable:
 
     def step(images, labels, number):
         context: Any = tf.distribute.get_replica_context()
-        replicas = context.num_replicas_in_sync
         before = tf.nest.map_structure(tf.convert_to_tensor, state)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(before.trainable)
-            loss, moving, metrics = learner.objective(
-                before.trainable, before.moving, images, labels, number, batch, replicas
-            )
-        gradients = tape.gradient(loss, before.trainable)
-        if replicas > 1:
-            gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-            # Not what is frozen.
-            places = [n for n, v in enumerate(learner.moving) if v.name in ("moving_mean", "moving_variance")]
-            means = context.all_reduce(tf.distribute.ReduceOp.MEAN, [moving[n] for n in places])
-            for place, mean in zip(places, means, strict=True):
-                moving[place] = mean
-        _assign(context, state, learner.update(before, gradients, moving, number))
+        here = _here(context) if context.num_replicas_in_sync > 1 else None
+        after, metrics = learner.train(before, images, labels, number, batch, gradient, here)
+        _assign(context, state, after)
         return metrics
 
     return step
+
+
+def gradient(function: Callable, values):
+    """What a function does, whose first part is a scalar, and that scalar's gradients.
+
+    Args:
+        function: Function of a list of arrays.
+        values: List of arrays.
+
+    Returns:
+        Tuple of what the function does, and a list of arrays.
+    """
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(values)
+        told = function(values)
+    return told, tape.gradient(told[0], values)
+
+
+def _here(context) -> Place:
+    count, index = context.num_replicas_in_sync, context.replica_id_in_sync_group
+
+    def total(values):
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+    def mean(values, group: int):
+        if group == count:
+            return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
+        if isinstance(context.strategy, tf.distribute.TPUStrategy):
+            groups = [list(range(start, start + group)) for start in range(0, count, group)]
+            return tf.compat.v1.tpu.cross_replica_sum(values, groups) / group
+        everyone = tf.ensure_shape(context.all_gather(values[None], axis=0), [count, *values.shape])
+        first = index // group * group
+        return tf.reduce_mean(tf.ensure_shape(everyone[first : first + group], [group, *values.shape]), axis=0)
+
+    return Place(count, index, total, mean)
 
 
 def _assign(context, state: State, values: State) -> None:

@@ -10,6 +10,7 @@ import keras
 from keras_effnet.errors import one_of
 from keras_effnet.tpu import ema, losses
 from keras_effnet.tpu.optim import Optimizer, Schedule, is_kernel
+from keras_effnet.tpu.replicas import Place, at
 
 ops: Any = keras.ops
 
@@ -71,6 +72,27 @@ class Learner:
         """The variables that no gradient changes: those of `State.moving`, in that order."""
         return [v for v in self.model.non_trainable_variables if not _is_seed(v)]
 
+    def by_name(self, state: State) -> dict[str, dict[str, Any]]:
+        """A state by the variables' paths.
+
+        Args:
+            state: `State`.
+
+        Returns:
+            Dict of the dicts `variables`, `averages` and `slots`, whose names are followed by a colon and the slot's.
+        """
+        trainable = [v.path for v in self.model.trainable_variables]
+        paths = [*trainable, *(v.path for v in self.moving)]
+        return {
+            "variables": dict(zip(paths, [*state.trainable, *state.moving], strict=True)),
+            "averages": dict(zip(paths, state.averages, strict=True)),
+            "slots": {
+                f"{path}:{name}": value
+                for path, slot in zip(trainable, state.slots, strict=True)
+                for name, value in slot.items()
+            },
+        }
+
     def start(self) -> State:
         """The state before the first step, from the model's values.
 
@@ -110,6 +132,46 @@ class Learner:
         # Of a layer and a step: a run that goes on draws the masks that it would have drawn.
         key = zlib.crc32(f"{self.seed}/{index}".encode()) >> 1
         return ops.stack([ops.cast(key, dtype), ops.cast(step, dtype)])
+
+    def train(
+        self,
+        state: State,
+        images,
+        labels,
+        step,
+        batch: int,
+        gradient: Callable,
+        place: Place | None = None,
+    ) -> tuple[State, dict[str, Any]]:
+        """A whole training step of a replica.
+
+        Args:
+            state: The `State` before, the same on all replicas.
+            images: Pixels 0-255 of this replica's part of the batch.
+            labels: Class numbers (part,), or shares of classes (part, classes).
+            step: Integer scalar, number of steps done before.
+            batch: Integer, images in the global batch.
+            gradient: Function of a function and its argument, a list of arrays. It gives what the function does,
+                whose first part is a scalar, and that scalar's gradients.
+            place: `Place` among several replicas. Defaults to the only one.
+
+        Returns:
+            Tuple of the `State` after, the same on all replicas, and a dict of this replica's shares of `METRICS`.
+        """
+        count = place.count if place else 1
+
+        def objective(trainable):
+            return self.objective(trainable, state.moving, images, labels, step, batch, count)
+
+        with at(place):
+            (_, moving, metrics), gradients = gradient(objective, state.trainable)
+        if place:
+            gradients, moving = place.sum(gradients), list(moving)
+            # Not what is frozen.
+            places = [n for n, v in enumerate(self.moving) if v.name in ("moving_mean", "moving_variance")]
+            for n, total in zip(places, place.sum([moving[n] for n in places]), strict=True):
+                moving[n] = total / count
+        return self.update(state, gradients, moving, step), metrics
 
     def objective(self, trainable, moving, images, labels, step, batch: int, replicas: int = 1):
         """This replica's share of the loss: the sum over all replicas is the loss of the global batch.

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -17,13 +18,17 @@ import tensorflow as tf
 
 from keras_effnet import blocks, models
 from keras_effnet.errors import one_of
-from keras_effnet.tpu import data, files, optim, replicas, report, runner, stops
+from keras_effnet.tpu import data, files, optim, replicas, report, stops
 from keras_effnet.tpu.checkpoints import Checkpoints, full, steps
 from keras_effnet.tpu.config import Recipe, Run, flat, from_json, to_json
 from keras_effnet.tpu.progress import Log
 from keras_effnet.tpu.sources import Source, open_source
-from keras_effnet.tpu.step import Learner, State
+from keras_effnet.tpu.step import Learner
 from keras_effnet.variants import VARIANTS
+
+# What moves the arrays about, by Keras' backend: the devices, and the step on them. The rest is the same.
+RUNNERS = {"tensorflow": "keras_effnet.tpu.runner", "jax": "keras_effnet.tpu.jax_runner"}
+runner: Any = importlib.import_module(RUNNERS[one_of("KERAS_BACKEND for training", keras.backend.backend(), RUNNERS)])
 
 
 @contextlib.contextmanager
@@ -76,7 +81,7 @@ def train(
     """
     workdir = os.fspath(workdir).rstrip("/")
     _check(recipe)
-    index, hosts = runner.place()
+    index, _ = runner.place()
     try:
         with contextlib.ExitStack() as stack:
             watch = stack.enter_context(stops.Watch())
@@ -87,9 +92,12 @@ def train(
             return _train(recipe, workdir, quiet, allow_changes, watch, stack)
     except KeyboardInterrupt:  # before the first step; then the watch takes it
         raise _ended(stops.INTERRUPTED, "Stopped before the first step") from None
-    except (tf.errors.OpError, OSError) as error:
-        if (hosts > 1 or tf.config.list_logical_devices("TPU")) and _is_lost(error):
-            raise _ended(stops.AGAIN, "Lost another host. Start all: they go on from the last checkpoint") from error
+    except (tf.errors.OpError, OSError, *runner.ERRORS) as error:
+        if runner.is_lost(error):
+            ended = _ended(stops.AGAIN, "Lost another host. Start all: they go on from the last checkpoint")
+            if runner.WAITS:
+                os._exit(ended.code)
+            raise ended from error
         if plain := full(error, workdir):
             raise plain from error
         raise
@@ -109,17 +117,19 @@ def _train(
     # The recipe is written down before anything else happens; that of a run that is there, once it is known to fit.
     goes_on = bool(steps(f"{workdir}/checkpoints"))
     changes = _changes(recipe, workdir) if goes_on else []
+    if goes_on:
+        _check_runner(workdir)
     _allowed(changes, allow_changes, workdir)
     if writes and not goes_on:
-        _write_config(recipe, workdir)
+        _write_config(recipe, workdir, runner=runner.NAME)
 
     # Devices. Everything below is the same for one processor and for a slice of TPUs.
     if recipe.run.deterministic:
         keras.utils.set_random_seed(recipe.run.seed)  # which TensorFlow then asks for
         tf.config.experimental.enable_op_determinism()
-    strategy = runner.connect(recipe.run)
+    machine = runner.connect(recipe.run)
     watch.hold()
-    count = strategy.num_replicas_in_sync
+    count = machine.count
     _check_batches(recipe, count)
     group = replicas.group_size(count, recipe.run.batch_norm_group)
     devices = {"replicas": count, "hosts": hosts, "images_per_statistics": recipe.batch_size // count * group}
@@ -144,47 +154,40 @@ def _train(
     numbers = {"image_size": size, "classes": classes, "steps": total, "steps_per_epoch": steps_per_epoch}
 
     # The model and all that a step changes are made together, where the devices want it.
-    with strategy.scope():
+    with machine.scope():
         keras.utils.set_random_seed(recipe.run.seed)
-        model = build(recipe, classes, "mixed_bfloat16" if _is_low(recipe.run, strategy) else "float32")
-        if count > 1:
-            model = replicas.spread(model, group)
+        model = build(recipe, classes, "mixed_bfloat16" if _is_low(recipe.run, machine) else "float32")
+        model = machine.adapted(model, group)
         learner = make_learner(model, recipe, steps_per_epoch, total)
-        state = runner.variables_of(learner)
+        state = machine.variables(learner)
     step = orbit.utils.create_global_step()
 
     # Data. Each host reads its own part, from where the restored step left it.
     accounts: dict[str, data.Skipped] = {}
 
-    def account(name: str, context, path: str | None, examples: int) -> data.Skipped | None:
-        if context.num_input_pipelines > 1 and isinstance(strategy, tf.distribute.TPUStrategy):
-            return None  # this process drives hosts that read without Python
+    def account(name: str, path: str | None, examples: int) -> data.Skipped:
         accounts[name] = data.Skipped(path, examples, recipe.data.max_corrupt)
         return accounts[name]
 
     def train_batches():
-        def part(context):
-            host = _host(context)
-            batch, here = recipe.batch_size // host.count, count // host.count
-            path = f"{workdir}/skipped-{host.index}.jsonl"
+        def part(host: data.Host, parts: int, python: bool):
+            batch, path = recipe.batch_size // host.count, f"{workdir}/skipped-{host.index}.jsonl"
             if not step.numpy() and tf.io.gfile.exists(path):
                 tf.io.gfile.remove(path)  # of a run that did not come to its first checkpoint
-            skipped = account("train", context, path, source.train.count(host.index, host.count))
-            return data.training(
-                source, recipe, size, batch, skipped, parts=here, start=int(step.numpy()) * batch, host=host
-            )
+            skipped = account("train", path, source.train.count(host.index, host.count)) if python else None
+            start = int(step.numpy()) * batch
+            return data.training(source, recipe, size, batch, skipped, parts=parts, start=start, host=host)
 
-        return iter(strategy.distribute_datasets_from_function(part))
+        return iter(machine.batches(part))
 
-    def evaluated(context):
-        host = _host(context)
-        skipped = account("eval", context, None, source.evaluate.evaluated(host.index, host.count))
-        batch, here = (recipe.run.eval_batch or recipe.batch_size) // host.count, count // host.count
-        return data.evaluation(source, recipe, size, batch, skipped, parts=here, host=host)
+    def evaluated(host: data.Host, parts: int, python: bool):
+        batch = (recipe.run.eval_batch or recipe.batch_size) // host.count
+        skipped = account("eval", None, source.evaluate.evaluated(host.index, host.count)) if python else None
+        return data.evaluation(source, recipe, size, batch, skipped, parts=parts, host=host)
 
     @functools.cache  # TensorFlow never frees a pipeline's functions: one for all evaluations
     def evaluation():
-        return strategy.distribute_datasets_from_function(evaluated)
+        return machine.batches(evaluated)
 
     def eval_batches():
         batches = evaluation()
@@ -192,14 +195,14 @@ def _train(
             accounts["eval"].forget()
         return iter(batches)
 
-    trainer = runner.Trainer(strategy, learner, state, step, train_batches, recipe.batch_size, recipe.run.xla)
-    evaluator = runner.Evaluator(strategy, learner, state, trainer.stop, eval_batches, recipe.run.eval_raw)
+    trainer = machine.trainer(learner, state, step, train_batches, recipe.batch_size, recipe.run.xla)
+    evaluator = machine.evaluator(learner, state, trainer, eval_batches, recipe.run.eval_raw)
 
     # Checkpoints. Restored: the newest whole one in the folder, else what the model was built with.
     log = Log(workdir, recipe.batch_size, total, quiet, writes)
     checkpoints = Checkpoints(
         f"{workdir}/checkpoints",
-        tf.train.Checkpoint(step=step, totals=trainer.totals, state=_by_name(learner, state)),
+        machine.files(step, trainer, learner, state),
         step,
         keep=recipe.run.keep,
         every=max(1, round(recipe.run.save_every * steps_per_epoch)),
@@ -207,13 +210,13 @@ def _train(
         writes=writes,
     )
     done = checkpoints.restore(log.note)
-    if runner.total(strategy, done) != done * hosts:
+    if machine.total(done) != done * hosts:
         raise ValueError(
             f"Expected all hosts to see the same checkpoints in {workdir!r}. Received: this one goes on after step "
             f"{done}, and another one does not"
         )
     if writes:
-        _write_config(recipe, workdir, **numbers, peak=recipe.peak, **devices)
+        _write_config(recipe, workdir, **numbers, peak=recipe.peak, **devices, runner=runner.NAME)
     for change in changes:
         log.note(f"From step {done} on: {change}")
     result_path = f"{workdir}/result.json"
@@ -246,7 +249,7 @@ def _train(
     stack.enter_context(contextlib.redirect_stdout(log.text))  # orbit prints what it does
     loop = recipe.run.steps_per_loop
     controller = orbit.Controller(
-        strategy=strategy,
+        strategy=machine.strategy,
         trainer=trainer,
         evaluator=evaluator,
         global_step=step,
@@ -264,7 +267,7 @@ def _train(
                 due = done >= total or (done and done == next_stop(done - 1))
                 if due and done not in log.scores:
                     results = controller.evaluate()
-                    log.evaluated(done, _checked(results, source, accounts, strategy))
+                    log.evaluated(done, _checked(results, source, accounts, machine))
                     if log.best == done:
                         save()
                     _give_back()
@@ -310,21 +313,6 @@ def _train(
         except Exception as error:  # whatever drawing and data do: the run is whole without it
             log.note(f"No report: {error}")
     return result
-
-
-# What the end of another host looks like to one that waits for it.
-_LOST = (
-    tf.errors.UnavailableError,
-    tf.errors.AbortedError,
-    tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
-)
-_LOST_INTERNALLY = ("Collective", "unhealthy", "heartbeat", "onnection", "oordination")
-
-
-def _is_lost(error: Exception) -> bool:
-    internal = isinstance(error, tf.errors.InternalError)
-    return isinstance(error, _LOST) or (internal and any(told in str(error) for told in _LOST_INTERNALLY))
 
 
 def _give_back() -> None:
@@ -387,10 +375,6 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"Expected {name} above 0. Received: {value}")
 
 
-def _host(context) -> data.Host:
-    return data.Host(context.input_pipeline_id, context.num_input_pipelines)
-
-
 def _changes(recipe: Recipe, workdir: str) -> list[str]:
     """What is computed otherwise than in the run that is in a folder."""
     path = f"{workdir}/config.json"
@@ -400,6 +384,17 @@ def _changes(recipe: Recipe, workdir: str) -> list[str]:
     changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
     free = ("run.", "source ", "expected_top1 ")  # what does not change what is computed
     return [told for told in changed if not told.startswith(free) or told.startswith("run.seed")]
+
+
+def _check_runner(workdir: str) -> None:
+    path = f"{workdir}/config.json"
+    told = json.loads(tf.io.gfile.GFile(path).read()) if tf.io.gfile.exists(path) else {}
+    before = told.get("resolved", {}).get("runner", "tensorflow")
+    if before != runner.NAME:
+        raise ValueError(
+            f"Expected --runner {before}, whose checkpoints are in {workdir!r}. Received: {runner.NAME}. A new run may "
+            f"start from what that one learned: --model.weights {workdir}/model.keras --model.keep-top"
+        )
 
 
 def _other_devices(devices: dict[str, int], workdir: str) -> list[str]:
@@ -427,9 +422,8 @@ def _check_batches(recipe: Recipe, count: int) -> None:
             raise ValueError(f"Expected {name} as a multiple of the {count} replicas. Received: {size}")
 
 
-def _is_low(run: Run, strategy: tf.distribute.Strategy) -> bool:
-    is_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
-    return run.precision == "mixed_bfloat16" or (run.precision == "auto" and is_tpu)
+def _is_low(run: Run, machine) -> bool:
+    return run.precision == "mixed_bfloat16" or (run.precision == "auto" and machine.is_tpu)
 
 
 def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
@@ -519,14 +513,14 @@ def make_learner(model: keras.Model, recipe: Recipe, steps_per_epoch: float, tot
     )
 
 
-def export(recipe: Recipe, classes: int, learner: Learner, state: State) -> keras.Model:
+def export(recipe: Recipe, classes: int, learner: Learner, state) -> keras.Model:
     """A plain model with the moving average of all variables.
 
     Args:
         recipe: `Recipe`.
         classes: Integer.
         learner: `Learner`.
-        state: `State`.
+        state: `State`, or what else has its `averages`.
 
     Returns:
         A `keras.Model` that gives probabilities.
@@ -542,26 +536,9 @@ def export(recipe: Recipe, classes: int, learner: Learner, state: State) -> kera
     return model
 
 
-def _by_name(learner: Learner, state: State) -> dict[str, Any]:
-    trainable = [v.path for v in learner.model.trainable_variables]
-    moving = [v.path for v in learner.moving]
-    slots = {
-        f"{path}:{name}": variable
-        for path, slot in zip(trainable, state.slots, strict=True)
-        for name, variable in slot.items()
-    }
-    return {
-        "variables": dict(zip([*trainable, *moving], [*state.trainable, *state.moving], strict=True)),
-        "averages": dict(zip([*trainable, *moving], state.averages, strict=True)),
-        "slots": slots,
-    }
-
-
-def _checked(
-    results: Any, source: Source, accounts: dict[str, data.Skipped], strategy: tf.distribute.Strategy
-) -> dict[str, float]:
+def _checked(results: Any, source: Source, accounts: dict[str, data.Skipped], machine) -> dict[str, float]:
     """The results, if each example was counted once."""
-    skipped = runner.total(strategy, len(accounts["eval"]) if "eval" in accounts else 0)
+    skipped = machine.total(len(accounts["eval"]) if "eval" in accounts else 0)
     if results["examples"] + skipped != source.eval_count:
         raise ValueError(
             f"Expected to evaluate {source.eval_count} examples. Received: {results['examples']:.0f}, and {skipped} "
