@@ -2,6 +2,7 @@
 
     python benchmarks/train.py                            # 6 minutes on two cores
     python benchmarks/train.py --timm-python PATH         # the interpreter of an environment that has timm
+    python benchmarks/train.py --only jax                 # the loop of the runner on JAX: 5 minutes
 
 `--timm-python` lets timm (`pip install timm`) be in an environment of its own; by default it is looked for in this one,
 and where it is not, its net is left out, and said so.
@@ -16,7 +17,8 @@ there a second time with `--run.deterministic`, for what that costs.
 
 The second part: Lite0's bare step, which is `runner.replica_step()` compiled and called, and the same steps as
 `keras-effnet train` goes through them: orbit's controller, an iterator of the same batch, metrics, TensorBoard's files
-and the log, 20 steps in a loop.
+and the log, 20 steps in a loop. The third part: the same on JAX, with images of 96 pixels, of which XLA makes a longer
+step on a processor; there the bare step is `jax_runner.train_step()`, called without looking at what it gives.
 
 Each net has a process of its own, since libraries' threads get into each other's way, and computes when it is its turn;
 ratios are of the same round. Beside the seconds on the wall stand those of all cores together, since on a shared
@@ -38,10 +40,10 @@ import click
 import numpy as np
 from timing import spread, told
 
-os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-SIZE, BATCH, CLASSES = 224, 16, 1000
+SIZE, BATCH, CLASSES = int(os.environ.get("BENCHMARK_SIZE", "224")), 16, 1000
 OURS, APPLICATIONS, TIMM, BARE, LOOP = "ours", "keras.applications", "timm", "bare step", "our loop"
 DETERMINISTIC = "ours, deterministic"
 
@@ -75,21 +77,21 @@ def prepared(name: str):
     import tensorflow as tf
 
     from keras_effnet.tpu.config import Model, Recipe
-    from keras_effnet.tpu.runner import Trainer, connect, variables_of
-    from keras_effnet.tpu.train import build, make_learner
+    from keras_effnet.tpu.train import build, make_learner, runner
 
     recipe = Recipe(Model(name, image_size=SIZE), batch_size=BATCH)
-    strategy = connect(recipe.run)
-    with strategy.scope():
+    machine = runner.connect(recipe.run)
+    with machine.scope():
         keras.utils.set_random_seed(0)
-        learner = make_learner(build(recipe, CLASSES, "float32"), recipe, 1_281_167 / BATCH, 28_000_000)
-        state = variables_of(learner)
+        model = machine.adapted(build(recipe, CLASSES, "float32"), 1)
+        learner = make_learner(model, recipe, 1_281_167 / BATCH, 28_000_000)
+        state = machine.variables(learner)
     step = orbit.utils.create_global_step()
 
     def batches():
-        return iter(strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensors(batch()).repeat()))
+        return iter(machine.batches(lambda host, parts, python: tf.data.Dataset.from_tensors(batch()).repeat()))
 
-    return strategy, learner, state, step, Trainer(strategy, learner, state, step, batches, BATCH)
+    return machine, learner, state, step, machine.trainer(learner, state, step, batches, BATCH)
 
 
 def ours() -> dict[str, Run]:
@@ -157,20 +159,44 @@ def timm() -> dict[str, Run]:
     return {TIMM: clocked(train)}
 
 
-def loop() -> dict[str, Run]:
-    import orbit
+def bare_on_tensorflow(learner, state) -> Callable[[int], None]:
     import tensorflow as tf
 
-    from keras_effnet.tpu.progress import Log
     from keras_effnet.tpu.runner import replica_step
 
-    strategy, learner, state, step, trainer = prepared("efficientnet-lite0")
     one = tf.function(replica_step(learner, state, BATCH))
     images, labels = (tf.constant(part) for part in batch())
 
     def bare(steps):
         for number in range(steps):
             one(images, labels, tf.constant(number))
+
+    return bare
+
+
+def bare_on_jax(machine, learner) -> Callable[[int], None]:
+    import jax
+
+    from keras_effnet.tpu.jax_runner import train_step
+
+    one, kept = train_step(learner, machine.mesh, BATCH), machine.variables(learner)
+    images, labels = (jax.device_put(part) for part in batch())
+
+    def bare(steps):
+        for number in range(steps):
+            kept.state, _ = one(kept.state, images, labels, np.int32(number), np.zeros(1, np.float32))
+        jax.block_until_ready(kept.state)
+
+    return bare
+
+
+def loop() -> dict[str, Run]:
+    import orbit
+
+    from keras_effnet.tpu.progress import Log
+
+    machine, learner, state, step, trainer = prepared("efficientnet-lite0")
+    bare = bare_on_jax(machine, learner) if machine.strategy is None else bare_on_tensorflow(learner, state)
 
     def looped(steps):
         with contextlib.redirect_stdout(log.text):  # as train() does: orbit prints what it does
@@ -179,7 +205,7 @@ def loop() -> dict[str, Run]:
     workdir = tempfile.mkdtemp(dir=sys.argv[-1])
     log = Log(workdir, BATCH, 28_000_000, quiet=True)
     controller = orbit.Controller(
-        strategy=strategy,
+        strategy=machine.strategy,
         trainer=trainer,
         global_step=step,
         steps_per_loop=20,
@@ -212,10 +238,10 @@ def serve(name: str) -> None:
 class Worker:
     """A process that trains a net when it is told to."""
 
-    def __init__(self, name: str, python: str, folder: str):
+    def __init__(self, name: str, python: str, folder: str, **more: str):
         command, pipe = [python, __file__, "serve", name, folder], subprocess.PIPE
         # Of PyTorch: where a core is missing for a while, threads that wait actively make a step 10 times as long.
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **more}
         self._process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def __call__(self, what: str, steps: int) -> list[float]:
@@ -286,13 +312,13 @@ def table(title: str, base: str, rows: dict[str, dict[str, Any]]) -> None:
 @click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Of a net's turn.")
 @click.option("--loops", default=1, show_default=True, type=click.IntRange(1), help="Of 20 steps, in the loop's turn.")
 @click.option("--timm-python", default=sys.executable, help="Interpreter that has timm. Defaults to this one.")
-@click.option("--only", type=click.Choice(["nets", "loop"]), help="One part.")
+@click.option("--only", type=click.Choice(["nets", "loop", "jax"]), help="One part.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(rounds, steps, loops, timm_python, only, as_json) -> None:
     """Time training steps of B0, and what our loop adds."""
     report: dict[str, Any] = {"rounds": rounds, "cores": os.cpu_count(), "batch": BATCH, "size": SIZE}
     with tempfile.TemporaryDirectory() as folder:
-        if only != "loop":
+        if only in (None, "nets"):
             workers = {OURS: Worker("ours", sys.executable, folder)}
             workers[DETERMINISTIC] = Worker("deterministic", sys.executable, folder)
             workers[APPLICATIONS] = Worker("applications", sys.executable, folder)
@@ -303,11 +329,16 @@ def main(rounds, steps, loops, timm_python, only, as_json) -> None:
             report["nets"] = in_turn(workers, OURS, rounds, steps)
             if not as_json:
                 table(f"Training step of B0, {SIZE} pixels, {BATCH} images", OURS, report["nets"])
-        if only != "nets":
+        if only in (None, "loop"):
             worker = Worker("loop", sys.executable, folder)
             report["loop"] = in_turn({BARE: worker, LOOP: worker}, BARE, rounds, 20 * loops)
             if not as_json:
                 table(f"Our loop, Lite0, {SIZE} pixels, {BATCH} images, 20 steps a loop", BARE, report["loop"])
+        if only in (None, "jax"):
+            worker = Worker("loop", sys.executable, folder, KERAS_BACKEND="jax", BENCHMARK_SIZE="96")
+            report["jax"] = in_turn({BARE: worker, LOOP: worker}, BARE, rounds, 20 * loops)
+            if not as_json:
+                table(f"Our loop on JAX, Lite0, 96 pixels, {BATCH} images, 20 steps a loop", BARE, report["jax"])
     if as_json:
         click.echo(json.dumps(report, indent=2))
 

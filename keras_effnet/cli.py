@@ -12,6 +12,11 @@ import click
 
 from keras_effnet import __version__
 
+RUNNER = click.option(
+    "--runner",
+    type=click.Choice(["tensorflow", "jax"]),
+    help="What computes. Defaults to KERAS_BACKEND, or tensorflow.",
+)
 AS_JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on standard output."
 )
@@ -460,9 +465,7 @@ def download(model, tag, no_top, as_json) -> None:
 @click.option("--data", "source", help="Short for --data.source.")
 @click.option("--workdir", help="Folder of the run, or one on Cloud Storage. A run that is in it goes on.")
 @click.option("--allow-changes", is_flag=True, help="Go on with another recipe than the run had.")
-@click.option(
-    "--runner", type=click.Choice(["tensorflow", "jax"]), help="What computes. [default: $KERAS_BACKEND or tensorflow]"
-)
+@RUNNER
 @AS_JSON
 @click.option("-h", "--help", "asked", is_flag=True, help="Show this, or after a recipe's name all its fields.")
 @click.argument("changes", nargs=-1, type=click.UNPROCESSED)
@@ -502,12 +505,15 @@ def train(ctx, recipe, source, workdir, allow_changes, runner, as_json, asked, c
 
 
 @main.command()
+@RUNNER
 @AS_JSON
 @click.pass_context
-def doctor(ctx, as_json) -> None:
+def doctor(ctx, runner, as_json) -> None:
     """Tell what runs here, what a training would run on, and what to do about what does not. Exit status 1 if so."""
     from dataclasses import asdict
 
+    if runner:
+        os.environ["KERAS_BACKEND"] = runner
     from keras_effnet.tpu.doctor import examine
 
     findings = examine()

@@ -7,16 +7,20 @@ import sys
 import pytest
 from conftest import BACKEND, ROOT
 
-SLOW = (
-    "test_layers.py",
-    "test_export.py",
-    "test_folding.py",
-    "test_predictor.py",
-    "test_cli.py",
-    "test_weights.py",
-    "test_pruning.py",
-    "test_optim.py",
-)
+# What CI has room for, and what it has not.
+SLOW = {
+    "jax": ("test_layers.py", "test_weights.py", "test_optim.py", "test_step.py", "test_predictor.py"),
+    "torch": ("test_layers.py", "test_weights.py", "test_optim.py", "test_folding.py"),
+}
+LONG = {
+    "jax": ("test_export.py", "test_folding.py", "test_cli.py", "test_pruning.py"),
+    "torch": ("test_export.py", "test_predictor.py", "test_cli.py", "test_pruning.py"),
+}
+FILES = [
+    *((backend, "test_models.py") for backend in SLOW),
+    *(pytest.param(backend, file, marks=pytest.mark.slow) for backend, files in SLOW.items() for file in files),
+    *(pytest.param(backend, file, marks=pytest.mark.long) for backend, files in LONG.items() for file in files),
+]
 # Those in which a backend's variables are read, written or trained in ways of their own. JAX compiles an eager call
 # operation by operation: its nets are compiled whole, as its users do.
 CHOSEN = {
@@ -27,13 +31,13 @@ CHOSEN = {
     "test_predictor.py": "predict_gives and onnxruntime or any_size",
     "test_cli.py": "predict or convert",
     "test_pruning.py": "lite0-0 or slope or modules_differences or student_learns",
+    "test_step.py": "originals or moving_variance",
     "test_weights.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body",
 }
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="started from the run on TensorFlow")
-@pytest.mark.parametrize("file", ["test_models.py", *(pytest.param(file, marks=pytest.mark.slow) for file in SLOW)])
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize(("backend", "file"), FILES)
 def test_backend(backend, file):
     command = [
         sys.executable,

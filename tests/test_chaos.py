@@ -172,6 +172,10 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
     told = run.ended(75, 60)
     assert f"Stopped after step {newest(workdir)} of {total}, which is saved" in told
 
+    if runner == "jax":  # its checkpoints are not the other runner's
+        told = Process(workdir, f"{RUNS[name]} --runner tensorflow").ended(2)
+        assert f"Expected --runner jax, whose checkpoints are in '{workdir}'" in told
+
     # kill -9 at moments that nobody chose.
     for number in range(kills):
         run = Process(workdir, arguments).after(min(done(workdir) + 10, total - 60))
@@ -215,6 +219,12 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
     assert curve(workdir) == curve(reference)
     expected, found = (json.loads((place / "result.json").read_text()) for place in (reference, workdir))
     assert found | speed(expected) == expected and (name == "short" or found["ema_top1"] >= 0.85)
+    # What the command evaluates of it, on TensorFlow: its last checkpoint, as any run's that has not ended.
+    (workdir / "model.keras").unlink()
+    program = [sys.executable, ROOT / "tests" / "mini.py", "eval", workdir, "--json"]
+    told = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": "tensorflow"})
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["top1"] == pytest.approx(expected["ema_top1"], abs=0.005)
     # What is left over is what was damaged.
     left = {path.name for place in ("*", "checkpoints/*") for path in workdir.glob(place)}
     left -= {path.name for place in ("*", "checkpoints/*") for path in reference.glob(place)}
@@ -231,8 +241,9 @@ def speed(result: dict) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runner", ["tensorflow", "jax"])
-def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path):
+def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path, monkeypatch):
     """Two real processes on loopback: the curve of one process with two replicas, also over a host's death."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     arguments = f"digits_demo --runner {runner} --model.name efficientnet-mini --epochs 1.5 --batch-size 32"
     arguments += " --model.image-size 32 --run.steps-per-loop 7 --run.save-every 0.3 --run.no-report"
     sockets = [socket.socket() for _ in range(2)]

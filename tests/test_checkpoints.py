@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,18 +22,30 @@ if BACKEND != "tensorflow":
 import tensorflow as tf
 
 from keras_effnet.tpu import files
-from keras_effnet.tpu.checkpoints import Checkpoints
+from keras_effnet.tpu.checkpoints import Bundles, Checkpoints
 
 
 class Run:
     """Some variables, and their checkpoints."""
 
-    def __init__(self, folder, keep=2, shape=(3, 4)):
+    def __init__(self, folder, keep=2, shape=(3, 4), form="tensorflow"):
         self.step = tf.Variable(0, dtype=tf.int64)
         self.values = {f"block{n}/kernel": tf.Variable(tf.zeros(shape)) for n in range(5)}
-        checkpoint = tf.train.Checkpoint(step=self.step, state=self.values)
-        self.checkpoints = Checkpoints(str(folder), checkpoint, self.step, keep=keep, every=10, minutes=None)
+        self.form: Any = Bundles(tf.train.Checkpoint(step=self.step, state=self.values))
+        if form == "orbax":
+            from keras_effnet.tpu.jax_checkpoints import Folders
+
+            self.form = Folders(self._take, self._give)
+        self.checkpoints = Checkpoints(str(folder), self.form, self.step, keep=keep, every=10, minutes=None)
         self.told: list[str] = []
+
+    def _take(self):
+        return {"step": self.step.numpy(), "state": {name: value.numpy() for name, value in self.values.items()}}
+
+    def _give(self, tree):
+        self.step.assign(tree["step"])
+        for name, value in self.values.items():
+            value.assign(tree["state"][name])
 
     def save(self, step: int, best: int | None = None) -> None:
         self.step.assign(step)
@@ -106,6 +119,45 @@ def test_no_damage_goes_unseen(tmp_path, end):
     assert len(list(tmp_path.glob("damaged-*"))) <= 2
 
 
+def test_no_damage_to_orbax_folders_goes_unseen(tmp_path):
+    """Any bit of any file, any file that is gone; and what is half written, or of another model, is told from it."""
+    run, chance = Run(tmp_path, form="orbax"), random.Random(0)
+    run.save(10)
+    run.save(20)
+    assert run.checkpoints.steps() == [10, 20]
+    whole = {path: path.read_bytes() for path in tmp_path.glob("ckpt-20*/**/*") if path.is_file()}
+    sums = tmp_path / "ckpt-20.crc32c.json"
+    whole[sums] = sums.read_bytes()
+    for path, content in whole.items():
+        flipped = bytearray(content)
+        flipped[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        for damage in (bytes(flipped), content[: len(content) // 2], None):
+            if path == sums and damage is None:
+                continue  # it is written last: without it there is no checkpoint
+            if damage is None:
+                path.unlink()
+            else:
+                path.write_bytes(damage)
+            assert run.form.read(run.checkpoints.path(20)) is not None or (damage == bytes(flipped) and path == sums)
+            path.write_bytes(content)
+    assert run.form.read(run.checkpoints.path(20)) is None
+    next(path for path in whole if path != sums).write_bytes(b"")
+    again = Run(tmp_path, form="orbax")
+    assert again.restore() == 10 and "of step 20 cannot be read" in again.told[0]
+    assert again.checkpoints.steps() == [10] and (tmp_path / "damaged-ckpt-20").is_dir()
+    with pytest.raises(ValueError, match=r"Expected the variables of this model.*ckpt-10.*\(3, 4\), not \(3, 5\)"):
+        Run(tmp_path, shape=(3, 5), form="orbax").restore()
+    (tmp_path / "ckpt-30").mkdir()
+    (tmp_path / "ckpt-40.orbax-checkpoint-tmp-0").mkdir()
+    again = Run(tmp_path, form="orbax")
+    assert again.restore() == 10
+    again.save(20)
+    again.save(30)
+    assert sorted(path.name for path in tmp_path.glob("ckpt-*")) == [
+        f"ckpt-{step}{end}" for step in (20, 30) for end in ("", ".crc32c.json")
+    ]
+
+
 def test_none_that_can_be_read_is_no_new_beginning(tmp_path):
     run = Run(tmp_path)
     run.save(10)
@@ -129,7 +181,7 @@ def test_a_storage_that_does_not_answer_is_no_damage(tmp_path):
             while True:
                 held.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(tf.errors.OpError, match="Too many open files"):
-            run.checkpoints._read(20)
+            run.form.read(run.checkpoints.path(20))
     finally:
         for descriptor in held:
             os.close(descriptor)

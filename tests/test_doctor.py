@@ -67,7 +67,7 @@ def test_this_machine_as_json():
     for what, name in (("TensorFlow", "tensorflow"), ("Keras", "keras"), ("JAX", "jax"), ("tf_keras", "tf_keras")):
         assert (found[what]["found"], found[what]["verdict"]) == (metadata.version(name), "ok")
     assert found["Training"]["verdict"] == "ok"
-    assert told["strategy"].split(" on ")[0] == type(runner.connect(Run())).__name__
+    assert told["strategy"].split(" on ")[0] == type(runner.connect(Run()).strategy).__name__
     problems = [row for row in told["findings"] if row["verdict"] == "problem"]
     assert result.returncode == bool(problems) and all(row["advice"] for row in problems), result.stderr
 
@@ -89,7 +89,7 @@ def test_a_tensorflow_that_does_not_start_is_told_and_survived(machine, code, to
     assert found["Training"].verdict == "problem" and found["Strategy"].found == "none"
 
 
-def test_a_tpu_that_is_held_is_left_alone_and_its_holder_named(machine, tmp_path):
+def test_a_tpu_that_is_held_is_left_alone_and_its_holder_named(machine, tmp_path, monkeypatch):
     machine()
     device = tmp_path / "accel0"
     device.touch()
@@ -108,6 +108,14 @@ def test_a_tpu_that_is_held_is_left_alone_and_its_holder_named(machine, tmp_path
     free = rows(devices=[str(device)])
     assert free["TPU"].found.startswith("1 chip, free") and free["TPU"].verdict == "ok"
     assert free["JAX sees"].found == "1 tpu"
+    # JAX trains on it, and then plain TensorFlow, which only reads, is the right one.
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    free = rows(devices=[str(device)])
+    assert free["TensorFlow"].verdict == "ok"
+    assert (free["Strategy"].found, free["Strategy"].verdict) == ("JAX, data parallel on 1 tpu", "ok")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert rows(devices=[str(device)])["Strategy"].verdict == "warning"
+    assert "GPU that JAX sees" in rows(run=Run(devices="gpu"))["Strategy"].advice
 
 
 def test_libtpus_lock_is_seen(tmp_path):
@@ -132,9 +140,9 @@ def test_a_gpu_that_tensorflow_does_not_see(machine, monkeypatch):
     monkeypatch.setenv("GPUS", "0 1")
     found = rows()
     assert found["GPU"].verdict == "ok" and found["Strategy"].found == "MirroredStrategy on GPU:0, GPU:1"
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
     found = rows()
-    assert found["Training"].verdict == "problem" and "KERAS_BACKEND=tensorflow" in found["Training"].advice
+    assert found["Training"].verdict == "problem" and "--runner" in found["Training"].advice
     assert found["Keras"].verdict == "problem" and found["TensorFlow"].verdict == "ok"
     monkeypatch.setenv("KERAS_BACKEND", "theano")
     found = rows()

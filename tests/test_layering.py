@@ -120,8 +120,24 @@ ALLOWED = {
     "tpu.files": {"tensorflow"},
     "tpu.losses": {"keras"},
     "tpu.optim": {"errors", "keras"},
+    "tpu.jax_checkpoints": {"tpu.checkpoints", "tpu.files", "jax", "tensorflow"},
+    "tpu.jax_depthwise": {"keras", "jax"},
+    "tpu.jax_runner": {
+        "tpu.config",
+        "tpu.data",
+        "tpu.jax_checkpoints",
+        "tpu.jax_depthwise",
+        "tpu.replicas",
+        "tpu.step",
+        "tpu.stops",
+        "weights.store",
+        "keras",
+        "jax",
+        "orbit",
+        "tensorflow",
+    },
     "tpu.progress": {"tpu.files", "tpu.stops", "tensorflow"},
-    "tpu.replicas": {"keras", "tensorflow"},
+    "tpu.replicas": {"keras"},
     "tpu.report": {
         "describe",
         "preprocessing",
@@ -134,9 +150,19 @@ ALLOWED = {
         "variants",
         "tensorflow",
     },
-    "tpu.runner": {"tpu.config", "tpu.step", "tpu.stops", "tensorflow", "orbit"},
+    "tpu.runner": {
+        "tpu.checkpoints",
+        "tpu.config",
+        "tpu.data",
+        "tpu.replicas",
+        "tpu.step",
+        "tpu.stops",
+        "keras",
+        "tensorflow",
+        "orbit",
+    },
     "tpu.sources": {"pruner", "tpu.config", "tpu.files", "tensorflow"},
-    "tpu.step": {"errors", "tpu.ema", "tpu.losses", "tpu.optim", "keras"},
+    "tpu.step": {"errors", "tpu.ema", "tpu.losses", "tpu.optim", "tpu.replicas", "keras"},
     "tpu.stops": set(),
     "tpu.train": {
         "blocks",
@@ -150,7 +176,6 @@ ALLOWED = {
         "tpu.progress",
         "tpu.report",
         "tpu.replicas",
-        "tpu.runner",
         "tpu.sources",
         "tpu.step",
         "tpu.stops",
@@ -223,8 +248,11 @@ def test_modules_import_what_they_may(module):
     if short in ("arch", "errors", "variants", "weights.registry", "weights.namemaps", "weights.layouts"):
         assert "keras" not in everywhere
     # What every runner shares.
-    if short in ("tpu.config", "tpu.ema", "tpu.losses", "tpu.optim", "tpu.step", "tpu.stops"):
+    if short in ("tpu.config", "tpu.ema", "tpu.losses", "tpu.optim", "tpu.replicas", "tpu.step", "tpu.stops"):
         assert not everywhere & {"tensorflow", "jax", "torch", "orbit"}
+    # Of the two runners a run imports one.
+    if not short.startswith("tpu.jax_"):
+        assert not everywhere & {"jax"} and not any(".tpu.jax_" in name for name in imports(tree, False))
     if not short.startswith(("tpu.", "cli")):
         assert not any(name.startswith("keras_effnet.tpu") for name in imports(tree, True))
 

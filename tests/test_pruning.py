@@ -20,7 +20,6 @@ SMALL = {"weights": None, "classes": 3, "input_shape": (32, 32, 3)}
 # Each kind of block; the others are longer.
 KINDS = ("efficientnet-b0", "efficientnet-lite0", "efficientnet-edgetpu-s", "efficientnet-condconv-b0-4e")
 LARGE = [name for name in VARIANTS if name not in KINDS]
-LARGEST = ("efficientnet-l2", "efficientnet-b8", "efficientnet-b6")  # of B7's kind
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +128,8 @@ def test_pruned_is_masked(name, seed, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="each kind of block runs on every backend above")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in LARGEST else pytest.mark.slow) for name in LARGE]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", LARGE)
 def test_every_pruned_variant_is_masked(name, tmp_path):
     model = lively(ke.create_model(name, classifier_activation=None, **SMALL))
     check(model, random_plan(model, len(name)), tmp_path)

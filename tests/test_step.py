@@ -228,7 +228,7 @@ def same(one, other, rtol=1e-4):
 
 
 @tensorflow_only
-@pytest.mark.parametrize("backend", [pytest.param("tensorflow", marks=pytest.mark.slow), "jax"])
+@pytest.mark.parametrize("backend", [pytest.param(name, marks=pytest.mark.slow) for name in ("tensorflow", "jax")])
 def test_one_and_many_replicas_learn_the_same(backend, tmp_path):
     """Masks of dropout and drop connect are of the global batch, and so are shared batch statistics."""
     one = spread(backend, tmp_path / "one.npz", rate=0.2)
@@ -265,7 +265,7 @@ def test_both_runners_have_the_same_curve(tmp_path):
     "name",
     [
         pytest.param("efficientnet-b0", marks=pytest.mark.slow),
-        pytest.param("efficientnet-edgetpu-s", marks=pytest.mark.slow),
+        pytest.param("efficientnet-edgetpu-s", marks=pytest.mark.long),
         pytest.param("efficientnet-lite0", marks=pytest.mark.long),
     ],
 )

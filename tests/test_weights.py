@@ -498,8 +498,7 @@ def test_the_original_restores_what_was_exported(tmp_path):
     [
         (0, True),
         (0, False),
-        *(pytest.param(number, True, marks=pytest.mark.slow) for number in range(1, 8)),
-        *(pytest.param(number, False, marks=pytest.mark.long) for number in range(1, 8)),
+        *(pytest.param(number, top, marks=pytest.mark.long) for number in range(1, 8) for top in (True, False)),
     ],
 )
 def test_keras_2_files_load(number, include_top, tmp_path):

@@ -183,7 +183,7 @@ class Run:
     report: bool = True
     """Whether report.html is written at the end."""
     xla: bool = False
-    """Compile the step of a single device with XLA. On a TPU it is compiled anyway."""
+    """Compile the step of a single device with XLA. On a TPU, and with JAX, it is compiled anyway."""
     threads: int | None = None
     """Of the input pipeline. None: as many as it finds useful."""
 

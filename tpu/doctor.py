@@ -38,7 +38,11 @@ TENSORFLOWS = ("tensorflow", "tensorflow-tpu", "tensorflow-cpu", "tf-nightly")
 LAST_ON_TPU = "2.19.1"  # keras:requirements-tensorflow-tpu.txt
 ON_A_TPU = "See On a Cloud TPU in docs/training.md"
 TRAINING = ("tensorflow", "orbit", "tyro", "tensorflow_datasets", "importlib_resources")
-BRING_TRAINING = "pip install 'keras_effnet[tensorflow,tpu]'"
+# Of each backend: what else its runner needs, and what brings all.
+RUNNERS = {
+    "tensorflow": ((), "pip install 'keras_effnet[tensorflow,tpu]'"),
+    "jax": (("jax", "orbax.checkpoint"), "pip install 'keras_effnet[tensorflow,tpu,jax]'"),
+}
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,13 @@ def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Fi
     subjects += [["jax"]] if "jax" in here else []
     with ThreadPoolExecutor() as pool:
         smi = pool.submit(_nvidia)
-        group = pool.submit(cluster, os.environ.get("TF_CONFIG", ""))
+        group = pool.submit(_hosts, backend)
         answers: dict[str, dict] = {}
         for answer in pool.map(lambda some: _ask(some, backend, bool(holders)), subjects):
             answers |= answer
     workers, config = group.result()
 
-    packages = {row.what: row for row in compare(versions, requires, bool(chips))}
+    packages = {row.what: row for row in compare(versions, requires, bool(chips), backend)}
     for name, row in IMPORTED.items():
         if name not in here and packages[row].found != "not installed":
             answers[name] = {"error": "its files are not there"}
@@ -142,8 +146,9 @@ def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Fi
             distribution = next((known for known in ROWS[row] if known in versions), name)
             needed = name != "jax" or backend == "jax"
             packages[row] = _started(packages[row], answers[name], distribution, needed)
-    gpus = answers.get("tensorflow", {}).get("gpus")
-    training = _training(backend, told_by, "error" in answers.get("tensorflow", {}), "tensorflow-tpu" in versions)
+    gpus = answers.get("tensorflow", {}).get("gpus") if backend == "tensorflow" else None
+    broken = [name for name in ("tensorflow", backend) if "error" in answers.get(name, {})]
+    training = _training(backend, broken, "tensorflow-tpu" in versions)
     return [
         Finding("Python", platform.python_version(), "ok"),
         *extras(versions, requires),
@@ -158,17 +163,25 @@ def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Fi
         _disk("Disk, weights", store.home(), "Make room, or set KERAS_EFFNET_HOME to another folder"),
         config,
         training,
-        _strategy(run, bool(chips), gpus, workers, training),
+        _strategy(run, bool(chips), gpus, workers, training)
+        if backend != "jax"
+        else _strategy_of_jax(run, answers.get("jax", {}).get("devices", []), bool(chips), workers, training),
     ]
 
 
-def compare(versions: Mapping[str, str], requires: Mapping[str, Iterable[str]], tpu: bool = False) -> list[Finding]:
+def compare(
+    versions: Mapping[str, str],
+    requires: Mapping[str, Iterable[str]],
+    tpu: bool = False,
+    backend: str = "tensorflow",
+) -> list[Finding]:
     """Whether versions fit each other. Looks at nothing but what it is given.
 
     Args:
         versions: Dict of the installed packages' versions by name.
         requires: Dict of what packages ask for, by name, as in their metadata.
         tpu: Boolean, whether a TPU is there. Defaults to False.
+        backend: String, Keras' backend: what would train. Defaults to `"tensorflow"`.
 
     Returns:
         List of `Finding`.
@@ -214,10 +227,13 @@ def compare(versions: Mapping[str, str], requires: Mapping[str, Iterable[str]], 
     if on_tpu and Version(versions["tensorflow-tpu"]) > Version(LAST_ON_TPU):
         told = f"Keras says that {LAST_ON_TPU} is the last version for TPUs. {ON_A_TPU}"
         complaints["TensorFlow"].append(("warning", told))
-    if tpu and frameworks and not on_tpu:
-        told = f"It cannot use the TPU, as tensorflow-tpu {LAST_ON_TPU} can. {ON_A_TPU}"
+    if tpu and frameworks and not on_tpu and backend != "jax":
+        told = f"It cannot use the TPU; JAX can, with --runner jax, or tensorflow-tpu {LAST_ON_TPU}. {ON_A_TPU}"
         complaints["TensorFlow"].append(("problem", told))
-    if on_tpu and "jax" in versions and "libtpu" in versions:
+    if on_tpu and backend == "jax":
+        told = "It takes the TPU that JAX trains on: pip uninstall tensorflow-tpu, pip install 'tensorflow-cpu<2.21'"
+        complaints["TensorFlow"].append(("problem", told))
+    elif on_tpu and "jax" in versions and "libtpu" in versions:
         # https://github.com/Kaggle/docker-python/issues/1370
         told = "A process holds the TPU once, and both it and tensorflow-tpu take it: JAX_PLATFORMS=cpu, or uninstall"
         complaints["JAX"].append(("warning", told))
@@ -673,15 +689,17 @@ def _keras_backend(backend: str, told_by: str) -> Finding:
     return Finding("Keras backend", found, "ok")
 
 
-def _training(backend: str, told_by: str, broken: bool, on_tpu: bool) -> Finding:
-    missing = [name for name in TRAINING if not _is_here(name)]
-    if missing:
-        return Finding("Training", f"no {', '.join(missing)}", "problem", ON_A_TPU if on_tpu else BRING_TRAINING)
-    if told_by == "KERAS_BACKEND" and backend != "tensorflow":
-        advice = "Training is TensorFlow's: KERAS_BACKEND=tensorflow"
+def _training(backend: str, broken: Sequence[str], on_tpu: bool) -> Finding:
+    if backend not in RUNNERS:
+        advice = "Training is TensorFlow's or JAX': --runner, or KERAS_BACKEND"
         return Finding("Training", f"not with KERAS_BACKEND={backend}", "problem", advice)
+    more, bring = RUNNERS[backend]
+    missing = [name for name in (*TRAINING, *more) if not _is_here(name)]
+    if missing:
+        return Finding("Training", f"no {', '.join(missing)}", "problem", ON_A_TPU if on_tpu else bring)
     if broken:
-        return Finding("Training", "TensorFlow does not start", "problem", "See TensorFlow")
+        names = ", ".join(IMPORTED[name] for name in broken)
+        return Finding("Training", f"{names} does not start", "problem", f"See {names}")
     return Finding("Training", "complete", "ok")
 
 
@@ -699,7 +717,7 @@ def _nvidia() -> list[str] | str:
 
 
 def _gpu(names: list[str] | str, seen: int | None) -> Finding:
-    """`seen` is how many TensorFlow sees, None if it could not be asked."""
+    """`seen` is how many TensorFlow sees, None if it could not be asked or need not see them."""
     if isinstance(names, str):
         return Finding("GPU", names, "warning", "Install NVIDIA's driver again, and start the machine anew")
     if not names:
@@ -737,6 +755,62 @@ def _strategy(run: Run, tpu: bool, gpus: int | None, workers: int, training: Fin
         return Finding("Strategy", strategy(run, tpu, gpus or 0, workers), "ok")
     except ValueError as error:
         return Finding("Strategy", "none", "problem", str(error))
+
+
+def _strategy_of_jax(run: Run, devices: Sequence[str], chips: bool, workers: int, training: Finding) -> Finding:
+    """As `connect()` in tpu/jax_runner.py decides it."""
+    if training.verdict == "problem":
+        return Finding("Strategy", "none", "none", "See Training")
+    wanted = devices[0] if run.devices == "auto" and devices else run.devices
+    if wanted not in devices:
+        told = f"Expected a {wanted.upper()} that JAX sees (run.devices). Received: {', '.join(devices) or 'nothing'}"
+        return Finding("Strategy", "none", "problem", told)
+    count = run.cpu_replicas if run.cpu_replicas > 1 else devices.count(wanted)
+    told = f"JAX, data parallel on {count} {wanted}" + (f" of each of {workers} processes" if workers > 1 else "")
+    idle = chips and wanted != "tpu"
+    return Finding("Strategy", told, "warning" if idle else "ok", "The TPU is not used: see JAX sees" if idle else "")
+
+
+def _hosts(backend: str) -> tuple[int, Finding]:
+    if backend != "jax":
+        return cluster(os.environ.get("TF_CONFIG", ""))
+    names = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
+    return processes(*(os.environ.get(f"KERAS_DISTRIBUTION_{name}", "") for name in names))
+
+
+def processes(addresses: str, count: str, index: str) -> tuple[int, Finding]:
+    """What Keras' variables for JAX say, and whether the first process answers.
+
+    Args:
+        addresses: String, KERAS_DISTRIBUTION_JOB_ADDRESSES; empty if it is not set.
+        count: String, KERAS_DISTRIBUTION_NUM_PROCESSES.
+        index: String, KERAS_DISTRIBUTION_PROCESS_ID.
+
+    Returns:
+        The number of processes, and a `Finding`.
+
+    Example:
+
+    >>> processes("", "", "")
+    (1, Finding(what='KERAS_DISTRIBUTION', found='not set', verdict='none', advice=''))
+    >>> processes("host0:1234", "2", "2")[1].advice
+    'Expected _PROCESS_ID from 0 to 1. Received: 2'
+    """
+    what = "KERAS_DISTRIBUTION"
+    if not (addresses or count or index):
+        return 1, Finding(what, "not set", "none")
+    if not (addresses and count.isdecimal() and index.isdecimal()):
+        told = f"Expected _JOB_ADDRESSES=host:port, _NUM_PROCESSES and _PROCESS_ID. Received: {addresses!r}, {count!r}"
+        return 1, Finding(what, "set", "problem", f"{told}, {index!r}")
+    if int(index) >= int(count):
+        told = f"Expected _PROCESS_ID from 0 to {int(count) - 1}. Received: {index}"
+        return 1, Finding(what, "set", "problem", told)
+    found, first = f"{count} processes, this is {index}", addresses.split(",")[0]
+    silent = _silent([first]) if int(index) else {}
+    if not silent:
+        return int(count), Finding(what, found, "ok")
+    told = f"{found}; no answer of {first} ({silent[first]})"
+    return int(count), Finding(what, told, "warning", "Start the same command there, or correct the address")
 
 
 def _installed() -> tuple[dict[str, str], dict[str, list[str]]]:

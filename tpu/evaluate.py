@@ -1,5 +1,6 @@
 """How well a classifier does on a data set: published weights, a saved model, or what a run has come to."""
 
+import functools
 import heapq
 import io
 import itertools
@@ -426,11 +427,10 @@ def trained(workdir) -> Trained:
     for step in reversed(steps(f"{workdir}/checkpoints")):
         path = f"{workdir}/checkpoints/ckpt-{step}"
         try:
-            reader: Any = tf.train.load_checkpoint(path)
+            average = (_averages_of_jax if resolved.get("runner") == "jax" else _averages)(path)
             net: Any = build(recipe, resolved["classes"], "float32")
             for variable in net.weights:
-                key = variable.path.replace(".", "..").replace("/", ".S")  # as TensorFlow escapes names of objects
-                variable.assign(reader.get_tensor(f"state/averages/{key}/.ATTRIBUTES/VARIABLE_VALUE"))
+                variable.assign(average(variable.path))
             return Trained(recipe, size, net, os.path.basename(path))
         except (tf.errors.OpError, OSError, KeyError, ValueError, RuntimeError) as error:
             told.append(f"{os.path.basename(path)}: {error}")
@@ -438,6 +438,25 @@ def trained(workdir) -> Trained:
         f"Expected model.keras or a checkpoint in {workdir!r} that can be read. Received: "
         f"{'; '.join(told) or 'none yet'}"
     )
+
+
+def _averages(path: str) -> Callable[[str], Any]:
+    reader: Any = tf.train.load_checkpoint(path)
+
+    def average(name: str):
+        key = name.replace(".", "..").replace("/", ".S")  # as TensorFlow escapes names of objects
+        return reader.get_tensor(f"state/averages/{key}/.ATTRIBUTES/VARIABLE_VALUE")
+
+    return average
+
+
+def _averages_of_jax(path: str) -> Callable[[str], Any]:
+    from keras_effnet.tpu import jax_checkpoints
+
+    if problem := jax_checkpoints.damage(path):
+        raise ValueError(problem)
+    tree = jax_checkpoints.read(path)["state"]["averages"]
+    return lambda name: functools.reduce(dict.__getitem__, name.split("/"), tree)
 
 
 def configuration(workdir: str) -> tuple[Recipe, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Depthwise convolution for processors, where XLA's own takes ten times as long to train (docs/training.md)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class ShiftedDepthwiseConv2D(keras.layers.DepthwiseConv2D):
         )
         if not plain or self.data_format != "channels_last" or self.padding != "same":
             return super().call(inputs)
-        outputs = _convolved(inputs, self.kernel[:, :, :, 0], tuple(self.strides))
+        outputs: Any = _convolved(inputs, self.kernel[:, :, :, 0], tuple(self.strides))
         return outputs + self.bias if self.use_bias else outputs
 
 

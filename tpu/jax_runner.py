@@ -204,7 +204,7 @@ def connect(run: Run) -> Devices:
             f"{len(found)} devices"
         )
     # A step compiles for minutes: once. What is compiled for a processor may not run on another one of its kind.
-    if found[0].platform != "cpu" and not jax.config.jax_compilation_cache_dir:
+    if found[0].platform != "cpu" and not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(store.home() / "jax"))
     return Devices(make_mesh(found, group_size(len(found), run.batch_norm_group)), hosts)
 

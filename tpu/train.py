@@ -33,18 +33,18 @@ runner: Any = importlib.import_module(RUNNERS[one_of("KERAS_BACKEND for training
 
 @contextlib.contextmanager
 def _plainly():
-    """An error of TensorFlow's, as of a storage that refuses, is told like any other."""
+    """An error of TensorFlow's, as of a storage that refuses, or of the devices is told like any other."""
     try:
         yield
-    except tf.errors.OpError as error:
-        raise ValueError(error.message) from error
+    except (tf.errors.OpError, *runner.ERRORS) as error:
+        raise ValueError(getattr(error, "message", None) or str(error)) from error
 
 
 @_plainly()
 def train(
     recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False, allow_changes: bool = False
 ) -> dict[str, Any]:
-    """Trains a recipe, or goes on with one that was interrupted.
+    """Trains a recipe, or goes on with one that was interrupted, with Keras' backend: TensorFlow or JAX.
 
     The folder then holds config.json, checkpoints, metrics.jsonl, TensorBoard's files, skipped-*.jsonl (what could not
     be read), model.keras with the moving average of all variables, best.keras with the best ones seen where those are
@@ -96,7 +96,7 @@ def train(
         if runner.is_lost(error):
             ended = _ended(stops.AGAIN, "Lost another host. Start all: they go on from the last checkpoint")
             if runner.WAITS:
-                os._exit(ended.code)
+                os._exit(stops.AGAIN)
             raise ended from error
         if plain := full(error, workdir):
             raise plain from error
@@ -459,8 +459,8 @@ def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
     if donor and not how.keep_top:
         # The usual start, up to 1 / sqrt(classes), is of nets without weights: with few classes its gradients undo
         # what the body has learned. Zeros, as in Big Transfer (arXiv 1912.11370, its code's `zero_head`).
-        top = model.get_layer("predictions")
-        top.set_weights([np.zeros_like(values) for values in top.get_weights()])
+        classifier: Any = model.get_layer("predictions")
+        classifier.set_weights([np.zeros_like(values) for values in classifier.get_weights()])
     for layer in model.layers:
         frozen = how.freeze == "batch-norm" and isinstance(layer, keras.layers.BatchNormalization)
         if frozen or (how.freeze == "all-but-top" and layer.name != "predictions"):
