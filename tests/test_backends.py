@@ -9,13 +9,10 @@ from conftest import BACKEND, ROOT
 
 # What CI has room for, and what it has not.
 SLOW = {
-    "jax": ("test_layers.py", "test_weights.py", "test_optim.py", "test_step.py", "test_predictor.py"),
-    "torch": ("test_layers.py", "test_weights.py", "test_optim.py", "test_folding.py"),
+    "jax": ("test_layers.py", "test_weights.py", "test_optim.py", "test_step.py"),
+    "torch": ("test_layers.py", "test_weights.py", "test_optim.py"),
 }
-LONG = {
-    "jax": ("test_export.py", "test_folding.py", "test_cli.py", "test_pruning.py"),
-    "torch": ("test_export.py", "test_predictor.py", "test_cli.py", "test_pruning.py"),
-}
+LONG = dict.fromkeys(SLOW, ("test_export.py", "test_folding.py", "test_predictor.py", "test_cli.py", "test_pruning.py"))
 FILES = [
     *((backend, "test_models.py") for backend in SLOW),
     *(pytest.param(backend, file, marks=pytest.mark.slow) for backend, files in SLOW.items() for file in files),

@@ -239,8 +239,9 @@ def speed(result: dict) -> dict:
     return {name: result[name] for name in ("seconds", "images_per_second")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("runner", ["tensorflow", "jax"])
+@pytest.mark.parametrize(
+    "runner", [pytest.param("tensorflow", marks=pytest.mark.slow), pytest.param("jax", marks=pytest.mark.long)]
+)
 def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path, monkeypatch):
     """Two real processes on loopback: the curve of one process with two replicas, also over a host's death."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))

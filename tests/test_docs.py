@@ -18,7 +18,10 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
-@pytest.mark.parametrize("module", FILES)
+@pytest.mark.parametrize(
+    "module",  # the README distills too
+    [pytest.param(name, marks=pytest.mark.long) if name.endswith(".distillation") else name for name in FILES],
+)
 def test_examples_run(module, monkeypatch):
     monkeypatch.chdir(ROOT)
     result = doctest.testmod(import_module(module.removesuffix(".__init__")), optionflags=doctest.NORMALIZE_WHITESPACE)

@@ -70,7 +70,8 @@ def test_the_configuration_is_plain(model):
     assert "keras_effnet" not in text and json.loads(text)["class_name"] == "Functional"
 
 
-@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("which", ["swish", "mixed"])
 @pytest.mark.skipif(
     BACKEND == "torch", reason="Keras 3.15.1 on torch exports no SavedModel, keras.applications' neither"
 )
@@ -102,7 +103,8 @@ def test_onnx_has_one_input_and_the_same_numbers(which, request, pixels, tmp_pat
     assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("which", ["swish", pytest.param("mixed", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("which", ["swish", "mixed"])
 @pytest.mark.skipif(
     BACKEND != "tensorflow", reason="Keras exports LiteRT from TensorFlow; from torch with litert-torch"
 )
@@ -162,7 +164,9 @@ def test_published_weights_travel_with_their_record(model, tmp_path):
 
 
 @needs_tensorflow
-@pytest.mark.parametrize("kind", ["onnx", "litert", "openvino"])
+@pytest.mark.parametrize(
+    "kind", ["litert", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("onnx", "openvino"))]
+)
 def test_float16_is_half_the_size(kind, small, tmp_path):
     path = tmp_path / f"mine{exporter.FORMATS[kind]}"
     whole, half = ke.export(small, path), ke.export(small, path, precision="float16")

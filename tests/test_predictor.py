@@ -151,7 +151,9 @@ def memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    "runtime", [pytest.param(name, marks=pytest.mark.long) if name == "keras" else name for name in RUNTIMES]
+)
 def test_threads_get_equal_results_and_memory_does_not_grow(runtime, model, images):
     predictor = ke.Predictor(model, runtime)
     wanted = {count: predictor(images[:count]) for count in (1, 3)}
@@ -237,7 +239,7 @@ def test_several_outputs_keep_their_names():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
-@pytest.mark.parametrize("runtime", ["litert", "onnxruntime"])
+@pytest.mark.parametrize("runtime", ["litert", pytest.param("onnxruntime", marks=pytest.mark.long)])
 def test_nets_of_keras_applications_and_mixed_experts(runtime):
     x = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
     if runtime == "litert":
@@ -258,6 +260,7 @@ def test_a_model_of_any_size_takes_the_one_that_is_asked_for():
         ke.Predictor(net, "keras", input_shape=(40, 56, 4))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
 def test_mixed_precision_is_float32_here(images):
     mixed, whole = (
