@@ -658,6 +658,7 @@ def report(workdir, examples, as_json) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # TensorFlow takes the whole memory of a GPU, which may be that of the run itself.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     _need_training()
     from rich.console import Console
 

@@ -1,6 +1,7 @@
 """What survives: checkpoints, files and locks, damaged and killed for real."""
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -156,6 +157,19 @@ def test_no_damage_to_orbax_folders_goes_unseen(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("ckpt-*")) == [
         f"ckpt-{step}{end}" for step in (20, 30) for end in ("", ".crc32c.json")
     ]
+
+
+def test_orbax_folders_lie_in_relative_folders_and_on_cloud_storage(tmp_path, monkeypatch):
+    """There, folders are listed with a slash at their end."""
+    listed, at = tf.io.gfile.listdir, tf.io.gfile.isdir
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("tensorflow.python.lib.io.file_io")
+    walked = lambda path: [f"{name}/" if at(os.path.join(path, name)) else name for name in listed(path)]  # noqa: E731
+    for name in ("list_directory", "list_directory_v2"):
+        monkeypatch.setattr(module, name, walked)
+    Run("runs", form="orbax").save(10)
+    assert not any("//" in name for name in json.loads(Path("runs/ckpt-10.crc32c.json").read_text()))
+    assert Run("runs", form="orbax").restore() == 10
 
 
 def test_none_that_can_be_read_is_no_new_beginning(tmp_path):

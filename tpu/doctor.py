@@ -147,7 +147,7 @@ def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Fi
             needed = name != "jax" or backend == "jax"
             packages[row] = _started(packages[row], answers[name], distribution, needed)
     gpus = answers.get("tensorflow", {}).get("gpus") if backend == "tensorflow" else None
-    broken = [name for name in ("tensorflow", backend) if "error" in answers.get(name, {})]
+    broken = [name for name in dict.fromkeys(("tensorflow", backend)) if "error" in answers.get(name, {})]
     training = _training(backend, broken, "tensorflow-tpu" in versions)
     return [
         Finding("Python", platform.python_version(), "ok"),
@@ -761,14 +761,15 @@ def _strategy_of_jax(run: Run, devices: Sequence[str], chips: bool, workers: int
     """As `connect()` in tpu/jax_runner.py decides it."""
     if training.verdict == "problem":
         return Finding("Strategy", "none", "none", "See Training")
-    wanted = devices[0] if run.devices == "auto" and devices else run.devices
+    if chips and "tpu" not in devices and run.devices in ("auto", "tpu") and run.cpu_replicas == 1:
+        return Finding("Strategy", "the TPU, which JAX was not asked for or does not see", "ok", "See TPU, JAX sees")
+    wanted = (devices[0] if devices else "device") if run.devices == "auto" else run.devices
     if wanted not in devices:
         told = f"Expected a {wanted.upper()} that JAX sees (run.devices). Received: {', '.join(devices) or 'nothing'}"
         return Finding("Strategy", "none", "problem", told)
     count = run.cpu_replicas if run.cpu_replicas > 1 else devices.count(wanted)
     told = f"JAX, data parallel on {count} {wanted}" + (f" of each of {workers} processes" if workers > 1 else "")
-    idle = chips and wanted != "tpu"
-    return Finding("Strategy", told, "warning" if idle else "ok", "The TPU is not used: see JAX sees" if idle else "")
+    return Finding("Strategy", told, "ok")
 
 
 def _hosts(backend: str) -> tuple[int, Finding]:

@@ -451,6 +451,8 @@ def _averages(path: str) -> Callable[[str], Any]:
 
 
 def _averages_of_jax(path: str) -> Callable[[str], Any]:
+    if keras.backend.backend() != "jax":  # its devices may be those of the run
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from keras_effnet.tpu import jax_checkpoints
 
     if problem := jax_checkpoints.damage(path):

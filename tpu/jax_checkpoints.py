@@ -1,6 +1,7 @@
 """One checkpoint as a folder that orbax writes, beside a file with the sums of its files."""
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from keras_effnet.tpu.checkpoints import other_model
 
 def _orbax() -> ocp.Checkpointer:
     # Each process for itself: with data parallelism each has all values, and one of them writes.
-    me = jax.process_index()
+    me = jax.process_index() if jax.distributed.is_initialized() else 0
     alone = ocp.options.MultiprocessingOptions(me, {me}, f"keras-effnet-{me}")
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
@@ -36,7 +37,7 @@ class Folders:
     def write(self, path: str) -> None:
         """See `Format`."""
         with _orbax() as checkpointer:
-            checkpointer.save(path, self._take(), force=True)
+            checkpointer.save(_whole(path), self._take(), force=True)
         # Last: without it there is no checkpoint.
         files.write(_sums(path), json.dumps({name: _sum(f"{path}/{name}") for name in _names(path)}, indent=1) + "\n")
 
@@ -63,7 +64,7 @@ def read(path: str) -> dict[str, Any]:
         Nested dict of arrays.
     """
     with _orbax() as checkpointer:
-        return checkpointer.restore(path)
+        return checkpointer.restore(_whole(path))
 
 
 def damage(path: str) -> str | None:
@@ -87,12 +88,17 @@ def damage(path: str) -> str | None:
     return f"{wrong[0]} is not what was written" if wrong else None
 
 
+def _whole(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
 def _sums(path: str) -> str:
     return f"{path}.crc32c.json"
 
 
 def _names(path: str) -> list[str]:
-    found = (f"{folder}/{name}" for folder, _, names in tf.io.gfile.walk(path) for name in names)
+    # Cloud Storage lists folders with a slash at their end.
+    found = (f"{folder.rstrip('/')}/{name}" for folder, _, names in tf.io.gfile.walk(path) for name in names)
     return sorted(name.removeprefix(path).lstrip("/") for name in found)
 
 

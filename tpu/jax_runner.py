@@ -27,6 +27,7 @@ from keras_effnet.weights import store
 
 NAME = "jax"
 WAITS = True  # at a process' end, for hosts that are gone
+PATIENCE = 24 * 3600  # seconds in which the last host has to come to its end; one that dies is noticed before
 # What devices and other hosts end a run with.
 ERRORS = (jax.errors.JaxRuntimeError,)
 # Groups of replicas that share batch statistics, and the replicas in one.
@@ -196,8 +197,10 @@ def connect(run: Run) -> Devices:
         raise ValueError(
             f"Expected a {run.devices.upper()} that JAX can use (run.devices). Received: {found[0].platform} alone"
         )
-    if run.cpu_replicas > 1 and found[0].platform != "cpu":
+    if run.cpu_replicas > 1 or run.devices == "cpu":
         found = jax.devices("cpu")
+    if jax.process_count() != hosts:
+        raise ValueError(f"Expected {jax.process_count()} hosts that know of each other. Received: {hosts}")
     if run.cpu_replicas > 1 and len(found) != run.cpu_replicas * hosts:
         raise ValueError(
             f"Expected run.cpu_replicas={run.cpu_replicas} before JAX is used in a process. Received: it has "
@@ -242,18 +245,19 @@ def place() -> tuple[int, int]:
                 f"_PROCESS_ID. Received: {told}"
             )
         if int(told["NUM_PROCESSES"]) > 1:
-            # As keras.distribution.initialize(), but for the time that a host waits at its end for one that is lost.
-            jax.distributed.initialize(
-                told["JOB_ADDRESSES"].split(",")[0],
-                int(told["NUM_PROCESSES"]),
-                int(told["PROCESS_ID"]),
-                shutdown_timeout_seconds=30,
-            )
+            # As keras.distribution.initialize(), but for the time that a host waits at its end for the others.
+            first = told["JOB_ADDRESSES"].split(",")[0]
+            host, hosts = int(told["PROCESS_ID"]), int(told["NUM_PROCESSES"])
+            jax.distributed.initialize(first, hosts, host, shutdown_timeout_seconds=PATIENCE)
     elif has_tpu() and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and not jax.distributed.is_initialized():
-        with contextlib.suppress(ValueError, RuntimeError):  # a machine that knows of no others, or JAX was used before
-            jax.distributed.initialize()
+        with contextlib.suppress(ValueError):  # a machine that knows of no others
+            jax.distributed.initialize(shutdown_timeout_seconds=PATIENCE)
+    if not jax.distributed.is_initialized():
+        return 0, 1
     # To ask JAX would choose the devices, which connect() does.
-    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+    if told["NUM_PROCESSES"]:
+        return int(told["PROCESS_ID"]), int(told["NUM_PROCESSES"])
+    return jax.process_index(), jax.process_count()
 
 
 _ASKED = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
@@ -269,8 +273,11 @@ def is_lost(error: Exception) -> bool:
     Returns:
         Boolean.
     """
-    hosts = jax.process_count() if jax.distributed.is_initialized() else 1
-    return hosts > 1 and isinstance(error, ERRORS) and any(told in str(error) for told in _LOST)
+    if place()[1] == 1:
+        return False
+    if isinstance(error, ValueError):  # what the processor's client makes of it, in small programs
+        return "Gloo" in str(error)
+    return isinstance(error, ERRORS) and any(told in str(error) for told in _LOST)
 
 
 class Kept:
@@ -286,7 +293,12 @@ class Kept:
         self.state = self._put(learner.start())
 
     def _put(self, state: State) -> State:
-        return jax.device_put(jax.tree.map(np.asarray, state), self._where)
+        # Each host puts what is its own: jax.device_put() would compare all values over the network.
+        def put(value):
+            value = np.asarray(value)
+            return jax.make_array_from_callback(value.shape, self._where, lambda index: value[index])
+
+        return jax.tree.map(put, state)
 
     def by_path(self) -> dict[str, Any]:
         """A nested dict of arrays, by the parts of the variables' paths.

@@ -1,5 +1,6 @@
 """Trains one recipe on whatever devices there are. Read top to bottom."""
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -8,6 +9,7 @@ import importlib
 import itertools
 import json
 import os
+import sys
 import time
 from typing import Any
 
@@ -92,11 +94,13 @@ def train(
             return _train(recipe, workdir, quiet, allow_changes, watch, stack)
     except KeyboardInterrupt:  # before the first step; then the watch takes it
         raise _ended(stops.INTERRUPTED, "Stopped before the first step") from None
-    except (tf.errors.OpError, OSError, *runner.ERRORS) as error:
+    except Exception as error:
+        if runner.WAITS and runner.place()[1] > 1:
+            atexit.register(_leave)
         if runner.is_lost(error):
             ended = _ended(stops.AGAIN, "Lost another host. Start all: they go on from the last checkpoint")
             if runner.WAITS:
-                os._exit(stops.AGAIN)
+                atexit.register(_leave, stops.AGAIN)
             raise ended from error
         if plain := full(error, workdir):
             raise plain from error
@@ -386,14 +390,24 @@ def _changes(recipe: Recipe, workdir: str) -> list[str]:
     return [told for told in changed if not told.startswith(free) or told.startswith("run.seed")]
 
 
+def _leave(code: int = 2) -> None:
+    """Ends the process before JAX, at its end, waits for other hosts, which wait for this one's part of a step."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 def _check_runner(workdir: str) -> None:
     path = f"{workdir}/config.json"
     told = json.loads(tf.io.gfile.GFile(path).read()) if tf.io.gfile.exists(path) else {}
     before = told.get("resolved", {}).get("runner", "tensorflow")
     if before != runner.NAME:
+        learned = f"{workdir}/model.keras"
+        other = f". A new run may start from what that one learned: --model.weights {learned} --model.keep-top"
         raise ValueError(
-            f"Expected --runner {before}, whose checkpoints are in {workdir!r}. Received: {runner.NAME}. A new run may "
-            f"start from what that one learned: --model.weights {workdir}/model.keras --model.keep-top"
+            f"Expected --runner {before}, whose checkpoints are in {workdir!r}. Received: {runner.NAME}"
+            + other * tf.io.gfile.exists(learned)
         )
 
 
