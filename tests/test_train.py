@@ -83,6 +83,7 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
         "replicas": 1,
         "hosts": 1,
         "images_per_statistics": 32,
+        "runner": "tensorflow",
     }
     assert list((tmp_path / "run" / "tensorboard").rglob("events*"))
     # Once more: nothing is left to do. Another recipe is not this run.
