@@ -154,6 +154,9 @@ def test_fine_tuning_starts_from_weights(tmp_path):
 
 
 def test_devices_that_are_not_there(tmp_path):
+    import tensorflow as tf
+
+    tf.constant(0)  # TensorFlow is used, whatever ran before in this process
     with pytest.raises(ValueError, match="Expected a GPU"):
         runner.connect(Run(devices="gpu"))
     with pytest.raises(ValueError, match=r"run.cpu_replicas=3 before TensorFlow is used"):
