@@ -149,6 +149,11 @@ def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Fi
     gpus = answers.get("tensorflow", {}).get("gpus") if backend == "tensorflow" else None
     broken = [name for name in dict.fromkeys(("tensorflow", backend)) if "error" in answers.get(name, {})]
     training = _training(backend, broken, "tensorflow-tpu" in versions)
+    sees = _jax_sees(answers.get("jax", {}), bool(chips), bool(holders), "tensorflow-tpu" in versions)
+    if backend == "jax":
+        chosen = _strategy_of_jax(run, answers.get("jax", {}).get("devices", []), bool(chips), sees, workers, training)
+    else:
+        chosen = _strategy(run, bool(chips), gpus, workers, training)
     return [
         Finding("Python", platform.python_version(), "ok"),
         *extras(versions, requires),
@@ -156,16 +161,14 @@ def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Fi
         _keras_backend(backend, told_by),
         _tpu(chips, holders),
         _gpu(smi.result(), gpus),
-        _jax_sees(answers.get("jax", {}), bool(chips), bool(holders), "tensorflow-tpu" in versions),
+        sees,
         Finding("Processors", str(_processors()), "ok"),
         memory(),
         _disk("Disk, this folder", Path.cwd(), "Change to a folder with room, or make some"),
         _disk("Disk, weights", store.home(), "Make room, or set KERAS_EFFNET_HOME to another folder"),
         config,
         training,
-        _strategy(run, bool(chips), gpus, workers, training)
-        if backend != "jax"
-        else _strategy_of_jax(run, answers.get("jax", {}).get("devices", []), bool(chips), workers, training),
+        chosen,
     ]
 
 
@@ -757,12 +760,14 @@ def _strategy(run: Run, tpu: bool, gpus: int | None, workers: int, training: Fin
         return Finding("Strategy", "none", "problem", str(error))
 
 
-def _strategy_of_jax(run: Run, devices: Sequence[str], chips: bool, workers: int, training: Finding) -> Finding:
+def _strategy_of_jax(
+    run: Run, devices: Sequence[str], chips: bool, sees: Finding, workers: int, training: Finding
+) -> Finding:
     """As `connect()` in tpu/jax_runner.py decides it."""
     if training.verdict == "problem":
         return Finding("Strategy", "none", "none", "See Training")
     if chips and "tpu" not in devices and run.devices in ("auto", "tpu") and run.cpu_replicas == 1:
-        return Finding("Strategy", "the TPU, which JAX was not asked for or does not see", "ok", "See TPU, JAX sees")
+        return Finding("Strategy", "the TPU, which JAX was not asked for or does not see", sees.verdict, "See JAX sees")
     wanted = (devices[0] if devices else "device") if run.devices == "auto" else run.devices
     if wanted not in devices:
         told = f"Expected a {wanted.upper()} that JAX sees (run.devices). Received: {', '.join(devices) or 'nothing'}"

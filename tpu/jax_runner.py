@@ -273,11 +273,9 @@ def is_lost(error: Exception) -> bool:
     Returns:
         Boolean.
     """
-    if place()[1] == 1:
-        return False
-    if isinstance(error, ValueError):  # what the processor's client makes of it, in small programs
-        return "Gloo" in str(error)
-    return isinstance(error, ERRORS) and any(told in str(error) for told in _LOST)
+    # ValueError is what the processor's client makes of it, in small programs.
+    signs = _LOST if isinstance(error, ERRORS) else ("Gloo",) if isinstance(error, ValueError) else ()
+    return any(told in str(error) for told in signs) and place()[1] > 1
 
 
 class Kept:

@@ -221,10 +221,11 @@ def is_lost(error: Exception) -> bool:
     Returns:
         Boolean.
     """
-    if place()[1] == 1 and not tf.config.list_logical_devices("TPU"):
-        return False
     internal = isinstance(error, tf.errors.InternalError)
-    return isinstance(error, _LOST) or (internal and any(told in str(error) for told in _LOST_INTERNALLY))
+    if not isinstance(error, _LOST) and not (internal and any(told in str(error) for told in _LOST_INTERNALLY)):
+        return False
+    # Last: to ask for devices starts TensorFlow, and a call that was refused before leaves it as it is.
+    return place()[1] > 1 or bool(tf.config.list_logical_devices("TPU"))
 
 
 def _divide_processor(count: int) -> None:

@@ -83,7 +83,7 @@ def train(
     """
     workdir = os.fspath(workdir).rstrip("/")
     _check(recipe)
-    index, _ = runner.place()
+    index, hosts = runner.place()
     try:
         with contextlib.ExitStack() as stack:
             watch = stack.enter_context(stops.Watch())
@@ -95,13 +95,11 @@ def train(
     except KeyboardInterrupt:  # before the first step; then the watch takes it
         raise _ended(stops.INTERRUPTED, "Stopped before the first step") from None
     except Exception as error:
-        if runner.WAITS and runner.place()[1] > 1:
-            atexit.register(_leave)
-        if runner.is_lost(error):
-            ended = _ended(stops.AGAIN, "Lost another host. Start all: they go on from the last checkpoint")
-            if runner.WAITS:
-                atexit.register(_leave, stops.AGAIN)
-            raise ended from error
+        lost = runner.is_lost(error)
+        if runner.WAITS and hosts > 1:
+            atexit.register(_leave, stops.AGAIN if lost else 2)
+        if lost:
+            raise _ended(stops.AGAIN, "Lost another host. Start all: they go on from the last checkpoint") from error
         if plain := full(error, workdir):
             raise plain from error
         raise
@@ -390,7 +388,7 @@ def _changes(recipe: Recipe, workdir: str) -> list[str]:
     return [told for told in changed if not told.startswith(free) or told.startswith("run.seed")]
 
 
-def _leave(code: int = 2) -> None:
+def _leave(code: int) -> None:
     """Ends the process before JAX, at its end, waits for other hosts, which wait for this one's part of a step."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
