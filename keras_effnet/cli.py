@@ -530,32 +530,18 @@ def doctor(ctx, runner, as_json) -> None:
     ctx.exit(1 if any(finding.verdict == "problem" for finding in findings) else 0)
 
 
-# What each runner needs, and the extras that bring it. TensorFlow reads for both.
-TRAINING = ("tensorflow", "orbit", "tyro", "tensorflow_datasets")
-RUNNERS = {
-    "tensorflow": (TRAINING, "tensorflow,tpu"),
-    "jax": ((*TRAINING, "jax", "orbax.checkpoint"), "tensorflow,tpu,jax"),
-}
-
-
 def _need_training(runner: str | None = None) -> None:
     if runner:
         os.environ["KERAS_BACKEND"] = runner
     backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    from keras_effnet.tpu.doctor import RUNNERS, lacking
+
     if backend not in RUNNERS:
         raise ValueError(f"Expected Keras on {' or '.join(RUNNERS)}, to train. Received: KERAS_BACKEND={backend}")
-    modules, extras = RUNNERS[backend]
-    missing = [name for name in modules if not _is_there(name)]
+    missing, bring = lacking(backend)
     if missing:
-        raise ImportError(
-            f"Expected what training needs. Received: no {', '.join(missing)}. "
-            f"Bring it with: pip install 'keras_effnet[{extras}]'"
-        )
-
-
-def _is_there(module: str) -> bool:
-    package, _, rest = module.partition(".")
-    return find_spec(package) is not None and (not rest or find_spec(module) is not None)
+        told = ", ".join(missing)
+        raise ImportError(f"Expected what training needs. Received: no {told}. Bring it with: {bring}")
 
 
 def _list_recipes(found, as_json: bool) -> None:

@@ -117,6 +117,7 @@ ALLOWED = {
         "keras",
         "tensorflow",
     },
+    "tpu.evaluator": {"tpu.stops", "orbit"},
     "tpu.files": {"tensorflow"},
     "tpu.losses": {"keras"},
     "tpu.optim": {"errors", "keras"},
@@ -125,6 +126,7 @@ ALLOWED = {
     "tpu.jax_runner": {
         "tpu.config",
         "tpu.data",
+        "tpu.evaluator",
         "tpu.jax_checkpoints",
         "tpu.jax_depthwise",
         "tpu.replicas",
@@ -154,6 +156,7 @@ ALLOWED = {
         "tpu.checkpoints",
         "tpu.config",
         "tpu.data",
+        "tpu.evaluator",
         "tpu.replicas",
         "tpu.step",
         "tpu.stops",

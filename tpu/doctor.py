@@ -692,12 +692,24 @@ def _keras_backend(backend: str, told_by: str) -> Finding:
     return Finding("Keras backend", found, "ok")
 
 
+def lacking(backend: str) -> tuple[list[str], str]:
+    """What training with one of Keras' backends needs and is not here.
+
+    Args:
+        backend: String, a key of `RUNNERS`.
+
+    Returns:
+        Tuple of a list of modules, and of the command that brings all.
+    """
+    more, bring = RUNNERS[backend]
+    return [name for name in (*TRAINING, *more) if not _is_here(name)], bring
+
+
 def _training(backend: str, broken: Sequence[str], on_tpu: bool) -> Finding:
     if backend not in RUNNERS:
         advice = "Training is TensorFlow's or JAX': --runner, or KERAS_BACKEND"
         return Finding("Training", f"not with KERAS_BACKEND={backend}", "problem", advice)
-    more, bring = RUNNERS[backend]
-    missing = [name for name in (*TRAINING, *more) if not _is_here(name)]
+    missing, bring = lacking(backend)
     if missing:
         return Finding("Training", f"no {', '.join(missing)}", "problem", ON_A_TPU if on_tpu else bring)
     if broken:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from keras_effnet.tpu.config import Run, has_tpu
 from keras_effnet.tpu.data import Host
+from keras_effnet.tpu.evaluator import Evaluator
 from keras_effnet.tpu.jax_checkpoints import Folders
 from keras_effnet.tpu.jax_depthwise import ShiftedDepthwiseConv2D
 from keras_effnet.tpu.replicas import Place, group_size, spread
@@ -123,9 +124,26 @@ class Devices:
         """See `Trainer`. It is compiled in any case."""
         return Trainer(self.mesh, learner, state, step, batches, batch)
 
-    def evaluator(self, learner, state: "Kept", trainer: "Trainer", batches, raw: bool) -> "Evaluator":
-        """See `Evaluator`."""
-        return Evaluator(self.mesh, learner, state, trainer, batches, raw)
+    def evaluator(self, learner: Learner, state: "Kept", trainer: "Trainer", batches, raw: bool) -> Evaluator:
+        """What evaluates a run.
+
+        Args:
+            learner: `Learner`.
+            state: `Kept`.
+            trainer: `Trainer`, which is asked to stop.
+            batches: Function without arguments that gives an iterator of batches.
+            raw: Boolean, whether the variables themselves are evaluated too, and not only their moving average.
+
+        Returns:
+            `Evaluator`.
+        """
+        one = score_step(learner, self.mesh, raw)
+
+        def score(*batch):
+            now = state.state
+            return one(now.trainable, now.moving, now.averages, *batch, trainer.stop.value)
+
+        return Evaluator(score, batches)
 
     def files(self, step, trainer: "Trainer", learner: Learner, state: "Kept") -> Folders:
         """How checkpoints of it are written and read.
@@ -506,43 +524,3 @@ class Trainer(orbit.AbstractTrainer):
             raise NonFiniteError(step, f"a loss of {metrics[0]}")
         self.totals = self.totals + np.asarray([*metrics, 1], np.float32)
         return bool(asked > 0)
-
-
-class Evaluator(orbit.AbstractEvaluator):
-    """Evaluates on all examples, or until it is asked to stop.
-
-    Args:
-        mesh: `jax.sharding.Mesh` with the axes `AXES`.
-        learner: `Learner`.
-        kept: `Kept`.
-        trainer: `Trainer`, which is asked to stop.
-        batches: Function without arguments that gives an iterator of batches.
-        raw: Boolean, whether the variables themselves are evaluated too, and not only their moving average.
-    """
-
-    def __init__(self, mesh: Mesh, learner: Learner, kept: Kept, trainer: Trainer, batches: Callable, raw: bool):
-        self._kept, self._trainer, self._batches = kept, trainer, batches
-        self._score = score_step(learner, mesh, raw)
-
-    def evaluate(self, num_steps) -> Any:
-        """Evaluates.
-
-        Args:
-            num_steps: Not used: all there is.
-
-        Returns:
-            Dict of means over all examples, and their number.
-
-        Raises:
-            Asked: If it was asked to stop.
-        """
-        totals: dict[str, float] = {}
-        state = self._kept.state
-        for batch in self._batches():
-            sums = self._score(state.trainable, state.moving, state.averages, *batch, self._trainer.stop.value)
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            if totals.pop("asked"):
-                raise Asked
-        examples = totals.pop("examples")
-        return {name: value / examples for name, value in totals.items()} | {"examples": examples}

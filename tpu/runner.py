@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras_effnet.tpu.checkpoints import Bundles
 from keras_effnet.tpu.config import Run, has_tpu
 from keras_effnet.tpu.data import Host
+from keras_effnet.tpu.evaluator import Evaluator
 from keras_effnet.tpu.replicas import Place, spread
 from keras_effnet.tpu.step import METRICS, Learner, State
 from keras_effnet.tpu.stops import Asked, NonFiniteError
@@ -112,9 +113,29 @@ class Devices:
         """See `Trainer`."""
         return Trainer(self.strategy, learner, state, step, batches, batch, xla)
 
-    def evaluator(self, learner, state, trainer: "Trainer", batches, raw: bool) -> "Evaluator":
-        """See `Evaluator`."""
-        return Evaluator(self.strategy, learner, state, trainer.stop, batches, raw)
+    def evaluator(self, learner: Learner, state: State, trainer: "Trainer", batches, raw: bool) -> Evaluator:
+        """What evaluates a run.
+
+        Args:
+            learner: `Learner`.
+            state: `State` of `tf.Variable`.
+            trainer: `Trainer`, which is asked to stop.
+            batches: Function without arguments that gives an iterator of distributed batches.
+            raw: Boolean, whether the variables themselves are evaluated too, and not only their moving average.
+
+        Returns:
+            `Evaluator`.
+        """
+        strategy, one = self.strategy, replica_score(learner, state, raw)
+
+        def told(images, labels, weights, asked):
+            return one(images, labels, weights) | {"asked": tf.identity(asked)}  # a tensor for each replica
+
+        def score(images, labels, weights):
+            sums = strategy.run(told, args=(images, labels, weights, trainer.stop.read_value()))
+            return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in sums.items()}
+
+        return Evaluator(tf.function(score), batches)
 
     def files(self, step, trainer: "Trainer", learner: Learner, state: State) -> Bundles:
         """How checkpoints of it are written and read.
@@ -437,50 +458,3 @@ class Trainer(orbit.AbstractTrainer):
         self.totals.sums.assign(tf.zeros([len(METRICS)]))
         self.totals.steps.assign(0)
         return dict(zip(METRICS, values, strict=True)) | {"learning_rate": self._learner.schedule(step - 1)}
-
-
-class Evaluator(orbit.AbstractEvaluator):
-    """Evaluates on all examples, or until it is asked to stop.
-
-    Args:
-        strategy: `tf.distribute.Strategy`.
-        learner: `Learner`.
-        state: `State` of `tf.Variable`.
-        stop: `tf.Variable`, `Trainer.stop`.
-        batches: Function without arguments that gives an iterator of distributed batches.
-        raw: Boolean, whether the variables themselves are evaluated too, and not only their moving average.
-    """
-
-    def __init__(self, strategy, learner: Learner, state: State, stop, batches: Callable[[], Iterator], raw: bool):
-        self._batches = batches
-        one = replica_score(learner, state, raw)
-
-        def told(images, labels, weights, asked):
-            return one(images, labels, weights) | {"asked": tf.identity(asked)}  # a tensor for each replica
-
-        def score(images, labels, weights):
-            sums = strategy.run(told, args=(images, labels, weights, stop.read_value()))
-            return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in sums.items()}
-
-        self._score: Any = tf.function(score)
-
-    def evaluate(self, num_steps) -> Any:
-        """Evaluates.
-
-        Args:
-            num_steps: Not used: all there is.
-
-        Returns:
-            Dict of means over all examples, and their number.
-
-        Raises:
-            Asked: If it was asked to stop.
-        """
-        totals: dict[str, float] = {}
-        for images, labels, weights in self._batches():
-            for name, value in self._score(images, labels, weights).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            if totals.pop("asked"):
-                raise Asked
-        examples = totals.pop("examples")
-        return {name: value / examples for name, value in totals.items()} | {"examples": examples}
