@@ -237,3 +237,21 @@ def test_versions_that_fit_and_that_do_not(installed, asks, tpu, expected):
     assert told.keys() == expected.keys()
     for what, (verdict, advice) in expected.items():
         assert told[what].verdict == verdict and advice in told[what].advice
+
+
+def test_processes_of_jax(machine, monkeypatch):
+    machine()
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    assert rows()["KERAS_DISTRIBUTION"].found == "not set"
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        address = f"127.0.0.1:{first.getsockname()[1]}"
+        for name, value in (("JOB_ADDRESSES", address), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "1")):
+            monkeypatch.setenv(f"KERAS_DISTRIBUTION_{name}", value)
+        found = rows()
+        assert found["KERAS_DISTRIBUTION"].found == "2 processes, this is 1"
+        assert found["KERAS_DISTRIBUTION"].verdict == "ok" and "of each of 2 processes" in found["Strategy"].found
+    assert "no answer" in rows()["KERAS_DISTRIBUTION"].found
+    monkeypatch.setenv("KERAS_DISTRIBUTION_PROCESS_ID", "2")
+    assert "from 0 to 1, of _NUM_PROCESSES=2. Received: 2" in rows()["KERAS_DISTRIBUTION"].advice
+    monkeypatch.delenv("KERAS_DISTRIBUTION_PROCESS_ID")
+    assert rows()["KERAS_DISTRIBUTION"].verdict == "problem"

@@ -243,6 +243,32 @@ def has_tpu() -> bool:
     return bool(find_spec("libtpu") and named)
 
 
+def processes() -> tuple[str, int, int] | None:
+    """Who the processes of a run on JAX are, by Keras' variables KERAS_DISTRIBUTION_*.
+
+    Returns:
+        Tuple of the first one's address, this one's number and how many there are. None where nothing is said.
+
+    Raises:
+        ValueError: If the environment says half of it, or a number that is none of theirs.
+    """
+    names = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
+    addresses, count, index = told = [os.environ.get(f"KERAS_DISTRIBUTION_{name}", "") for name in names]
+    if not any(told):
+        return None
+    if not (addresses and count.isdecimal() and index.isdecimal()):
+        raise ValueError(
+            "Expected KERAS_DISTRIBUTION_JOB_ADDRESSES=host:port of the first process, _NUM_PROCESSES and _PROCESS_ID. "
+            f"Received: {', '.join(map(repr, told))}"
+        )
+    if int(index) >= int(count):
+        raise ValueError(
+            f"Expected KERAS_DISTRIBUTION_PROCESS_ID from 0 to {int(count) - 1}, of _NUM_PROCESSES={count}. "
+            f"Received: {index}"
+        )
+    return addresses.split(",")[0], int(index), int(count)
+
+
 def override(recipe: Recipe, arguments: Sequence[str], prog: str = "keras-effnet train RECIPE") -> Recipe:
     """A recipe with some fields changed by command-line arguments.
 

@@ -25,7 +25,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from keras_effnet.tpu.config import Run
+from keras_effnet.tpu.config import Run, processes
 from keras_effnet.weights import store
 
 OURS = "keras-effnet"
@@ -792,43 +792,19 @@ def _strategy_of_jax(
 def _hosts(backend: str) -> tuple[int, Finding]:
     if backend != "jax":
         return cluster(os.environ.get("TF_CONFIG", ""))
-    names = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
-    return processes(*(os.environ.get(f"KERAS_DISTRIBUTION_{name}", "") for name in names))
-
-
-def processes(addresses: str, count: str, index: str) -> tuple[int, Finding]:
-    """What Keras' variables for JAX say, and whether the first process answers.
-
-    Args:
-        addresses: String, KERAS_DISTRIBUTION_JOB_ADDRESSES; empty if it is not set.
-        count: String, KERAS_DISTRIBUTION_NUM_PROCESSES.
-        index: String, KERAS_DISTRIBUTION_PROCESS_ID.
-
-    Returns:
-        The number of processes, and a `Finding`.
-
-    Example:
-
-    >>> processes("", "", "")
-    (1, Finding(what='KERAS_DISTRIBUTION', found='not set', verdict='none', advice=''))
-    >>> processes("host0:1234", "2", "2")[1].advice
-    'Expected _PROCESS_ID from 0 to 1. Received: 2'
-    """
     what = "KERAS_DISTRIBUTION"
-    if not (addresses or count or index):
+    try:
+        told = processes()
+    except ValueError as error:
+        return 1, Finding(what, "set", "problem", str(error))
+    if told is None:
         return 1, Finding(what, "not set", "none")
-    if not (addresses and count.isdecimal() and index.isdecimal()):
-        told = f"Expected _JOB_ADDRESSES=host:port, _NUM_PROCESSES and _PROCESS_ID. Received: {addresses!r}, {count!r}"
-        return 1, Finding(what, "set", "problem", f"{told}, {index!r}")
-    if int(index) >= int(count):
-        told = f"Expected _PROCESS_ID from 0 to {int(count) - 1}. Received: {index}"
-        return 1, Finding(what, "set", "problem", told)
-    found, first = f"{count} processes, this is {index}", addresses.split(",")[0]
-    silent = _silent([first]) if int(index) else {}
+    first, index, count = told
+    found, silent = f"{count} processes, this is {index}", _silent([first]) if index else {}
     if not silent:
-        return int(count), Finding(what, found, "ok")
-    told = f"{found}; no answer of {first} ({silent[first]})"
-    return int(count), Finding(what, told, "warning", "Start the same command there, or correct the address")
+        return count, Finding(what, found, "ok")
+    found += f"; no answer of {first} ({silent[first]})"
+    return count, Finding(what, found, "warning", "Start the same command there, or correct the address")
 
 
 def _installed() -> tuple[dict[str, str], dict[str, list[str]]]:

@@ -16,7 +16,7 @@ import orbit
 import tensorflow as tf
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keras_effnet.tpu.config import Run, has_tpu
+from keras_effnet.tpu.config import Run, has_tpu, processes
 from keras_effnet.tpu.data import Host
 from keras_effnet.tpu.evaluator import Evaluator
 from keras_effnet.tpu.jax_checkpoints import Folders
@@ -255,30 +255,20 @@ def place() -> tuple[int, int]:
     Raises:
         ValueError: If the environment says half of it.
     """
-    told = {name: os.environ.get(f"KERAS_DISTRIBUTION_{name}", "") for name in _ASKED}
-    if any(told.values()) and not jax.distributed.is_initialized():
-        if not (told["JOB_ADDRESSES"] and told["NUM_PROCESSES"].isdecimal() and told["PROCESS_ID"].isdecimal()):
-            raise ValueError(
-                "Expected KERAS_DISTRIBUTION_JOB_ADDRESSES=host:port of the first host, _NUM_PROCESSES and "
-                f"_PROCESS_ID. Received: {told}"
-            )
-        if int(told["NUM_PROCESSES"]) > 1:
+    told = processes()
+    if told and told[2] > 1:
+        first, host, hosts = told
+        if not jax.distributed.is_initialized():
             # As keras.distribution.initialize(), but for the time that a host waits at its end for the others.
-            first = told["JOB_ADDRESSES"].split(",")[0]
-            host, hosts = int(told["PROCESS_ID"]), int(told["NUM_PROCESSES"])
             jax.distributed.initialize(first, hosts, host, shutdown_timeout_seconds=PATIENCE)
-    elif has_tpu() and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and not jax.distributed.is_initialized():
+        return host, hosts  # to ask JAX would choose the devices, which connect() does
+    alone = told or not has_tpu() or "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu")
+    if not alone and not jax.distributed.is_initialized():
         with contextlib.suppress(ValueError):  # a machine that knows of no others
             jax.distributed.initialize(shutdown_timeout_seconds=PATIENCE)
-    if not jax.distributed.is_initialized():
-        return 0, 1
-    # To ask JAX would choose the devices, which connect() does.
-    if told["NUM_PROCESSES"]:
-        return int(told["PROCESS_ID"]), int(told["NUM_PROCESSES"])
-    return jax.process_index(), jax.process_count()
+    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
 
 
-_ASKED = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
 _LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "heartbeat", "onnection", "oordination", "peer")
 
 
