@@ -504,6 +504,98 @@ def train(ctx, recipe, source, workdir, allow_changes, runner, as_json, asked, c
         click.echo(f"Wrote {workdir}/model.keras: top-1 {result['ema_top1']:.2%} after {result['steps']} steps")
 
 
+@main.command("tpu-plan", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("recipe")
+@click.option("--topology", default="v5e:2x4", show_default=True, help="Generation, and how its chips are laid out.")
+@click.option("--global-batch", type=click.IntRange(1), help="Images of a step on all chips. Defaults to the recipe's.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "mixed_bfloat16"]), help="Defaults to the recipe's, else bfloat16."
+)
+@click.option("--eval", "evaluation", is_flag=True, help="The step of an evaluation instead of the training's.")
+@click.option("--search", is_flag=True, help="Find the largest batch that fits. Compiles some 3 to 6 times.")
+@AS_JSON
+@click.option("-h", "--help", "asked", is_flag=True, help="Show this.")
+@click.argument("changes", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def tpu_plan(ctx, recipe, topology, global_batch, dtype, evaluation, search, as_json, asked, changes) -> None:
+    """Tell what a step of RECIPE takes on Cloud TPUs, without one: whether it fits, memory, bounds on speed and hours.
+
+    RECIPE is that of a training, or a model's name. Its fields can be changed as in `train`, such as with --run.fused.
+    The TPUs' own compiler answers, after minutes; it comes with: pip install libtpu.
+    """
+    if asked:
+        click.echo(ctx.get_help())
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    _need_training("jax")
+    from keras_effnet.tpu import config, recipes
+    from keras_effnet.variants import VARIANTS
+
+    if recipe.startswith("-"):
+        raise ValueError(f"Expected the recipe's name first. Received: {recipe}")
+    told = {"--batch-size": global_batch, "--run.precision": dtype}
+    changes = [*changes, *(part for name, value in told.items() if value for part in (name, str(value)))]
+    base = config.Recipe(config.Model(recipe)) if recipe in VARIANTS else recipes.find(recipe)
+    chosen = config.override(base, changes, f"keras-effnet tpu-plan {recipe}")
+    from keras_effnet.tpu import plan
+
+    with _compiling() as tell:
+        result = (plan.largest if search else plan.plan)(chosen, topology, evaluation, tell)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_plan(result)
+    ctx.exit(0 if result["fits"] else 1)
+
+
+@contextlib.contextmanager
+def _compiling():
+    """A line on standard error with the time that it takes. Gives a function that says what is done."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    with Progress(SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=console) as bar:
+        task = bar.add_task("", total=None)
+
+        def tell(what: str) -> None:
+            bar.update(task, description=what)
+            if not console.is_terminal:
+                click.echo(what, err=True)
+
+        yield tell
+
+
+def _print_plan(result: dict) -> None:
+    table = _table(f"{result['model']}, {result['step']} step on {result['topology']}", "", ">")
+
+    def row(name: str, value, form: str = "{}", scale: float = 1.0) -> None:
+        table.add_row(name, "unknown" if value is None else form.format(value / scale))
+
+    for images, fits in result.get("tried", ()):
+        table.add_row(f"batch of {images}", "fits" if fits else "does not fit")
+    table.add_row("global batch", f"{result['global_batch']} on {result['chips']} chips")
+    row("images per chip", result["images_per_chip"], "{:g}")
+    side = result["image_size"]
+    table.add_row("pixels, precision", f"{side} x {side}, {result['precision']}{', fused' * result['fused']}")
+    table.add_row("fits", "yes" if result["fits"] else "no")
+    limit = result["hbm_bytes_of_chip"] / 2**30
+    row("memory per chip, at most", result["peak_hbm_bytes_per_chip"], f"{{:.2f}} of {limit:.2f} GiB", 2**30)
+    row("parameters and inputs", result["argument_bytes_per_chip"], "{:.2f} GiB", 2**30)
+    row("temporaries", result["temporary_bytes_per_chip"], "{:.2f} GiB", 2**30)
+    row("arithmetic per image", result["flop_per_image"], "{:.2f} GFLOP", 1e9)
+    row("operands and results of fusions per image", result["fusion_bytes_per_image"], "{:.1f} MB", 1e6)
+    row("moved between memory and chip per image", result["hbm_bytes_per_image"], "{:.1f} MB", 1e6)
+    row("exchanges between chips per step", result["reductions_per_step"])
+    row("step, at least", result["roofline_seconds_per_step"], "{:.1f} ms", 1e-3)
+    table.add_row("what bounds it", result["bound"] or "unknown")
+    row("images/s per chip, at most", result["images_per_second_per_chip"], "{:,.0f}")
+    if result["step"] == "training":
+        row("hours of the recipe, at least", result["hours"], "{:.1f}")
+    _print(table)
+    click.echo("By the TPUs' compiler; nothing ran. A real step also waits for the vector unit, other chips and input.")
+
+
 @main.command()
 @RUNNER
 @AS_JSON

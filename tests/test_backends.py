@@ -9,7 +9,7 @@ from conftest import BACKEND, ROOT
 
 # What CI has room for, and what it has not.
 SLOW = {
-    "jax": ("test_layers.py", "test_weights.py", "test_optim.py", "test_step.py"),
+    "jax": ("test_layers.py", "test_weights.py", "test_optim.py", "test_step.py", "test_fused.py"),
     "torch": ("test_layers.py", "test_weights.py", "test_optim.py"),
 }
 LONG = dict.fromkeys(SLOW, ("test_export.py", "test_folding.py", "test_predictor.py", "test_cli.py", "test_pruning.py"))

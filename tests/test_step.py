@@ -167,7 +167,8 @@ def test_which_replicas_share_their_statistics():
 
 SPREAD = """
 import os, sys
-count, group, rate, steps, out = int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+kinds = int, str, float, int, int, str
+count, group, rate, steps, fused, out = (kind(part) for kind, part in zip(kinds, sys.argv[1:], strict=True))
 import numpy as np, tensorflow as tf, keras
 from keras_effnet.arch import resolve
 from keras_effnet.variants import VARIANTS
@@ -192,7 +193,7 @@ with machine.scope():
     for variable in model.trainable_variables:  # the same on both backends
         if len(variable.shape) > 1:
             variable.assign(rng.normal(0, 1, variable.shape) * np.sqrt(2 / np.prod(variable.shape[:-1])))
-    model = machine.adapted(model, replicas.group_size(count, group))
+    model = machine.adapted(model, replicas.group_size(count, group), bool(fused))
     learner = Learner(model, Optimizer("rmsprop"), Schedule(0.004, 10, 100, warmup_epochs=0), seed=3)
     state = machine.variables(learner)
 step, losses = tf.Variable(0, dtype=tf.int64), []
@@ -211,9 +212,9 @@ np.savez(out, losses=losses, **{f"{kind} {name}": np.array(v) for kind, some in 
 """
 
 
-def spread(backend: str, out, count: int = 1, group: str = "all", rate: float = 0.0, steps: int = 6):
+def spread(backend: str, out, count: int = 1, group: str = "all", rate: float = 0.0, steps: int = 6, fused: int = 0):
     """Losses and all variables of a few steps in a process of its own."""
-    command = [sys.executable, "-c", SPREAD, *map(str, (count, group, rate, steps, out))]
+    command = [sys.executable, "-c", SPREAD, *map(str, (count, group, rate, steps, fused, out))]
     forced = f"--xla_force_host_platform_device_count={count}"
     environment = {**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": forced if backend == "jax" else ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -268,6 +269,17 @@ def test_both_runners_have_the_same_curve(counts, tmp_path):
     masked = [spread(backend, tmp_path / f"{backend}.npz", rate=0.3, steps=50) for backend in ("tensorflow", "jax")]
     means = [np.mean(one["losses"][25:]) for one in masked]
     assert means[0] == pytest.approx(means[1], rel=0.05) and not np.allclose(masked[0]["losses"], masked[1]["losses"])
+
+
+@tensorflow_only
+@pytest.mark.long
+def test_layers_as_one_have_the_same_curve(tmp_path):
+    """50 steps of JAX' runner, on one device and on two pairs that share batch statistics."""
+    for count, group in ((1, "all"), (4, "2")):
+        plain, fused = (
+            spread("jax", tmp_path / f"{count}-{fused}.npz", count, group, 0.2, 50, fused) for fused in (0, 1)
+        )
+        same(plain, fused, rtol=1e-3)
 
 
 @tensorflow_only

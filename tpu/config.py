@@ -182,6 +182,8 @@ class Run:
     """Only operations that always give the same bits. On a processor they do anyway; on a GPU it costs speed."""
     report: bool = True
     """Whether report.html is written at the end."""
+    fused: bool = False
+    """With JAX: layers that belong together are one, of the same mathematics, which moves less memory on a TPU."""
     xla: bool = False
     """Compile the step of a single device with XLA. On a TPU, and with JAX, it is compiled anyway."""
     threads: int | None = None
@@ -241,6 +243,19 @@ def has_tpu() -> bool:
     """
     named = os.environ.get("TPU_NAME") or glob("/dev/accel[0-9]*") or glob("/dev/vfio/[0-9]*")
     return bool(find_spec("libtpu") and named)
+
+
+def without_tpu() -> None:
+    """Keeps libtpu quiet on a machine that has no TPU.
+
+    It would ask the network what machine this is, and belong to one process at a time.
+    """
+    if has_tpu():
+        return
+    told = {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-8", "WORKER_HOSTNAMES": "localhost"}
+    told |= {"WORKER_ID": "0", "LOG_DIR": "disabled", "MIN_LOG_LEVEL": "3", "STDERR_LOG_LEVEL": "3"}
+    for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **{f"TPU_{name}": told[name] for name in told}}.items():
+        os.environ.setdefault(name, value)
 
 
 def processes() -> tuple[str, int, int] | None:

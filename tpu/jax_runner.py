@@ -16,11 +16,12 @@ import orbit
 import tensorflow as tf
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keras_effnet.tpu.config import Run, has_tpu, processes
+from keras_effnet.tpu.config import Run, has_tpu, processes, without_tpu
 from keras_effnet.tpu.data import Host
 from keras_effnet.tpu.evaluator import Evaluator
 from keras_effnet.tpu.jax_checkpoints import Folders
 from keras_effnet.tpu.jax_depthwise import ShiftedDepthwiseConv2D
+from keras_effnet.tpu.jax_fused import fuse
 from keras_effnet.tpu.replicas import Place, group_size, spread
 from keras_effnet.tpu.step import METRICS, Learner, State
 from keras_effnet.tpu.stops import Asked, NonFiniteError
@@ -68,19 +69,21 @@ class Devices:
         except RuntimeError:  # JAX_PLATFORMS=tpu
             return contextlib.nullcontext()
 
-    def adapted(self, model: keras.Model, group: int) -> keras.Model:
+    def adapted(self, model: keras.Model, group: int, fused: bool = False) -> keras.Model:
         """A model as it is trained on these devices.
 
         Args:
             model: A functional `keras.Model` of this package.
             group: Integer, replicas that share their batch statistics.
+            fused: Boolean, whether layers that belong together are one, see `jax_fused`. Defaults to False.
 
         Returns:
             A `keras.Model` with variables of the same names and order.
         """
         on_processor = self.mesh.devices.flat[0].platform == "cpu"
         instead = {keras.layers.DepthwiseConv2D: ShiftedDepthwiseConv2D} if on_processor else {}
-        return spread(model, group if self.count > 1 else None, instead)
+        model = spread(model, group if self.count > 1 else None, instead, one_pass=fused)
+        return fuse(model) if fused else model
 
     def total(self, value: int) -> int:
         """The sum of a number of each process' over all of them.
@@ -193,6 +196,7 @@ def connect(run: Run) -> Devices:
         ValueError: If the devices that are asked for are not there.
     """
     _, hosts = place()
+    without_tpu()
     # TensorFlow only reads: a device belongs to one process, and in it to one library.
     with contextlib.suppress(RuntimeError):  # it was used in this process
         tf.config.set_visible_devices([], "GPU")

@@ -83,12 +83,28 @@ def group_size(replicas: int, choice: str | int = "auto") -> int:
     return size
 
 
+def group_mean(values, group: int):
+    """The mean over this replica's group.
+
+    Args:
+        values: Tensor.
+        group: Integer, replicas that share their statistics.
+
+    Returns:
+        Tensor like `values`; the same where there is one replica.
+    """
+    place = _here.get()
+    return place.mean(values, group) if place and group > 1 else values
+
+
 @keras.saving.register_keras_serializable("keras_effnet")
 class GroupBatchNormalization(keras.layers.BatchNormalization):
     """Batch normalisation with the statistics of a group of replicas: means of their means and of their mean squares.
 
     Args:
         group: Integer, replicas that share their statistics. Defaults to 1.
+        one_pass: Boolean, whether mean and mean square are taken in one pass over the inputs, relative to the moving
+            mean. Defaults to False: the variance is taken about the mean, once that is known.
         **kwargs: See `keras.layers.BatchNormalization`.
 
     Example:
@@ -102,25 +118,29 @@ class GroupBatchNormalization(keras.layers.BatchNormalization):
         tensorflow/tpu efficientnet utils.py:114-165.
     """
 
-    def __init__(self, *, group: int = 1, **kwargs):
+    def __init__(self, *, group: int = 1, one_pass: bool = False, **kwargs):
         super().__init__(**kwargs)
         self.group = group
+        self.one_pass = one_pass
 
     def get_config(self):
         """The configuration, with the size of the group."""
-        return {**super().get_config(), "group": self.group}
+        return {**super().get_config(), "group": self.group, "one_pass": self.one_pass}
 
     def _moments(self, inputs, mask):
-        mean, variance = ops.moments(inputs, axes=self._reduction_axes)
         # Relative to where the mean was: squares of large numbers, subtracted, would leave few digits.
         shift = ops.stop_gradient(ops.convert_to_tensor(self.moving_mean))
-        moved = mean - shift
-        both = ops.stack([moved, variance + ops.square(moved)])
-        place = _here.get()
-        if place and self.group > 1:
-            both = place.mean(both, self.group)
+        if self.one_pass:
+            shape = [1] * len(inputs.shape)
+            shape[self.axis] = -1
+            inputs = inputs - ops.reshape(shift, shape)
+            parts = [ops.mean(inputs, self._reduction_axes), ops.mean(ops.square(inputs), self._reduction_axes)]
+        else:
+            mean, variance = ops.moments(inputs, axes=self._reduction_axes)
+            parts = [mean - shift, variance + ops.square(mean - shift)]
+        both = group_mean(ops.stack(parts), self.group)
         moved, square = both[0], both[1]
-        return moved + shift, square - ops.square(moved)
+        return moved + shift, ops.maximum(square - ops.square(moved), 0.0)
 
 
 @keras.saving.register_keras_serializable("keras_effnet")
@@ -162,7 +182,10 @@ class GlobalDropout(keras.layers.Dropout):
 
 
 def spread(
-    model: keras.Model, group: int | None, instead: Mapping[type, type[keras.layers.Layer]] | None = None
+    model: keras.Model,
+    group: int | None,
+    instead: Mapping[type, type[keras.layers.Layer]] | None = None,
+    one_pass: bool = False,
 ) -> keras.Model:
     """The same model for a replica among others. It shares all layers but batch normalisation and dropout.
 
@@ -170,6 +193,7 @@ def spread(
         model: A functional `keras.Model` of this package.
         group: Integer, replicas that share their batch statistics. None: it is the only one.
         instead: Mapping of classes of layers to classes of the same variables that take their place. Defaults to none.
+        one_pass: Boolean, of `GroupBatchNormalization`. Defaults to False.
 
     Returns:
         A `keras.Model` with variables of the same names and order.
@@ -188,8 +212,8 @@ def spread(
     def replace(layer):
         config = layer.get_config()
         match layer:
-            case keras.layers.BatchNormalization() if group:
-                new = GroupBatchNormalization.from_config({**config, "group": group})
+            case keras.layers.BatchNormalization() if group or one_pass:
+                new = GroupBatchNormalization.from_config({**config, "group": group or 1, "one_pass": one_pass})
             case keras.layers.Dropout() if group:
                 new = GlobalDropout.from_config(config)
             case _ if type(layer) in instead:

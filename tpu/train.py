@@ -159,7 +159,7 @@ def _train(
     with machine.scope():
         keras.utils.set_random_seed(recipe.run.seed)
         model = build(recipe, classes, "mixed_bfloat16" if _is_low(recipe.run, machine) else "float32")
-        model = machine.adapted(model, group)
+        model = machine.adapted(model, group, recipe.run.fused)
         learner = make_learner(model, recipe, steps_per_epoch, total)
         state = machine.variables(learner)
     step = orbit.utils.create_global_step()

@@ -1,0 +1,129 @@
+"""What a training step of B0 moves through a TPU's memory, by its compiler: keras.applications' and ours.
+
+    python benchmarks/tpu_traffic.py                  # half an hour on two cores; pip install libtpu
+    python benchmarks/tpu_traffic.py --only ours --only everything
+
+224 pixels, 1000 classes, mixed bfloat16, 128 images per chip of a v5e:2x4, all compiled with the same options. Nothing
+runs. keras.applications' step is forward, backward and SGD with momentum, divided by GSPMD as
+`keras.distribution.DataParallel` does, with dropout and drop connect. Ours is the JAX runner's own step with all that a
+recipe has: preprocessing, label smoothing, weight decay, RMSprop, the moving average of all variables.
+"""
+
+import json
+import os
+from typing import Any
+
+import click
+
+os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
+
+import jax
+import keras
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from keras_effnet.tpu import jax_fused, plan
+from keras_effnet.tpu.config import Model, Recipe, Run
+
+BATCH, APPLICATIONS = 128, "keras.applications"
+# Units of `jax_fused` that a step has, and whether batch statistics are taken in one pass.
+OURS: dict[str, tuple[str, ...] | None] = {
+    "ours": None,
+    "one-pass statistics": (),
+    "and expand units": ("expand",),
+    "and excite units": ("excite",),
+    "both": ("expand", "excite"),
+    "everything": tuple(jax_fused.UNITS),
+}
+
+
+def applications(devices) -> Any:
+    """Lowers the step of keras.applications' B0."""
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    networks: Any = keras.applications
+    model = networks.EfficientNetB0(weights=None, classifier_activation=None)
+    keras.mixed_precision.set_global_policy("float32")
+    optimizer: Any = keras.optimizers.SGD(0.1, momentum=0.9)
+    optimizer.build(model.trainable_variables)
+    mesh = Mesh(np.asarray(devices), ("batch",))
+    fixed = [v.value for v in model.non_trainable_variables]
+
+    def loss(trainable, fixed, images, labels):
+        logits, fixed = model.stateless_call(trainable, fixed, images, training=True)
+        losses = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+        return keras.ops.mean(losses), fixed
+
+    def step(trainable, fixed, slots, images, labels):
+        (value, fixed), gradients = jax.value_and_grad(loss, has_aux=True)(trainable, fixed, images, labels)
+        trainable, slots = optimizer.stateless_apply(slots, gradients, trainable)
+        return trainable, fixed, slots, value
+
+    def told(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    trees = [v.value for v in model.trainable_variables], fixed, [v.value for v in optimizer.variables]
+    trees = jax.tree.map(lambda value: told(value.shape, value.dtype), trees)
+    count = BATCH * len(devices)
+    images = told((count, 224, 224, 3), "bfloat16", "batch")
+    return jax.jit(step, donate_argnums=(0, 1, 2)).lower(*trees, images, told((count,), "int32", "batch"))
+
+
+def ours(devices, units: tuple[str, ...] | None, model: str = "efficientnet-b0") -> Any:
+    """Lowers the runner's step."""
+    recipe = Recipe(Model(model), run=Run(fused=units is not None), batch_size=BATCH * len(devices))
+    every = dict(jax_fused.UNITS)
+    for name in every.keys() - set(units or ()):
+        del jax_fused.UNITS[name]
+    try:
+        return plan.lowered(recipe, devices).lowered
+    finally:
+        jax_fused.UNITS.clear()
+        jax_fused.UNITS.update(every)
+
+
+@click.command()
+@click.option("--topology", default="v5e:2x4", show_default=True)
+@click.option("--only", multiple=True, type=click.Choice([APPLICATIONS, *OURS, "CondConv"]), help="These rows.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def main(topology, only, as_json) -> None:
+    """Compile training steps for TPUs that are not here, and read what they move."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    devices, report = plan.topology(topology), {}
+    for name in only or (APPLICATIONS, *OURS, "CondConv"):
+        click.echo(f"Compiling {name}", err=True)
+        if name == APPLICATIONS:
+            lowered = applications(devices)
+        elif name == "CondConv":
+            lowered = ours(devices, None, "efficientnet-condconv-b0-8e")
+        else:
+            lowered = ours(devices, OURS[name])
+        report[name] = plan.compiled(lowered)
+    if as_json:
+        click.echo(json.dumps({"topology": topology, "images_per_chip": BATCH, "rows": report}, indent=2))
+        return
+    base = report.get(APPLICATIONS)
+    table = Table(title=f"Training step, 224 pixels, {BATCH} images per device of {topology}", box=box.SIMPLE_HEAD)
+    for column in (
+        "step",
+        "fusions, MB/image",
+        "memory, MB/image",
+        "GFLOP/image",
+        "temporaries, MB/image",
+        "exchanges",
+    ):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for name, row in report.items():
+        cells = [name]
+        for key in ("fusion", "hbm"):
+            over = f" ({row[key] / base[key]:.3f})" if base and name != APPLICATIONS else ""
+            cells.append(f"{row[key] / BATCH / 1e6:.1f}{over}")
+        cells += [f"{row['flop'] / BATCH / 1e9:.3f}", f"{row['temporaries'] / BATCH / 1e6:.1f}", str(row["reductions"])]
+        table.add_row(*cells)
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()
