@@ -123,12 +123,14 @@ ALLOWED = {
     "tpu.optim": {"errors", "keras"},
     "tpu.jax_checkpoints": {"tpu.checkpoints", "tpu.files", "jax", "tensorflow"},
     "tpu.jax_depthwise": {"keras", "jax"},
+    "tpu.jax_fused": {"blocks", "tpu.replicas", "keras", "jax"},
     "tpu.jax_runner": {
         "tpu.config",
         "tpu.data",
         "tpu.evaluator",
         "tpu.jax_checkpoints",
         "tpu.jax_depthwise",
+        "tpu.jax_fused",
         "tpu.replicas",
         "tpu.step",
         "tpu.stops",
@@ -137,6 +139,17 @@ ALLOWED = {
         "jax",
         "orbit",
         "tensorflow",
+    },
+    "tpu.plan": {
+        "tpu.config",
+        "tpu.jax_runner",
+        "tpu.replicas",
+        "tpu.sources",
+        "tpu.traffic",
+        "tpu.train",
+        "variants",
+        "weights.store",
+        "jax",
     },
     "tpu.progress": {"tpu.files", "tpu.stops", "tensorflow"},
     "tpu.replicas": {"keras"},
@@ -187,6 +200,7 @@ ALLOWED = {
         "tensorflow",
         "orbit",
     },
+    "tpu.traffic": set(),
     "tpu.recipes.__init__": {"errors", "tpu.config"},
 }
 # A recipe is numbers: a file of them may import what they are put into.
@@ -253,8 +267,8 @@ def test_modules_import_what_they_may(module):
     # What every runner shares.
     if short in ("tpu.config", "tpu.ema", "tpu.losses", "tpu.optim", "tpu.replicas", "tpu.step", "tpu.stops"):
         assert not everywhere & {"tensorflow", "jax", "torch", "orbit"}
-    # Of the two runners a run imports one.
-    if not short.startswith("tpu.jax_"):
+    # Of the two runners a run imports one; the planner is no run.
+    if not short.startswith(("tpu.jax_", "tpu.plan")):
         assert not everywhere & {"jax"} and not any(".tpu.jax_" in name for name in imports(tree, False))
     if not short.startswith(("tpu.", "cli")):
         assert not any(name.startswith("keras_effnet.tpu") for name in imports(tree, True))

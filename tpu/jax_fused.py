@@ -258,10 +258,9 @@ def _excite_back(how, kept, gradients):
 
 _excited.defvjp(_excite, _excite_back)
 
-# The units, and their parts' names in a block of `blocks.mbconv()`, and in the head.
+# The units, and their parts' names in a block of `blocks.mbconv()`.
 UNITS: dict[str, tuple[Callable[[list[Any]], _Unit], tuple[str, ...]]] = {
     "expand": (ExpandUnit, ("expand_conv", "expand_bn", "expand_activation")),
-    "top": (ExpandUnit, ("conv", "bn", "activation")),
     "excite": (ExciteUnit, ("bn", "activation", "se_squeeze", "se_reduce", "se_expand", "se_excite")),
 }
 
@@ -283,7 +282,7 @@ def fuse(model: keras.Model, units: Iterable[str] | None = None) -> keras.Model:
     named = blocks.read(model).layers
     starts: dict[str, _Unit] = {}
     inside: set[str] = set()
-    for place in dict.fromkeys(name.split("_")[0] for name in named):  # stem, block1a, ..., top
+    for place in dict.fromkeys(name.split("_")[0] for name in named if name.startswith("block")):
         for make, parts in (UNITS[unit] for unit in (UNITS if units is None else units)):
             layers: list[Any] = [named.get(f"{place}_{part}") for part in parts]
             if all(map(_is_plain, layers)):
