@@ -476,9 +476,7 @@ class DepthwiseCondConv2D(_CondConv):
     def _convolve(self, x, routing):
         if self.depth_multiplier > 1:
             x = ops.repeat(x, self.depth_multiplier, axis=-1)
-        channels, taps = math.prod(self.kernel.shape[3:]), math.prod(self.kernel_size)
-        experts = ops.transpose(ops.reshape(self.kernel, (self.num_experts, taps, channels)), (1, 0, 2))
-        kernels = _matmul(routing, experts)  # (taps, batch, channels)
+        kernels = self._mixed(routing)
         if _fold_examples(self.strides, dilated=self.dilation_rate != (1, 1)):
             return self._convolve_as_one(x, ops.reshape(kernels, (*self.kernel_size, -1, 1)))
         x, size = self._padded(x)
@@ -486,6 +484,12 @@ class DepthwiseCondConv2D(_CondConv):
             _wide(tap) * _wide(kernels[place])[:, None, None, :] for place, tap in enumerate(self._taps(x, size))
         )
         return ops.cast(sum(products), x.dtype)
+
+    def _mixed(self, routing):
+        """The examples' kernels, (taps, batch, channels)."""
+        channels, taps = math.prod(self.kernel.shape[3:]), math.prod(self.kernel_size)
+        experts = ops.transpose(ops.reshape(self.kernel, (self.num_experts, taps, channels)), (1, 0, 2))
+        return _matmul(routing, experts)
 
     def _convolve_as_one(self, x, kernel):
         """The depthwise convolution of one example that has all examples' channels.

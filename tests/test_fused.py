@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 import keras_effnet as ke
+from keras_effnet.layers import DepthwiseCondConv2D
 from keras_effnet.tpu import jax_fused
-from keras_effnet.tpu.jax_depthwise import ShiftedDepthwiseConv2D
+from keras_effnet.tpu.jax_depthwise import ShiftedDepthwiseCondConv2D, ShiftedDepthwiseConv2D
 from keras_effnet.tpu.jax_fused import ExciteUnit, ExpandUnit, fuse
 from keras_effnet.tpu.optim import Optimizer, Schedule
 from keras_effnet.tpu.replicas import spread
@@ -114,3 +115,26 @@ def test_what_becomes_one_and_what_does_not():
     for layer in model.layers:
         layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
     assert units(adapted(model, jax_fused.UNITS)) == (0, 0)
+
+
+@pytest.mark.parametrize(("side", "kernel", "strides"), [(7, 3, 1), (9, 5, 2), (6, 5, 1), (8, 3, 2)])
+def test_mixed_depthwise_kernels_have_the_layers_gradient(side, kernel, strides):
+    rng = np.random.default_rng(0)
+    images, routing = rng.normal(size=(4, side, side, 6)), rng.uniform(size=(4, 3))
+    layers = [
+        made(kernel, num_experts=3, strides=strides, padding="same", use_bias=False)
+        for made in (DepthwiseCondConv2D, ShiftedDepthwiseCondConv2D)
+    ]
+    found = []
+    for layer in layers:
+        layer.build([(4, side, side, 6), (4, 3)])
+
+        def total(kernel, images, routing, layer=layer):
+            outputs, _ = layer.stateless_call([kernel], [], [images, routing])
+            return jnp.sum(jnp.sin(outputs)), outputs
+
+        values = (layers[0].kernel.value, jnp.asarray(images, "float32"), jnp.asarray(routing, "float32"))
+        gradients, outputs = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*values)
+        found.append([outputs, *gradients])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)

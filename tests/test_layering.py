@@ -122,9 +122,10 @@ ALLOWED = {
     "tpu.losses": {"keras"},
     "tpu.optim": {"errors", "keras"},
     "tpu.jax_checkpoints": {"tpu.checkpoints", "tpu.files", "jax", "tensorflow"},
-    "tpu.jax_depthwise": {"keras", "jax"},
+    "tpu.jax_depthwise": {"layers", "keras", "jax"},
     "tpu.jax_fused": {"blocks", "tpu.replicas", "keras", "jax"},
     "tpu.jax_runner": {
+        "layers",
         "tpu.config",
         "tpu.data",
         "tpu.evaluator",

@@ -1,4 +1,8 @@
-"""Depthwise convolution for processors, where XLA's own takes ten times as long to train (docs/training.md)."""
+"""Depthwise convolutions as sums of shifted images, with gradients that are such sums too.
+
+On processors XLA's own takes ten times as long to train (docs/training.md). Where each example has a kernel of its own,
+XLA's gradient of such a sum moves three times as much memory on a TPU (benchmarks/tpu_traffic.md).
+"""
 
 import functools
 from typing import Any
@@ -6,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+
+from keras_effnet.layers import DepthwiseCondConv2D
 
 
 @keras.saving.register_keras_serializable("keras_effnet")
@@ -44,6 +50,30 @@ class ShiftedDepthwiseConv2D(keras.layers.DepthwiseConv2D):
         return outputs + self.bias if self.use_bias else outputs
 
 
+@keras.saving.register_keras_serializable("keras_effnet")
+class ShiftedDepthwiseCondConv2D(DepthwiseCondConv2D):
+    """`DepthwiseCondConv2D` with a gradient of its own.
+
+    Args:
+        *args: See `keras_effnet.layers.DepthwiseCondConv2D`.
+        **kwargs: See `keras_effnet.layers.DepthwiseCondConv2D`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_effnet.tpu.jax_depthwise import ShiftedDepthwiseCondConv2D
+    >>> layer = ShiftedDepthwiseCondConv2D(3, num_experts=4, padding="same")
+    >>> layer([keras.ops.ones((2, 5, 5, 8)), keras.ops.ones((2, 4))]).shape  # doctest: +SKIP
+    (2, 5, 5, 8)
+    """
+
+    def _convolve(self, x, routing):
+        if self.depth_multiplier > 1 or set(self.dilation_rate) != {1} or self.padding != "same":
+            return super()._convolve(x, routing)
+        kernels = jnp.reshape(self._mixed(routing), (*self.kernel_size, -1, 1, 1, x.shape[-1]))
+        return _convolved(x, kernels, tuple(self.strides))
+
+
 def _sides(size: int, kernel: int, stride: int) -> tuple[int, int, int]:
     """Outputs along an axis, and what "same" puts before and behind."""
     outputs = -(-size // stride)
@@ -66,11 +96,19 @@ def _geometry(x, kernel, strides):
     return [n for n, _, _ in sides], [(0, 0), *((before, behind) for _, before, behind in sides), (0, 0)]
 
 
+def _summed(shifts, kernel):
+    """Not in a low precision."""
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    products = (part.astype(wide) * kernel[row, column].astype(wide) for row, column, part in shifts)
+    return functools.reduce(jnp.add, products)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolved(x, kernel, strides):
+    """Kernels are (height, width, channels), or (height, width, batch, 1, 1, channels)."""
     sizes, padding = _geometry(x, kernel, strides)
     shifts = _shifts(jnp.pad(x, padding), kernel.shape, strides, sizes)
-    return functools.reduce(jnp.add, (part * kernel[row, column] for row, column, part in shifts))
+    return _summed(shifts, kernel).astype(x.dtype)
 
 
 def _forward(x, kernel, strides):
@@ -81,18 +119,17 @@ def _backward(strides, kept, dy):
     x, kernel = kept
     sizes, padding = _geometry(x, kernel, strides)
     shifts = _shifts(jnp.pad(x, padding), kernel.shape, strides, sizes)
-    sums = [jnp.sum(part * dy, (0, 1, 2), dtype="float32").astype(kernel.dtype) for _, _, part in shifts]
+    wide, axes = jnp.promote_types(x.dtype, jnp.float32), (0, 1, 2) if kernel.ndim == 3 else (1, 2)
+    sums = [jnp.sum(part.astype(wide) * dy.astype(wide), axes).astype(kernel.dtype) for _, _, part in shifts]
     # The same the other way round: with the kernel turned, over `dy` with zeros in between.
     around = [(0, 0, 0)]
     for axis, (stride, size) in enumerate(zip(strides, sizes, strict=True)):
         before = kernel.shape[axis] - 1 - padding[axis + 1][0]
         spread = (size - 1) * stride + 1
         around.append((before, x.shape[axis + 1] + kernel.shape[axis] - 1 - before - spread, stride - 1))
-    wide = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [*around, (0, 0, 0)])
-    turned = kernel[::-1, ::-1]
-    back = _shifts(wide, kernel.shape, (1, 1), x.shape[1:3])
-    dx = functools.reduce(jnp.add, (part * turned[row, column] for row, column, part in back))
-    return dx, jnp.stack(sums).reshape(kernel.shape)
+    apart = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [*around, (0, 0, 0)])
+    dx = _summed(_shifts(apart, kernel.shape, (1, 1), x.shape[1:3]), kernel[::-1, ::-1])
+    return dx.astype(x.dtype), jnp.stack(sums).reshape(kernel.shape)
 
 
 _convolved.defvjp(_forward, _backward)

@@ -16,11 +16,12 @@ import orbit
 import tensorflow as tf
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from keras_effnet.layers import DepthwiseCondConv2D
 from keras_effnet.tpu.config import Run, has_tpu, processes, without_tpu
 from keras_effnet.tpu.data import Host
 from keras_effnet.tpu.evaluator import Evaluator
 from keras_effnet.tpu.jax_checkpoints import Folders
-from keras_effnet.tpu.jax_depthwise import ShiftedDepthwiseConv2D
+from keras_effnet.tpu.jax_depthwise import ShiftedDepthwiseCondConv2D, ShiftedDepthwiseConv2D
 from keras_effnet.tpu.jax_fused import fuse
 from keras_effnet.tpu.replicas import Place, group_size, spread
 from keras_effnet.tpu.step import METRICS, Learner, State
@@ -81,7 +82,8 @@ class Devices:
             A `keras.Model` with variables of the same names and order.
         """
         on_processor = self.mesh.devices.flat[0].platform == "cpu"
-        instead = {keras.layers.DepthwiseConv2D: ShiftedDepthwiseConv2D} if on_processor else {}
+        instead: dict[type, type] = {DepthwiseCondConv2D: ShiftedDepthwiseCondConv2D}
+        instead |= {keras.layers.DepthwiseConv2D: ShiftedDepthwiseConv2D} if on_processor else {}
         model = spread(model, group if self.count > 1 else None, instead, one_pass=fused)
         return fuse(model) if fused else model
 
