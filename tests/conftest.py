@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Or each process with JAX asks libtpu for a TPU, which one process at a time may do.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import keras
