@@ -1,7 +1,6 @@
 """Layers that are one in a step of JAX' runner compute what the plain model does."""
 
 import keras
-import mini
 import numpy as np
 import pytest
 from conftest import BACKEND
@@ -11,6 +10,7 @@ if BACKEND != "jax":
 
 import jax
 import jax.numpy as jnp
+import mini  # which adds a net to the tables: not in the process of the other tests
 
 import keras_effnet as ke
 from keras_effnet.layers import DepthwiseCondConv2D
