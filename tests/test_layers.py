@@ -483,7 +483,7 @@ def test_a_replicas_training_step_compiles_under_xla_with_static_shapes():
     assert "f64[4,32,32,3]" in entry and "<=" not in entry  # "<=" stands before a bound of a size that is not static
     expected_loss, expected = tf.function(lambda x, y: strategy.run(step, (x, y)))(x, y)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-9)
-    # Batch normalisation takes a shift in front of the next one away: those gradients are others' rounding, of some 1e3.
+    # Batch normalisation takes a shift in front of the next one away: those gradients are others' rounding, of 1e3.
     rounding = 1e-15 * max(np.abs(right).max() for right in expected)
     for found, right in zip(gradients, expected, strict=True):
         assert np.abs(found - right).max() <= 1e-8 * np.abs(right).max() + rounding
