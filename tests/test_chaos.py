@@ -180,9 +180,11 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
 
     # kill -9 at moments that nobody chose.
     for number in range(kills):
-        # So far that the others have room too, however fast the machine is.
-        share = (total - 60 - done(workdir)) // (kills - number)
-        run = Process(workdir, arguments).after(min(done(workdir) + chance.randint(1, max(share, 1)), total - 60))
+        # So far that the others have room too, however fast the machine is; the last one with checkpoints behind it.
+        last = total - 60
+        share = max(1, (last - done(workdir)) // (kills - number))
+        until = last if number == kills - 1 else min(last, done(workdir) + chance.randint(1, share))
+        run = Process(workdir, arguments).after(until)
         time.sleep(chance.uniform(0, 0.1 if name == "short" else 4))
         assert run.process.poll() is None, f"ended before kill {number}"
         run.process.kill()

@@ -62,7 +62,9 @@ CHIPS = {
 # The compiler's effort: with less it takes half the time. For keras.applications' B0 the figures are the same
 # (benchmarks/tpu_traffic.md).
 _OPTIONS = {"exec_time_optimization_effort": -1.0}
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# What a compiler says of a program for which there is no room: what it takes, of what there is.
+_SIZE = r"([\d.]+)([KMGT]?)"
+_USED = re.compile(rf"{_SIZE}\)? (?:exceeds available HBM \(|of ){_SIZE}(?:\)| hbm)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
