@@ -74,7 +74,7 @@ def test_traffic_is_counted_once_and_by_place():
 
 def command(*arguments: str, status: int = 0, home=None, **environment: str) -> subprocess.CompletedProcess:
     line = [sys.executable, ROOT / "tests" / "mini.py", "tpu-plan", *arguments]
-    environment |= {"KERAS_HOME": str(home)} if home else {}
+    environment |= {"KERAS_EFFNET_HOME": str(home)} if home else {}
     result = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **environment})
     assert result.returncode == status, result.stderr[-3000:]
     return result

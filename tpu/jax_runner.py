@@ -513,6 +513,10 @@ class Trainer(orbit.AbstractTrainer):
         values = dict(zip(METRICS, (value / steps for value in sums), strict=True))
         return values | {"learning_rate": self._learner.schedule(done - 1)}
 
+    def close(self) -> None:
+        """Ends reading. Its threads run Python, and one that still does at the interpreter's end ends the process."""
+        self._iterator = None
+
     def _look(self, step: int, told) -> bool:
         """Takes note of a step, and whether somebody asks to stop."""
         *metrics, asked = np.asarray(told)

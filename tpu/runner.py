@@ -433,6 +433,10 @@ class Trainer(orbit.AbstractTrainer):
 
         self._loop = tf.function(loop)
 
+    def close(self) -> None:
+        """Ends reading. Its threads run Python, and one that still does at the interpreter's end ends the process."""
+        self._iterator = None
+
     def train(self, num_steps) -> Any:
         """Trains.
 

@@ -198,6 +198,7 @@ def _train(
         return iter(batches)
 
     trainer = machine.trainer(learner, state, step, train_batches, recipe.batch_size, recipe.run.xla)
+    stack.callback(trainer.close)
     evaluator = machine.evaluator(learner, state, trainer, eval_batches, recipe.run.eval_raw)
 
     # Checkpoints. Restored: the newest whole one in the folder, else what the model was built with.
