@@ -586,7 +586,7 @@ def _print_plan(result: dict) -> None:
     row("arithmetic per image", result["flop_per_image"], "{:.2f} GFLOP", 1e9)
     row("operands and results of fusions per image", result["fusion_bytes_per_image"], "{:.1f} MB", 1e6)
     row("moved between memory and chip per image", result["hbm_bytes_per_image"], "{:.1f} MB", 1e6)
-    row("exchanges between chips per step", result["reductions_per_step"])
+    row("exchanges between chips per step", result["reductions_per_step"], "{:.0f}")
     row("step, at least", result["roofline_seconds_per_step"], "{:.1f} ms", 1e-3)
     table.add_row("what bounds it", result["bound"] or "unknown")
     row("images/s per chip, at most", result["images_per_second_per_chip"], "{:,.0f}")
