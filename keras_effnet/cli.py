@@ -1,5 +1,6 @@
 """`keras-effnet`: parsing and printing only, every verb one call into the library."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -483,6 +484,7 @@ def train(ctx, recipe, source, workdir, allow_changes, runner, as_json, asked, c
     if recipe is None and asked:
         click.echo(ctx.get_help())
         return
+    done = _ending_plainly()
     _need_training(runner)
     from keras_effnet.tpu import config, recipes
 
@@ -502,6 +504,26 @@ def train(ctx, recipe, source, workdir, allow_changes, runner, as_json, asked, c
         _print_json(result)
     else:
         click.echo(f"Wrote {workdir}/model.keras: top-1 {result['ema_top1']:.2%} after {result['steps']} steps")
+    done.append(0)
+
+
+def _ending_plainly() -> list[int]:
+    """Has the process end, with the status that is put into the list, once all libraries have cleaned up.
+
+    A thread that comes to Python while the interpreter is taken apart aborts it: status 134 after a whole run.
+    Called before they are imported, so that what they do at the end comes first.
+    """
+    status: list[int] = []
+
+    def leave() -> None:
+        if status:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(status[0])
+
+    atexit.register(leave)
+    return status
 
 
 @main.command("tpu-plan", add_help_option=False, context_settings={"ignore_unknown_options": True})
