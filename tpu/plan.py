@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from keras_effnet.tpu import jax_runner, replicas, traffic
 from keras_effnet.tpu.config import Recipe, without_tpu
 from keras_effnet.tpu.sources import open_source
-from keras_effnet.tpu.train import build, make_learner
+from keras_effnet.tpu.train import build, make_learner, policy
 from keras_effnet.variants import VARIANTS
 from keras_effnet.weights import store
 
@@ -111,6 +111,7 @@ class Program:
     lowered: Any
     steps: int | None  # of the whole recipe
     size: int
+    precision: str
 
 
 def lowered(recipe: Recipe, devices: list[Any], evaluation: bool = False) -> Program:
@@ -125,8 +126,8 @@ def lowered(recipe: Recipe, devices: list[Any], evaluation: bool = False) -> Pro
     total = int(recipe.epochs * steps_per_epoch)
     plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, weights=None))
     with machine.scope():
-        policy = "float32" if recipe.run.precision == "float32" else "mixed_bfloat16"
-        model = machine.adapted(build(plain, classes, policy), group, recipe.run.fused)
+        precision = policy(recipe.run, machine)
+        model = machine.adapted(build(plain, classes, precision), group, recipe.run.fused)
         learner = make_learner(model, recipe, steps_per_epoch, max(total, 1))
         state = jax.eval_shape(learner.start)
 
@@ -146,7 +147,7 @@ def lowered(recipe: Recipe, devices: list[Any], evaluation: bool = False) -> Pro
     else:
         step = jax_runner.train_step(learner, machine.mesh, batch)
         lowered = step.lower(state, images, labels, told((), "int32", jax_runner.ALL), stop)
-    return Program(lowered, total if examples else None, size)
+    return Program(lowered, total if examples else None, size, precision)
 
 
 def _data(recipe: Recipe) -> tuple[int, int | None]:
@@ -291,7 +292,7 @@ def plan(
         "global_batch": recipe.batch_size,
         "images_per_chip": per_chip,
         "image_size": program.size,
-        "precision": "float32" if recipe.run.precision == "float32" else "mixed_bfloat16",
+        "precision": program.precision,
         "fused": recipe.run.fused,
         "fits": found["fits"],
         "peak_hbm_bytes_per_chip": of_chip("peak"),

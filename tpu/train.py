@@ -158,7 +158,7 @@ def _train(
     # The model and all that a step changes are made together, where the devices want it.
     with machine.scope():
         keras.utils.set_random_seed(recipe.run.seed)
-        model = build(recipe, classes, "mixed_bfloat16" if _is_low(recipe.run, machine) else "float32")
+        model = build(recipe, classes, policy(recipe.run, machine))
         model = machine.adapted(model, group, recipe.run.fused)
         learner = make_learner(model, recipe, steps_per_epoch, total)
         state = machine.variables(learner)
@@ -435,8 +435,18 @@ def _check_batches(recipe: Recipe, count: int) -> None:
             raise ValueError(f"Expected {name} as a multiple of the {count} replicas. Received: {size}")
 
 
-def _is_low(run: Run, machine) -> bool:
-    return run.precision == "mixed_bfloat16" or (run.precision == "auto" and machine.is_tpu)
+def policy(run: Run, machine) -> str:
+    """In what the layers of a run compute.
+
+    Args:
+        run: `Run`.
+        machine: `Devices` of a runner.
+
+    Returns:
+        String, a name of a `keras.DTypePolicy`.
+    """
+    low = run.precision == "mixed_bfloat16" or (run.precision == "auto" and machine.is_tpu)
+    return "mixed_bfloat16" if low else "float32"
 
 
 def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
