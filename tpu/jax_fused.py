@@ -4,7 +4,7 @@ Same variables, same mathematics; what each saves on a TPU is in benchmarks/tpu_
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import keras
 
 from keras_effnet import blocks
+from keras_effnet.tpu import jax_kernels
+from keras_effnet.tpu.jax_convolutions import over_places, pointwise, wide
 from keras_effnet.tpu.replicas import GroupBatchNormalization, group_mean
 
 _IMAGE = (0, 1, 2)  # the axes that batch statistics are over
@@ -22,11 +24,16 @@ class _Unit(keras.Layer):
 
     Args:
         layers: List of built layers, in the order of the model.
+        interpret: Boolean, whether JAX interprets kernels for a TPU. Defaults to False.
     """
 
-    def __init__(self, layers: list[Any]):
+    needs_tpu = False
+    sizes = frozenset({1})  # that its convolutions' kernels may have
+
+    def __init__(self, layers: list[Any], interpret: bool = False):
         super().__init__(name=f"{layers[0].name}_unit", dtype=layers[0].dtype_policy)
         self.parts = layers
+        self.interpret = interpret
         self.built = True
 
     def call(self, inputs, training=False):
@@ -59,14 +66,9 @@ def _remembered(norm, outputs, mean, variance):
     return outputs
 
 
-def _wide(x):
-    """Float32, or what is wider already."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _statistics(x, shift, group: int):
     """Mean and variance over a group of replicas, in one pass over the images."""
-    moved = _wide(x) - shift
+    moved = wide(x) - shift
     both = jnp.stack([jnp.mean(moved, _IMAGE), jnp.mean(jnp.square(moved), _IMAGE)])
     moved, square = group_mean(both, group)
     return moved + shift, jnp.maximum(square - jnp.square(moved), 0.0)
@@ -74,7 +76,7 @@ def _statistics(x, shift, group: int):
 
 def _normalized(x, mean, variance, gamma, beta, epsilon):
     scale = gamma * jax.lax.rsqrt(variance + epsilon)
-    return (_wide(x) * scale + (beta - mean * scale)).astype(x.dtype)
+    return (wide(x) * scale + (beta - mean * scale)).astype(x.dtype)
 
 
 class ExpandUnit(_Unit):
@@ -92,11 +94,9 @@ class ExpandUnit(_Unit):
         return activation(norm(convolution(x), training=False))
 
     def _trained(self, x):
-        convolution, norm, activation = self.parts
-        kernel = convolution.kernel.value[0, 0].astype(self.compute_dtype)
-        how = activation.activation, norm.epsilon, norm.group
-        told: Any = _expanded(how, x, kernel, norm.gamma.value, norm.beta.value, norm.moving_mean.value)
-        return _remembered(norm, *told)
+        how, told = _of_expand(self.parts, self.compute_dtype)
+        outputs, *statistics = _expanded(how, x, *told)  # type: ignore[misc]
+        return _remembered(self.parts[1], outputs, *statistics)
 
     def compute_output_shape(self, input_shape):
         """Shape of the outputs.
@@ -107,7 +107,15 @@ class ExpandUnit(_Unit):
         Returns:
             Tuple.
         """
-        return (*input_shape[:3], self.parts[0].filters)
+        return self.parts[0].compute_output_shape(input_shape)
+
+
+def _of_expand(parts, dtype):
+    """How an expansion computes, and with what."""
+    convolution, norm, activation = parts
+    kernel = convolution.kernel.value.astype(dtype)
+    values = norm.gamma.value, norm.beta.value, norm.moving_mean.value
+    return (activation.activation, norm.epsilon, norm.group, tuple(convolution.strides)), (kernel, *values)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -116,51 +124,55 @@ def _expanded(how, x, kernel, gamma, beta, shift):
 
 
 def _expand(how, x, kernel, gamma, beta, shift):
-    activation, epsilon, group = how
-    y = _pointwise(x, kernel)
+    activation, epsilon, group, strides = how
+    y = _convolved(x, kernel, strides)
     mean, variance = _statistics(y, shift, group)
     z = activation(_normalized(y, mean, variance, gamma, beta, epsilon))
     return (z, mean, variance), (x, kernel, gamma, beta, y, mean, variance)
 
 
-def _pointwise(x, kernel):
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel[None, None], (1, 1), "VALID", dimension_numbers=layout)
-
-
-def _over_places(a, b):
-    """Sums of products over all places: (a's channels, b's channels), not in a low precision."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jax.lax.dot_general(a, b, ((_IMAGE, _IMAGE), ((), ())), preferred_element_type=wide)
+def _convolved(x, kernel, strides) -> Any:
+    return keras.ops.conv(x, kernel, strides, "same", data_format="channels_last")
 
 
 def _expand_back(how, kept, gradients):
-    activation, epsilon, group = how
-    x, kernel, gamma, beta, y, mean, variance = kept
+    activation, epsilon, _, _ = how
+    _, _, gamma, beta, y, mean, variance = kept
+    root = jax.lax.rsqrt(variance + epsilon)
+    _, back = jax.vjp(activation, _normalized(y, mean, variance, gamma, beta, epsilon))
+    (du,) = back(gradients[0])
+    s1 = jnp.sum(wide(du), _IMAGE)
+    s2 = jnp.sum(wide(du) * ((wide(y) - mean) * root), _IMAGE)
+    return _expand_behind(how, kept, du, s1, s2)
+
+
+def _expand_behind(how, kept, du, s1, s2):
+    """From the gradient of what the activation takes, and its sums."""
+    _, epsilon, group, strides = how
+    x, kernel, gamma, _, y, mean, variance = kept
     places = y.size / y.shape[-1]
     root = jax.lax.rsqrt(variance + epsilon)
     scale, low = gamma * root, x.dtype
-    _, back = jax.vjp(activation, _normalized(y, mean, variance, gamma, beta, epsilon))
-    (du,) = back(gradients[0])
-    wide = _wide(du)
-    s1 = jnp.sum(wide, _IMAGE)
-    s2 = jnp.sum(wide * ((_wide(y) - mean) * root), _IMAGE)
     mean1, mean2 = group_mean(jnp.stack([s1, s2]) / places, group)
-    # d loss / dy = scale * du - scale * mean1 - (y - mean) * slope, and y = x @ kernel.
+    # d loss / dy = scale * du - scale * mean1 - (y - mean) * slope, and where the kernel is 1 x 1, y = x @ kernel.
     slope = root * scale * mean2
-    weights, inputs = _wide(kernel), jnp.sum(_wide(x), _IMAGE)
+    if kernel.shape[:2] != (1, 1):
+        dy = (wide(du) * scale - wide(y) * slope + (mean * slope - scale * mean1)).astype(low)
+        _, back = jax.vjp(functools.partial(_convolved, strides=strides), x, kernel)
+        return *back(dy), s2, s1, jnp.zeros_like(mean)
+    weights, inputs = wide(kernel[0, 0]), jnp.sum(wide(x), _IMAGE)
     d_kernel = (
-        _over_places(x, du) * scale
+        over_places(x, du) * scale
         - jnp.outer(inputs, scale * mean1)
-        - (_over_places(x, x) @ weights - jnp.outer(inputs, mean)) * slope
+        - (over_places(x, x) @ weights - jnp.outer(inputs, mean)) * slope
     )
     constant = weights @ (mean * slope - scale * mean1)
     dx = (
-        _pointwise(du, (weights * scale).T.astype(low))
-        - _pointwise(x, ((weights * slope) @ weights.T).astype(low))
+        pointwise(du, (weights * scale).T.astype(low))
+        - pointwise(x, ((weights * slope) @ weights.T).astype(low))
         + constant.astype(low)
     )
-    return dx, d_kernel.astype(kernel.dtype), s2, s1, jnp.zeros_like(mean)
+    return dx, d_kernel.astype(kernel.dtype).reshape(kernel.shape), s2, s1, jnp.zeros_like(mean)
 
 
 _expanded.defvjp(_expand, _expand_back)
@@ -182,12 +194,9 @@ class ExciteUnit(_Unit):
         return multiply([x, expand(reduce(pool(x)))])
 
     def _trained(self, x):
-        norm, activation, _, reduce, expand, _ = self.parts
-        gate = [layer.activation for layer in (reduce, expand)]
-        variables = [v.value for layer in (reduce, expand) for v in (layer.kernel, layer.bias)]
-        how = activation.activation, tuple(gate), norm.epsilon, norm.group
-        told: Any = _excited(how, x, norm.gamma.value, norm.beta.value, variables, norm.moving_mean.value)
-        return _remembered(norm, *told)
+        how, told = _of_excite(self.parts)
+        outputs, *statistics = _excited(how, x, *told)  # type: ignore[misc]
+        return _remembered(self.parts[0], outputs, *statistics)
 
     def compute_output_shape(self, input_shape):
         """Shape of the outputs.
@@ -199,6 +208,14 @@ class ExciteUnit(_Unit):
             Tuple.
         """
         return input_shape
+
+
+def _of_excite(parts):
+    norm, activation, _, reduce, expand, _ = parts
+    gate = tuple(layer.activation for layer in (reduce, expand))
+    variables = [v.value for layer in (reduce, expand) for v in (layer.kernel, layer.bias)]
+    values = norm.gamma.value, norm.beta.value, variables, norm.moving_mean.value
+    return (activation.activation, gate, norm.epsilon, norm.group), values
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -218,16 +235,29 @@ def _excite(how, x, gamma, beta, gate, shift):
     activation, activations, epsilon, group = how
     mean, variance = _statistics(x, shift, group)
     a = activation(_normalized(x, mean, variance, gamma, beta, epsilon))
-    pooled = jnp.mean(_wide(a), (1, 2)).astype(a.dtype)
+    pooled = jnp.mean(wide(a), (1, 2)).astype(a.dtype)
     share = _gate(activations, pooled, gate)
     kept = (x, gamma, beta, gate, mean, variance, pooled, share)
     return (a * share[:, None, None], mean, variance), kept
 
 
 def _excite_back(how, kept, gradients):
+    outer, slope, others = _excite_ahead(how, kept, gradients[0])
+    return _excite_through(outer, slope, kept[0], gradients[0]), *others
+
+
+def _excite_through(outer, slope, x, dz):
+    """The gradient of what batch normalisation takes."""
+    share, spread, scale, k2, k1 = (value.astype(x.dtype) for value in (outer.share, outer.spread, *outer[2:5]))
+    du = (dz * share[:, None, None] + spread[:, None, None]) * slope
+    return du * scale + x * k2 + k1
+
+
+def _excite_ahead(how, kept, dz):
+    """All of the gradient but what is at each place of the images, and what makes that."""
     activation, activations, epsilon, group = how
     x, gamma, beta, gate, mean, variance, pooled, share = kept
-    dz, low, places = gradients[0], x.dtype, x.size / x.shape[-1]
+    low, places = x.dtype, x.size / x.shape[-1]
     area = x.shape[1] * x.shape[2]
     root = jax.lax.rsqrt(variance + epsilon)
     scale = gamma * root
@@ -239,38 +269,134 @@ def _excite_back(how, kept, gradients):
     def total(value):
         return jnp.sum(value, (1, 2))
 
-    wide, steep, images = map(_wide, (dz, slope, x))
-    q = wide * steep
+    steep, images = wide(slope), wide(x)
+    q = wide(dz) * steep
     sums = [total(value) for value in (q, q * images, steep, steep * images)]
-    d_share = total(wide * _wide(a))
+    d_share = total(wide(dz) * wide(a))
     _, gate_back = jax.vjp(functools.partial(_gate, activations), pooled, gate)
     d_pooled, d_gate = gate_back(d_share.astype(low))
-    spread, shares = _wide(d_pooled) / area, _wide(share)
+    spread, shares = wide(d_pooled) / area, wide(share)
     first, second = (jnp.sum(shares * sums[n] + spread * sums[n + 2], 0) for n in (0, 1))
     s1, s2 = first, (second - mean * first) * root
     mean1, mean2 = group_mean(jnp.stack([s1, s2]) / places, group)
     k2 = -root * scale * mean2
     k1 = -mean * k2 - scale * mean1
-    du = (dz * share[:, None, None] + spread.astype(low)[:, None, None]) * slope
-    dx = du * scale.astype(low) + x * k2.astype(low) + k1.astype(low)
-    return dx, s2, s1, d_gate, jnp.zeros_like(mean)
+    outer = jax_kernels.Outer(scale, beta - mean * scale, scale, k2, k1, share, spread)
+    return outer, slope, (s2, s1, d_gate, jnp.zeros_like(mean))
 
 
 _excited.defvjp(_excite, _excite_back)
 
-# The units, and their parts' names in a block of `blocks.mbconv()`.
-UNITS: dict[str, tuple[Callable[[list[Any]], _Unit], tuple[str, ...]]] = {
-    "expand": (ExpandUnit, ("expand_conv", "expand_bn", "expand_activation")),
-    "excite": (ExciteUnit, ("bn", "activation", "se_squeeze", "se_reduce", "se_expand", "se_excite")),
+
+class BodyUnit(_Unit):
+    """A convolution, the depthwise one behind it, and what follows up to squeeze-and-excite.
+
+    Between the two normalisations, the gradients are one pass over the images: `jax_kernels.depthwise_gradients()`.
+
+    Args:
+        layers: List of the layers of an `ExpandUnit`, the depthwise convolution, and those of an `ExciteUnit`.
+        interpret: Boolean, whether JAX interprets the kernel, where there is no TPU. Defaults to False.
+    """
+
+    needs_tpu = True
+
+    def _halves(self):
+        return self.parts[:3], self.parts[3], self.parts[4:]
+
+    def _plain(self, x):
+        first, depthwise, second = self._halves()
+        return ExciteUnit(second)(depthwise(ExpandUnit(first)(x)))
+
+    def _trained(self, x):
+        first, depthwise, second = self._halves()
+        (inner, expand), (outer, excite) = _of_expand(first, self.compute_dtype), _of_excite(second)
+        kernel = depthwise.kernel.value[..., 0].astype(self.compute_dtype)
+        how = inner, (tuple(depthwise.strides), self.interpret), outer
+        outputs, *statistics = _bodied(how, x, expand, kernel, excite)  # type: ignore[misc]
+        for norm, two in ((first[1], statistics[:2]), (second[0], statistics[2:])):
+            outputs = _remembered(norm, outputs, *two)
+        return outputs
+
+    def compute_output_shape(self, input_shape):
+        """Shape of the outputs.
+
+        Args:
+            input_shape: Tuple.
+
+        Returns:
+            Tuple.
+        """
+        return self.parts[3].compute_output_shape(self.parts[0].compute_output_shape(input_shape))
+
+
+class FirstUnit(BodyUnit):
+    """The same of the stem and the first block.
+
+    Args:
+        layers: See `BodyUnit`.
+        interpret: See `BodyUnit`.
+    """
+
+    sizes = frozenset({1, 3})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bodied(how, x, expand, kernel, excite):
+    return _body(how, x, expand, kernel, excite)[0]
+
+
+def _body(how, x, expand, kernel, excite):
+    inner, (strides, _), outer = how
+    (a, *first), of_expand = _expand(inner, x, *expand)
+    (z, *second), of_excite = _excite(outer, _depthwise(a, kernel, strides), *excite)
+    return (z, *first, *second), (of_expand, kernel, of_excite)
+
+
+def _depthwise(x, kernel, strides) -> Any:
+    return keras.ops.depthwise_conv(x, kernel[..., None], strides, "same", data_format="channels_last")
+
+
+def _body_back(how, kept, gradients):
+    (activation, epsilon, _, _), (strides, interpret), outer = how
+    of_expand, kernel, of_excite = kept
+    _, _, gamma, beta, x, mean, variance = of_expand
+    y, dz = of_excite[0], gradients[0]
+    around, slope, d_excite = _excite_ahead(outer, of_excite, dz)
+    if jax_kernels.fits(x, kernel, strides):
+        root = jax.lax.rsqrt(variance + epsilon)
+        inner = jax_kernels.Inner(gamma * root, beta - mean * gamma * root, mean, root)
+        activations = activation, outer[0]
+        du, d_kernel, *sums = jax_kernels.depthwise_gradients(x, y, dz, kernel, inner, around, activations, interpret)
+        d_expand = _expand_behind(how[0], of_expand, du, *sums)
+    else:
+        a = activation(_normalized(x, mean, variance, gamma, beta, epsilon))
+        _, back = jax.vjp(functools.partial(_depthwise, strides=strides), a, kernel)
+        da, d_kernel = back(_excite_through(around, slope, y, dz))
+        d_expand = _expand_back(how[0], of_expand, (da,))
+    return d_expand[0], d_expand[1:], d_kernel.astype(kernel.dtype), d_excite
+
+
+_bodied.defvjp(_body, _body_back)
+
+# The units, and their parts' names in a block of `blocks.mbconv()`; what comes first is taken.
+_EXPAND = ("{}_expand_conv", "{}_expand_bn", "{}_expand_activation")
+_STEM = ("stem_conv", "stem_bn", "stem_activation")
+_EXCITE = ("bn", "activation", "se_squeeze", "se_reduce", "se_expand", "se_excite")
+UNITS: dict[str, tuple[type[_Unit], tuple[str, ...]]] = {
+    "first": (FirstUnit, (*_STEM, *(f"block1a_{part}" for part in ("dwconv", *_EXCITE)))),
+    "body": (BodyUnit, (*_EXPAND, *(f"{{}}_{part}" for part in ("dwconv", *_EXCITE)))),
+    "expand": (ExpandUnit, _EXPAND),
+    "excite": (ExciteUnit, tuple(f"{{}}_{part}" for part in _EXCITE)),
 }
 
 
-def fuse(model: keras.Model, units: Iterable[str] | None = None) -> keras.Model:
+def fuse(model: keras.Model, units: Iterable[str] | None = None, interpret: bool = False) -> keras.Model:
     """The same model with layers that belong together as one.
 
     Args:
         model: A functional `keras.Model` of this package, whose batch normalisations are `GroupBatchNormalization`.
         units: Names of `UNITS`. Defaults to all.
+        interpret: Boolean, whether JAX interprets kernels for a TPU, where there is none. Defaults to False.
 
     Returns:
         A `keras.Model` with the same variables in the same order.
@@ -283,10 +409,11 @@ def fuse(model: keras.Model, units: Iterable[str] | None = None) -> keras.Model:
     starts: dict[str, _Unit] = {}
     inside: set[str] = set()
     for place in dict.fromkeys(name.split("_")[0] for name in named if name.startswith("block")):
-        for make, parts in (UNITS[unit] for unit in (UNITS if units is None else units)):
-            layers: list[Any] = [named.get(f"{place}_{part}") for part in parts]
-            if all(map(_is_plain, layers)):
-                starts[layers[0].name] = make(layers)
+        for make, parts in (UNITS[unit] for unit in UNITS if units is None or unit in set(units)):
+            layers: list[Any] = [named.get(part.format(place)) for part in parts]
+            plain = all(_is_plain(layer, make.sizes) for layer in layers)
+            if plain and not (inside | starts.keys()) & {layer.name for layer in layers}:
+                starts[layers[0].name] = make(layers, interpret)
                 inside |= {layer.name for layer in layers[1:]}
 
     def call(layer, *args, **kwargs):
@@ -302,13 +429,16 @@ def fuse(model: keras.Model, units: Iterable[str] | None = None) -> keras.Model:
     return fused
 
 
-def _is_plain(layer) -> bool:
+def _is_plain(layer, sizes) -> bool:
     """Whether a layer is there, is trained, and is what a unit takes: no mixed experts, the channels last."""
     match layer:
+        case keras.layers.DepthwiseConv2D():
+            plain = layer.depth_multiplier == 1 and set(layer.dilation_rate) == {1} and not layer.use_bias
+            return plain and layer.trainable and layer.data_format == "channels_last" and layer.padding == "same"
         case GroupBatchNormalization():
             return layer.one_pass and layer.trainable and layer.scale and layer.center
         case keras.layers.Conv2D():
-            return layer.trainable and layer.data_format == "channels_last" and set(layer.kernel_size) == {1}
+            return layer.trainable and layer.data_format == "channels_last" and set(layer.kernel_size) <= sizes
         case keras.layers.Activation() | keras.layers.GlobalAveragePooling2D() | keras.layers.Multiply():
             return True
     return False

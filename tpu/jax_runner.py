@@ -16,13 +16,13 @@ import orbit
 import tensorflow as tf
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keras_effnet.layers import DepthwiseCondConv2D
+from keras_effnet.layers import CondConv2D, DepthwiseCondConv2D
 from keras_effnet.tpu.config import Run, has_tpu, processes, without_tpu
 from keras_effnet.tpu.data import Host
 from keras_effnet.tpu.evaluator import Evaluator
 from keras_effnet.tpu.jax_checkpoints import Folders
-from keras_effnet.tpu.jax_depthwise import ShiftedDepthwiseCondConv2D, ShiftedDepthwiseConv2D
-from keras_effnet.tpu.jax_fused import fuse
+from keras_effnet.tpu.jax_convolutions import AllExpertsCondConv2D, ShiftedDepthwiseCondConv2D, ShiftedDepthwiseConv2D
+from keras_effnet.tpu.jax_fused import UNITS, fuse
 from keras_effnet.tpu.replicas import Place, group_size, spread
 from keras_effnet.tpu.step import METRICS, Learner, State
 from keras_effnet.tpu.stops import Asked, NonFiniteError
@@ -84,8 +84,10 @@ class Devices:
         on_processor = self.mesh.devices.flat[0].platform == "cpu"
         instead: dict[type, type] = {DepthwiseCondConv2D: ShiftedDepthwiseCondConv2D}
         instead |= {keras.layers.DepthwiseConv2D: ShiftedDepthwiseConv2D} if on_processor else {}
+        instead |= {CondConv2D: AllExpertsCondConv2D} if self.is_tpu else {}
         model = spread(model, group if self.count > 1 else None, instead, one_pass=fused)
-        return fuse(model) if fused else model
+        units = [name for name, (made, _) in UNITS.items() if self.is_tpu or not made.needs_tpu]
+        return fuse(model, units) if fused else model
 
     def total(self, value: int) -> int:
         """The sum of a number of each process' over all of them.
