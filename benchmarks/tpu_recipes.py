@@ -1,49 +1,88 @@
 """All recipes' training steps, compiled for a slice of TPUs that is not here: the table of docs/tpu.md.
 
-    python benchmarks/tpu_recipes.py                       # some hours on two cores, the first time; pip install libtpu
+    python benchmarks/tpu_recipes.py                       # some hours on two cores; pip install libtpu
     python benchmarks/tpu_recipes.py --only b0_baseline    # those that are named
+    python benchmarks/tpu_recipes.py --recorded            # the table of what was recorded, nothing is compiled
 
-What was compiled once is remembered: it goes on where it was stopped, and recipes that differ in their data alone are
-compiled once. A batch that does not fit is halved until it does.
+What was compiled is recorded in tpu_recipes.json, and the next run goes on from there; with another compiler or another
+JAX it begins again. Recipes that differ in their data alone are compiled once. Where a recipe's batch does not fit, the
+largest half of it (a quarter, and so on) that does stands beside it.
 """
 
 import dataclasses
+import importlib.metadata
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 import click
 
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
 
-from keras_effnet.tpu import plan, recipes
+RECORD = Path(__file__).with_suffix(".json")
+COLUMNS = ("recipe", "pixels", "batch", "memory", "fits", "batch that does", "MB/image", "images/s per chip", "hours")
 
-COLUMNS = ("recipe", "pixels", "batch", "fits", "largest half that fits", "memory", "MB/image", "images/s", "hours")
 
+def compiled(name: str, topology: str) -> list[dict[str, Any]]:
+    """Plans of a recipe: of its own batch, and if that does not fit, of smaller ones until one does."""
+    from keras_effnet.tpu import plan, recipes
 
-def row(name: str, topology: str) -> list[str]:
-    """Of a recipe: its own batch, and the first half of it that fits."""
     recipe = recipes.find(name)
-    first = found = plan.plan(recipe, topology, tell=lambda told: click.echo(told, err=True))
-    count = first["devices"]
-    while not found["fits"] and recipe.batch_size // 2 >= count:
-        recipe = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2 // count * count)
-        found = plan.plan(recipe, topology, tell=lambda told: click.echo(told, err=True))
-    cells = [name, first["image_size"], first["global_batch"], "yes" if first["fits"] else "no"]
-    cells += [found["global_batch"], f"{found['peak_hbm_bytes_per_chip'] / 2**30:.1f} GiB"]
-    if not found["fits"]:
-        return [*map(str, cells), "", "", ""]
-    hours = "" if found["hours"] is None else f"{found['hours']:.1f}"
-    speed = f"{found['images_per_second_per_chip']:,.0f}"
-    return [*map(str, cells), f"{found['hbm_bytes_per_image'] / 1e6:.0f}", f"{speed} ({found['bound']})", hours]
+    plans = [plan.plan(recipe, topology, tell=lambda told: click.echo(told, err=True))]
+    batch = recipe.batch_size
+    while not plans[-1]["fits"] and batch // 2 >= plans[-1]["devices"]:
+        batch //= 2
+        # What surely does not fit, by what the last one took, is not compiled.
+        last = plans[-1]
+        if last["peak_hbm_bytes_per_chip"] * batch / last["global_batch"] < last["hbm_bytes_of_chip"]:
+            changed = dataclasses.replace(recipe, batch_size=batch)
+            plans.append(plan.plan(changed, topology, tell=lambda told: click.echo(told, err=True)))
+    return plans
+
+
+def cells(plans: list[dict[str, Any]]) -> tuple[str, ...]:
+    """A row, without the recipe's name."""
+    first, last = plans[0], plans[-1]
+    memory = f"{first['peak_hbm_bytes_per_chip'] / 2**30:.1f} GiB"
+    row = [str(first["image_size"]), str(first["global_batch"]), memory, "yes" if first["fits"] else "no"]
+    row.append("" if first["fits"] else str(last["global_batch"]) if last["fits"] else "none")
+    if not last["fits"]:
+        return (*row, "", "", "")
+    speed = f"{last['images_per_second_per_chip']:,.0f} ({last['bound']})"
+    hours = "" if last["hours"] is None else f"{last['hours']:.1f}"
+    return (*row, f"{last['hbm_bytes_per_image'] / 1e6:.0f}", speed, hours)
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """In Markdown; recipes with one program in one row."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, plans in rows.items():
+        names.setdefault((plans[0]["model"], *cells(plans)), []).append(name)
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([", ".join(of), *row[1:]] for row, of in names.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 @click.command()
 @click.option("--topology", default="v5e:2x4", show_default=True)
 @click.option("--only", multiple=True, help="These recipes.")
-def main(topology, only) -> None:
+@click.option("--recorded", is_flag=True, help="Compile nothing.")
+def main(topology, only, recorded) -> None:
     """Print a table in Markdown."""
-    click.echo(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    for name in only or recipes.every():
-        click.echo(f"| {' | '.join(row(name, topology))} |")
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"recipes": {}}
+    head = {"topology": topology, **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")}}
+    same = recorded or head == {key: record.get(key) for key in head}
+    rows: dict[str, list[dict[str, Any]]] = record["recipes"] if same else {}
+    if not recorded:
+        from keras_effnet.tpu import recipes
+
+        every = recipes.every()
+        for name in only or every:
+            if name not in rows:
+                rows[name] = compiled(name, topology)
+                rows = {known: rows[known] for known in every if known in rows}
+                RECORD.write_text(json.dumps({**head, "recipes": rows}, indent=1) + "\n")
+    click.echo(table({name: rows[name] for name in only or rows}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a training step of B0 moves through a TPU's memory, by its compiler: keras.applications' and ours.
 
     python benchmarks/tpu_traffic.py                  # half an hour on two cores; pip install libtpu
-    python benchmarks/tpu_traffic.py --only ours --only everything
+    python benchmarks/tpu_traffic.py --only ours --only "and the kernel"
 
 224 pixels, 1000 classes, mixed bfloat16, 128 images per chip of a v5e:2x4, all compiled with the same options. Nothing
 runs. keras.applications' step is forward, backward and SGD with momentum, divided by GSPMD as
@@ -22,18 +22,19 @@ import keras
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keras_effnet.tpu import jax_fused, plan
-from keras_effnet.tpu.config import Model, Optimizer, Recipe, Run
+from keras_effnet.tpu import plan
+from keras_effnet.tpu.config import Model, Optimizer, Recipe
 
 BATCH, APPLICATIONS = 128, "keras.applications"
-# Units of `jax_fused` that a step has, and whether batch statistics are taken in one pass.
-OURS: dict[str, tuple[str, ...] | None] = {
-    "ours": None,
+# Units of `jax_fused` that a step has, whose batch statistics are taken in one pass.
+OURS: dict[str, str | tuple[str, ...]] = {
+    "ours": "none",
     "one-pass statistics": (),
     "and expand units": ("expand",),
-    "and excite units": ("excite",),
-    "everything": tuple(jax_fused.UNITS),
+    "and excite units": "layers",
+    "and the kernel": "kernels",
 }
+CONDCONV = "CondConv-b0-8e"
 
 
 def applications(devices) -> Any:
@@ -67,23 +68,16 @@ def applications(devices) -> Any:
     return jax.jit(step, donate_argnums=(0, 1, 2)).lower(*trees, images, told((count,), "int32", "batch"))
 
 
-def ours(devices, units: tuple[str, ...] | None, model: str = "efficientnet-b0") -> Any:
+def ours(devices, fused: str | tuple[str, ...], model: str = "efficientnet-b0") -> Any:
     """Lowers the runner's step."""
-    optimizer, run = Optimizer("momentum", weight_decay=0.0), Run(fused=units is not None)
-    recipe = Recipe(Model(model), optimizer=optimizer, run=run, batch_size=BATCH * len(devices), label_smoothing=0.0)
-    every = dict(jax_fused.UNITS)
-    for name in every.keys() - set(units or ()):
-        del jax_fused.UNITS[name]
-    try:
-        return plan.lowered(recipe, devices).lowered
-    finally:
-        jax_fused.UNITS.clear()
-        jax_fused.UNITS.update(every)
+    optimizer = Optimizer("momentum", weight_decay=0.0)
+    recipe = Recipe(Model(model), optimizer=optimizer, batch_size=BATCH * len(devices), label_smoothing=0.0)
+    return plan.lowered(recipe, devices, fused=fused).lowered
 
 
 @click.command()
 @click.option("--topology", default="v5e:2x4", show_default=True)
-@click.option("--only", multiple=True, type=click.Choice([APPLICATIONS, *OURS, "CondConv"]), help="These rows.")
+@click.option("--only", multiple=True, type=click.Choice([APPLICATIONS, *OURS, CONDCONV]), help="These rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(topology, only, as_json) -> None:
     """Compile training steps for TPUs that are not here, and read what they move."""
@@ -92,12 +86,12 @@ def main(topology, only, as_json) -> None:
     from rich.table import Table
 
     devices, report = plan.topology(topology), {}
-    for name in only or (APPLICATIONS, *OURS, "CondConv"):
+    for name in only or (APPLICATIONS, *OURS, CONDCONV):
         click.echo(f"Compiling {name}", err=True)
         if name == APPLICATIONS:
             lowered = applications(devices)
-        elif name == "CondConv":
-            lowered = ours(devices, None, "efficientnet-condconv-b0-8e")
+        elif name == CONDCONV:
+            lowered = ours(devices, "none", "efficientnet-condconv-b0-8e")
         else:
             lowered = ours(devices, OURS[name])
         report[name] = plan.compiled(lowered)

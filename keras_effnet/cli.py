@@ -542,8 +542,8 @@ def _ending_plainly() -> list[int]:
 def tpu_plan(ctx, recipe, topology, global_batch, dtype, evaluation, search, as_json, asked, changes) -> None:
     """Tell what a step of RECIPE takes on Cloud TPUs, without one: whether it fits, memory, bounds on speed and hours.
 
-    RECIPE is that of a training, or a model's name. Its fields can be changed as in `train`, such as with --run.fused.
-    The TPUs' own compiler answers, after minutes; it comes with: pip install libtpu.
+    RECIPE is that of a training, or a model's name. Its fields can be changed as in `train`, such as with
+    --run.fused layers. The TPUs' own compiler answers, after minutes; it comes with: pip install libtpu.
     """
     if asked:
         click.echo(ctx.get_help())
@@ -599,7 +599,8 @@ def _print_plan(result: dict) -> None:
     table.add_row("global batch", f"{result['global_batch']} on {result['chips']} chips")
     row("images per chip", result["images_per_chip"], "{:g}")
     side = result["image_size"]
-    table.add_row("pixels, precision", f"{side} x {side}, {result['precision']}{', fused' * result['fused']}")
+    table.add_row("pixels, precision", f"{side} x {side}, {result['precision']}")
+    table.add_row("fused", result["fused"])
     table.add_row("fits", "yes" if result["fits"] else "no")
     limit = result["hbm_bytes_of_chip"] / 2**30
     row("memory per chip, at most", result["peak_hbm_bytes_per_chip"], f"{{:.2f}} of {limit:.2f} GiB", 2**30)

@@ -14,7 +14,8 @@ import mini  # which adds a net to the tables: not in the process of the other t
 
 import keras_effnet as ke
 from keras_effnet.layers import CondConv2D, DepthwiseCondConv2D
-from keras_effnet.tpu import jax_fused, jax_kernels
+from keras_effnet.tpu import jax_fused, jax_kernels, jax_runner
+from keras_effnet.tpu.config import Run
 from keras_effnet.tpu.jax_convolutions import AllExpertsCondConv2D, ShiftedDepthwiseCondConv2D, ShiftedDepthwiseConv2D
 from keras_effnet.tpu.jax_fused import BodyUnit, ExciteUnit, ExpandUnit, FirstUnit, fuse
 from keras_effnet.tpu.optim import Optimizer, Schedule
@@ -22,7 +23,7 @@ from keras_effnet.tpu.replicas import spread
 from keras_effnet.tpu.step import Learner
 
 SIDE, IMAGES, MINI = 48, 4, "efficientnet-mini"
-LAYERS = [name for name, (made, _) in jax_fused.UNITS.items() if not made.needs_tpu]
+LAYERS = jax_fused.units("layers")
 assert MINI in mini.VARIANTS
 
 
@@ -127,6 +128,11 @@ def test_what_becomes_one_and_what_does_not():
     for layer in model.layers:
         layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
     assert units(adapted(model, jax_fused.UNITS)) == (0, 0, 0, 0)
+
+
+def test_kernels_are_for_a_tpu():
+    with pytest.raises(ValueError, match=r"Expected a TPU with --run.fused kernels. Received: cpu; nearest: layers"):
+        jax_runner.connect(Run(fused="kernels"))
 
 
 def gradients_of(layer, kernel, images, routing):

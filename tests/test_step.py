@@ -167,7 +167,7 @@ def test_which_replicas_share_their_statistics():
 
 SPREAD = """
 import os, sys
-kinds = int, str, float, int, int, str
+kinds = int, str, float, int, str, str
 count, group, rate, steps, fused, out = (kind(part) for kind, part in zip(kinds, sys.argv[1:], strict=True))
 import numpy as np, tensorflow as tf, keras
 from keras_effnet.arch import resolve
@@ -193,7 +193,12 @@ with machine.scope():
     for variable in model.trainable_variables:  # the same on both backends
         if len(variable.shape) > 1:
             variable.assign(rng.normal(0, 1, variable.shape) * np.sqrt(2 / np.prod(variable.shape[:-1])))
-    model = machine.adapted(model, replicas.group_size(count, group), bool(fused))
+    model = machine.adapted(model, replicas.group_size(count, group), () if fused == "kernels" else fused)
+    if fused == "kernels":  # those for a TPU, interpreted, with as many images as there are in its lanes
+        from keras_effnet.tpu import jax_fused, jax_kernels
+        jax_kernels._LANES = 16 // count
+        model = jax_fused.fuse(model, interpret=True)
+        assert "BodyUnit" in [type(layer).__name__ for layer in model.layers]
     learner = Learner(model, Optimizer("rmsprop"), Schedule(0.004, 10, 100, warmup_epochs=0), seed=3)
     state = machine.variables(learner)
 step, losses = tf.Variable(0, dtype=tf.int64), []
@@ -212,7 +217,9 @@ np.savez(out, losses=losses, **{f"{kind} {name}": np.array(v) for kind, some in 
 """
 
 
-def spread(backend: str, out, count: int = 1, group: str = "all", rate: float = 0.0, steps: int = 6, fused: int = 0):
+def spread(
+    backend: str, out, count: int = 1, group: str = "all", rate: float = 0.0, steps: int = 6, fused: str = "none"
+):
     """Losses and all variables of a few steps in a process of its own."""
     command = [sys.executable, "-c", SPREAD, *map(str, (count, group, rate, steps, fused, out))]
     forced = f"--xla_force_host_platform_device_count={count}"
@@ -276,10 +283,12 @@ def test_both_runners_have_the_same_curve(counts, tmp_path):
 def test_layers_as_one_have_the_same_curve(tmp_path):
     """50 steps of JAX' runner, on one device and on two pairs that share batch statistics."""
     for count, group in ((1, "all"), (4, "2")):
-        plain, fused = (
-            spread("jax", tmp_path / f"{count}-{fused}.npz", count, group, 0.2, 50, fused) for fused in (0, 1)
+        plain, *others = (
+            spread("jax", tmp_path / f"{count}-{fused}.npz", count, group, 0.2, 50, fused)
+            for fused in ("none", "layers", "kernels")
         )
-        same(plain, fused, rtol=1e-3)
+        for fused in others:
+            same(plain, fused, rtol=1e-3)
 
 
 @tensorflow_only

@@ -159,6 +159,8 @@ def test_devices_that_are_not_there(tmp_path):
     tf.constant(0)  # TensorFlow is used, whatever ran before in this process
     with pytest.raises(ValueError, match="Expected a GPU"):
         runner.connect(Run(devices="gpu"))
+    with pytest.raises(ValueError, match=r"Expected --runner jax with --run.fused layers"):
+        runner.connect(Run(fused="layers"))
     with pytest.raises(ValueError, match=r"run.cpu_replicas=3 before TensorFlow is used"):
         runner.connect(Run(cpu_replicas=3))
     with pytest.raises(ValueError, match=r"Expected data.classes of at least the 10"):

@@ -182,8 +182,9 @@ class Run:
     """Only operations that always give the same bits. On a processor they do anyway; on a GPU it costs speed."""
     report: bool = True
     """Whether report.html is written at the end."""
-    fused: bool = False
-    """With JAX: layers that belong together are one, of the same mathematics, which moves less memory on a TPU."""
+    fused: Literal["none", "layers", "kernels"] = "none"
+    """With JAX: which layers that belong together are one, of the same mathematics, so that a TPU moves less memory.
+    kernels: with a kernel for the gradients of depthwise convolutions, on a TPU alone."""
     xla: bool = False
     """Compile the step of a single device with XLA. On a TPU, and with JAX, it is compiled anyway."""
     threads: int | None = None

@@ -90,8 +90,7 @@ class ExpandUnit(_Unit):
     """
 
     def _plain(self, x):
-        convolution, norm, activation = self.parts
-        return activation(norm(convolution(x), training=False))
+        return _plain_expand(self.parts, x)
 
     def _trained(self, x):
         how, told = _of_expand(self.parts, self.compute_dtype)
@@ -108,6 +107,11 @@ class ExpandUnit(_Unit):
             Tuple.
         """
         return self.parts[0].compute_output_shape(input_shape)
+
+
+def _plain_expand(parts, x):
+    convolution, norm, activation = parts
+    return activation(norm(convolution(x), training=False))
 
 
 def _of_expand(parts, dtype):
@@ -189,9 +193,7 @@ class ExciteUnit(_Unit):
     """
 
     def _plain(self, x):
-        norm, activation, pool, reduce, expand, multiply = self.parts
-        x = activation(norm(x, training=False))
-        return multiply([x, expand(reduce(pool(x)))])
+        return _plain_excite(self.parts, x)
 
     def _trained(self, x):
         how, told = _of_excite(self.parts)
@@ -210,7 +212,14 @@ class ExciteUnit(_Unit):
         return input_shape
 
 
+def _plain_excite(parts, x):
+    norm, activation, pool, reduce, expand, multiply = parts
+    x = activation(norm(x, training=False))
+    return multiply([x, expand(reduce(pool(x)))])
+
+
 def _of_excite(parts):
+    """How what follows a depthwise convolution computes, and with what."""
     norm, activation, _, reduce, expand, _ = parts
     gate = tuple(layer.activation for layer in (reduce, expand))
     variables = [v.value for layer in (reduce, expand) for v in (layer.kernel, layer.bias)]
@@ -305,7 +314,7 @@ class BodyUnit(_Unit):
 
     def _plain(self, x):
         first, depthwise, second = self._halves()
-        return ExciteUnit(second)(depthwise(ExpandUnit(first)(x)))
+        return _plain_excite(second, depthwise(_plain_expand(first, x)))
 
     def _trained(self, x):
         first, depthwise, second = self._halves()
@@ -390,12 +399,31 @@ UNITS: dict[str, tuple[type[_Unit], tuple[str, ...]]] = {
 }
 
 
-def fuse(model: keras.Model, units: Iterable[str] | None = None, interpret: bool = False) -> keras.Model:
+def units(fused: str) -> list[str]:
+    """The units that go with a run's choice.
+
+    Args:
+        fused: `"none"`, `"layers"`, or `"kernels"`, which are for a TPU.
+
+    Returns:
+        List of names of `UNITS`.
+
+    Example:
+
+    >>> from keras_effnet.tpu.jax_fused import units
+    >>> units("layers")
+    ['expand', 'excite']
+    """
+    chosen = {"none": (), "layers": (False,), "kernels": (False, True)}[fused]
+    return [name for name, (unit, _) in UNITS.items() if unit.needs_tpu in chosen]
+
+
+def fuse(model: keras.Model, chosen: Iterable[str] | None = None, interpret: bool = False) -> keras.Model:
     """The same model with layers that belong together as one.
 
     Args:
         model: A functional `keras.Model` of this package, whose batch normalisations are `GroupBatchNormalization`.
-        units: Names of `UNITS`. Defaults to all.
+        chosen: Names of `UNITS`. Defaults to all.
         interpret: Boolean, whether JAX interprets kernels for a TPU, where there is none. Defaults to False.
 
     Returns:
@@ -409,7 +437,7 @@ def fuse(model: keras.Model, units: Iterable[str] | None = None, interpret: bool
     starts: dict[str, _Unit] = {}
     inside: set[str] = set()
     for place in dict.fromkeys(name.split("_")[0] for name in named if name.startswith("block")):
-        for make, parts in (UNITS[unit] for unit in UNITS if units is None or unit in set(units)):
+        for make, parts in (UNITS[unit] for unit in UNITS if chosen is None or unit in set(chosen)):
             layers: list[Any] = [named.get(part.format(place)) for part in parts]
             plain = all(_is_plain(layer, make.sizes) for layer in layers)
             if plain and not (inside | starts.keys()) & {layer.name for layer in layers}:

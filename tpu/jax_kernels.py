@@ -99,6 +99,14 @@ def fits(x, kernel, strides) -> bool:
 
     Returns:
         Boolean.
+
+    Example:
+
+    >>> import jax
+    >>> from keras_effnet.tpu.jax_kernels import fits
+    >>> images = jax.ShapeDtypeStruct((128, 14, 14, 672), "bfloat16")
+    >>> fits(images, jax.ShapeDtypeStruct((5, 5, 672), "bfloat16"), (2, 2))
+    True
     """
     images, height, width, channels = x.shape
     even = not (height % strides[0] or width % strides[0] or channels % _CHANNELS or images % _LANES)

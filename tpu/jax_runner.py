@@ -4,7 +4,7 @@ import collections
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from keras_effnet.tpu.data import Host
 from keras_effnet.tpu.evaluator import Evaluator
 from keras_effnet.tpu.jax_checkpoints import Folders
 from keras_effnet.tpu.jax_convolutions import AllExpertsCondConv2D, ShiftedDepthwiseCondConv2D, ShiftedDepthwiseConv2D
-from keras_effnet.tpu.jax_fused import UNITS, fuse
+from keras_effnet.tpu.jax_fused import fuse, units
 from keras_effnet.tpu.replicas import Place, group_size, spread
 from keras_effnet.tpu.step import METRICS, Learner, State
 from keras_effnet.tpu.stops import Asked, NonFiniteError
@@ -70,13 +70,13 @@ class Devices:
         except RuntimeError:  # JAX_PLATFORMS=tpu
             return contextlib.nullcontext()
 
-    def adapted(self, model: keras.Model, group: int, fused: bool = False) -> keras.Model:
+    def adapted(self, model: keras.Model, group: int, fused: str | Collection[str] = "none") -> keras.Model:
         """A model as it is trained on these devices.
 
         Args:
             model: A functional `keras.Model` of this package.
             group: Integer, replicas that share their batch statistics.
-            fused: Boolean, whether layers that belong together are one, see `jax_fused`. Defaults to False.
+            fused: What is one, as `Run.fused`; or a collection of names of `jax_fused.UNITS`. Defaults to `"none"`.
 
         Returns:
             A `keras.Model` with variables of the same names and order.
@@ -85,9 +85,8 @@ class Devices:
         instead: dict[type, type] = {DepthwiseCondConv2D: ShiftedDepthwiseCondConv2D}
         instead |= {keras.layers.DepthwiseConv2D: ShiftedDepthwiseConv2D} if on_processor else {}
         instead |= {CondConv2D: AllExpertsCondConv2D} if self.is_tpu else {}
-        model = spread(model, group if self.count > 1 else None, instead, one_pass=fused)
-        units = [name for name, (made, _) in UNITS.items() if self.is_tpu or not made.needs_tpu]
-        return fuse(model, units) if fused else model
+        model = spread(model, group if self.count > 1 else None, instead, one_pass=fused != "none")
+        return model if fused == "none" else fuse(model, units(fused) if isinstance(fused, str) else fused)
 
     def total(self, value: int) -> int:
         """The sum of a number of each process' over all of them.
@@ -197,7 +196,7 @@ def connect(run: Run) -> Devices:
         `Devices`: all TPU chips, all GPUs, or the processors; of all hosts, where there are several.
 
     Raises:
-        ValueError: If the devices that are asked for are not there.
+        ValueError: If the devices that are asked for are not there, or not those that `run.fused` is for.
     """
     _, hosts = place()
     without_tpu()
@@ -232,6 +231,8 @@ def connect(run: Run) -> Devices:
             f"Expected run.cpu_replicas={run.cpu_replicas} before JAX is used in a process. Received: it has "
             f"{len(found)} devices"
         )
+    if run.fused == "kernels" and found[0].platform != "tpu":
+        raise ValueError(f"Expected a TPU with --run.fused kernels. Received: {found[0].platform}; nearest: layers")
     # A step compiles for minutes: once. What is compiled for a processor may not run on another one of its kind.
     if found[0].platform != "cpu" and not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(store.home() / "jax"))

@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -114,8 +114,10 @@ class Program:
     precision: str
 
 
-def lowered(recipe: Recipe, devices: list[Any], evaluation: bool = False) -> Program:
-    """The runner's own step, for devices that are not here."""
+def lowered(
+    recipe: Recipe, devices: list[Any], evaluation: bool = False, fused: str | Collection[str] | None = None
+) -> Program:
+    """The runner's own step, for devices that are not here; which units are fused, if not as the recipe says."""
     count, size = len(devices), recipe.model.image_size or VARIANTS[recipe.model.name].resolution
     if recipe.batch_size < 1 or recipe.batch_size % count:
         raise ValueError(f"Expected a global batch that the {count} devices share. Received: {recipe.batch_size}")
@@ -127,7 +129,7 @@ def lowered(recipe: Recipe, devices: list[Any], evaluation: bool = False) -> Pro
     plain = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, weights=None))
     with machine.scope():
         precision = policy(recipe.run, machine)
-        model = machine.adapted(build(plain, classes, precision), group, recipe.run.fused)
+        model = machine.adapted(build(plain, classes, precision), group, recipe.run.fused if fused is None else fused)
         learner = make_learner(model, recipe, steps_per_epoch, max(total, 1))
         state = jax.eval_shape(learner.start)
 

@@ -52,13 +52,13 @@ class Devices:
         """Where a model and what goes with it are made."""
         return self.strategy.scope()
 
-    def adapted(self, model: keras.Model, group: int, fused: bool = False) -> keras.Model:
+    def adapted(self, model: keras.Model, group: int, fused: str = "none") -> keras.Model:
         """A model as it is trained on these devices.
 
         Args:
             model: A functional `keras.Model` of this package.
             group: Integer, replicas that share their batch statistics.
-            fused: Boolean, which JAX alone can, see `connect()`. Defaults to False.
+            fused: As `Run.fused`, which JAX alone can, see `connect()`. Defaults to `"none"`.
 
         Returns:
             A `keras.Model` with variables of the same names and order.
@@ -167,8 +167,8 @@ def connect(run: Run) -> Devices:
         ValueError: If the devices that are asked for are not there, or `run` asks for what JAX alone has.
     """
     _, hosts = place()
-    if run.fused:
-        raise ValueError("Expected --runner jax with --run.fused. Received: tensorflow")
+    if run.fused != "none":
+        raise ValueError(f"Expected --runner jax with --run.fused {run.fused}. Received: tensorflow")
     return Devices(_strategy(run, hosts), hosts)
 
 
