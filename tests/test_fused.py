@@ -167,7 +167,8 @@ def test_depthwise_kernel_has_the_gradients(monkeypatch, side, kernel, stride, i
     inner, outer = jax_kernels.Inner(*rest[:4]), jax_kernels.Outer(*rest[4:])
     silu = jax.nn.silu
     monkeypatch.setattr(jax_kernels, "_VMEM", memory)
-    assert jax_kernels._geometry(x.transpose(1, 2, 3, 0), y.transpose(1, 2, 3, 0), kernel).rows == rows
+    monkeypatch.setattr(jax_kernels, "_COLUMNS", 4)
+    assert jax_kernels._geometry(x, kernel, stride).rows == rows
     found = jax_kernels.depthwise_gradients(x, y, dz, weights, inner, outer, (silu, silu), interpret=True)
 
     def convolved(u, weights):

@@ -11,7 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 _CHANNELS, _LANES = 16, 128  # what one step of a kernel's grid takes of channels and images: a register's shape in bf16
 _VMEM = 12 * 2**20  # bytes that the blocks of a step may take
-_LIMIT = 32 * 2**20  # with all that the compiler puts beside them
+_LIMIT = 16 * 2**20  # with what the compiler puts beside them: v2 to v4 have no more
+_COLUMNS = 32  # that are computed at a time: more do not stay in registers
 
 
 class Inner(NamedTuple):
@@ -70,6 +71,11 @@ class _Geometry(NamedTuple):
         return self.left + self.width + self.right
 
     @property
+    def columns(self) -> int:
+        """Of y, that are computed at a time."""
+        return max(n for n in range(1, _COLUMNS + 1) if not self.width % n)
+
+    @property
     def ring(self) -> int:
         """Rows of y's gradient that are kept: a tile, and those before and behind."""
         return self.rows * (1 + 2 * self.lag)
@@ -109,14 +115,16 @@ def fits(x, kernel, strides) -> bool:
     True
     """
     images, height, width, channels = x.shape
-    even = not (height % strides[0] or width % strides[0] or channels % _CHANNELS or images % _LANES)
-    return even and strides[0] == strides[1] and kernel.shape[0] == kernel.shape[1]
+    if height % strides[0] or width % strides[0] or channels % _CHANNELS or images % _LANES:
+        return False
+    if strides[0] != strides[1] or kernel.shape[0] != kernel.shape[1]:
+        return False
+    return _geometry(x, kernel.shape[0], strides[0]).bytes(x.dtype.itemsize) <= _VMEM
 
 
-def _geometry(x, y, kernel: int) -> _Geometry:
-    height, width = y.shape[:2]
-    stride = x.shape[0] // height
-    before = max((height - 1) * stride + kernel - x.shape[0], 0) // 2
+def _geometry(x, kernel: int, stride: int) -> _Geometry:
+    height, width = x.shape[1] // stride, x.shape[2] // stride
+    before = max((height - 1) * stride + kernel - x.shape[1], 0) // 2
     every = [_Geometry(kernel, stride, height, width, before, n) for n in range(1, height + 1) if not height % n]
     # As high as the kernel reaches, so that only tiles next to each other meet.
     every = [one for one in every if one.rows >= max(one.left, one.right) or one.tiles == 1]
@@ -155,9 +163,9 @@ def depthwise_gradients(
     Reference:
         benchmarks/tpu_traffic.md.
     """
-    x, y, dz = (jnp.transpose(images, (1, 2, 3, 0)) for images in (x, y, dz))
     side, channels = kernel.shape[0], kernel.shape[2]
-    at = _geometry(x, y, side)
+    at = _geometry(x, side, x.shape[1] // y.shape[1])
+    x, y, dz = (jnp.transpose(images, (1, 2, 3, 0)) for images in (x, y, dz))
     lanes = min(x.shape[-1], _LANES)
     constants = jnp.stack([*inner, *outer[:5]], 1).astype(jnp.float32)
     taps = kernel.reshape(-1, channels).T.astype(jnp.float32)
@@ -172,12 +180,12 @@ def depthwise_gradients(
     per_image = pl.BlockSpec((_CHANNELS, lanes), lambda c, n, t: (c, n))
     per_channel = [pl.BlockSpec((_CHANNELS, of.shape[1]), lambda c, n, t: (c, 0)) for of in (constants, taps)]
     count = side * side + 2
-    sums = (channels // _CHANNELS, x.shape[-1] // lanes, count, _CHANNELS)
+    sums = (channels // _CHANNELS, x.shape[-1] // lanes, count, _LANES)
     du, sums = pl.pallas_call(
         functools.partial(_kernel, at, activations),
         grid=(*sums[:2], at.tiles + at.lag),
         in_specs=[*per_channel, per_image, per_image, late, soon, soon],
-        out_specs=[late, pl.BlockSpec((1, 1, count, _CHANNELS), lambda c, n, t: (c, n, 0, 0))],
+        out_specs=[late, pl.BlockSpec((1, 1, count, _LANES), lambda c, n, t: (c, n, 0, 0))],
         out_shape=[jax.ShapeDtypeStruct(apart.shape, x.dtype), jax.ShapeDtypeStruct(sums, jnp.float32)],
         scratch_shapes=[
             pltpu.VMEM(shape, jnp.float32)
@@ -190,7 +198,7 @@ def depthwise_gradients(
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_LIMIT),
         interpret=interpret,
     )(constants, taps, outer.share.T, outer.spread.T, apart, y, dz)
-    totals = sums.sum(1).transpose(1, 0, 2).reshape(count, channels)
+    totals = sums[..., :_CHANNELS].sum(1).transpose(1, 0, 2).reshape(count, channels)
     return du.reshape(x.shape).transpose(3, 0, 1, 2), totals[:-2].reshape(kernel.shape), totals[-2], totals[-1]
 
 
@@ -215,46 +223,63 @@ def _kernel(at, activations, constants, taps, share, spread, x, y, dz, du, sums,
         gain, offset, scale, k2, k1 = (constant(constants, 4 + n) for n in range(5))
         shares, spreads = share[...].astype(wide), spread[...].astype(wide)
 
-        def row(n, carry):
-            outputs = y[n].astype(wide)
+        def part(n, begin):
+            columns = pl.ds(begin, at.columns)
+            outputs = y[n, columns].astype(wide)
             u = outputs * gain + offset
             _, back = jax.vjp(activations[1], u)
             (slope,) = back(jnp.ones_like(u))
-            gradient = (dz[n].astype(wide) * shares + spreads) * slope * scale + outputs * k2 + k1
-            ring[(step * at.rows + n) % at.ring, at.left : at.left + at.width] = gradient
-            return carry
+            gradient = (dz[n, columns].astype(wide) * shares + spreads) * slope * scale + outputs * k2 + k1
+            ring[(step * at.rows + n) % at.ring, pl.ds(at.left + begin, at.columns)] = gradient
 
-        jax.lax.fori_loop(0, at.rows, row, 0)
+        _for_each_part(at, part)
 
     @pl.when(step >= at.lag)
     def _():
         scale, offset, mean, root = (constant(constants, n) for n in range(4))
         first = (step - at.lag) * at.rows
 
-        def place(n, row, column):
-            inputs = x[n * at.stride + row, :, column].astype(wide)
+        def place(n, begin, row, column):
+            inputs = x[n * at.stride + row, pl.ds(begin, at.columns), column].astype(wide)
             a, back = jax.vjp(activations[0], inputs * scale + offset)
             da = jnp.zeros_like(a)
             for element, down, across in at.taps(row, column):
                 line = first + n + down
                 inside = jnp.logical_and(line >= 0, line < at.height).astype(wide)
-                columns = slice(at.left + across, at.left + across + at.width)
+                columns = pl.ds(at.left + across + begin, at.columns)
                 gradient = ring[(line + at.ring) % at.ring, columns] * inside
                 da += gradient * tap[element]
                 total[element] += jnp.sum(a * gradient, 0)
             (here,) = back(da)
             total[at.kernel**2] += jnp.sum(here, 0)
             total[at.kernel**2 + 1] += jnp.sum(here * (inputs - mean) * root, 0)
-            du[n * at.stride + row, :, column] = here.astype(du.dtype)
+            du[n * at.stride + row, pl.ds(begin, at.columns), column] = here.astype(du.dtype)
 
-        def rows(n, carry):
+        def part(n, begin):
             for row in range(at.stride):
                 for column in range(at.stride):
-                    place(n, row, column)
-            return carry
+                    place(n, begin, row, column)
 
-        jax.lax.fori_loop(0, at.rows, rows, 0)
+        _for_each_part(at, part)
 
     @pl.when(step == at.tiles - 1 + at.lag)
     def _():
-        sums[...] = jnp.sum(total[...], -1)[None, None]
+        # Channels from a register's rows to its lanes, by a diagonal: older TPUs have no other way.
+        shape = (_CHANNELS, _LANES)
+        rows, columns = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        diagonal = (rows == columns).astype(wide)
+        for n in range(at.kernel**2 + 2):
+            sums[0, 0, n : n + 1] = jnp.sum(jnp.sum(total[n], -1, keepdims=True) * diagonal, 0, keepdims=True)
+
+
+def _for_each_part(at: _Geometry, part: Callable) -> None:
+    """Calls it with each row of a tile, and where each part of its columns begins."""
+
+    def row(n, carry):
+        def columns(m, carry):
+            part(n, m * at.columns)
+            return carry
+
+        return jax.lax.fori_loop(0, at.width // at.columns, columns, carry)
+
+    jax.lax.fori_loop(0, at.rows, row, 0)
