@@ -12,6 +12,7 @@ from conftest import BACKEND, ROOT
 if BACKEND != "tensorflow":
     pytest.skip("started in processes of their own", allow_module_level=True)
 
+from keras_effnet.tpu import recipes
 from keras_effnet.tpu.traffic import Traffic, read
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -154,6 +155,19 @@ def test_search_ends_between_what_fits_and_what_does_not(tmp_path):
     fits = [images for images, one in found["tried"] if one]
     fails = [images for images, one in found["tried"] if not one]
     assert found["fits"] and found["global_batch"] == max(fits) and min(fails) == max(fits) + 8
+
+
+def test_every_recipe_is_in_the_table_of_the_docs():
+    """And stands there as it was recorded, of the batch that the recipe has."""
+    line = [sys.executable, ROOT / "benchmarks" / "tpu_recipes.py", "--recorded"]
+    table = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert table in (ROOT / "docs" / "tpu.md").read_text()
+    record = json.loads((ROOT / "benchmarks" / "tpu_recipes.json").read_text())
+    assert list(record["recipes"]) == recipes.every() and record["topology"] == "v5e:2x4"
+    for name, (first, *smaller) in record["recipes"].items():
+        recipe = recipes.find(name)
+        assert (first["model"], first["global_batch"]) == (recipe.model.name, recipe.batch_size)
+        assert first["fits"] or smaller[-1]["fits"]
 
 
 FORWARD = """

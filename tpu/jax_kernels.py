@@ -195,7 +195,10 @@ def depthwise_gradients(
                 (count - 2, _CHANNELS, lanes),
             )
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_LIMIT),
+        # Tiles follow each other; the two cores of a v4 or a v5p may take different channels.
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=_LIMIT, dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
         interpret=interpret,
     )(constants, taps, outer.share.T, outer.spread.T, apart, y, dz)
     totals = sums[..., :_CHANNELS].sum(1).transpose(1, 0, 2).reshape(count, channels)
