@@ -170,6 +170,36 @@ def test_every_recipe_is_in_the_table_of_the_docs():
         assert first["fits"] or smaller[-1]["fits"]
 
 
+SEARCH = """
+import os
+os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
+from keras_effnet.tpu import plan, recipes
+
+CASES = (2048, 48, 0), (2048, 48, 24), (64, 300, 0), (64, 300, 60), (2048, 3, 0), (8, 8, 0), (64, 0, 0)
+for start, most, again in CASES:
+    def told(recipe, where, evaluation, tell):
+        '''A chip of 16 GiB, all of which a program takes from `most - again` images on.'''
+        images = recipe.batch_size // 8
+        taken = 16 * 2**30 * images / ((most - again or 1) + 0.5)
+        fits = images <= most
+        return {"global_batch": recipe.batch_size, "fits": fits, "hbm_bytes_of_chip": 16 * 2**30,
+                "peak_hbm_bytes_per_chip": min(taken, 15.9 * 2**30) if fits else taken}
+    plan.plan, plan.topology = told, lambda where: range(8)
+    found = plan.largest(recipes.find("b0_baseline").__class__(batch_size=start), "v5e:2x4")
+    print(most, found["global_batch"] // 8, int(found["fits"]), len(found["tried"]))
+"""
+
+
+def test_search_needs_few_compilations():
+    """Where memory grows with the batch, and where the compiler first makes room by computing again."""
+    result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for row in result.stdout.splitlines():
+        most, found, fits, tried = map(int, row.split())
+        assert found == (most // 8 * 8 if most >= 8 else max(most, 1)) and fits == (most > 0), row
+        assert tried <= 7, row
+
+
 FORWARD = """
 import os, json, sys
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")

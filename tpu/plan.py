@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import signal
@@ -16,7 +17,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
@@ -365,13 +365,20 @@ def largest(
 
 
 def _next(tried: dict[int, dict[str, Any]], good: int, bad: int | None, unit: int, capacity: int) -> int:
-    """Where a straight line through what is known comes to the memory's end, between what fits and what does not."""
-    rows = sorted((n, one["peak_hbm_bytes_per_chip"], one["hbm_bytes_of_chip"]) for n, one in tried.items())
-    limit = min([capacity, *(row[2] for row in rows)])
-    if len(rows) == 1:
-        guess = rows[0][0] * limit / rows[0][1]
+    """Where a straight line through what is known comes to the memory's end, between what fits and what does not.
+
+    Near the end the compiler computes again what it has no room for, and the line is too low: then twice the last step
+    or a quarter more, and halves of what is left.
+    """
+    rows = {n: one["peak_hbm_bytes_per_chip"] for n, one in tried.items()}
+    limit = min([capacity, *(one["hbm_bytes_of_chip"] for one in tried.values())])
+    fits = sorted(n for n, one in tried.items() if one["fits"])
+    if good and bad is not None:
+        guess, top = good + (limit - rows[good]) * (bad - good) / (rows[bad] - rows[good]), bad - unit
     else:
-        (n0, low, _), (n1, high, _) = sorted(rows, key=lambda row: abs(row[1] - limit))[:2]
-        guess = n0 + (limit - low) * (n1 - n0) / (high - low) if high != low else n0 * 2
-    top = bad - unit if bad is not None else max(2 * good, unit)
-    return int(np.clip(int(guess) // unit * unit, good + unit, top))
+        known = good or min(rows)
+        guess, top = known * limit / rows[known], math.inf if good else known - unit
+    if len(fits) > 1:
+        guess = max(guess, good + min(2 * (good - fits[-2]), good / 4))
+        top = top if bad is None else (good + bad) / 2
+    return max(good + unit, int(min(guess, top)) // unit * unit)
