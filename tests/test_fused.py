@@ -90,7 +90,7 @@ def test_units_have_the_plain_models_gradients(monkeypatch):
     monkeypatch.setattr(jax_kernels, "depthwise_gradients", lambda *given: calls.append(1) or kernel(*given))
     every = jax_fused.UNITS
     for units, lanes, kernels in ((None, 128, 0), ((), 128, 0), (LAYERS, 128, 0), (every, IMAGES, 3), (every, 128, 0)):
-        monkeypatch.setattr(jax_kernels, "_LANES", lanes)
+        monkeypatch.setattr(jax_kernels, "_IMAGES", lanes)
         calls.clear()
         found = gradients(adapted(model, units))
         assert len(calls) == kernels
@@ -99,7 +99,7 @@ def test_units_have_the_plain_models_gradients(monkeypatch):
 
 
 def test_low_precision_is_as_near_to_the_exact_gradient(monkeypatch):
-    monkeypatch.setattr(jax_kernels, "_LANES", IMAGES)
+    monkeypatch.setattr(jax_kernels, "_IMAGES", IMAGES)
     exact = gradients(adapted(net(), None))[2]
     low = [gradients(adapted(net(dtype="mixed_bfloat16"), units))[2] for units in (None, LAYERS, jax_fused.UNITS)]
     plain, *fused = (distance(found, exact) for found in low)

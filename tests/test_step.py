@@ -196,7 +196,7 @@ with machine.scope():
     model = machine.adapted(model, replicas.group_size(count, group), () if fused == "kernels" else fused)
     if fused == "kernels":  # those for a TPU, interpreted, with as many images as there are in its lanes
         from keras_effnet.tpu import jax_fused, jax_kernels
-        jax_kernels._LANES = 16 // count
+        jax_kernels._IMAGES = 16 // count
         model = jax_fused.fuse(model, interpret=True)
         assert "BodyUnit" in [type(layer).__name__ for layer in model.layers]
     learner = Learner(model, Optimizer("rmsprop"), Schedule(0.004, 10, 100, warmup_epochs=0), seed=3)

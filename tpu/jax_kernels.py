@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_CHANNELS, _LANES = 16, 128  # what one step of a kernel's grid takes of channels and images: a register's shape in bf16
+_LANES = 128  # of a register
+_CHANNELS, _IMAGES = 16, 128  # that one step of a kernel's grid takes: they fill registers, also in bfloat16
 _VMEM = 12 * 2**20  # bytes that the blocks of a step may take
 _LIMIT = 16 * 2**20  # with what the compiler puts beside them: v2 to v4 have no more
 _COLUMNS = 32  # that are computed at a time: more do not stay in registers
@@ -83,7 +84,7 @@ class _Geometry(NamedTuple):
     def bytes(self, itemsize: int) -> int:
         """What a step takes: two of each block, as the next one comes meanwhile."""
         images = 4 * self.rows * self.width * (self.stride**2 + 1) * itemsize
-        return (images + self.ring * self.around * 4) * _CHANNELS * _LANES
+        return (images + self.ring * self.around * 4) * _CHANNELS * _IMAGES
 
     def taps(self, row: int, column: int):
         """For a place of x, by what it is more than a multiple of the stride: which element of the kernel takes it to
@@ -115,7 +116,7 @@ def fits(x, kernel, strides) -> bool:
     True
     """
     images, height, width, channels = x.shape
-    if height % strides[0] or width % strides[0] or channels % _CHANNELS or images % _LANES:
+    if height % strides[0] or width % strides[0] or channels % _CHANNELS or images % _IMAGES:
         return False
     if strides[0] != strides[1] or kernel.shape[0] != kernel.shape[1]:
         return False
@@ -166,7 +167,7 @@ def depthwise_gradients(
     side, channels = kernel.shape[0], kernel.shape[2]
     at = _geometry(x, side, x.shape[1] // y.shape[1])
     x, y, dz = (jnp.transpose(images, (1, 2, 3, 0)) for images in (x, y, dz))
-    lanes = min(x.shape[-1], _LANES)
+    lanes = min(x.shape[-1], _IMAGES)
     constants = jnp.stack([*inner, *outer[:5]], 1).astype(jnp.float32)
     taps = kernel.reshape(-1, channels).T.astype(jnp.float32)
     # Rows and columns apart by what they are more than a multiple of the stride.
