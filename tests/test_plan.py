@@ -138,7 +138,7 @@ def test_plans_by_the_real_compiler(tmp_path):
     for fused in ("layers", "kernels"):
         less = command(*MINI, "--global-batch", "512", "--run.fused", fused, "--json", home=tmp_path)
         moved.append(json.loads(less.stdout)["fusion_bytes_per_image"])
-    assert moved[1] < 0.8 * moved[0] and moved[2] < 0.9 * moved[1]
+    assert moved[1] < 0.8 * moved[0] and moved[2] < 0.95 * moved[1]
 
     large = command(*MINI, "--global-batch", str(2**18), "--json", home=tmp_path, status=1)
     told = json.loads(large.stdout)
