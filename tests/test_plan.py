@@ -163,7 +163,7 @@ def test_every_recipe_is_in_the_table_of_the_docs():
     table = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     assert table in (ROOT / "docs" / "tpu.md").read_text()
     record = json.loads((ROOT / "benchmarks" / "tpu_recipes.json").read_text())
-    assert list(record["recipes"]) == recipes.every() and record["topology"] == "v5e:2x4"
+    assert list(record["recipes"]) == list(recipes.every()) and record["topology"] == "v5e:2x4"
     for name, (first, *smaller) in record["recipes"].items():
         recipe = recipes.find(name)
         assert (first["model"], first["global_batch"]) == (recipe.model.name, recipe.batch_size)
