@@ -4,9 +4,9 @@
     python benchmarks/tpu_recipes.py --only b0_baseline    # those that are named
     python benchmarks/tpu_recipes.py --recorded            # the table of what was recorded, nothing is compiled
 
-What was compiled is recorded in tpu_recipes.json, and the next run goes on from there; with another compiler or another
-JAX it begins again. Recipes that differ in their data alone are compiled once. Where a recipe's batch does not fit, the
-largest half of it (a quarter, and so on) that does stands beside it.
+What was compiled is recorded in tpu_recipes.json, and the next run goes on from there; another compiler, JAX or
+topology has to have another --record. Recipes that differ in their data alone are compiled once. Where a recipe's batch
+does not fit, the largest half of it (a quarter, and so on) that does stands beside it.
 """
 
 import dataclasses
@@ -66,22 +66,26 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 @click.command()
 @click.option("--topology", default="v5e:2x4", show_default=True)
 @click.option("--only", multiple=True, help="These recipes.")
+@click.option("--record", type=click.Path(dir_okay=False, path_type=Path), default=RECORD, help="Its file.")
 @click.option("--recorded", is_flag=True, help="Compile nothing.")
-def main(topology, only, recorded) -> None:
+def main(topology, only, record, recorded) -> None:
     """Print a table in Markdown."""
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"recipes": {}}
-    head = {"topology": topology, **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")}}
-    same = recorded or head == {key: record.get(key) for key in head}
-    rows: dict[str, list[dict[str, Any]]] = record["recipes"] if same else {}
+    found = json.loads(record.read_text()) if record.exists() else {}
+    rows: dict[str, list[dict[str, Any]]] = found.pop("recipes", {})
     if not recorded:
         from keras_effnet.tpu import recipes
 
+        head = {"topology": topology, **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")}}
+        if found not in ({}, head):
+            raise click.UsageError(
+                f"Expected another --record than {record.name}, which is of {found}. Received: {head}"
+            )
         every = recipes.every()
         for name in only or every:
             if name not in rows:
                 rows[name] = compiled(name, topology)
                 rows = {known: rows[known] for known in every if known in rows}
-                RECORD.write_text(json.dumps({**head, "recipes": rows}, indent=1) + "\n")
+                record.write_text(json.dumps({**head, "recipes": rows}, indent=1) + "\n")
     click.echo(table({name: rows[name] for name in only or rows}))
 
 

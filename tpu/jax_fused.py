@@ -434,10 +434,12 @@ def fuse(model: keras.Model, chosen: Iterable[str] | None = None, interpret: boo
     >>> model = fuse(spread(model, 1, one_pass=True))  # doctest: +SKIP
     """
     named = blocks.read(model).layers
+    names = set(UNITS if chosen is None else chosen)
+    kinds = [kind for name, kind in UNITS.items() if name in names]
     starts: dict[str, _Unit] = {}
     inside: set[str] = set()
     for place in dict.fromkeys(name.split("_")[0] for name in named if name.startswith("block")):
-        for make, parts in (UNITS[unit] for unit in UNITS if chosen is None or unit in set(chosen)):
+        for make, parts in kinds:
             layers: list[Any] = [named.get(part.format(place)) for part in parts]
             plain = all(_is_plain(layer, make.sizes) for layer in layers)
             if plain and not (inside | starts.keys()) & {layer.name for layer in layers}:
