@@ -459,8 +459,7 @@ def _litert(model, path: Path, shape, precision: str, photographs) -> dict[str, 
 
 def _openvino(model, path: Path, shape, precision: str, photographs) -> dict[str, Any]:
     _need("openvino")
-    import openvino
-
+    openvino = runtimes.load_openvino()
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "model.onnx"
         found = _onnx(model, graph, shape, "int8" if precision == "int8" else "float32", photographs)
@@ -503,8 +502,7 @@ def _add_to_litert(path: Path, metadata: dict[str, Any]) -> None:
 
 
 def _add_to_openvino(path: Path, metadata: dict[str, Any]) -> None:
-    import openvino
-
+    openvino = runtimes.load_openvino()
     net = openvino.Core().read_model(path)
     net.set_rt_info(json.dumps(metadata), ["keras_effnet"])
     again = path.with_name(f"again-{path.name}")

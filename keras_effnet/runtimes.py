@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import threading
 import time
 import zipfile
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,9 +102,23 @@ def _run(session, place: str, image: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {place: image})
 
 
-def _openvino(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
-    import openvino
+def load_openvino():
+    """The package, imported without the report to its makers, for which it forks this process from a thread of its own.
 
+    TensorFlow and JAX have threads here that a fork does not outlive.
+    """
+    reports = "openvino_telemetry"
+    if "openvino" in sys.modules or reports in sys.modules:
+        return import_module("openvino")
+    sys.modules[reports] = None  # type: ignore[assignment]
+    try:
+        return import_module("openvino")
+    finally:
+        del sys.modules[reports]
+
+
+def _openvino(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
+    openvino = load_openvino()
     model = openvino.Core().read_model(path)
     sides = [-1 if side.is_dynamic else side.get_length() for side in model.input().get_partial_shape()]
     _check(sides, model.input().element_type.to_dtype().name)
@@ -195,9 +211,7 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
         session = onnxruntime.InferenceSession(os.fspath(path), options)
         text = session.get_modelmeta().custom_metadata_map.get("keras_effnet")
     elif path.suffix == FORMATS["openvino"]:
-        import openvino
-
-        net = openvino.Core().read_model(path)
+        net = load_openvino().Core().read_model(path)
         text = net.get_rt_info(["keras_effnet"]).value if net.has_rt_info(["keras_effnet"]) else None
     else:
         raise ValueError(f"Expected an exported model. Received: {os.fspath(path)!r}")
