@@ -29,7 +29,7 @@ def compiled(name: str, topology: str) -> list[dict[str, Any]]:
     from keras_effnet.tpu import plan, recipes
 
     recipe = recipes.find(name)
-    plans = [plan.plan(recipe, topology, tell=lambda told: click.echo(told, err=True))]
+    plans = [plan.plan_apart(recipe, topology, tell=lambda told: click.echo(told, err=True))]
     batch = recipe.batch_size
     while not plans[-1]["fits"] and batch // 2 >= plans[-1]["devices"]:
         batch //= 2
@@ -37,7 +37,7 @@ def compiled(name: str, topology: str) -> list[dict[str, Any]]:
         last = plans[-1]
         if last["peak_hbm_bytes_per_chip"] * batch / last["global_batch"] < last["hbm_bytes_of_chip"]:
             changed = dataclasses.replace(recipe, batch_size=batch)
-            plans.append(plan.plan(changed, topology, tell=lambda told: click.echo(told, err=True)))
+            plans.append(plan.plan_apart(changed, topology, tell=lambda told: click.echo(told, err=True)))
     return plans
 
 
@@ -81,6 +81,11 @@ def main(topology, only, record, recorded) -> None:
                 f"Expected another --record than {record.name}, which is of {found}. Received: {head}"
             )
         every = recipes.every()
+        try:
+            for name in only:
+                recipes.find(name)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
         for name in only or every:
             if name not in rows:
                 rows[name] = compiled(name, topology)

@@ -5,7 +5,9 @@ import math
 import os
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from conftest import BACKEND, ROOT
 
@@ -156,6 +158,21 @@ def test_search_ends_between_what_fits_and_what_does_not(tmp_path):
     fails = [images for images, one in found["tried"] if not one]
     assert found["fits"] and found["global_batch"] == max(fits) and min(fails) == max(fits) + 8
 
+    # The compiler is killed, as by a machine without memory left.
+    line = [sys.executable, ROOT / "tests" / "mini.py", "tpu-plan", *arguments, "--global-batch", "72"]
+    running = subprocess.Popen(
+        line, text=True, stderr=subprocess.PIPE, env={**os.environ, "KERAS_EFFNET_HOME": str(tmp_path)}
+    )
+    deadline, compilers = time.monotonic() + 60, []
+    while not compilers and time.monotonic() < deadline:
+        time.sleep(0.1)
+        children = psutil.Process(running.pid).children()
+        compilers = [one for one in children if any("spawn_main" in word for word in one.cmdline())]
+    compilers[0].kill()
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 2 and "Traceback" not in told, told
+    assert "Expected to compile efficientnet-mini, 72 images on v5e:1x1. Received: its process was killed" in told
+
 
 def test_every_recipe_is_in_the_table_of_the_docs():
     """And stands there as it was recorded, of the batch that the recipe has."""
@@ -184,7 +201,7 @@ for start, most, again in CASES:
         fits = images <= most
         return {"global_batch": recipe.batch_size, "fits": fits, "hbm_bytes_of_chip": 16 * 2**30,
                 "peak_hbm_bytes_per_chip": min(taken, 15.9 * 2**30) if fits else taken}
-    plan.plan, plan.topology = told, lambda where: range(8)
+    plan.plan_apart, plan.topology = told, lambda where: range(8)
     found = plan.largest(recipes.find("b0_baseline").__class__(batch_size=start), "v5e:2x4")
     print(most, found["global_batch"] // 8, int(found["fits"]), len(found["tried"]))
 """

@@ -6,12 +6,15 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -272,10 +275,9 @@ def plan(
     chip = CHIPS[where.partition(":")[0]]
     chips = len({tuple(device.coords) for device in devices})
     per_chip = recipe.batch_size / chips
-    what = f"{recipe.model.name}, {recipe.batch_size} images on {where}"
-    tell(f"Tracing {what}")
+    tell(f"Tracing {_what(recipe, where)}")
     program = lowered(recipe, devices, evaluation)
-    tell(f"Compiling {what}")
+    tell(f"Compiling {_what(recipe, where)}")
     found = _remembered(program.lowered, where)
     on_chip = len(devices) // chips  # of a chip without megacore each core is a device
 
@@ -320,6 +322,30 @@ def plan(
     }
 
 
+def _what(recipe: Recipe, where: str) -> str:
+    return f"{recipe.model.name}, {recipe.batch_size} images on {where}"
+
+
+def plan_apart(
+    recipe: Recipe,
+    where: str = "v5e:2x4",
+    evaluation: bool = False,
+    tell: Callable[[str], object] = lambda told: None,
+) -> dict[str, Any]:
+    """`plan()`, in a process of its own: the compiler gives its memory back at a process' end only.
+
+    Five batches of B7 in one process took 15 GB.
+    """
+    tell(f"Compiling {_what(recipe, where)}")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as process:
+        try:
+            return process.submit(plan, recipe, where, evaluation).result()
+        except BrokenProcessPool as error:
+            told = "its process was killed, as where this machine's memory runs out"
+            raise OSError(f"Expected to compile {_what(recipe, where)}. Received: {told}") from error
+
+
 def largest(
     recipe: Recipe,
     where: str = "v5e:2x4",
@@ -347,7 +373,7 @@ def largest(
 
     def fits(images: int) -> bool:
         changed = dataclasses.replace(recipe, batch_size=images * count)
-        tried[images] = plan(changed, where, evaluation, tell)
+        tried[images] = plan_apart(changed, where, evaluation, tell)
         return tried[images]["fits"]
 
     unit, images = 8, max(8, recipe.batch_size // count // 8 * 8)
