@@ -22,7 +22,9 @@ FILES = [
 # operation by operation: its nets are compiled whole, as its users do.
 CHOSEN = {
     "jax test_layers.py": "not eager and not fresh_process",
-    "jax test_models.py": "not training_by_fit",  # test_pruning.py trains
+    # test_pruning.py trains; what is left out besides builds nets and runs none, or is about the tests.
+    "jax test_models.py": "not training_by_fit and not wrong and not arguments_of and not reading_a_model",
+    "torch test_models.py": "not wrong and not reading_a_model",
     "test_export.py": "swish or fresh_process",
     "test_folding.py": "edgetpu-s or channels_first or border",
     "test_predictor.py": "predict_gives and onnxruntime or any_size",

@@ -463,6 +463,7 @@ def test_second_derivatives_do_not_depend_on_the_way(monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+@pytest.mark.usefixtures("shallow")
 def test_a_replicas_training_step_compiles_under_xla_with_static_shapes():
     import tensorflow as tf
 

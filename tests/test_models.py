@@ -242,6 +242,7 @@ def test_reading_a_model_gives_what_it_was_built_from(name):
     assert reading.size == (VARIANTS[name].resolution,) * 2
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-condconv-b0-4e"])
 def test_training_by_fit_learns_and_moves_every_variable(name):
     keras.utils.set_random_seed(0)

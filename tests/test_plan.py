@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -91,6 +92,12 @@ def test_topologies_are_those_that_the_compiler_knows():
         "    for shape in chip.shapes:\n"
         "        devices = topology(f'{kind}:{shape}')\n"
         "        print(shape, len(devices), len({tuple(one.coords) for one in devices}), devices[0].device_kind)\n"
+        "try:\n"
+        "    topology('v9:2x2')\n"
+        "except ValueError as error:\n"
+        "    assert \"v6e:16x16. Received: 'v9:2x2'\" in str(error)\n"
+        "else:\n"
+        "    raise AssertionError\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -105,7 +112,6 @@ def test_topologies_are_those_that_the_compiler_knows():
 def test_what_is_missing_or_impossible_is_told_in_a_line():
     told = command("b0_baseline", "--topology", "v5e:3x5", status=2).stderr
     assert "v5e:2x4" in told and "v6e:16x16" in told and "Received: 'v5e:3x5'" in told
-    assert "Received: 'v9:2x2'" in command("b0_baseline", "--topology", "v9:2x2", status=2).stderr
     assert "8 devices share. Received: 12" in command("b0_baseline", "--global-batch", "12", status=2).stderr
     assert "Nearest: 'b0_baseline'" in command("b0_basline", status=2).stderr
     script = "import sys; sys.modules['libtpu'] = None; from keras_effnet.cli import main; main()"
@@ -136,18 +142,15 @@ def test_plans_by_the_real_compiler(tmp_path):
     again = json.loads(command(*MINI, "--global-batch", "512", "--json", home=tmp_path).stdout)
     assert again == {**small, "compile_seconds": 0}
     # The same step, with less to move.
-    moved = [small["fusion_bytes_per_image"]]
-    for fused in ("layers", "kernels"):
-        less = command(*MINI, "--global-batch", "512", "--run.fused", fused, "--json", home=tmp_path)
-        moved.append(json.loads(less.stdout)["fusion_bytes_per_image"])
-    assert moved[1] < 0.8 * moved[0] and moved[2] < 0.95 * moved[1]
+    less = command(*MINI, "--global-batch", "512", "--run.fused", "kernels", "--json", home=tmp_path)
+    assert json.loads(less.stdout)["fusion_bytes_per_image"] < 0.76 * small["fusion_bytes_per_image"]
 
-    large = command(*MINI, "--global-batch", str(2**18), "--json", home=tmp_path, status=1)
-    told = json.loads(large.stdout)
-    assert not told["fits"] and told["peak_hbm_bytes_per_chip"] > told["hbm_bytes_of_chip"]
-    assert told["images_per_second_per_chip"] is None and told["hours"] is None
     table = command(*MINI, "--global-batch", str(2**18), home=tmp_path, status=1)
-    assert "fits" in table.stdout and "Compiling efficientnet-mini, 262144 images on v5e:2x2" in table.stderr
+    assert "Compiling efficientnet-mini, 262144 images on v5e:2x2" in table.stderr
+    rows = dict(re.findall(r"^\W*(.+?)  +(.+?)\W*$", table.stdout, re.MULTILINE))
+    assert rows["fits"] == "no" and rows["hours of the recipe, at least"] == rows["temporaries"] == "unknown"
+    taken, there = map(float, re.match(r"([\d.]+) of ([\d.]+) GiB", rows["memory per chip, at most"]).groups())
+    assert taken > there and there == pytest.approx(small["hbm_bytes_of_chip"] / 2**30, abs=0.3)
 
 
 @pytest.mark.long

@@ -475,6 +475,7 @@ def plan_widths(model):
     return {name: out for name, (_, _, out) in blocks.read(model).architecture.widths.items()}
 
 
+@pytest.mark.usefixtures("shallow")
 def test_the_student_learns_and_the_teacher_stays(digits):
     teacher = lively(ke.EfficientNetLite0(bn_momentum=0.5, dropout_rate=0, drop_connect_rate=0, **SMALL))
     teacher.get_layer("stem_conv").trainable = False
@@ -496,6 +497,7 @@ def test_the_student_learns_and_the_teacher_stays(digits):
     assert run(student, digits[0][:2]).shape == (2, 3)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_model_with_a_head_of_ones_own_is_distilled(digits):
     def mine():
         body = lively(ke.EfficientNetB0(weights=None, include_top=False, pooling="avg", input_shape=(32, 32, 3)))
@@ -522,7 +524,9 @@ def test_a_killed_distillation_goes_on(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import numpy as np, keras, keras_effnet as ke
+from conftest import make_shallow
 from test_pruning import SMALL, lively, random_plan
+make_shallow()
 keras.utils.set_random_seed(0)
 teacher = lively(ke.EfficientNetLite0(dropout_rate=0, drop_connect_rate=0, bn_momentum=0.5, **SMALL))
 student = ke.pruning.apply(teacher, random_plan(teacher, 4))

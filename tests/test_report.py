@@ -58,6 +58,7 @@ addEventListener("load", () => {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 def test_the_report_of_a_run(tmp_path):
     """A run that came to its end, and its report by the command; the same run as if it had been killed."""
     workdir = tmp_path / "digits"

@@ -57,6 +57,7 @@ def accuracy(path: Path, side: int) -> float:
     return float(np.mean(np.argmax(model.predict(images, verbose=0), -1) == labels))
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_run_leaves_what_it_learnt(tmp_path):
     result = train(SHORT, tmp_path / "run", quiet=True)
     steps = int(0.5 * 1437 / 32)
@@ -176,6 +177,7 @@ def test_devices_that_are_not_there(tmp_path):
         train(override(SHORT, ["--model.name", "efficientnet-lite9"]), tmp_path, quiet=True)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_loss_that_is_not_finite_names_its_step_and_batch(tmp_path):
     changes = ["--optimizer.peak", "1e30", "--schedule.kind", "constant", "--schedule.warmup-epochs", "0"]
     wild = override(SHORT, [*changes, "--run.save-every", "0.02", "--run.steps-per-loop", "1"])
@@ -198,6 +200,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_batch(tmp_path):
     assert saved == sorted(tmp_path.glob("checkpoints/*.index"))
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_folder_with_rotten_photographs(tmp_path):
     """1 % that are cut off, an empty file and a text: counted and named. A fifth: no run."""
     import tensorflow as tf
