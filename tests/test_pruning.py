@@ -240,6 +240,7 @@ def test_magnitude_needs_no_data():
     assert found == pytest.approx(kernel.sum((0, 1, 2)), rel=1e-5)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_frozen_layers_are_judged_too(digits):
     model = ke.EfficientNetLite0(**SMALL)
     expected = pruning.importance(model, digits, verbose=0)
@@ -377,6 +378,7 @@ def test_what_a_model_is_judged_by(digits):
     assert loss_of(compiled, (x, numbers)) == "mse"
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("kind", ["batches", "PyDataset", "three arrays"])
 def test_data_of_any_kind(kind, digits):
     model = ke.EfficientNetLite0(**SMALL)
