@@ -1,5 +1,8 @@
 """Layers that are one in a step of JAX' runner compute what the plain model does."""
 
+import math
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from keras_effnet.tpu.config import Run
 from keras_effnet.tpu.jax_convolutions import AllExpertsCondConv2D, ShiftedDepthwiseCondConv2D, ShiftedDepthwiseConv2D
 from keras_effnet.tpu.jax_fused import BodyUnit, ExciteUnit, ExpandUnit, FirstUnit, fuse
 from keras_effnet.tpu.optim import Optimizer, Schedule
-from keras_effnet.tpu.replicas import spread
+from keras_effnet.tpu.replicas import GlobalDropout, Place, at, spread
 from keras_effnet.tpu.step import Learner
 
 SIDE, IMAGES, MINI = 48, 4, "efficientnet-mini"
@@ -128,6 +131,21 @@ def test_what_becomes_one_and_what_does_not():
     for layer in model.layers:
         layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
     assert units(adapted(model, jax_fused.UNITS)) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("noise", "dtype"), [(None, "float32"), ((None, 1, 1, 1), "bfloat16")])
+def test_a_replica_draws_its_part_of_the_batchs_masks(noise, dtype):
+    layer, images = GlobalDropout(0.3, noise_shape=noise, seed=7), jnp.ones((8, 5, 3, 2), dtype)
+    seed = layer.seed_generator.state.value
+    parts = []
+    for index in range(4):
+        place = Place(4, index, None, None, partial(jax_runner._own_part, index))
+        with at(place):
+            step = jax.make_jaxpr(lambda x: layer.stateless_call([], [seed], x, training=True)[0])(images)
+            parts.append(jax.core.eval_jaxpr(step.jaxpr, step.consts, images)[0])
+        assert max(math.prod(value.aval.shape) for row in step.eqns for value in row.outvars) <= images.size
+    whole = keras.random.dropout(jnp.ones((32, 5, 3, 2), dtype), 0.3, noise, seed=seed)
+    assert 0.3 < np.mean(np.array(whole) != 0) < 0.95 and np.array_equal(jnp.concatenate(parts), whole)
 
 
 def test_kernels_are_for_a_tpu():

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import keras
 import numpy as np
 import orbit
 import tensorflow as tf
+from jax.extend.random import threefry2x32_p
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from keras_effnet.layers import CondConv2D, DepthwiseCondConv2D
@@ -382,12 +384,32 @@ def gradient(function: Callable, values):
 
 
 def _here(mesh: Mesh) -> Place:
+    index = jax.lax.axis_index(AXES)
     return Place(
         mesh.size,
-        jax.lax.axis_index(AXES),
+        index,
         lambda values: jax.lax.psum(values, AXES),
         lambda values, group: jax.lax.pmean(values, "member"),
+        partial(_own_part, index) if _counts() else None,
     )
+
+
+def _counts() -> bool:
+    """Whether JAX draws each random number from the key and the number's place, as it does unless told otherwise."""
+    config: Any = jax.config
+    return config.jax_threefry_partitionable and config.jax_default_prng_impl == "threefry2x32"
+
+
+def _own_part(index, seed, rate: float, shape: tuple[int, ...], dtype):
+    """A replica's rows of the global batch's mask, bit by bit, without those of the others.
+
+    What `jax.random.bernoulli` computes: 23 bits of what becomes of a place under the key, as a number below 1.
+    """
+    count = math.prod(shape)
+    place = jnp.uint32(index) * np.uint32(count) + jax.lax.iota("uint32", count).reshape(shape)
+    high, low = threefry2x32_p.bind(*jnp.broadcast_arrays(seed[0], seed[1], jnp.uint32(0), place))
+    kept = ((high ^ low) >> 9).astype("float32") * 2**-23 < 1 - rate
+    return jnp.where(kept, jnp.ones((), dtype) / (1 - rate), 0)
 
 
 def train_step(learner: Learner, mesh: Mesh, batch: int) -> Any:

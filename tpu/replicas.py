@@ -20,12 +20,15 @@ class Place:
         index: Integer scalar tensor, this one.
         sum: Function of a list of arrays that gives their sums over all replicas.
         mean: Function of an array and the size of a group that gives the mean over this replica's group.
+        mask: Function of a seed, a rate, a shape and a dtype that gives this replica's part of the mask that
+            `keras.random.dropout` draws for the global batch. Defaults to None: all of it is drawn.
     """
 
     count: int
     index: Any
     sum: Callable[[list[Any]], list[Any]]
     mean: Callable[[Any, int], Any]
+    mask: Callable[[Any, float, tuple[int, ...], Any], Any] | None = None
 
 
 _here: ContextVar[Place | None] = ContextVar("_here", default=None)
@@ -175,6 +178,9 @@ class GlobalDropout(keras.layers.Dropout):
         shape = ops.shape(inputs)
         noise = self.noise_shape or [None] * len(shape)
         rest = [size or shape[axis] for axis, size in enumerate(noise)][1:]
+        if place.mask:
+            part = place.mask(self.seed_generator.next(), self.rate, (shape[0], *rest), inputs.dtype)
+            return inputs * ops.stop_gradient(part)
         ones = ops.ones([shape[0] * place.count, *rest], inputs.dtype)
         mask = keras.random.dropout(ones, self.rate, seed=self.seed_generator)
         part = ops.slice(mask, [place.index * shape[0], *(0 for _ in rest)], [shape[0], *rest])
