@@ -335,6 +335,20 @@ def plan_apart(
     """`plan()`, in a process of its own: the compiler gives its memory back at a process' end only.
 
     Five batches of B7 in one process took 15 GB.
+
+    Args:
+        recipe: `Recipe`, see `plan()`.
+        where: String, see `topology()`. Defaults to `"v5e:2x4"`.
+        evaluation: Boolean, see `plan()`. Defaults to False.
+        tell: Function that is called with what is done now. Defaults to none.
+
+    Returns:
+        Dict, see `plan()`.
+
+    Raises:
+        ImportError: See `plan()`.
+        OSError: If the process is killed, as where memory runs out.
+        ValueError: See `plan()`.
     """
     tell(f"Compiling {_what(recipe, where)}")
     context = multiprocessing.get_context("spawn")
@@ -366,6 +380,7 @@ def largest(
 
     Raises:
         ImportError: See `plan()`.
+        OSError: See `plan_apart()`.
         ValueError: See `plan()`.
     """
     count, capacity = len(topology(where)), CHIPS[where.partition(":")[0]].hbm
