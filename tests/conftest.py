@@ -102,8 +102,8 @@ def make_shallow() -> None:
     Tracing and compiling a training step takes a third to half of the time.
     """
     for name, variant in VARIANTS.items():
-        repeats = enumerate(variant.stages)
-        stages = tuple(replace(stage, repeats=min(stage.repeats, 2 if n == 1 else 1)) for n, stage in repeats)
+        numbered = enumerate(variant.stages)
+        stages = tuple(replace(stage, repeats=min(stage.repeats, 2 if n == 1 else 1)) for n, stage in numbered)
         VARIANTS[name] = replace(variant, stages=stages, depth=1.0)
 
 

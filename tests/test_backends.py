@@ -23,7 +23,7 @@ FILES = [
 CHOSEN = {
     "jax test_layers.py": "not eager and not fresh_process",
     # test_pruning.py trains; what is left out besides builds nets and runs none, or is about the tests.
-    "jax test_models.py": "not training_by_fit and not wrong and not arguments_of and not reading_a_model",
+    "jax test_models.py": "not training_by_fit and not wrong and not reading_a_model",
     "torch test_models.py": "not wrong and not reading_a_model",
     "test_export.py": "swish or fresh_process",
     "test_folding.py": "edgetpu-s or channels_first or border",
