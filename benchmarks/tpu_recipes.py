@@ -13,10 +13,13 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
+
+from keras_effnet.errors import one_of
 
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
 
@@ -63,6 +66,14 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _check(only: tuple[str, ...], known: Collection[str]) -> None:
+    try:
+        for name in only:
+            one_of("recipe", name, known)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 @click.command()
 @click.option("--topology", default="v5e:2x4", show_default=True)
 @click.option("--only", multiple=True, help="These recipes.")
@@ -81,16 +92,13 @@ def main(topology, only, record, recorded) -> None:
                 f"Expected another --record than {record.name}, which is of {found}. Received: {head}"
             )
         every = recipes.every()
-        try:
-            for name in only:
-                recipes.find(name)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
+        _check(only, every)
         for name in only or every:
             if name not in rows:
                 rows[name] = compiled(name, topology)
                 rows = {known: rows[known] for known in every if known in rows}
                 record.write_text(json.dumps({**head, "recipes": rows}, indent=1) + "\n")
+    _check(only, rows)
     click.echo(table({name: rows[name] for name in only or rows}))
 
 
