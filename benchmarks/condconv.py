@@ -36,10 +36,10 @@ def one_example_at_a_time():
     """Both layers as the original computes them: the batch is split, and each example convolved by itself."""
     from keras import ops
 
-    from keras_effnet import layers
+    from keras_effnet.nets import condconv
 
     def convolve(self, x, routing):
-        depthwise = isinstance(self, layers.DepthwiseCondConv2D)
+        depthwise = isinstance(self, condconv.DepthwiseCondConv2D)
         convolution = ops.depthwise_conv if depthwise else ops.conv
         kernels: Any = ops.tensordot(routing, self.kernel, 1)
         outputs = [
@@ -48,7 +48,7 @@ def one_example_at_a_time():
         ]
         return ops.concatenate(outputs, axis=0)
 
-    classes = (layers.CondConv2D, layers.DepthwiseCondConv2D)
+    classes = (condconv.CondConv2D, condconv.DepthwiseCondConv2D)
     ours = [one._convolve for one in classes]
     for one in classes:
         one._convolve = convolve
@@ -235,7 +235,7 @@ def nets(backend: str, batch: int, train: bool, rounds: int, compile_timm: bool)
 
 
 def with_experts(number: int, batch: int) -> Callable[[], object]:
-    from keras_effnet import variants
+    from keras_effnet.nets import variants
 
     row = variants.VARIANTS[LARGE]
     stages = tuple(replace(stage, num_experts=number) if stage.num_experts else stage for stage in row.stages)
@@ -283,14 +283,14 @@ def draw(axes, points: dict[int, dict[str, float]], colour: str, label: str) -> 
 @contextmanager
 def answered(choice: str, answer: bool):
     """One of the layers' two choices, made."""
-    from keras_effnet import layers
+    from keras_effnet.nets import condconv
 
-    chosen = getattr(layers, choice)
-    setattr(layers, choice, lambda *args, **kwargs: answer)
+    chosen = getattr(condconv, choice)
+    setattr(condconv, choice, lambda *args, **kwargs: answer)
     try:
         yield
     finally:
-        setattr(layers, choice, chosen)
+        setattr(condconv, choice, chosen)
 
 
 def plans(rounds: int) -> list[dict[str, Any]]:
@@ -298,17 +298,17 @@ def plans(rounds: int) -> list[dict[str, Any]]:
     import keras
     from keras import ops
 
-    from keras_effnet import layers
+    from keras_effnet.nets import condconv
 
     rows = []
     for batch in (1, 32):
         cases = [
-            ((side, side, 192), layers.CondConv2D(1152, 1, experts, use_bias=False), experts, "_mix_kernels")
+            ((side, side, 192), condconv.CondConv2D(1152, 1, experts, use_bias=False), experts, "_mix_kernels")
             for experts in (2, 8)
             for side in (1, 2, 3, 4, 6, 8)
         ]
         cases += [
-            (shape, layers.DepthwiseCondConv2D(size, 8, strides, "same", use_bias=False), 8, "_fold_examples")
+            (shape, condconv.DepthwiseCondConv2D(size, 8, strides, "same", use_bias=False), 8, "_fold_examples")
             for shape, size, strides in (((14, 14, 672), 5, 1), ((14, 14, 672), 5, 2), ((7, 7, 1152), 3, 1))
             if keras.backend.backend() != "jax"  # which has one way only
         ]

@@ -217,7 +217,7 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
 
 def photographs() -> dict[str, np.ndarray]:
     """What scikit-image and scikit-learn bring along: the tests' 28, and the pair of motorcycles."""
-    from keras_effnet.preprocessing import decode_image
+    from keras_effnet.images.decoding import decode_image
 
     recorded = np.load(Path(__file__).parent.parent / "tests" / "golden" / "lite_real" / "lite0_logits.npz")
     names = {name.split("/")[0] for name in recorded} | {"motorcycle_left.png", "motorcycle_right.png"}
@@ -227,7 +227,7 @@ def photographs() -> dict[str, np.ndarray]:
 
 
 def crops(count: int, seed: int, size: tuple[int, int] = (224, 224)) -> np.ndarray:
-    from keras_effnet.preprocessing import crop_and_resize
+    from keras_effnet.images.resizing import crop_and_resize
 
     wholes = list(photographs().values())
     random = np.random.default_rng(seed)
@@ -243,7 +243,7 @@ def crops(count: int, seed: int, size: tuple[int, int] = (224, 224)) -> np.ndarr
 def agreement(count: int) -> dict[str, Any]:
     """Lite0 with its ImageNet weights."""
     import keras_effnet as ke
-    from keras_effnet import exporter, runtimes
+    from keras_effnet.inference import agreement, runtimes
 
     images, calibration = crops(count, 1), crops(150, 2)
     expected = ke.Predictor(LITE0)(images)
@@ -254,8 +254,8 @@ def agreement(count: int) -> dict[str, Any]:
         predictor = ke.Predictor(LITE0, runtime, "int8", calibration=calibration)
         got = predictor(images)
         size = Path(str(predictor.path)).stat().st_size
-        found[runtime] = exporter.agreement(expected, got) | {"megabytes": size / 1e6}
-        found[runtime]["top1_agreement_where_sure"] = exporter.agreement(expected[sure], got[sure])["top1_agreement"]
+        found[runtime] = agreement.agreement(expected, got) | {"megabytes": size / 1e6}
+        found[runtime]["top1_agreement_where_sure"] = agreement.agreement(expected[sure], got[sure])["top1_agreement"]
     return found
 
 
@@ -269,7 +269,8 @@ def start(rounds: int) -> dict[str, Any]:
         begun = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
         seconds.append(time.perf_counter() - begun)
-    code = "import sys; from keras_effnet.predictor import Classifier; Classifier()([sys.argv[1]]); print(*sys.modules)"
+    code = "import sys; from keras_effnet.inference.classifier import Classifier; "
+    code += "Classifier()([sys.argv[1]]); print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code, photograph], capture_output=True, text=True, check=True)
     modules = ran.stdout.split()
     return {"seconds": spread(seconds), "imported": sorted({"keras", "tensorflow", "torch", "jax"} & set(modules))}

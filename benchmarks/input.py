@@ -81,7 +81,8 @@ def photographs(folder: Path, number_of: int = 200) -> float:
 
 def ours(source, augment: dict[str, Any]):
     from keras_effnet.tpu.config import Augment, Data, Recipe
-    from keras_effnet.tpu.data import Skipped, training
+    from keras_effnet.tpu.input.pipeline import training
+    from keras_effnet.tpu.input.skipped import Skipped
 
     recipe = Recipe(data=Data(source.name, classes=CLASSES), augment=Augment(**augment))
     return training(source, recipe, SIZE, BATCH, Skipped(None, source.train_count))
@@ -221,7 +222,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
 def main(rounds, least, only, as_json) -> None:
     """Time the input pipeline beside official's and Keras' layers."""
     from keras_effnet.tpu.config import Data
-    from keras_effnet.tpu.sources import open_source
+    from keras_effnet.tpu.input.sources import open_source
 
     peers: dict[str, Callable] = {OURS: ours, OFFICIAL: official, KERAS: keras_layers}
     if not find_spec("official"):

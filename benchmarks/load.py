@@ -58,10 +58,10 @@ def load_times(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     subprocess.run(
         ["tar", "czf", archive, "-C", folder, "checkpoint", *(p.name for p in folder.glob("model.*"))], check=True
     )
-    first = seconds(lambda: store.bring(record))
+    first = seconds(lambda: store.fetch(record))
     h5 = ke.weights.export(ours, folder / "b0.h5", target="keras")
     runs = {
-        "ours": lambda: convert.load(ours, store.bring(record)),
+        "ours": lambda: convert.load(ours, store.fetch(record)),
         "keras.applications": lambda: theirs.load_weights(h5),
     }
     for run in runs.values():
@@ -82,20 +82,22 @@ def memory(model: str, folder: Path) -> dict[str, float]:
     import numpy as np
 
     import keras_effnet as ke
-    from keras_effnet.arch import owners, resolve
-    from keras_effnet.variants import VARIANTS
-    from keras_effnet.weights import convert, namemaps, writers
+    from keras_effnet.nets.scaling import resolve
+    from keras_effnet.nets.variables import owners
+    from keras_effnet.nets.variants import VARIANTS
+    from keras_effnet.weights import naming_tables, variable_names
+    from keras_effnet.weights.formats import tensorflow_checkpoint
 
     small = folder / "small.ckpt"
     ke.weights.export(ke.EfficientNetLite0(weights=None), small)
     architecture, chance = resolve(VARIANTS[model]), np.random.default_rng(0)
-    names = convert.foreign_names(architecture, namemaps.TPU)
+    names = variable_names.foreign_names(architecture, naming_tables.TPU)
     values = {f"net/{name.foreign}": chance.random(name.shape, np.float32) for name in names.values()}
     size = sum(value.nbytes for value in values.values())
     assert size == 4 * sum(np.prod(s) for owner in owners(architecture).values() for s in owner.shapes.values())
     slots = ("", "/ExponentialMovingAverage", "/RMSProp", "/RMSProp_1")
     everything = {f"{name}{slot}": value for name, value in values.items() for slot in slots}
-    writers.checkpoint(folder / "big.ckpt", everything, "global_step")
+    tensorflow_checkpoint.write_checkpoint(folder / "big.ckpt", everything, "global_step")
     found = {}
     for what in ("safetensors", "h5", "load"):
         command = [sys.executable, "-c", MEMORY, what, model, folder / "big.ckpt", small, folder]

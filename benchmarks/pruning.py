@@ -22,7 +22,9 @@ import numpy as np
 from timing import seconds, spread, told
 
 import keras_effnet as ke
-from keras_effnet import pruner, pruning
+from keras_effnet import pruning
+from keras_effnet.pruning import workflow
+from keras_effnet.pruning.importance import KINDS
 
 
 def digits(side: int):
@@ -64,7 +66,7 @@ def on_digits(arguments) -> dict:
         teacher = taught(train, arguments.side, arguments.epochs)
         teachers.append(accuracy(teacher, test))
         print(f"seed {seed}: teacher {teachers[-1]:.2%}, {time.perf_counter() - start:.0f} s", flush=True)
-        scores = {kind: pruning.importance(teacher, train, kind, verbose=0) for kind in pruning.KINDS}
+        scores = {kind: pruning.importance(teacher, train, kind, verbose=0) for kind in KINDS}
         generator = np.random.default_rng(seed)
         scores["random"] = {name: generator.random(len(values)) for name, values in scores["magnitude"].items()}
         for kind, importance in scores.items():
@@ -77,7 +79,7 @@ def on_digits(arguments) -> dict:
             row["pruned"].append(accuracy(student, test))
             if kind == "gradient":
                 timed = {f"keras, {size} at a time": pruning.latency([teacher, student], size) for size in (1, 32)}
-                timed["Predictor"] = pruner.predictor_latency([teacher, student])
+                timed["Predictor"] = workflow.predictor_latency([teacher, student])
                 for name, (whole, pruned) in timed.items():
                     ratios.setdefault(name, []).append(pruned / whole)
             pruning.distill(student, teacher, train, epochs=arguments.epochs, verbose=0)
@@ -106,8 +108,8 @@ def divisors(arguments) -> dict:
     models = [model, *(pruning.apply(model, plan) for plan in plans.values())]
     for name, times in {
         "keras": pruning.latency(models, rounds=arguments.rounds),
-        "litert": pruner.predictor_latency(models, "litert", arguments.rounds),
-        "onnxruntime": pruner.predictor_latency(models, "onnxruntime", arguments.rounds),
+        "litert": workflow.predictor_latency(models, "litert", arguments.rounds),
+        "onnxruntime": workflow.predictor_latency(models, "onnxruntime", arguments.rounds),
     }.items():
         whole[name] = [value / times[0] for value in times[1:]]
         ratios = ", ".join(f"{divisor}: {ratio:.3f}" for divisor, ratio in zip(plans, whole[name], strict=True))

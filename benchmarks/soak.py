@@ -43,7 +43,7 @@ def main() -> None:
         command = [
             sys.executable,
             "-m",
-            "keras_effnet.cli",
+            "keras_effnet",
             "train",
             "digits_demo",
             "--workdir",

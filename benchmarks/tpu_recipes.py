@@ -29,10 +29,11 @@ COLUMNS = ("recipe", "pixels", "batch", "memory", "fits", "batch that does", "MB
 
 def compiled(name: str, topology: str) -> list[dict[str, Any]]:
     """Plans of a recipe: of its own batch, and if that does not fit, of smaller ones until one does."""
-    from keras_effnet.tpu import plan, recipes
+    from keras_effnet.tpu import recipes
+    from keras_effnet.tpu.planning import planner
 
     recipe = recipes.find(name)
-    plans = [plan.plan_apart(recipe, topology, tell=lambda told: click.echo(told, err=True))]
+    plans = [planner.plan_apart(recipe, topology, tell=lambda told: click.echo(told, err=True))]
     batch = recipe.batch_size
     while not plans[-1]["fits"] and batch // 2 >= plans[-1]["devices"]:
         batch //= 2
@@ -40,7 +41,7 @@ def compiled(name: str, topology: str) -> list[dict[str, Any]]:
         last = plans[-1]
         if last["peak_hbm_bytes_per_chip"] * batch / last["global_batch"] < last["hbm_bytes_of_chip"]:
             changed = dataclasses.replace(recipe, batch_size=batch)
-            plans.append(plan.plan_apart(changed, topology, tell=lambda told: click.echo(told, err=True)))
+            plans.append(planner.plan_apart(changed, topology, tell=lambda told: click.echo(told, err=True)))
     return plans
 
 

@@ -22,8 +22,8 @@ import keras
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keras_effnet.tpu import plan
 from keras_effnet.tpu.config import Model, Optimizer, Recipe
+from keras_effnet.tpu.planning import planner
 
 BATCH, APPLICATIONS = 128, "keras.applications"
 # Units of `jax_fused` that a step has, whose batch statistics are taken in one pass.
@@ -72,7 +72,7 @@ def ours(devices, fused: str | tuple[str, ...], model: str = "efficientnet-b0") 
     """Lowers the runner's step."""
     optimizer = Optimizer("momentum", weight_decay=0.0)
     recipe = Recipe(Model(model), optimizer=optimizer, batch_size=BATCH * len(devices), label_smoothing=0.0)
-    return plan.lowered(recipe, devices, fused=fused).lowered
+    return planner.lowered(recipe, devices, fused=fused).lowered
 
 
 @click.command()
@@ -85,7 +85,7 @@ def main(topology, only, as_json) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    devices, report = plan.topology(topology), {}
+    devices, report = planner.topology(topology), {}
     for name in only or (APPLICATIONS, *OURS, CONDCONV):
         click.echo(f"Compiling {name}", err=True)
         if name == APPLICATIONS:
@@ -94,7 +94,7 @@ def main(topology, only, as_json) -> None:
             lowered = ours(devices, "none", "efficientnet-condconv-b0-8e")
         else:
             lowered = ours(devices, OURS[name])
-        report[name] = plan.compiled(lowered)
+        report[name] = planner.compiled(lowered)
     if as_json:
         click.echo(json.dumps({"topology": topology, "images_per_chip": BATCH, "rows": report}, indent=2))
         return

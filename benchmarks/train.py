@@ -77,7 +77,8 @@ def prepared(name: str):
     import tensorflow as tf
 
     from keras_effnet.tpu.config import Model, Recipe
-    from keras_effnet.tpu.train import build, make_learner, runner
+    from keras_effnet.tpu.from_recipe import build, make_learner
+    from keras_effnet.tpu.train import runner
 
     recipe = Recipe(Model(name, image_size=SIZE), batch_size=BATCH)
     machine = runner.connect(recipe.run)
@@ -162,7 +163,7 @@ def timm() -> dict[str, Run]:
 def bare_on_tensorflow(learner, state) -> Callable[[int], None]:
     import tensorflow as tf
 
-    from keras_effnet.tpu.runner import replica_step
+    from keras_effnet.tpu.runners.tensorflow_runner import replica_step
 
     one = tf.function(replica_step(learner, state, BATCH))
     images, labels = (tf.constant(part) for part in batch())
@@ -177,7 +178,7 @@ def bare_on_tensorflow(learner, state) -> Callable[[int], None]:
 def bare_on_jax(machine, learner) -> Callable[[int], None]:
     import jax
 
-    from keras_effnet.tpu.jax_runner import train_step
+    from keras_effnet.tpu.runners.jax_runner import train_step
 
     one, kept = train_step(learner, machine.mesh, BATCH), machine.variables(learner)
     images, labels = (jax.device_put(part) for part in batch())
@@ -193,7 +194,7 @@ def bare_on_jax(machine, learner) -> Callable[[int], None]:
 def loop() -> dict[str, Run]:
     import orbit
 
-    from keras_effnet.tpu.progress import Log
+    from keras_effnet.tpu.reports.progress import Log
 
     machine, learner, state, step, trainer = prepared("efficientnet-lite0")
     bare = bare_on_jax(machine, learner) if machine.strategy is None else bare_on_tensorflow(learner, state)

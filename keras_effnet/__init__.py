@@ -17,4 +17,4 @@ __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 @when_imported("keras")
 def _register(_) -> None:
     """Makes Keras know the layers of saved models: it finds only what is registered, and imports nothing for it."""
-    import_module("keras_effnet.layers")
+    import_module("keras_effnet.nets.condconv")

@@ -1,11 +1,11 @@
 from . import pruning as pruning
 from . import weights as weights
 from .describe import describe as describe
-from .describe import plot as plot
-from .exporter import export as export
-from .folding import fold_batch_norm as fold_batch_norm
-from .layers import CondConv2D as CondConv2D
-from .layers import DepthwiseCondConv2D as DepthwiseCondConv2D
+from .images.class_names import decode_predictions as decode_predictions
+from .images.loading import load_image as load_image
+from .inference.export import export as export
+from .inference.folding import fold_batch_norm as fold_batch_norm
+from .inference.predictor import Predictor as Predictor
 from .models import EfficientNetB0 as EfficientNetB0
 from .models import EfficientNetB1 as EfficientNetB1
 from .models import EfficientNetB1Pruned as EfficientNetB1Pruned
@@ -32,10 +32,10 @@ from .models import EfficientNetLite3 as EfficientNetLite3
 from .models import EfficientNetLite4 as EfficientNetLite4
 from .models import create_model as create_model
 from .models import features as features
-from .predictor import Predictor as Predictor
-from .preprocessing import decode_predictions as decode_predictions
-from .preprocessing import load_image as load_image
-from .variants import list_models as list_models
+from .nets.condconv import CondConv2D as CondConv2D
+from .nets.condconv import DepthwiseCondConv2D as DepthwiseCondConv2D
+from .nets.variants import list_models as list_models
+from .plots import plot as plot
 from .weights.registry import list_weights as list_weights
 
 __version__: str

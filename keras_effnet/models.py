@@ -3,18 +3,17 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterable
-from itertools import chain, count
-from numbers import Integral, Real
+from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
 import keras
 
-from keras_effnet import blocks as builders
-from keras_effnet.arch import resolve
 from keras_effnet.errors import one_of
-from keras_effnet.preprocessing import constants, scheme_of
-from keras_effnet.variants import VARIANTS
+from keras_effnet.nets import inspection
+from keras_effnet.nets.build import build, check_head, free_prefix, functional, input_of, override
+from keras_effnet.nets.normalization import constants, scheme_of
+from keras_effnet.nets.scaling import resolve
+from keras_effnet.nets.variants import VARIANTS
 
 Arguments = ParamSpec("Arguments")
 
@@ -91,42 +90,33 @@ def create_model(
     one_of("model", variant, VARIANTS)
     row = VARIANTS[variant]
     origin = _Origin.of(variant, weights)
-    architecture = _override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
+    architecture = override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
     if blocks is not None:
         architecture = _pruned(architecture, blocks, origin)
     data_format = one_of(
         "data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first")
     )
-    _check_head(include_top, pooling, classes, classifier_activation, origin.record, variant)
+    check_head(include_top, pooling, classes, classifier_activation, origin.record, variant)
     name = name or variant
-    inputs = _inputs(input_tensor, input_shape, origin.resolution or row.resolution, include_top, data_format)
+    inputs = input_of(input_tensor, input_shape, origin.resolution or row.resolution, include_top, data_format)
     channels = inputs.shape[-1 if data_format == "channels_last" else 1]
-    scale, offset = constants(origin.preprocessing(preprocessing, row.preprocessing, channels), channels)
-
-    style = builders.Style(
-        activation=architecture.activation,
-        bn_momentum=_between("bn_momentum", bn_momentum, 0.99),
-        bn_epsilon=_between("bn_epsilon", bn_epsilon, 1e-3),
+    prefix = "" if input_tensor is None else free_prefix(name, inputs)
+    model = build(
+        architecture,
+        inputs,
+        origin.preprocessing(preprocessing, row.preprocessing, channels),
+        include_top=include_top,
+        pooling=pooling,
+        classes=classes,
+        classifier_activation=classifier_activation,
+        name=name,
+        bn_momentum=bn_momentum,
+        bn_epsilon=bn_epsilon,
         data_format=data_format,
-        dtype=_policy(dtype),
-        prefix="" if input_tensor is None else _free_prefix(name, inputs),
+        dtype=dtype,
+        prefix=prefix,
     )
-    x = builders.stem(style, inputs, architecture.stem_filters, scale, offset)
-    for block, rate in zip(architecture.blocks, architecture.drop_connect_rates, strict=True):
-        x = builders.body(style, x, block, rate)
-    x = builders.head(style, x, architecture.head_filters)
-    if include_top:
-        x = builders.classifier(style, x, classes, architecture.dropout_rate, classifier_activation)
-    elif pooling:
-        x = style.pool(x, pooling)
-    model = _functional(inputs if input_tensor is None else keras.utils.get_source_inputs(inputs), x, name)
-    origin.load_into(model, include_top, classes, style.prefix)
-    return model
-
-
-def _functional(inputs, outputs, name: str) -> keras.Model:
-    model = keras.Model(inputs, outputs, name=name)
-    model._called = True  # Keras exports to ONNX only what was called; this model's layers were
+    origin.load_into(model, include_top, classes, prefix)
     return model
 
 
@@ -141,7 +131,8 @@ class _Origin:
     def of(cls, variant, weights) -> "_Origin":
         if weights is None:
             return cls()
-        from keras_effnet.weights import readers, registry
+        from keras_effnet.weights import registry
+        from keras_effnet.weights.formats import opening
 
         if not isinstance(weights, str | os.PathLike):
             raise ValueError(f"Expected weights as a tag, the path of a file, or None. Received: weights={weights!r}")
@@ -150,8 +141,8 @@ class _Origin:
             try:
                 return cls(registry.find(variant, weights))
             except ValueError as error:
-                if not readers.exists(weights):
-                    path = os.sep in weights or weights.endswith(readers.SUFFIXES)
+                if not opening.exists(weights):
+                    path = os.sep in weights or weights.endswith(opening.SUFFIXES)
                     if registry.is_timms(weights) or not path:
                         raise
                     raise FileNotFoundError(
@@ -165,13 +156,13 @@ class _Origin:
 
     def preprocessing(self, asked, usual, channels: int):
         """What to build with. A scheme that is not the one that the weights were trained with is an error."""
-        from keras_effnet.weights import readers
+        from keras_effnet.weights.formats import keras_file
 
         known = None
         if self.record is not None:
             known = self.record.preprocessing
         elif self.path is not None:
-            known = readers.preprocessing_of(self.path)
+            known = keras_file.preprocessing_of(self.path)
         if isinstance(asked, str) and asked == "auto":
             return known or usual
         if known is not None and isinstance(asked, str) and constants(asked, channels) != constants(known, channels):
@@ -187,7 +178,7 @@ class _Origin:
 
         path = self.path
         if path is None and self.record is not None:
-            path = store.bring(self.record, include_top, classes)
+            path = store.fetch(self.record, include_top, classes)
         if path is not None:
             convert.load(model, path, prefix=prefix)
         if self.record is not None or self.path is None:  # else they are somebody's own
@@ -195,120 +186,14 @@ class _Origin:
 
 
 def _pruned(architecture, blocks, origin: _Origin):
-    from keras_effnet import pruning
+    from keras_effnet.nets import pruning_plan
 
     if origin.record is not None:
         raise ValueError(
             "Expected weights=None, or the path of a pruned net's, where blocks are given. Received: "
             f"weights={origin.record.tag!r}, which are those of all channels of {architecture.name}"
         )
-    return pruning.narrowed(architecture, blocks)
-
-
-def _override(architecture, **rates):
-    given = {name: _between(name, rate, None) for name, rate in rates.items() if rate is not None}
-    return dataclasses.replace(architecture, **given)
-
-
-def _between(name: str, value, default):
-    """A rate: at least 0, below 1."""
-    if value is None:
-        return default
-    if not isinstance(value, Real) or not 0 <= float(value) < 1:
-        raise ValueError(f"Expected {name} of at least 0 and less than 1. Received: {name}={value!r}")
-    return float(value)
-
-
-def _policy(dtype) -> keras.DTypePolicy:
-    if dtype is None:
-        dtype = keras.config.dtype_policy()
-    try:
-        if not isinstance(dtype, keras.DTypePolicy | str):
-            dtype = keras.backend.standardize_dtype(dtype)
-        return dtype if isinstance(dtype, keras.DTypePolicy) else keras.DTypePolicy(dtype)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"Expected a dtype or a policy, such as 'float32' or 'mixed_bfloat16'. Received: dtype={dtype!r}"
-        ) from error
-
-
-def _check_head(include_top, pooling, classes, classifier_activation, record, variant) -> None:
-    if pooling is not None:
-        one_of("pooling", pooling, ("avg", "max"))
-    if not include_top:
-        return
-    if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
-        raise ValueError(f"Expected classes as a positive integer. Received: classes={classes!r}")
-    if record is not None and classes not in {1000 + file.class_offset for file in record.files}:
-        raise ValueError(
-            f"Expected classes=1000, which the pretrained top of {variant} has. Received: classes={classes}. "
-            "Pass include_top=False and add your own classifier, or weights=None"
-        )
-    if record is not None and classifier_activation not in (
-        None,
-        "softmax",
-        keras.activations.softmax,
-        keras.activations.linear,
-        "linear",
-    ):
-        raise ValueError(
-            "Expected classifier_activation 'softmax' or None for a pretrained top. "
-            f"Received: classifier_activation={classifier_activation!r}"
-        )
-
-
-def _inputs(input_tensor, input_shape, resolution, include_top, data_format) -> Any:
-    channels_last = data_format == "channels_last"
-    if input_tensor is not None:
-        if not keras.utils.is_keras_tensor(input_tensor):
-            raise ValueError(
-                "Expected input_tensor as a Keras tensor, such as keras.Input(...). "
-                f"Received: {type(input_tensor).__name__}"
-            )
-        shape = tuple(input_tensor.shape[1:])
-        if input_shape is not None and tuple(input_shape) != shape:
-            raise ValueError(
-                f"Expected input_shape of input_tensor, {shape}, or none. Received: input_shape={input_shape}"
-            )
-    elif input_shape is None:
-        side = resolution if include_top else None
-        shape = (side, side, 3) if channels_last else (3, side, side)
-    else:
-        if not isinstance(input_shape, Iterable):
-            input_shape = (input_shape,)
-        shape = tuple(int(size) if isinstance(size, Integral) else size for size in input_shape)
-    channels_axis = 2 if channels_last else 0
-    known = [size for axis, size in enumerate(shape) if size is not None or axis == channels_axis]
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in known):
-        order = "height, width, channels" if channels_last else "channels, height, width"
-        raise ValueError(
-            f"Expected input_shape as three positive numbers ({order}); height and width may be None. Received: {shape}"
-        )
-    return keras.Input(shape, name="input_layer") if input_tensor is None else input_tensor
-
-
-def _free_prefix(name: str, tensor) -> str:
-    """Empty, or the model's name where the graph that a Keras tensor belongs to has layers of these names already."""
-    around = _names_around(tensor)
-    candidates = chain(("", f"{name}_"), (f"{name}_{number}_" for number in count(1)))
-    return next(start for start in candidates if not any(_is_ours(other, start) for other in around))
-
-
-def _is_ours(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) and bool(builders.LAYER.fullmatch(name.removeprefix(prefix)))
-
-
-def _names_around(tensor) -> set[str]:
-    found, queue = {}, [tensor._keras_history.operation]
-    while queue:
-        operation = queue.pop()
-        if id(operation) in found:
-            continue
-        found[id(operation)] = operation.name
-        for node in operation._inbound_nodes:
-            queue += [parent.operation for parent in node.parent_nodes]
-        queue += [node.operation for node in operation._outbound_nodes]
-    return set(found.values())
+    return pruning_plan.narrowed(architecture, blocks)
 
 
 def features(model: keras.Model, levels: int | tuple[int, ...] = (1, 2, 3, 4, 5)) -> keras.Model:
@@ -334,14 +219,14 @@ def features(model: keras.Model, levels: int | tuple[int, ...] = (1, 2, 3, 4, 5)
     Reference:
         tensorflow/tpu efficientnet_model.py:646-665: the last block before each stride.
     """
-    reading = builders.read(model)
+    reading = inspection.read(model)
     reductions = reading.architecture.reductions
     outputs = {}
     for level in (levels,) if isinstance(levels, int) else levels:
         if level not in range(1, len(reductions) + 1):
             raise ValueError(f"Expected levels from 1 to {len(reductions)}. Received: levels={levels}")
         outputs[f"reduction_{level}"] = reading.block_ends[reductions[level - 1]].output
-    return _functional(model.inputs, outputs, f"{model.name}_features")
+    return functional(model.inputs, outputs, f"{model.name}_features")
 
 
 def _named(
@@ -362,28 +247,51 @@ def _named(
 
 
 EfficientNetB0 = _named(create_model, "efficientnet-b0")
+
 EfficientNetB1 = _named(create_model, "efficientnet-b1")
+
 EfficientNetB2 = _named(create_model, "efficientnet-b2")
+
 EfficientNetB3 = _named(create_model, "efficientnet-b3")
+
 EfficientNetB4 = _named(create_model, "efficientnet-b4")
+
 EfficientNetB5 = _named(create_model, "efficientnet-b5")
+
 EfficientNetB6 = _named(create_model, "efficientnet-b6")
+
 EfficientNetB7 = _named(create_model, "efficientnet-b7")
+
 EfficientNetB8 = _named(create_model, "efficientnet-b8")
+
 EfficientNetL2 = _named(create_model, "efficientnet-l2")
+
 EfficientNetLite0 = _named(create_model, "efficientnet-lite0")
+
 EfficientNetLite1 = _named(create_model, "efficientnet-lite1")
+
 EfficientNetLite2 = _named(create_model, "efficientnet-lite2")
+
 EfficientNetLite3 = _named(create_model, "efficientnet-lite3")
+
 EfficientNetLite4 = _named(create_model, "efficientnet-lite4")
+
 EfficientNetEdgeTPUS = _named(create_model, "efficientnet-edgetpu-s")
+
 EfficientNetEdgeTPUM = _named(create_model, "efficientnet-edgetpu-m")
+
 EfficientNetEdgeTPUL = _named(create_model, "efficientnet-edgetpu-l")
+
 EfficientNetCondConvB0x4 = _named(create_model, "efficientnet-condconv-b0-4e")
+
 EfficientNetCondConvB0x8 = _named(create_model, "efficientnet-condconv-b0-8e")
+
 EfficientNetCondConvB0x8Depth = _named(create_model, "efficientnet-condconv-b0-8e-depth")
+
 EfficientNetB1Pruned = _named(create_model, "efficientnet-b1-pruned")
+
 EfficientNetB2Pruned = _named(create_model, "efficientnet-b2-pruned")
+
 EfficientNetB3Pruned = _named(create_model, "efficientnet-b3-pruned")
 
 for _name, _function in list(globals().items()):

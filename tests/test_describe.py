@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import keras
 import pytest
-from conftest import BACKEND
+from helpers import BACKEND
 from PIL import Image
 
 import keras_effnet as ke

@@ -5,13 +5,13 @@ import json
 import keras
 import numpy as np
 import pytest
-from conftest import BACKEND, GOLDEN, ROOT, fill, golden, image, run, same_weights, save_checkpoint, seeded
+from helpers import BACKEND, GOLDEN, ROOT, fill, golden, image, run, same_weights, save_checkpoint, seeded
 
 import keras_effnet as ke
-from keras_effnet import blocks
-from keras_effnet.arch import resolve
-from keras_effnet.preprocessing import SCHEMES
-from keras_effnet.variants import VARIANTS
+from keras_effnet.nets import inspection
+from keras_effnet.nets.normalization import SCHEMES
+from keras_effnet.nets.scaling import resolve
+from keras_effnet.nets.variants import VARIANTS
 
 SMALL = (32, 32, 3)
 ORIGINALS = {
@@ -53,7 +53,7 @@ def test_original_outputs(file, tmp_path):
     expected = reference["golden"]
     assert model.count_params() == reference["num_params_total"]
     assert logits_error(model, reference) < ORIGINALS[file]
-    layers = blocks.read(model).layers
+    layers = inspection.read(model).layers
     names = {
         "stem": "stem_activation",
         "features": list(layers)[list(layers).index("top_conv") - 1],
@@ -181,7 +181,7 @@ def test_rates_and_batch_norm_arguments_reach_the_layers():
 
 def test_drop_connect_drops_whole_examples():
     model = ke.EfficientNetB0(weights=None, drop_connect_rate=0.9, input_shape=SMALL)
-    drop = blocks.read(model).layers["block5c_drop"]
+    drop = inspection.read(model).layers["block5c_drop"]
     x = keras.ops.ones((64, *drop.input.shape[1:]))
     kept = keras.ops.convert_to_numpy(drop(x, training=True)).reshape(64, -1)
     assert {len(set(row)) for row in kept} == {1}
@@ -237,7 +237,7 @@ READ = ["efficientnet-b0", "efficientnet-lite3", "efficientnet-edgetpu-l", "effi
 
 @pytest.mark.parametrize("name", READ)
 def test_reading_a_model_gives_what_it_was_built_from(name):
-    reading = blocks.read(ke.create_model(name, weights=None))
+    reading = inspection.read(ke.create_model(name, weights=None))
     assert reading.architecture == resolve(VARIANTS[name])
     assert reading.size == (VARIANTS[name].resolution,) * 2
 

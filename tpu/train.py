@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import importlib
 import itertools
@@ -14,22 +13,26 @@ import time
 from typing import Any
 
 import keras
-import numpy as np
 import orbit
 import tensorflow as tf
 
-from keras_effnet import blocks, models
 from keras_effnet.errors import one_of
-from keras_effnet.tpu import data, files, optim, replicas, report, stops
-from keras_effnet.tpu.checkpoints import Checkpoints, full, steps
-from keras_effnet.tpu.config import Recipe, Run, flat, from_json, to_json
-from keras_effnet.tpu.progress import Log
-from keras_effnet.tpu.sources import Source, open_source
-from keras_effnet.tpu.step import Learner
-from keras_effnet.variants import VARIANTS
+from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.tpu.config import Recipe, to_json
+from keras_effnet.tpu.from_recipe import build, export, make_learner, policy
+from keras_effnet.tpu.input import pipeline
+from keras_effnet.tpu.input.skipped import Skipped
+from keras_effnet.tpu.input.sources import Source, open_source
+from keras_effnet.tpu.reports import html_report
+from keras_effnet.tpu.reports.progress import Log
+from keras_effnet.tpu.resume import cloud_files, lock, stops
+from keras_effnet.tpu.resume.changes import changes_of, check_allowed, other_devices
+from keras_effnet.tpu.resume.checkpoints import Checkpoints, full, steps
+from keras_effnet.tpu.step import replicas
 
 # What moves the arrays about, by Keras' backend: the devices, and the step on them. The rest is the same.
-RUNNERS = {"tensorflow": "keras_effnet.tpu.runner", "jax": "keras_effnet.tpu.jax_runner"}
+RUNNERS = {"tensorflow": "keras_effnet.tpu.runners.tensorflow_runner", "jax": "keras_effnet.tpu.runners.jax_runner"}
+
 runner: Any = importlib.import_module(RUNNERS[one_of("KERAS_BACKEND for training", keras.backend.backend(), RUNNERS)])
 
 
@@ -90,7 +93,7 @@ def train(
             tf.io.gfile.makedirs(workdir)
             if index == 0:
                 taken = f"Another run has taken {workdir} over: this one stops, and saves nothing more"
-                stack.enter_context(files.locked(workdir, lambda: stops.at_once(2, taken)))
+                stack.enter_context(lock.locked(workdir, lambda: stops.at_once(2, taken)))
             return _train(recipe, workdir, quiet, allow_changes, watch, stack)
     except KeyboardInterrupt:  # before the first step; then the watch takes it
         raise _ended(stops.INTERRUPTED, "Stopped before the first step") from None
@@ -118,10 +121,10 @@ def _train(
 
     # The recipe is written down before anything else happens; that of a run that is there, once it is known to fit.
     goes_on = bool(steps(f"{workdir}/checkpoints"))
-    changes = _changes(recipe, workdir) if goes_on else []
+    changes = changes_of(recipe, workdir) if goes_on else []
     if goes_on:
         _check_runner(workdir)
-    _allowed(changes, allow_changes, workdir)
+    check_allowed(changes, allow_changes, workdir)
     if writes and not goes_on:
         _write_config(recipe, workdir, runner=runner.NAME)
 
@@ -136,8 +139,8 @@ def _train(
     group = replicas.group_size(count, recipe.run.batch_norm_group)
     devices = {"replicas": count, "hosts": hosts, "images_per_statistics": recipe.batch_size // count * group}
     if goes_on:
-        changes += _other_devices(devices, workdir)
-        _allowed(changes, allow_changes, workdir)
+        changes += other_devices(devices, workdir)
+        check_allowed(changes, allow_changes, workdir)
 
     # What is trained on what.
     counts = f"{workdir}/records.json"
@@ -165,27 +168,27 @@ def _train(
     step = orbit.utils.create_global_step()
 
     # Data. Each host reads its own part, from where the restored step left it.
-    accounts: dict[str, data.Skipped] = {}
+    accounts: dict[str, Skipped] = {}
 
-    def account(name: str, path: str | None, examples: int) -> data.Skipped:
-        accounts[name] = data.Skipped(path, examples, recipe.data.max_corrupt)
+    def account(name: str, path: str | None, examples: int) -> Skipped:
+        accounts[name] = Skipped(path, examples, recipe.data.max_corrupt)
         return accounts[name]
 
     def train_batches():
-        def part(host: data.Host, parts: int, python: bool):
+        def part(host: pipeline.Host, parts: int, python: bool):
             batch, path = recipe.batch_size // host.count, f"{workdir}/skipped-{host.index}.jsonl"
             if not step.numpy() and tf.io.gfile.exists(path):
                 tf.io.gfile.remove(path)  # of a run that did not come to its first checkpoint
             skipped = account("train", path, source.train.count(host.index, host.count)) if python else None
             start = int(step.numpy()) * batch
-            return data.training(source, recipe, size, batch, skipped, parts=parts, start=start, host=host)
+            return pipeline.training(source, recipe, size, batch, skipped, parts=parts, start=start, host=host)
 
         return iter(machine.batches(part))
 
-    def evaluated(host: data.Host, parts: int, python: bool):
+    def evaluated(host: pipeline.Host, parts: int, python: bool):
         batch = (recipe.run.eval_batch or recipe.batch_size) // host.count
         skipped = account("eval", None, source.evaluate.evaluated(host.index, host.count)) if python else None
-        return data.evaluation(source, recipe, size, batch, skipped, parts=parts, host=host)
+        return pipeline.evaluation(source, recipe, size, batch, skipped, parts=parts, host=host)
 
     @functools.cache  # TensorFlow never frees a pipeline's functions: one for all evaluations
     def evaluation():
@@ -309,10 +312,10 @@ def _train(
                 _save(export(recipe, classes, learner, state), f"{workdir}/best.keras")
             else:
                 log.note(f"No best.keras: the checkpoint of step {best} cannot be read")
-        files.write(result_path, json.dumps(result, indent=2) + "\n")
+        cloud_files.write(result_path, json.dumps(result, indent=2) + "\n")
     if writes and recipe.run.report:
         try:
-            report.write(workdir)
+            html_report.write(workdir)
         except Exception as error:  # whatever drawing and data do: the run is whole without it
             log.note(f"No report: {error}")
     return result
@@ -325,7 +328,7 @@ def _give_back() -> None:
 
 
 def _save(model: keras.Model, path: str) -> None:
-    with files.replacing(path) as here:
+    with cloud_files.replacing(path) as here:
         model.save(here)
 
 
@@ -342,16 +345,18 @@ def _non_finite(
     problem: stops.NonFiniteError,
     source: Source,
     recipe: Recipe,
-    accounts: dict[str, data.Skipped],
+    accounts: dict[str, Skipped],
     checkpoints: Checkpoints,
     workdir: str,
 ) -> ValueError:
     """Names the step and its batch, on this host, and where the run could go on."""
     index, hosts = runner.place()
-    batch, host = recipe.batch_size // hosts, data.Host(index, hosts)
-    names = data.names(source, recipe, batch, accounts.get("train"), (problem.step - 1) * batch, host)
+    batch, host = recipe.batch_size // hosts, pipeline.Host(index, hosts)
+    names = pipeline.names(source, recipe, batch, accounts.get("train"), (problem.step - 1) * batch, host)
     path = f"{workdir}/nonfinite-{index}.json"
-    files.write(path, json.dumps({"step": problem.step, "what": problem.what, "examples": names}, indent=2) + "\n")
+    cloud_files.write(
+        path, json.dumps({"step": problem.step, "what": problem.what, "examples": names}, indent=2) + "\n"
+    )
     last = max(checkpoints.steps(), default=None)
     kept = "No checkpoint was written yet" if last is None else f"The last checkpoint, of step {last}, is kept"
     return ValueError(
@@ -361,10 +366,10 @@ def _non_finite(
     )
 
 
-def _skipped_names(workdir: str, accounts: dict[str, data.Skipped]) -> set[str]:
+def _skipped_names(workdir: str, accounts: dict[str, Skipped]) -> set[str]:
     found = {name for account in accounts.values() for name in account.names}
     for path in tf.io.gfile.glob(f"{workdir}/skipped-*.jsonl"):  # the other hosts'
-        found |= {row["name"] for row in files.rows(path)}
+        found |= {row["name"] for row in cloud_files.rows(path)}
     return found
 
 
@@ -376,17 +381,6 @@ def _check(recipe: Recipe) -> None:
     for name, value in named.items():
         if value <= 0:
             raise ValueError(f"Expected {name} above 0. Received: {value}")
-
-
-def _changes(recipe: Recipe, workdir: str) -> list[str]:
-    """What is computed otherwise than in the run that is in a folder."""
-    path = f"{workdir}/config.json"
-    if not tf.io.gfile.exists(path):
-        return []
-    old, new = (flat(dataclasses.asdict(one)) for one in (from_json(tf.io.gfile.GFile(path).read()), recipe))
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-    free = ("run.", "source ", "expected_top1 ")  # what does not change what is computed
-    return [told for told in changed if not told.startswith(free) or told.startswith("run.seed")]
 
 
 def _leave(code: int) -> None:
@@ -410,23 +404,8 @@ def _check_runner(workdir: str) -> None:
         )
 
 
-def _other_devices(devices: dict[str, int], workdir: str) -> list[str]:
-    """What devices that are not the run's change: who reads what, and which images share batch statistics."""
-    old = json.loads(tf.io.gfile.GFile(f"{workdir}/config.json").read()).get("resolved", {})
-    names = ("hosts", "images_per_statistics")
-    return [f"{name} {old[name]} -> {devices[name]}" for name in names if old.get(name, devices[name]) != devices[name]]
-
-
-def _allowed(changes: list[str], allow_changes: bool, workdir: str) -> None:
-    if changes and not allow_changes:
-        raise ValueError(
-            f"Expected the recipe of the run that is in {workdir!r}, an empty folder, or --allow-changes. Received: "
-            + ", ".join(changes)
-        )
-
-
 def _write_config(recipe: Recipe, workdir: str, **resolved) -> None:
-    files.write(f"{workdir}/config.json", to_json(recipe, **resolved))
+    cloud_files.write(f"{workdir}/config.json", to_json(recipe, **resolved))
 
 
 def _check_batches(recipe: Recipe, count: int) -> None:
@@ -435,131 +414,7 @@ def _check_batches(recipe: Recipe, count: int) -> None:
             raise ValueError(f"Expected {name} as a multiple of the {count} replicas. Received: {size}")
 
 
-def policy(run: Run, machine) -> str:
-    """In what the layers of a run compute.
-
-    Args:
-        run: `Run`.
-        machine: `Devices` of a runner.
-
-    Returns:
-        String, a name of a `keras.DTypePolicy`.
-    """
-    low = run.precision == "mixed_bfloat16" or (run.precision == "auto" and machine.is_tpu)
-    return "mixed_bfloat16" if low else "float32"
-
-
-def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
-    """The model of a recipe with the values that its training starts from; it gives logits.
-
-    Args:
-        recipe: `Recipe`.
-        classes: Integer.
-        dtype: String, dtype or policy of the layers.
-
-    Returns:
-        A `keras.Model`.
-    """
-    how, donor = recipe.model, None
-    scheme: Any = how.preprocessing
-    if how.weights is not None:
-        top: dict[str, Any] = {"classes": classes} if how.keep_top else {"include_top": False}
-        donor = models.create_model(
-            how.name, weights=how.weights, preprocessing=scheme, classifier_activation=None, **top, **_shape(recipe)
-        )
-        scheme = _scheme(donor)
-    model = models.create_model(
-        how.name,
-        weights=None,
-        classes=classes,
-        classifier_activation=None,
-        preprocessing=scheme,
-        dtype=dtype,
-        **_shape(recipe),
-    )
-    for layer in donor.layers if donor else ():
-        model.get_layer(layer.name).set_weights(layer.get_weights())
-    if donor and not how.keep_top:
-        # The usual start, up to 1 / sqrt(classes), is of nets without weights: with few classes its gradients undo
-        # what the body has learned. Zeros, as in Big Transfer (arXiv 1912.11370, its code's `zero_head`).
-        classifier: Any = model.get_layer("predictions")
-        classifier.set_weights([np.zeros_like(values) for values in classifier.get_weights()])
-    for layer in model.layers:
-        frozen = how.freeze == "batch-norm" and isinstance(layer, keras.layers.BatchNormalization)
-        if frozen or (how.freeze == "all-but-top" and layer.name != "predictions"):
-            layer.trainable = False
-    return model
-
-
-def _shape(recipe: Recipe) -> dict[str, Any]:
-    how = recipe.model
-    size = how.image_size or VARIANTS[how.name].resolution
-    return {
-        "input_shape": (size, size, 3),
-        "dropout_rate": how.dropout_rate,
-        "drop_connect_rate": how.drop_connect_rate,
-        "bn_momentum": how.bn_momentum,
-        "bn_epsilon": how.bn_epsilon,
-    }
-
-
-def _scheme(model: keras.Model) -> tuple[Any, Any]:
-    """What a model does with pixels: scale and offset."""
-    reading = blocks.read(model)
-    return reading.scale, reading.offset
-
-
-def make_learner(model: keras.Model, recipe: Recipe, steps_per_epoch: float, total: int) -> Learner:
-    """Loss, optimizer, schedule and average of a recipe.
-
-    Args:
-        model: A `keras.Model` that gives logits.
-        recipe: `Recipe`.
-        steps_per_epoch: Float.
-        total: Integer, steps of the whole run.
-
-    Returns:
-        A `Learner`.
-    """
-    how = recipe.optimizer
-    hyper = {field.name: getattr(how, field.name) for field in dataclasses.fields(optim.Hyperparameters)}
-    schedule = dataclasses.asdict(recipe.schedule)
-    return Learner(
-        model,
-        optim.Optimizer(how.name, optim.Hyperparameters(**hyper), how.clip_norm),
-        optim.Schedule(recipe.peak, steps_per_epoch, total, **schedule),
-        smoothing=recipe.label_smoothing,
-        weight_decay=how.weight_decay,
-        decayed=how.decayed,
-        average_decay=recipe.average_decay,
-        seed=recipe.run.seed,
-    )
-
-
-def export(recipe: Recipe, classes: int, learner: Learner, state) -> keras.Model:
-    """A plain model with the moving average of all variables.
-
-    Args:
-        recipe: `Recipe`.
-        classes: Integer.
-        learner: `Learner`.
-        state: `State`, or what else has its `averages`.
-
-    Returns:
-        A `keras.Model` that gives probabilities.
-    """
-    scheme = _scheme(learner.model)
-    model = models.create_model(
-        recipe.model.name, weights=None, classes=classes, preprocessing=scheme, **_shape(recipe)
-    )
-    names = [v.path for v in (*learner.model.trainable_variables, *learner.moving)]
-    averages = dict(zip(names, state.averages, strict=True))
-    for variable in model.weights:
-        variable.assign(averages[variable.path])
-    return model
-
-
-def _checked(results: Any, source: Source, accounts: dict[str, data.Skipped], machine) -> dict[str, float]:
+def _checked(results: Any, source: Source, accounts: dict[str, Skipped], machine) -> dict[str, float]:
     """The results, if each example was counted once."""
     skipped = machine.total(len(accounts["eval"]) if "eval" in accounts else 0)
     if results["examples"] + skipped != source.eval_count:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from keras_effnet.errors import one_of, unknown
-from keras_effnet.variants import VARIANTS
+from keras_effnet.nets.variants import VARIANTS
 
 
 @dataclass(frozen=True)

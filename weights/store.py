@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from keras_effnet.weights import writers
+from keras_effnet import files
+from keras_effnet.weights.formats import safetensors_file
 from keras_effnet.weights.registry import RECORDS, File, Record, digest
 
 ATTEMPTS = 3
@@ -65,7 +66,7 @@ def candidates(record: Record, include_top: bool = True, classes: int = 1000) ->
     return sorted(files, key=lambda file: file.include_top and not include_top)
 
 
-def bring(record: Record, include_top: bool = True, classes: int = 1000) -> Path:
+def fetch(record: Record, include_top: bool = True, classes: int = 1000) -> Path:
     """Finds a record's weights on this machine, or downloads and converts them.
 
     Args:
@@ -137,8 +138,10 @@ def _keep(record: Record, file: File, values) -> Path:
     stem = _stem(record, file)
     stem.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"/".join(key): value for key, value in values.items()}
-    with writers.folder_beside(stem) as folder:
-        temporary = writers.safetensors(folder / "x.safetensors", tensors, metadata={"made_from": file.url})
+    with files.folder_beside(stem) as folder:
+        temporary = safetensors_file.write_safetensors(
+            folder / "x.safetensors", tensors, metadata={"made_from": file.url}
+        )
         final = stem.with_name(f"{stem.name}-{_short(temporary)}.safetensors")
         os.replace(temporary, final)
     return final
@@ -259,7 +262,7 @@ def _pin(file: File, path: Path) -> None:
     if not file.hash and not _recorded(target):
         with suppress(OSError):  # a folder that cannot be written to
             target.parent.mkdir(parents=True, exist_ok=True)
-            with writers.replacing(_record_of(target)) as temporary:
+            with files.replacing(_record_of(target)) as temporary:
                 temporary.write_text(digest(path, "sha256"))
 
 
@@ -296,7 +299,7 @@ def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
         raise OSError(
             f"Expected a folder for weights that can be written to. Received: KERAS_EFFNET_HOME={home()} ({error})"
         ) from error
-    writers.sweep(target.parent)
+    files.sweep(target.parent)
     reasons: list[str] = []
     for url in _addresses(file):
         try:
@@ -311,7 +314,7 @@ def _transfer(url: str, target: Path, expected: str) -> Path:
 
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with writers.replacing(target) as temporary, _bar(target.name) as bar:
+            with files.replacing(target) as temporary, _bar(target.name) as bar:
                 transfer: Any = pooch.HTTPDownloader  # its annotation forgets that a bar may be any object
                 transfer(progressbar=bar, timeout=30)(url, str(temporary), None)
                 if expected and not matches(temporary, expected):

@@ -1,0 +1,37 @@
+"""`keras-effnet`: a module per group of commands. They parse and print; all work is done by the library."""
+
+import click
+
+from keras_effnet import __version__
+from keras_effnet.commands import catalog, inference, machine, pruning, training, weight_files
+from keras_effnet.commands.output import complain
+
+
+class _Commands(click.Group):
+    """Prints an error of the library in one line. Exit status 2."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `keras-effnet list | head`: click ends quietly
+            raise
+        except (ValueError, OSError, ImportError) as error:
+            complain(error)
+            ctx.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="keras-effnet")
+def main() -> None:
+    """EfficientNets in Keras: classify, convert, train, prune and deploy."""
+
+
+for command in (
+    *(catalog.list_, catalog.describe_, catalog.plot_),
+    *(weight_files.download, weight_files.convert, weight_files.verify),
+    *(inference.predict, inference.export, inference.benchmark),
+    *(training.train, training.evaluate_, training.report),
+    *(machine.doctor, machine.tpu_plan),
+    pruning.prune,
+):
+    main.add_command(command)

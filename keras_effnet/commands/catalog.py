@@ -1,0 +1,132 @@
+"""`keras-effnet list`, `describe` and `plot`: which models and weights there are, and what they look like."""
+
+import click
+
+from keras_effnet.commands.options import AS_JSON
+from keras_effnet.commands.output import show, show_json, table
+
+
+@click.command("list")
+@click.argument("pattern", required=False)
+@click.option("--weights", "of_weights", is_flag=True, help="List the published weights, one row for each.")
+@AS_JSON
+def list_(pattern, of_weights, as_json) -> None:
+    """List the models, or their published weights.
+
+    PATTERN selects names; it may contain * and ?.
+    """
+    from keras_effnet.describe import describe
+    from keras_effnet.nets.variants import list_models
+
+    names = list_models(pattern)
+    if of_weights:
+        _list_weights(names, as_json)
+        return
+    rows = [describe(name) for name in names]
+    if as_json:
+        keys = ("name", "resolution", "params", "macs", "weights")
+        show_json({"models": [{key: row[key] for key in keys} for row in rows]})
+        return
+    models = table("", "name", ">pixels", ">parameters", ">multiply-adds", "weights: top-1 in %")
+    for row in rows:
+        sets = ", ".join(
+            "{tag} {top1}".format(**record) + "*" * record["default"]
+            for record in row["weights"]
+            if record["publisher"] == "tpu" or len(row["weights"]) == 1
+        )
+        models.add_row(
+            row["name"], str(row["resolution"][0]), f"{row['params'] / 1e6:.1f} M", f"{row['macs'] / 1e9:.2f} G", sets
+        )
+    show(models, '* the default, weights="imagenet". For timm\'s ports, run: keras-effnet list --weights')
+
+
+def _list_weights(names: list[str], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from keras_effnet.nets.variants import VARIANTS
+    from keras_effnet.weights import registry
+
+    records = [record for name in names for record in registry.of_model(name)]
+    if as_json:
+        show_json({"weights": [asdict(record) for record in records]})
+        return
+    sets = table("", "model", "tag", ">top-1", ">top-5", ">pixels", "preprocessing", "files")
+    for record in records:
+        formats = ", ".join(dict.fromkeys(file.format for file in record.files))
+        cells = (
+            record.model.removeprefix("efficientnet-"),
+            record.tag + "*" * record.default,
+            record.top1,
+            record.top5 or "",
+            record.resolution or VARIANTS[record.model].resolution,
+            record.preprocessing,
+            formats,
+        )
+        sets.add_row(*map(str, cells))
+    show(sets, '* the default, weights="imagenet". All are Apache-2.0. --json adds sources, addresses and hashes.')
+
+
+@click.command("describe")
+@click.argument("name")
+@AS_JSON
+def describe_(name, as_json) -> None:
+    """Show the stages, the cost and the published weights of a model."""
+    from keras_effnet.describe import describe
+
+    found = describe(name)
+    if as_json:
+        show_json(found)
+        return
+    stages = table("Stages", ">stage", "operator", "kernel", ">stride", ">resolution", ">channels", ">layers")
+    for row in found["stages"]:
+        height, width = row["resolution"]
+        kernel = f"{row['kernel_size']}x{row['kernel_size']}"
+        cells = (
+            row["stage"],
+            row["operator"] + (f", {row['num_experts'][0]} experts" if any(row.get("num_experts", ())) else ""),
+            kernel,
+            row["strides"],
+            f"{height}x{width}",
+            row["channels"],
+            row["layers"],
+        )
+        stages.add_row(*map(str, cells))
+    facts = table(found["name"], "", ">")
+    counted = found["layers"]
+    for label, value in (
+        ("parameters", f"{found['params']:,}"),
+        ("batch-norm statistics", f"{found['non_trainable_params']:,}"),
+        ("multiply-adds", f"{found['macs']:,}"),
+        ("layers without top", f"{counted['ours']:,}"),
+        ("the same in keras.applications", f"{counted['keras_applications']:,}"),
+        ("activation", found["activation"]),
+        ("dropout, drop connect", f"{found['dropout_rate']}, {found['drop_connect_rate']}"),
+    ):
+        facts.add_row(label, value)
+    sets = table("Published weights (* default)", "tag", ">top-1 %", "preprocessing", "source")
+    for record in found["weights"]:
+        sets.add_row(
+            record["tag"] + "*" * record["default"], str(record["top1"]), record["preprocessing"], record["source"]
+        )
+    show(facts, "", stages, "", sets)
+
+
+@click.command("plot")
+@click.argument("names", nargs=-1, metavar="[NAME...]")
+@click.argument("out", metavar="OUT.svg|png|pdf")
+@click.option("--tradeoff", is_flag=True, help="Plot top-1 over parameters and multiply-adds of all published weights.")
+@AS_JSON
+def plot_(names, out, tradeoff, as_json) -> None:
+    """Draw models side by side, one row of blocks per stage.
+
+    With --tradeoff, plot the accuracy of all published weights over their cost instead.
+    """
+    from keras_effnet.plots import plot, plot_tradeoff
+
+    if bool(names) == tradeoff:
+        raise click.UsageError("Expected names of models, or --tradeoff without names.")
+    path = plot_tradeoff(out) if tradeoff else plot(list(names), out)
+    if as_json:
+        show_json({"path": str(path)})
+    else:
+        click.echo(f"Saved {path}")

@@ -1,0 +1,158 @@
+"""`keras-effnet predict`, `export` and `benchmark`: classify photos, write models for runtimes, measure their speed."""
+
+import contextlib
+from pathlib import Path
+
+import click
+
+from keras_effnet.commands.options import AS_JSON, PRECISION, RUNTIME, WEIGHTS, choose_backend, comma_separated
+from keras_effnet.commands.output import complain, progress, quiet, show, show_json, spinner, table
+
+
+@click.command()
+@click.argument("photographs", nargs=-1, required=True, metavar="PHOTO...")
+@click.option("--model", default="efficientnet-lite0", show_default=True, help="`keras-effnet list` shows all models.")
+@WEIGHTS
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes to show per photo.")
+@RUNTIME
+@PRECISION
+@AS_JSON
+@click.pass_context
+def predict(ctx, photographs, model, weights, top, runtime, precision, as_json) -> None:
+    """Classify photos: files or folders (subfolders are not searched).
+
+    The first run prepares the model for this machine and caches the result.
+    """
+    from keras_effnet.images.folders import photographs as listed
+    from keras_effnet.inference.classifier import Classifier
+
+    with contextlib.suppress(ImportError):  # a cached model needs no backend
+        choose_backend()
+    try:
+        with spinner(f"Preparing {model}"):
+            classifier = Classifier(model, weights, top, runtime, precision)
+    except ModuleNotFoundError:
+        choose_backend()
+        raise
+    count = len(listed(photographs))
+    with quiet(), progress("Photos", count, disable=count < 8) as tell:
+        results = classifier(photographs, lambda done: tell(advance=done))
+    failed = [result for result in results if "error" in result]
+    if as_json:
+        show_json({"model": model, "weights": weights, "photographs": results})
+    else:
+        for result in results:
+            if "predictions" in result:
+                classes = table(result["path"], ">class id", "name", ">probability")
+                for row in result["predictions"]:
+                    classes.add_row(str(row["class_id"]), row["name"], f"{row['probability']:.1%}")
+                show(classes, "")
+    for result in failed:
+        complain(result["error"])
+    ctx.exit(2 if failed else 0)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out")
+@click.option("--format", "kind", help="savedmodel, onnx, litert or openvino. Default: from the suffix of OUT.")
+@PRECISION
+@WEIGHTS
+@click.option("--calibration", multiple=True, metavar="PHOTO|FOLDER", help="Photos for int8: 100 or more.")
+@click.option("--labels", metavar="FILE", help="Text file with one class name per line.")
+@click.option("--size", nargs=2, type=click.IntRange(1), help="Height and width, if the model takes any size.")
+@AS_JSON
+def export(model, out, kind, precision, weights, calibration, labels, size, as_json) -> None:
+    """Export MODEL, a name or a .keras file, for a runtime.
+
+    OUT ends in .onnx, .tflite or .xml (OpenVINO); any other name is the folder of a SavedModel. The file is saved only
+    if it computes what Keras computes.
+    """
+    choose_backend()
+    from keras_effnet.inference import export as exporter
+    from keras_effnet.loading import load
+
+    if labels is not None:
+        labels = Path(labels).read_text(encoding="utf-8").splitlines()
+    with spinner(f"Exporting {model}"):
+        net = load(model, weights)
+        report = exporter.export(
+            net,
+            out,
+            kind,
+            precision,
+            calibration=list(calibration) or None,
+            labels=labels,
+            input_shape=exporter.sized(net, size) if size else None,
+        )
+    if as_json:
+        show_json(report)
+        return
+    facts = table(report["path"], "", ">")
+    facts.add_row("size", f"{report['size'] / 1e6:.1f} MB")
+    for name, value in report["difference"].items():
+        facts.add_row(f"largest difference from Keras, {name}", f"{value:.1e} of the largest output")
+    for key, name in (("top1_agreement", "same top-1 as Keras"), ("top5_overlap", "shared top-5 classes")):
+        if key in report:
+            facts.add_row(name, f"{report[key]:.1%}")
+    if "cosine" in report:
+        facts.add_row("cosine of the logits", f"{report['cosine']:.4f}")
+    if report.get("float_layers"):
+        facts.add_row("layers left in float", str(len(report["float_layers"])))
+    show(facts)
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--runtimes", callback=comma_separated, help="Comma-separated. Default: all that are installed.")
+@click.option("--precisions", callback=comma_separated, default="float32", show_default=True, help="Comma-separated.")
+@click.option("--batch-sizes", callback=comma_separated, default="1,8,32", show_default=True, help="Comma-separated.")
+@click.option("--threads", type=click.IntRange(1), help="Default: all processors.")
+@click.option(
+    "--rounds", default=5, show_default=True, type=click.IntRange(1), help="Rounds that alternate all models."
+)
+@click.option("--plot", metavar="OUT.png|svg|pdf", help="Also plot the results.")
+@AS_JSON
+@click.pass_context
+def benchmark(ctx, models, runtimes, precisions, batch_sizes, threads, rounds, plot, as_json) -> None:
+    """Measure the speed of models on this machine.
+
+    MODEL is a name (with random weights), a .keras file or an exported file.
+    """
+    with contextlib.suppress(ImportError):
+        choose_backend()
+    from keras_effnet.inference import benchmark as benchmarks
+    from keras_effnet.plots import figure_class
+
+    if plot:
+        figure_class()  # a missing package is reported before the work
+    if not all(size.isdecimal() and int(size) for size in batch_sizes):
+        raise ValueError(f"Expected batch sizes as numbers from 1. Received: {', '.join(batch_sizes)}")
+    with quiet(), progress("Measuring") as tell:
+        rows = benchmarks.benchmark(
+            models,
+            runtimes,
+            precisions,
+            [int(size) for size in batch_sizes],
+            threads,
+            rounds,
+            lambda what, done, total: tell(description=what, completed=done, total=total),
+        )
+    if plot:
+        benchmarks.plot(rows, plot)
+    if as_json:
+        show_json({"rows": rows})
+        return
+    columns = ("model", "runtime", "precision", ">batch", ">milliseconds", ">images/s", ">memory")
+    speeds = table("", *columns)
+    for row in rows:
+        cells = [Path(row["model"]).name, row["runtime"], row["precision"]]
+        if "error" in row:
+            complain(f"{' '.join(cells)}: {row['error']}")
+            continue
+        seconds = {name: value * 1e3 for name, value in row["seconds"].items()}
+        cells += [str(row["batch_size"]), "{median:.2f} ({min:.2f}-{max:.2f})".format(**seconds)]
+        memory = f"{row['memory'] / 2**20:.0f} MiB" if row["memory"] else ""
+        speeds.add_row(*cells, f"{row['images_per_second']:.1f}", memory)
+    show(speeds)
+    ctx.exit(2 if any("error" in row for row in rows) else 0)

@@ -1,0 +1,73 @@
+"""Options that several commands share, and the backend that they choose."""
+
+import contextlib
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+AS_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else."
+)
+PRECISION = click.option("--precision", default="float32", show_default=True, help="float32, float16 or int8.")
+RAW = click.option("--raw", is_flag=True, help="Load the raw weights instead of their moving average.")
+RUNNER = click.option(
+    "--runner",
+    type=click.Choice(["tensorflow", "jax"]),
+    help="Framework to train with. Defaults to KERAS_BACKEND, or tensorflow.",
+)
+RUNTIME = click.option(
+    "--runtime", default="auto", show_default=True, help="litert, onnxruntime, openvino or keras. auto: the fastest."
+)
+SOURCE = click.option(
+    "--from",
+    "source",
+    default="auto",
+    show_default=True,
+    help="Format of the names in the file: tpu, timm, keras or lukemelas. auto: detected.",
+)
+WEIGHTS = click.option(
+    "--weights", default="imagenet", show_default=True, help="Tag of published weights, or path of a weights file."
+)
+
+
+def comma_separated(ctx, parameter, value) -> list[str] | None:
+    """Callback of an option that takes several values."""
+    return value and [part.strip() for part in value.split(",")]
+
+
+def choose_backend() -> None:
+    """Keeps Keras' own choice of a backend; where that one is not installed, chooses the first that is."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if "KERAS_BACKEND" in os.environ:
+        return
+    configured = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "keras.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if find_spec(str(json.loads(configured.read_text()).get("backend", "tensorflow"))):
+            return
+    installed = [backend for backend in ("tensorflow", "jax", "torch") if find_spec(backend)]
+    if not installed:
+        raise ImportError(
+            "Keras needs a backend. Expected TensorFlow, JAX or PyTorch. Received: none. "
+            "Install one with: pip install tensorflow"
+        )
+    os.environ["KERAS_BACKEND"] = installed[0]
+
+
+def need_training(runner: str | None = None) -> None:
+    """Checks that everything is installed that training needs, and sets Keras' backend."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if runner:
+        os.environ["KERAS_BACKEND"] = runner
+    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    from keras_effnet.tpu.doctor.backends import RUNNERS, lacking
+
+    if backend not in RUNNERS:
+        raise ValueError(
+            f"Training runs on {' or '.join(RUNNERS)}. Received: KERAS_BACKEND={backend}. Choose one with --runner"
+        )
+    missing, install = lacking(backend)
+    if missing:
+        raise ImportError(f"Expected the packages that training needs. Missing: {', '.join(missing)}. Run: {install}")

@@ -1,0 +1,133 @@
+"""What all commands print with: tables, JSON, errors and progress."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+from functools import partial
+
+import click
+
+
+def complain(error) -> None:
+    """Prints an error in one line on standard error."""
+    click.echo(f"error: {' '.join(str(error).split())}", err=True)
+
+
+def table(title, *columns: str):
+    """An empty table. A column whose name begins with > is aligned to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    # As plain text: brackets in the name of a file are no markup.
+    title = Text(title, style="bold")
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    for column in columns:
+        side = "right" if column.startswith(">") else "left"
+        made.add_column(column.removeprefix(">"), justify=side, overflow="fold")  # a name is wrapped, not cut
+    return made
+
+
+def show(*parts) -> None:
+    """Prints tables and texts."""
+    from rich.console import Console
+
+    # In a pipe or a file, each row is one line, however long, so that other programs can search it.
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+    for part in parts:
+        console.print(part)
+
+
+def show_json(value: dict) -> None:
+    """Prints a JSON object."""
+    click.echo(json.dumps(value, indent=2))
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None = None, disable: bool = False):
+    """A progress bar on standard error. Gives a function to call with `advance`, or with `completed` and `total`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=disable, redirect_stdout=False) as bar:
+        yield partial(bar.update, bar.add_task(what, total=total))
+
+
+@contextlib.contextmanager
+def spinner(what: str):
+    """A spinner on standard error, with the libraries quiet meanwhile."""
+    from rich.console import Console
+
+    with quiet() as stderr, Console(file=stderr).status(what):
+        yield
+
+
+@contextlib.contextmanager
+def quiet():
+    """Holds back what libraries print and log. If the work fails, all of it is shown.
+
+    TensorFlow, LiteRT and absl write to file descriptor 2, past `sys.stderr`. Python's own standard error stays as it
+    is, for progress, warnings and errors of this package.
+
+    Returns:
+        Context manager that gives the stream of the terminal.
+    """
+    with tempfile.TemporaryFile() as held:
+        text = io.TextIOWrapper(held, errors="replace", write_through=True)
+        log = logging.StreamHandler(text)
+        try:
+            with _descriptor_2_into(held) as stderr, contextlib.redirect_stdout(text):
+                logging.root.addHandler(log)
+                try:
+                    yield stderr
+                finally:
+                    logging.root.removeHandler(log)
+        except Exception as error:
+            if not isinstance(error, click.exceptions.Exit):
+                held.seek(0)
+                click.echo(held.read().decode(errors="replace"), err=True, nl=False)
+            raise
+        finally:
+            text.detach()
+
+
+@contextlib.contextmanager
+def _descriptor_2_into(file):
+    if sys.stderr is not sys.__stderr__:  # as in tests, which replace it
+        yield sys.stderr
+        return
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    # Never closed: a library that is imported meanwhile may keep it for its log.
+    sys.stderr = stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    os.dup2(file.fileno(), 2)
+    try:
+        yield stderr
+    finally:
+        stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        sys.stderr = sys.__stderr__
+
+
+@contextlib.contextmanager
+def timer():
+    """A spinner with the elapsed time on standard error. Gives a function to call with the current step."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    with Progress(SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=console) as bar:
+        task = bar.add_task("", total=None)
+
+        def tell(what: str) -> None:
+            bar.update(task, description=what)
+            if not console.is_terminal:
+                click.echo(what, err=True)
+
+        yield tell

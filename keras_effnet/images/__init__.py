@@ -1,0 +1,1 @@
+"""Photos: decoding, cropping and resizing as the weights expect, folders of photos, names of classes."""

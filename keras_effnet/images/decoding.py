@@ -1,0 +1,105 @@
+"""Decodes an image file into the pixels that a viewer shows."""
+
+import contextlib
+import io
+import os
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def decode_image(source, channels: int = 3) -> np.ndarray:
+    """Decodes an image as a viewer shows it.
+
+    Its EXIF orientation is applied, transparency lies on white, 16-bit and floating-point pixels are scaled to 8 bits,
+    an animation is its first frame.
+
+    Args:
+        source: Path of a file, or the file's bytes.
+        channels: 1 for grey, 3 for RGB, 4 for RGB and alpha. Defaults to 3.
+
+    Returns:
+        uint8 array, (height, width, channels).
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not an image, is damaged, or is unreasonably large.
+    """
+    from PIL import Image, ImageOps
+
+    if channels not in _MODES:
+        raise ValueError(f"Expected 1, 3 or 4 channels, since an image has no others. Received: channels={channels}")
+    name, data = _read(source)
+    with warnings.catch_warnings():
+        # Pillow warns of odd metadata, and from half of its limit on, which cameras reach; at the limit it raises.
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=formats())
+            kind = image.format
+            image.load()
+        except Image.UnidentifiedImageError as error:
+            raise ValueError(f"Expected an image (JPEG, PNG, ...). Received: {name}, whose content is none") from error
+        except Image.DecompressionBombError as error:
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            raise ValueError(
+                f"Expected an image of at most {limit:,} pixels. Received: {name}, a possible decompression bomb"
+            ) from error
+        except (
+            Exception
+        ) as error:  # Pillow's decoders raise whatever their format makes them: OSError, SyntaxError, ...
+            raise ValueError(f"Expected a whole image. Received: {name}, which is damaged ({error})") from error
+        with contextlib.suppress(Exception):  # a viewer shows a photograph with unreadable EXIF data, too
+            image = ImageOps.exif_transpose(image)
+        pixels = np.asarray(_to_mode(image, kind, _MODES[channels]))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """What cameras and the web make, as far as Pillow was built for it. Its others run programs, such as EPS."""
+    from PIL import Image
+
+    Image.init()
+    wanted = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    return tuple(name for name in wanted if name in Image.OPEN)
+
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def _read(source) -> tuple[str, bytes]:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"{len(source)} bytes", bytes(source)
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"Expected the path of an image or its bytes. Received: {type(source).__name__}")
+    name = os.fspath(source)
+    if os.path.isdir(name):
+        raise IsADirectoryError(f"Expected an image file. Received: {name!r}, which is a folder")
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"Expected an image file. Received: {name!r}, which does not exist")
+    with open(name, "rb") as file:
+        return repr(name), file.read()
+
+
+def _to_mode(image: "Image", kind: str | None, mode: str) -> "Image":
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):  # deeper than 8 bits: Pillow's own conversion clips at 255
+        values = np.nan_to_num(np.asarray(image).astype("float64"))
+        largest = values.max(initial=0)
+        if image.mode.startswith("I;16") or (image.mode == "I" and (kind in ("PNG", "PPM") or largest > 255)):
+            values = values / 257
+        elif image.mode == "F" and largest <= 2:  # 0-1, perhaps with a little overshoot
+            values = values * 255
+        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype("uint8"))
+    if mode == "RGBA":
+        return image.convert(mode)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)

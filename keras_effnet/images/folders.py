@@ -1,0 +1,95 @@
+"""Finds photos: files and folders, or a folder per class."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from keras_effnet.images.decoding import formats
+
+BUNDLED = Path(__file__).parent / "photographs"  # photos that this package brings, for int8 without own ones
+
+
+def photographs(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """Files as they are given, and the images of folders in alphabetical order.
+
+    Args:
+        paths: Paths of files or folders.
+
+    Returns:
+        List of paths. A folder without an image stays in it as it is, to be reported.
+    """
+    from PIL import Image
+
+    known = formats()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in known}
+    found = []
+    for path in map(Path, paths):
+        try:
+            files = sorted(path.iterdir()) if os.path.isdir(path) else []
+        except OSError:  # told when it is opened as a photograph
+            files = []
+        images = [file for file in files if file.suffix.lower() in suffixes and not file.name.startswith(".")]
+        found += images or [path]
+    return found
+
+
+HELD_OUT = 5  # of a folder that is not split already, each fifth photograph
+
+VALIDATION = ("val", "validation", "test")
+
+
+def _folders(place: str) -> list[str]:
+    return [path.name for path in Path(place).iterdir() if path.is_dir()]
+
+
+def _photographs(place: str) -> list[Path]:
+    return [path for path in photographs([place]) if path.is_file()]
+
+
+def labelled(
+    folder: str | os.PathLike,
+    folders: Callable[[str], Iterable[str]] = _folders,
+    files: Callable[[str], Sequence[Any]] = _photographs,
+) -> tuple[list[str], list[tuple[Any, int]], list[tuple[Any, int]]]:
+    """Finds photographs to train and to test with.
+
+    Args:
+        folder: Path of a folder with one for each class; or of one with such folders `train` and `val` (or
+            `validation`, or `test`). Else each fifth photograph of a class is held out.
+        folders: Function of a folder's path to the names of the folders in it. Defaults to those of this machine.
+        files: Function of a folder's path to the photographs in it, in order. Defaults to those of this machine.
+
+    Returns:
+        Tuple of the classes' names, in alphabetical order, and the two lists of pairs (path, class number).
+
+    Raises:
+        ValueError: If there are none.
+    """
+
+    def classes(place: str) -> dict[str, Sequence[Any]]:
+        names = sorted(name for name in folders(place) if not name.startswith("."))
+        return {name: files(f"{place}/{name}") for name in names}
+
+    root = os.fspath(folder)
+    try:
+        parts = set(folders(root))
+    except OSError as error:
+        raise ValueError(f"Expected a folder of photographs, one folder per class. Received: {root!r}") from error
+    held = next((name for name in VALIDATION if name in parts), None)
+    if held and "train" in parts:
+        train, test = classes(f"{root}/train"), classes(f"{root}/{held}")
+    else:
+        found = classes(root)
+        test = {name: some[HELD_OUT - 1 :: HELD_OUT] for name, some in found.items()}
+        train = {name: [f for place, f in enumerate(some, 1) if place % HELD_OUT] for name, some in found.items()}
+    empty = [name for name, some in train.items() if not some]
+    if not train or empty or list(test) != list(train) or not any(test.values()):
+        told = f"no photograph of {', '.join(empty)}" if empty else f"{', '.join(train) or 'none'} to train on"
+        told += f", {', '.join(name for name, some in test.items() if some) or 'none'} to test on"
+        raise ValueError(
+            f"Expected a folder per class with photographs, or 'train' and 'val' with the same ones. Received: "
+            f"{root!r} with {told}"
+        )
+    pairs = [[(file, number) for number, name in enumerate(train) for file in part[name]] for part in (train, test)]
+    return list(train), pairs[0], pairs[1]

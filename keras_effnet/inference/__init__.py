@@ -1,0 +1,1 @@
+"""Deployment: `Predictor`, exports, batch-norm folding, int8 quantization, speed measurements."""

@@ -1,0 +1,76 @@
+"""Checks an export: runs it beside Keras on the same images and measures how far they are apart."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_effnet.inference import runtimes
+
+# The trial
+
+
+def runner_of(path: Path, kind: str) -> Callable[[np.ndarray], list[np.ndarray]]:
+    if kind != "savedmodel":
+        return runtimes.Pool(runtimes.of_file(path), path, runtimes.cores())
+    import tensorflow as tf
+
+    loaded: Any = tf.saved_model.load(path)
+    return lambda images: [np.asarray(each) for each in tf.nest.flatten(loaded.serve(images))]
+
+
+def compare(model, path: Path, kind: str, tried: dict[str, np.ndarray]) -> dict[str, Any]:
+    """How far an export's outputs are from Keras'."""
+    run = runner_of(path, kind)
+    difference: dict[str, float] = {}
+    expected = found = np.zeros(0)
+    for name, images in tried.items():
+        # A few at a time: the large nets' first maps take a gigabyte for 20 images.
+        parts = [model.predict_on_batch(images[place : place + 4]) for place in range(0, len(images), 4)]
+        rows = [[keras.ops.convert_to_numpy(each) for each in keras.tree.flatten(part)] for part in parts]
+        wanted = [np.concatenate(each).astype("float32") for each in zip(*rows, strict=True)]
+        got = run(images)
+        if [each.shape for each in got] != [each.shape for each in wanted]:
+            raise ValueError(
+                f"Expected outputs of the shapes {[each.shape for each in wanted]}, as Keras gives them. Received: "
+                f"{[each.shape for each in got]} from the {kind} file of {model.name!r}, which was not kept"
+            )
+        pairs = list(zip(wanted, got, strict=True))
+        difference[name] = float(np.max([np.abs(a - b).max() / max(np.abs(a).max(), 1e-30) for a, b in pairs]))
+        expected, found = pairs[0]
+    report: dict[str, Any] = {"difference": difference}
+    if expected.ndim == 2:
+        report |= agreement(expected, found)
+    return report
+
+
+def agreement(expected: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """How much two nets' outputs for the same images agree.
+
+    Args:
+        expected: Array (images, classes) of logits or probabilities.
+        found: Array likewise.
+
+    Returns:
+        Dict with `top1_agreement` and `top5_overlap`, shares from 0 to 1, and `cosine`, the mean one of the logits,
+        which probabilities are up to a constant.
+    """
+    logits = [_logits(each) for each in (expected, found)]
+    order = [np.argsort(-each, 1, kind="stable") for each in (expected, found)]
+    count = min(5, expected.shape[1])
+    shared = [len(np.intersect1d(a[:count], b[:count])) / count for a, b in zip(*order, strict=True)]
+    lengths = np.linalg.norm(logits[0], axis=1) * np.linalg.norm(logits[1], axis=1)
+    return {
+        "top1_agreement": float(np.mean(order[0][:, 0] == order[1][:, 0])),
+        "top5_overlap": float(np.mean(shared)),
+        "cosine": float(np.mean((logits[0] * logits[1]).sum(1) / np.maximum(lengths, 1e-30))),
+    }
+
+
+def _logits(outputs: np.ndarray) -> np.ndarray:
+    outputs = outputs.astype("float64")
+    if (outputs >= 0).all() and np.allclose(outputs.sum(1), 1, atol=0.02):
+        outputs = np.log(np.maximum(outputs, 1e-9))
+    return outputs - outputs.mean(1, keepdims=True)

@@ -1,0 +1,188 @@
+"""How fast models are here: runtimes, precisions and batch sizes in turn, each in a process of its own."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_effnet.inference import runtimes
+from keras_effnet.inference.predictor import Predictor
+
+
+class Worker:
+    """A process that opens a predictor and runs it when it is told to.
+
+    Libraries' threads get into each other's way in one process, and its memory would be everybody's.
+
+    Args:
+        *arguments: Of `Predictor`.
+    """
+
+    _predictor: Any  # in the process
+
+    def __init__(self, *arguments):
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), self._open, arguments)
+
+    @classmethod
+    def _open(cls, model, runtime, precision, threads) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        cls._predictor = Predictor(model, runtime, precision, threads, weights=None)
+
+    @classmethod
+    def _seconds(cls, batch_size: int, least: float) -> float:
+        shape = (batch_size, *cls._predictor.input_shape)
+        images = np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
+        cls._predictor(images)
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < least:
+            cls._predictor(images)
+            count += 1
+        return (time.perf_counter() - start) / count
+
+    @staticmethod
+    def _memory() -> int | None:
+        with suppress(OSError, StopIteration):  # of Linux; the usual call also counts what the parent held
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+        return None
+
+    def seconds(self, batch_size: int, least: float = 0.2) -> float:
+        """Seconds of a call, the mean of as many as fill `least` seconds, after one that is not counted."""
+        return self._pool.submit(self._seconds, batch_size, least).result()
+
+    def memory(self) -> int | None:
+        """The most bytes that the process has held, where the system tells."""
+        return self._pool.submit(self._memory).result()
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._pool.shutdown()
+
+
+@contextmanager
+def _running(worker: Worker) -> Iterator[Worker]:
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+def benchmark(
+    models: Sequence[str],
+    names: Sequence[str] | None = None,
+    precisions: Sequence[str] = ("float32",),
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    threads: int | None = None,
+    rounds: int = 5,
+    on_progress: Callable[[str, int, int], Any] = lambda what, done, total: None,
+) -> list[dict[str, Any]]:
+    """Measures latency, throughput and memory of models.
+
+    Args:
+        models: Sequence of names of models, which get random weights, or paths of `.keras` or exported files.
+        names: Sequence of runtimes. Defaults to None: all that are installed.
+        precisions: Sequence of precisions, see `Predictor`. Defaults to `("float32",)`.
+        batch_sizes: Sequence of integers. Defaults to (1, 8, 32).
+        threads: Integer. Defaults to None: all processors.
+        rounds: Integer: each is measured so often, all in turn. Defaults to 5.
+        on_progress: Function of what is done now, how much is, and of how much.
+
+    Returns:
+        List of a dict per model, runtime, precision and batch size: `seconds` of a call (`median`, `min`, `max`),
+        `images_per_second` and `memory`, the most bytes that its process held (None where the system does not tell).
+        Where a runtime cannot run a model: `error`.
+
+    Raises:
+        ValueError: If an argument is not valid.
+
+    Example:
+
+    >>> rows = benchmark(["efficientnet-lite0"], ["onnxruntime"], batch_sizes=[1], rounds=1)
+    >>> rows[0]["images_per_second"] > 0
+    True
+    """
+    names = runtimes.choose("auto") if names is None else [name for each in names for name in runtimes.choose(each)]
+    threads = threads or runtimes.cores()
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        workers: dict[tuple[str, str, str], Worker] = {}
+        asked = [(model, name, precision) for model in models for precision in precisions for name in names]
+        for place, (model, name, precision) in enumerate(asked):
+            on_progress(f"{Path(model).name} for {name}, {precision}", place, len(asked))
+            try:
+                Predictor(model, name, precision, threads, weights=None)  # exports, where that is not done yet
+            except (ImportError, ValueError) as error:
+                rows.append({"model": model, "runtime": name, "precision": precision, "error": str(error)})
+                continue
+            workers[model, name, precision] = stack.enter_context(_running(Worker(model, name, precision, threads)))
+        times: dict[Any, list[float]] = {(key, size): [] for key in workers for size in batch_sizes}
+        for done in range(rounds):
+            for count, (key, size) in enumerate(times):
+                on_progress(" ".join((Path(key[0]).name, *key[1:])), done * len(times) + count, rounds * len(times))
+                times[key, size].append(workers[key].seconds(size))
+        for (key, size), seconds in times.items():
+            median = statistics.median(seconds)
+            rows.append(
+                dict(zip(("model", "runtime", "precision"), key, strict=True))
+                | {
+                    "batch_size": size,
+                    "threads": threads,
+                    "seconds": {"median": median, "min": min(seconds), "max": max(seconds)},
+                    "images_per_second": size / median,
+                    "memory": workers[key].memory(),
+                }
+            )
+    return rows
+
+
+def plot(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
+    """Draws latency and throughput over the batch size.
+
+    Args:
+        rows: What `benchmark()` gives.
+        path: Path of an image file that matplotlib writes.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        OSError: If the file cannot be written.
+    """
+    from keras_effnet.plots import figure_class
+
+    lines: dict[tuple[str, ...], list[tuple[int, float, float]]] = {}
+    for row in rows:
+        if "error" not in row:
+            key = (Path(row["model"]).name, row["runtime"], row["precision"])
+            lines.setdefault(key, []).append(
+                (row["batch_size"], row["seconds"]["median"] * 1e3, row["images_per_second"])
+            )
+    several = [len({key[place] for key in lines}) > 1 for place in range(3)]
+    figure = figure_class()(figsize=(10, 4), layout="constrained")
+    for axes, place, what in zip(
+        figure.subplots(1, 2), (1, 2), ("milliseconds of a call", "images per second"), strict=True
+    ):
+        for key, points in lines.items():
+            label = " ".join(part for part, shown in zip(key, several, strict=True) if shown) or key[1]
+            axes.plot([point[0] for point in points], [point[place] for point in points], "o-", label=label)
+        sizes = sorted({point[0] for points in lines.values() for point in points})
+        axes.set(xscale="log", xlabel="batch size", ylabel=what, ylim=(0, None))
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set(yscale="log", ylim=(None, None))
+    figure.axes[1].legend(frameon=False, fontsize=8)
+    path = Path(path)
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise ValueError(f"Expected an image file that matplotlib writes. Received: {str(path)!r}") from error
+    return path

@@ -1,0 +1,241 @@
+"""One writer per export format: SavedModel, ONNX, LiteRT, OpenVINO, with the metadata inside each."""
+
+import json
+import os
+import re
+import tempfile
+import threading
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_effnet import compat
+from keras_effnet.inference import quantization, runtimes
+from keras_effnet.inference.agreement import agreement, runner_of
+from keras_effnet.inference.folding import for_inference
+
+_PRINTING = threading.RLock()  # standard output is the process's
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Converters print and warn on their way; what goes wrong they raise."""
+    with _PRINTING, warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _need(*modules: str) -> None:
+    missing = [name for name in modules if not find_spec(name)]
+    if missing:
+        raise ImportError(
+            f"Expected {', '.join(modules)} for this export. Received: no {', '.join(missing)}. "
+            "Bring it with: pip install 'keras_effnet[export]'"
+        )
+
+
+# Writers: of a model, a path, an image's shape, a precision and photographs. What they found out, for the report
+
+
+def _savedmodel(model, path: Path, shape, precision, photographs) -> dict[str, Any]:
+    for_inference(model, shape).export(path, format="tf_saved_model", verbose=False)
+    return {}
+
+
+_ONNX_WRITERS = {"tensorflow": "tf2onnx", "jax": "jax2onnx", "torch": "onnxscript"}
+
+
+def _onnx(model, path: Path, shape, precision: str, photographs) -> dict[str, Any]:
+    _need("onnx", "onnxruntime", _ONNX_WRITERS[_backend()])
+    import onnx
+
+    def write(net) -> None:
+        if _backend() == "torch":  # Keras exports there only what was called
+            net(keras.ops.zeros((1, *shape)))
+        net.export(str(path), format="onnx", verbose=False)
+
+    net = for_inference(model, shape)
+    if precision == "int8":
+
+        def quantise(net, pattern: str) -> bytes:
+            write(net)
+            _onnx_int8(path, photographs, pattern)
+            return path.read_bytes()
+
+        return _best(net, path, "onnx", photographs, quantise, 64)
+    write(net)
+    if precision == "float16":
+        onnx.save(_halved(onnx.load(path)), path)
+    return {}
+
+
+def _best(net, path: Path, kind: str, photographs: np.ndarray, quantise, levels: int) -> dict[str, Any]:
+    def run(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
+        path.write_bytes(content)
+        runner = runner_of(path, kind)
+        return lambda images: runner(images)[0]
+
+    content, pattern = quantization.best(
+        net,
+        photographs,
+        quantise,
+        run,
+        lambda expected, found: agreement(expected, found)["cosine"],
+        levels,
+    )
+    path.write_bytes(content)
+    left = [layer.name for layer in net.layers if layer.weights and re.match(pattern, layer.name)]
+    return {"float_layers": left}
+
+
+def _halved(graph):
+    """ONNX: large constants as float16, which the runtime casts when it loads them."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    casts = []
+    for tensor in graph.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < 128:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}_half"))
+        casts.append(helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.graph.node]
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    return graph
+
+
+def _onnx_int8(path: Path, photographs: np.ndarray, pattern: str) -> None:
+    import onnx
+    from onnxruntime import quantization as q
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(q.CalibrationDataReader):
+        def __init__(self, name: str):
+            self._rows = iter([{name: photographs[place : place + 1]} for place in range(len(photographs))])
+
+        def get_next(self) -> Any:
+            return next(self._rows, None)
+
+    prepared = path.with_name(f"prepared-{path.name}")
+    quant_pre_process(path, prepared)
+    graph = onnx.load(prepared).graph
+    q.quantize_static(
+        prepared,
+        path,
+        Reader(graph.input[0].name),
+        quant_format=q.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=q.QuantType.QUInt8,
+        weight_type=q.QuantType.QInt8,
+        reduce_range=True,  # sums of products of two bytes saturate where a processor has no VNNI
+        nodes_to_exclude=[
+            node.name
+            for node in graph.node
+            if node.op_type == "Softmax"
+            or any(re.search(rf"(^|/)({pattern})", name) for name in (node.name, *node.output))
+        ],
+    )
+    prepared.unlink()
+
+
+def _litert(model, path: Path, shape, precision: str, photographs) -> dict[str, Any]:
+    if _backend() != "tensorflow":
+        raise ValueError(
+            f"Expected Keras on TensorFlow, which writes LiteRT. Received: KERAS_BACKEND={_backend()}. "
+            "Nearest: onnx; or save the model and export it there"
+        )
+    _need("ai_edge_litert")
+    import tensorflow as tf
+
+    def converter(net):
+        traced = tf.function(
+            lambda image: net(image, training=False), input_signature=[tf.TensorSpec((1, *shape), tf.float32, "image")]
+        )
+        return tf.lite.TFLiteConverter.from_concrete_functions([compat.frozen(traced.get_concrete_function())])
+
+    net = for_inference(model, shape, 1)
+    if precision == "int8":
+        quantise = quantization.LiteRT(converter, photographs)
+        found = _best(net, path, "litert", photographs, quantise, 127)
+        worst = sorted(quantise.errors, key=lambda name: -quantise.errors[name])
+        return found | {"layer_errors": {name: quantise.errors[name] for name in worst}}
+    whole = converter(net)
+    if precision == "float16":
+        whole.optimizations = [tf.lite.Optimize.DEFAULT]
+        whole.target_spec.supported_types = [tf.float16]
+    path.write_bytes(whole.convert())
+    return {}
+
+
+def _openvino(model, path: Path, shape, precision: str, photographs) -> dict[str, Any]:
+    _need("openvino")
+    openvino = runtimes.load_openvino()
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "model.onnx"
+        found = _onnx(model, graph, shape, "int8" if precision == "int8" else "float32", photographs)
+        net = openvino.Core().read_model(graph)  # convert_model() would report its use to the makers
+        openvino.save_model(net, path, compress_to_fp16=precision == "float16")
+    return found
+
+
+WRITERS = {"savedmodel": _savedmodel, "onnx": _onnx, "litert": _litert, "openvino": _openvino}
+
+
+def _backend() -> str:
+    return keras.backend.backend()
+
+
+# Metadata, where each format has its place for it
+
+
+def _add_to_savedmodel(path: Path, metadata: dict[str, Any]) -> None:
+    extra = path / "assets.extra"
+    extra.mkdir(exist_ok=True)
+    (extra / runtimes.METADATA).write_text(json.dumps(metadata))
+
+
+def _add_to_onnx(path: Path, metadata: dict[str, Any]) -> None:
+    import onnx
+
+    graph = onnx.load(path)
+    onnx.helper.set_model_props(graph, {"keras_effnet": json.dumps(metadata)})
+    onnx.save(graph, path)
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of the exporter from JAX; it is inside now
+
+
+def _add_to_litert(path: Path, metadata: dict[str, Any]) -> None:
+    """As the format's own metadata library does it: a zip archive behind the model."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(runtimes.METADATA, json.dumps(metadata))
+        if metadata["labels"]:
+            archive.writestr("labels.txt", "\n".join(metadata["labels"]) + "\n")
+
+
+def _add_to_openvino(path: Path, metadata: dict[str, Any]) -> None:
+    openvino = runtimes.load_openvino()
+    net = openvino.Core().read_model(path)
+    net.set_rt_info(json.dumps(metadata), ["keras_effnet"])
+    again = path.with_name(f"again-{path.name}")
+    openvino.save_model(net, again, compress_to_fp16=False)
+    del net
+    os.replace(again, path)
+    os.replace(again.with_suffix(".bin"), path.with_suffix(".bin"))
+
+
+ADD_METADATA = {
+    "savedmodel": _add_to_savedmodel,
+    "onnx": _add_to_onnx,
+    "litert": _add_to_litert,
+    "openvino": _add_to_openvino,
+}

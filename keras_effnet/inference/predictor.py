@@ -1,0 +1,116 @@
+"""From photographs to named classes, on the fastest library that is installed."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keras_effnet.errors import one_of
+from keras_effnet.inference import runtimes
+
+if TYPE_CHECKING:
+    import keras
+
+from keras_effnet.inference.export_cache import ExportCache
+
+
+class Predictor:
+    """A model for inference, on the fastest library that is installed here.
+
+    The model is exported once, folded (`fold_batch_norm()`) and tried against Keras, and kept on disk under what it
+    holds, so that the next time it starts without Keras' export, and without Keras where it is given by name or path.
+
+    Args:
+        model: A functional or sequential `keras.Model` of images (of this package, of keras.applications, or built on
+            them; its weights are those of now), the path of its `.keras` file, the name of a model, or the path of an
+            exported file: `.tflite`, `.onnx`, `.xml`.
+        runtime: `"litert"`, `"onnxruntime"`, `"openvino"`, or `"keras"` for Keras itself. Defaults to `"auto"`: the
+            fastest of those that are installed, by a short measurement on this machine, which is remembered.
+        precision: `"float32"`, `"float16"` or `"int8"`, see `export()`. Defaults to `"float32"`.
+        threads: Integer, processors to use. Defaults to None: all that this process may use.
+        weights: For the name of a model: tag of its weights, path of a file, or None for random ones. Defaults to
+            `"imagenet"`.
+        calibration: For `"int8"`, see `export()`. Defaults to None.
+        input_shape: Tuple of integers, an image's shape, for a model of any size. Defaults to None.
+
+    Call arguments:
+        images: Array of pixels 0-255, uint8 or of any other numbers: one image, or any number of them. Any number of
+            threads may call at once.
+
+    Returns:
+        What `model.predict(images)` returns: float32 arrays with a row for each image. One image alone gives one row.
+
+    Raises:
+        ImportError: If the runtime, or what exports to it, is not installed.
+        OSError: If a file or the weights cannot be read.
+        ValueError: If an argument is not valid, the model has layers that cannot be exported, or images have another
+            shape, are none, or hold NaN.
+
+    Example:
+
+    >>> import keras_effnet as ke, numpy as np
+    >>> model = ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 3), classes=2)
+    >>> predictor = ke.Predictor(model)
+    >>> predictor(np.zeros((3, 32, 32, 3), "uint8")).shape
+    (3, 2)
+    """
+
+    def __init__(
+        self,
+        model: "keras.Model | str | os.PathLike",
+        runtime: str = "auto",
+        precision: str = "float32",
+        threads: int | None = None,
+        *,
+        weights: str | os.PathLike | None = "imagenet",
+        calibration: Any = None,
+        input_shape: tuple[int, ...] | None = None,
+    ):
+        one_of("precision", precision, runtimes.PRECISIONS)
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ValueError(f"Expected threads as a positive integer. Received: threads={threads!r}")
+        self.precision, self.threads = precision, threads or runtimes.cores()
+        source = ExportCache(model, weights, precision, calibration, input_shape)
+        if source.exported:
+            self.runtime, self.path = runtimes.of_file(source.exported, runtime), Path(source.exported)
+            self._run: Any = runtimes.Pool(self.runtime, self.path, self.threads)
+            record = {"input_shape": self._run.input_shape} | runtimes.metadata(self.path)
+            self.precision = record.get("precision", self.precision)
+        else:
+            self.runtime, self.path, record, self._run = source.opened(runtime, self.threads)
+        self.input_shape: tuple[int, ...] = tuple(record["input_shape"])
+        self.labels: list[str] | None = record.get("labels")
+        self._structure = record.get("outputs")
+
+    def __repr__(self):
+        return f"<Predictor {self.input_shape} {self.precision} on {self.runtime}, {self.threads} threads>"
+
+    def __call__(self, images) -> Any:
+        rows = self._run(self._checked(images))
+        match self._structure:
+            case list(names) if all(isinstance(name, str) for name in names):
+                return dict(zip(names, rows, strict=True))
+            case int():
+                return rows
+        return rows[0] if len(rows) == 1 else rows
+
+    def _checked(self, images) -> np.ndarray:
+        try:
+            array = np.asarray(images)
+        except ValueError as error:  # of several shapes
+            raise ValueError(f"Expected pixels as numbers, in images of one shape. Received: {error}") from error
+        if array.dtype.kind not in "uifb":
+            raise ValueError(f"Expected pixels as numbers, in images of one shape. Received: dtype {array.dtype}")
+        if array.ndim == 3:
+            array = array[None]
+        told = ", ".join(map(str, self.input_shape))
+        if array.ndim != 4 or array.shape[1:] != self.input_shape:
+            raise ValueError(f"Expected images of shape (count, {told}). Received: {np.shape(images)}")
+        if not len(array):
+            raise ValueError(f"Expected at least one image of shape ({told}). Received: an empty batch")
+        pixels = np.ascontiguousarray(array, "float32")
+        if array.dtype.kind == "f" and not np.isfinite(pixels).all():
+            wrong = np.flatnonzero(~np.isfinite(pixels).all((1, 2, 3)))
+            raise ValueError(f"Expected finite pixels. Received: NaN or infinity in image {wrong[0]} of {len(array)}")
+        return pixels

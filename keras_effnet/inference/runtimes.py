@@ -1,0 +1,401 @@
+"""Exported models and the libraries that run them: LiteRT, ONNX Runtime, OpenVINO. No Keras, no TensorFlow."""
+
+import hashlib
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from keras_effnet.errors import one_of, unknown
+
+Run = Callable[[np.ndarray], list[np.ndarray]]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A library that runs a file.
+
+    Args:
+        package: String, what pip calls it.
+        module: String, what Python imports.
+        formats: Tuple of strings, of the files that it runs. The first one is made for it.
+        open: Function of a path, a number of runners, and the threads of each, which gives an image's shape and the
+            runners. A runner takes a float32 batch of one image and gives the list of outputs. No two threads use one
+            at a time.
+        forks: Boolean, whether a process that was forked from one that used the library can use it, too.
+    """
+
+    package: str
+    module: str
+    formats: tuple[str, ...]
+    open: Callable[[str, int, int], tuple[Shape, list[Run]]]
+    forks: bool = True
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can be imported."""
+        return find_spec(self.module) is not None
+
+
+METADATA = "keras_effnet.json"
+
+PRECISIONS = ("float32", "float16", "int8")
+
+# name: its ending
+FORMATS = {"litert": ".tflite", "onnx": ".onnx", "openvino": ".xml"}
+
+
+def _litert(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    def runner() -> tuple[Shape, Run]:
+        interpreter = Interpreter(path, num_threads=threads)
+        (place,) = interpreter.get_input_details()
+        _check(place["shape"], str(np.dtype(place["dtype"])))
+        if place["shape_signature"][0] == -1:
+            interpreter.resize_tensor_input(place["index"], (1, *place["shape"][1:]))
+        interpreter.allocate_tensors()
+        places = [detail["index"] for detail in interpreter.get_output_details()]
+
+        def run(image: np.ndarray) -> list[np.ndarray]:
+            interpreter.set_tensor(place["index"], image)
+            interpreter.invoke()
+            return [interpreter.get_tensor(index) for index in places]
+
+        return tuple(map(int, place["shape"][1:])), run
+
+    shapes, runs = zip(*(runner() for _ in range(count)), strict=True)
+    return shapes[0], list(runs)
+
+
+def _onnxruntime(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (place,) = session.get_inputs()
+    _check(place.shape, str(place.type).replace("tensor(float)", "float32"))
+    run: Any = partial(_run, session, place.name)
+    return tuple(place.shape[1:]), [run] * count
+
+
+def _run(session, place: str, image: np.ndarray) -> list[np.ndarray]:
+    return session.run(None, {place: image})
+
+
+def load_openvino():
+    """The package, imported without the report to its makers, for which it forks this process from a thread of its own.
+
+    TensorFlow and JAX have threads here that a fork does not outlive.
+    """
+    reports = "openvino_telemetry"
+    if "openvino" in sys.modules or reports in sys.modules:
+        return import_module("openvino")
+    sys.modules[reports] = None  # type: ignore[assignment]
+    try:
+        return import_module("openvino")
+    finally:
+        del sys.modules[reports]
+
+
+def _openvino(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
+    openvino = load_openvino()
+    model = openvino.Core().read_model(path)
+    sides = [-1 if side.is_dynamic else side.get_length() for side in model.input().get_partial_shape()]
+    _check(sides, model.input().element_type.to_dtype().name)
+    model.reshape([1, *sides[1:]])
+    hints = {"NUM_STREAMS": count, "INFERENCE_NUM_THREADS": count * threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(model, "CPU", hints)
+
+    def runner() -> Run:
+        request = compiled.create_infer_request()
+
+        def run(image: np.ndarray) -> list[np.ndarray]:
+            request.infer({0: image})
+            return [request.get_output_tensor(place).data.copy() for place in range(len(compiled.outputs))]
+
+        return run
+
+    return tuple(sides[1:]), [runner() for _ in range(count)]
+
+
+def _check(shape, dtype: str) -> None:
+    """Refuses what takes no batch of float images of one size, such as a file that another program wrote."""
+    known = all(isinstance(side, int | np.integer) and side > 0 for side in shape[1:])
+    if len(shape) != 4 or dtype != "float32" or not known:
+        raise ValueError(f"Expected an input of float32 images of one size. Received: {dtype} {list(shape)}")
+
+
+RUNTIMES = {
+    "litert": Runtime("ai-edge-litert", "ai_edge_litert", ("litert",), _litert),
+    "onnxruntime": Runtime("onnxruntime", "onnxruntime", ("onnx",), _onnxruntime, forks=False),
+    "openvino": Runtime("openvino", "openvino", ("onnx", "openvino"), _openvino, forks=False),
+}
+
+
+def of_file(path: str | os.PathLike, name: str = "auto") -> str:
+    """The runtime to open a file with.
+
+    Args:
+        path: Path of an exported model.
+        name: Key of `RUNTIMES`, or `"auto"` for the first that is installed. Defaults to `"auto"`.
+
+    Returns:
+        Key of `RUNTIMES`.
+
+    Raises:
+        ImportError: If it is not installed.
+        ValueError: If it is not for files of that ending.
+    """
+    kind = next((kind for kind, ending in FORMATS.items() if os.fspath(path).endswith(ending)), None)
+    able = [other for other, runtime in RUNTIMES.items() if kind in runtime.formats]
+    if not able:
+        raise ValueError(
+            f"Expected a file that ends in one of {', '.join(FORMATS.values())}. Received: {os.fspath(path)!r}"
+        )
+    if name == "auto":
+        name = next((other for other in able if RUNTIMES[other].installed), able[0])
+    elif name not in able:
+        raise unknown(f"runtime for {os.fspath(path)!r}", name, able)
+    choose(name)
+    return name
+
+
+def metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """What an export says of itself.
+
+    Args:
+        path: Path of an exported model. A SavedModel's is its folder.
+
+    Returns:
+        Dict with `model`, `input_shape`, `pixels`, `preprocessing`, `precision`, `weights`, `labels` and `difference`.
+        Empty for a file that another program wrote.
+
+    Raises:
+        ImportError: If the runtime of the format is not installed.
+        OSError: If the file cannot be read.
+    """
+    path = Path(path)
+    text = None
+    if path.is_dir():
+        told = path / "assets.extra" / METADATA
+        text = told.read_text() if told.is_file() else None
+    elif path.suffix == FORMATS["litert"]:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read(METADATA).decode() if METADATA in archive.namelist() else None
+    elif path.suffix == FORMATS["onnx"]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(os.fspath(path), options)
+        text = session.get_modelmeta().custom_metadata_map.get("keras_effnet")
+    elif path.suffix == FORMATS["openvino"]:
+        net = load_openvino().Core().read_model(path)
+        text = net.get_rt_info(["keras_effnet"]).value if net.has_rt_info(["keras_effnet"]) else None
+    else:
+        raise ValueError(f"Expected an exported model. Received: {os.fspath(path)!r}")
+    return json.loads(text) if text else {}
+
+
+def choose(name: str) -> list[str]:
+    """The runtimes that are meant by a name, as far as they are installed.
+
+    Args:
+        name: Key of `RUNTIMES`, `"keras"`, or `"auto"` for all that are installed.
+
+    Returns:
+        List of keys of `RUNTIMES`, or of `"keras"`.
+
+    Raises:
+        ImportError: If the one that was asked for is not installed.
+        ValueError: If the name is unknown.
+    """
+    one_of("runtime", name, ["auto", *RUNTIMES, "keras"])
+    if name == "keras":
+        return [name]
+    if name == "auto":
+        return [other for other, runtime in RUNTIMES.items() if runtime.installed]
+    if not RUNTIMES[name].installed:
+        raise ImportError(
+            f"Expected {RUNTIMES[name].package} for runtime={name!r}. Received: none installed. "
+            f"Bring it with: pip install {RUNTIMES[name].package}"
+        )
+    return [name]
+
+
+class Pool:
+    """Runs a file's model on images: one with all threads, many on a core each. Any number of threads may call it.
+
+    What an image gives does not depend on the others, and no runtime has to plan for a new batch size: on two cores
+    that is also the faster way in all three (benchmarks/inference.py).
+
+    Args:
+        runtime: Key of `RUNTIMES`.
+        path: Path of the file.
+        threads: Integer.
+
+    Raises:
+        ValueError: If the runtime does not open the file.
+    """
+
+    def __init__(self, runtime: str, path: str | os.PathLike, threads: int):
+        self._runtime, self._path, self._threads = runtime, os.fspath(path), threads
+        self._start()
+
+    def _start(self) -> None:
+        self._process, self._file = os.getpid(), self._stat()
+        self._lock = threading.Lock()
+        self._workers: ThreadPoolExecutor | None = None
+        self._runners: SimpleQueue[Run] = SimpleQueue()
+        self.input_shape, (self._alone,) = self._open(1, self._threads)
+
+    def _stat(self) -> tuple[int, int]:
+        found = os.stat(self._path)
+        return found.st_size, found.st_mtime_ns
+
+    def _open(self, count: int, threads: int) -> tuple[Shape, list[Run]]:
+        try:
+            return RUNTIMES[self._runtime].open(self._path, count, threads)
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # each library has its own
+            raise ValueError(
+                f"Expected a model that {self._runtime} opens. Received: {self._path!r}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
+
+    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
+        """Runs the model.
+
+        Args:
+            images: float32 array with a batch of at least one image.
+
+        Returns:
+            List of arrays, one for each output.
+        """
+        if os.getpid() != self._process:  # a fork has the memory of its parent, but not its threads
+            if not RUNTIMES[self._runtime].forks:
+                raise ValueError(
+                    f"Expected a Predictor that this process made, since {self._runtime} does not outlive a fork. "
+                    "Received: one of its parent. Make it after the fork, or with runtime='litert'"
+                )
+            self._start()
+        if len(images) < self._threads or self._threads == 1:
+            with self._lock:
+                rows = [self._alone(images[place : place + 1]) for place in range(len(images))]
+        else:
+            rows = self._side_by_side(images)
+        return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
+
+    def _side_by_side(self, images: np.ndarray) -> list[list[np.ndarray]]:
+        with self._lock:
+            if self._workers is None:
+                if self._stat() != self._file:
+                    raise ValueError(f"Expected the file as it was opened. Received: {self._path!r}, which has changed")
+                for run in self._open(self._threads, 1)[1]:
+                    self._runners.put(run)
+                self._workers = ThreadPoolExecutor(self._threads, "keras_effnet")
+        rows: list[Any] = [None] * len(images)
+        places = itertools.count()
+
+        def work() -> None:
+            run = self._runners.get()
+            try:
+                while (place := next(places)) < len(images):
+                    rows[place] = run(images[place : place + 1])
+            finally:
+                self._runners.put(run)
+
+        for job in [self._workers.submit(work) for _ in range(self._threads)]:
+            job.result()
+        return rows
+
+
+def seconds_each(runs: Sequence[Callable[[], Any]], rounds: int = 7, least: float = 0.02) -> list[float]:
+    """Median seconds of calls that are made in turn, each as often as `least` seconds ask for.
+
+    Args:
+        runs: Sequence of functions.
+        rounds: Integer. Defaults to 7.
+        least: Float, seconds of a round. Defaults to 0.02.
+
+    Returns:
+        List of floats.
+    """
+    counts = []
+    for run in runs:
+        run()
+        start = time.perf_counter()
+        run()
+        counts.append(max(1, round(least / max(time.perf_counter() - start, 1e-6))))
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, count, seconds in zip(runs, counts, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                run()
+            seconds.append((time.perf_counter() - start) / count)
+    return [statistics.median(seconds) for seconds in times]
+
+
+@cache
+def machine() -> str:
+    """What a measurement of speed holds for: the processor, and how much of it this process may use."""
+    name = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told = dict(line.split(":", 1) for line in lines if line.startswith(("model name", "model\t", "flags")))
+        name = " ".join(" ".join(told.values()).split())
+    except (OSError, ValueError):
+        pass
+    return f"{platform.machine()} {name} {cores()}"
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _release(runtime: Runtime) -> str:
+    """Of whichever package brings the module: ONNX Runtime's for GPUs has another name."""
+    with suppress(PackageNotFoundError):
+        return version(runtime.package)
+    return " ".join(f"{name} {version(name)}" for name in packages_distributions().get(runtime.module, ()))
+
+
+def measured_on(names: Sequence[str], threads: int) -> str:
+    """The key of a remembered measurement: another processor, release or number of threads is measured again.
+
+    Args:
+        names: Keys of `RUNTIMES` that were compared.
+        threads: Integer.
+
+    Returns:
+        String.
+    """
+    releases = {name: _release(RUNTIMES[name]) for name in sorted(names)}
+    return hashlib.sha256(json.dumps([machine(), releases, threads]).encode()).hexdigest()[:16]

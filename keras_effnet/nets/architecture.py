@@ -1,0 +1,219 @@
+"""What a network is, in plain numbers. Standard library only.
+
+A `Variant` is a row of the table as the papers print it: stages, a width and a depth coefficient. `resolve()` turns
+it, once, into an `Architecture`: a tuple of `Block`s whose fields are final integers. Everything else (builders,
+descriptions, plots, weight names) reads the blocks and multiplies nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+
+Widths = tuple[int, int, int]  # of a block: expand_filters, se_filters, filters_out
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage before scaling: a row of table 1 of arXiv 1905.11946.
+
+    Args:
+        repeats: Integer, number of blocks.
+        kernel_size: Integer, side of the spatial convolution's kernel.
+        strides: Integer, strides of the first block; the others have 1.
+        expand_ratio: Integer, width inside a block over `filters_in`. 1: no expansion convolution.
+        filters_in: Integer, declared input channels. The widths inside the first block follow from this number, also
+            where the tensor that arrives has another one (EdgeTPU declares 24 behind a stem of 32).
+        filters_out: Integer, output channels.
+        se_ratio: Float, squeeze-and-excite width over `filters_in`. 0: none.
+        operator: `"mbconv"` (depthwise) or `"fused"` (one full convolution in place of expansion and depthwise).
+        residual: Boolean, whether blocks that keep their shape have a skip connection.
+        num_experts: Integer, kernels per convolution that are mixed for each example. 0: an ordinary convolution.
+    """
+
+    repeats: int
+    kernel_size: int
+    strides: int
+    expand_ratio: int
+    filters_in: int
+    filters_out: int
+    se_ratio: float = 0.25
+    operator: str = "mbconv"
+    residual: bool = True
+    num_experts: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block after scaling; every width is the number of channels of a tensor.
+
+    Args:
+        name: String, stage and place in it as in keras.applications: `"1a"`, `"2a"`, `"2b"`, ...
+        operator: `"mbconv"` or `"fused"`.
+        kernel_size: Integer, side of the spatial convolution's kernel.
+        strides: Integer, 1 or 2.
+        filters_in: Integer, channels that arrive.
+        expand_filters: Integer, channels of the expansion. 0: no expansion convolution.
+        se_filters: Integer, squeeze-and-excite width. 0: none.
+        filters_out: Integer, channels that leave.
+        residual: Boolean, whether the input is added to the output.
+        num_experts: Integer, see `Stage`.
+    """
+
+    name: str
+    operator: str
+    kernel_size: int
+    strides: int
+    filters_in: int
+    expand_filters: int
+    se_filters: int
+    filters_out: int
+    residual: bool
+    num_experts: int = 0
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage that the block belongs to, from 1."""
+        return int(self.name.rstrip("abcdefghijklmnopqrstuvwxyz"))
+
+    @property
+    def inner_filters(self) -> int:
+        """Channels between expansion and projection."""
+        return self.expand_filters or self.filters_in
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One member of the family as its paper or repository declares it.
+
+    Args:
+        name: String, as the TPU repository spells it.
+        stages: Tuple of `Stage`.
+        width: Float, width coefficient.
+        depth: Float, depth coefficient.
+        resolution: Integer, side of the input in pixels.
+        dropout_rate: Float, rate before the classifier.
+        source: String, where the numbers come from.
+        activation: Name of a Keras activation.
+        drop_connect_rate: Float, rate that the last block would reach if the blocks were counted from 1.
+        fixed_ends: Boolean, whether stem and head keep their width and first and last stage their depth (Lite).
+        preprocessing: String, the usual scheme of the variant's weights (a key of `preprocessing.SCHEMES`).
+        class_offset: Integer, classes before ImageNet's 1000 in the original's own checkpoints.
+        widths: Tuple of `(expand_filters, se_filters, filters_out)` per block, where a pruned net has other ones than
+            its stages say. Defaults to None.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    width: float
+    depth: float
+    resolution: int
+    dropout_rate: float
+    source: str
+    activation: str = "silu"
+    drop_connect_rate: float = 0.2
+    fixed_ends: bool = False
+    preprocessing: str = "imagenet"
+    class_offset: int = 0
+    widths: tuple[Widths, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network's layers as final integers. See `resolve()`.
+
+    Args:
+        name: String.
+        stem_filters: Integer, output channels of the first convolution.
+        blocks: Tuple of `Block`.
+        head_filters: Integer, output channels of the last convolution.
+        activation: Name of a Keras activation.
+        dropout_rate: Float, rate before the classifier.
+        drop_connect_rate: Float, see `drop_connect_rates`.
+    """
+
+    name: str
+    stem_filters: int
+    blocks: tuple[Block, ...]
+    head_filters: int
+    activation: str
+    dropout_rate: float
+    drop_connect_rate: float
+
+    @property
+    def drop_connect_rates(self) -> tuple[float, ...]:
+        """Rate of each block: it grows linearly over all blocks, counted after depth scaling.
+
+        tensorflow/tpu efficientnet_model.py:656-659: block 0 never drops, the last of N drops (N - 1) / N of the rate.
+        """
+        return tuple(self.drop_connect_rate * index / len(self.blocks) for index in range(len(self.blocks)))
+
+    @property
+    def widths(self) -> dict[str, Widths]:
+        """Channels of each block by its name: `(expand_filters, se_filters, filters_out)`."""
+        return {block.name: (block.expand_filters, block.se_filters, block.filters_out) for block in self.blocks}
+
+    @property
+    def reductions(self) -> tuple[int, ...]:
+        """Index of the block behind each endpoint reduction_1, ...: the last before a stride, and the last of all."""
+        following = [block.strides for block in self.blocks[1:]] + [2]
+        return tuple(index for index, strides in enumerate(following) if strides > 1)
+
+
+def with_widths(
+    architecture: Architecture, widths: Sequence[Sequence[int]] | Mapping[str, Sequence[int]]
+) -> Architecture:
+    """The same layers with other numbers of channels: a pruned net.
+
+    Args:
+        architecture: An `Architecture`.
+        widths: Sequence of `(expand_filters, se_filters, filters_out)` for each block, or dict of them by the blocks'
+            names. 0 where a block has no such convolution; of one without expansion the channels that arrive will do.
+
+    Returns:
+        An `Architecture`.
+
+    Raises:
+        ValueError: If the widths are not those of such a net.
+
+    Example:
+
+    >>> from keras_effnet.nets.variants import VARIANTS
+    >>> b0 = resolve(VARIANTS["efficientnet-b0"])
+    >>> with_widths(b0, b0.widths | {"2b": (100, 5, 24)}).blocks[2].expand_filters
+    100
+    """
+    names = [block.name for block in architecture.blocks]
+    if isinstance(widths, Mapping):
+        if set(widths) != set(names):
+            others = ", ".join(map(repr, sorted(set(names) ^ set(widths), key=str)))
+            raise ValueError(f"Expected widths of the blocks {names[0]} to {names[-1]}. Missing or too many: {others}")
+        widths = [widths[name] for name in names]
+    if len(widths) != len(names):
+        raise ValueError(
+            f"Expected widths of the {len(names)} blocks of {architecture.name}. Received: {len(widths)} of them"
+        )
+    blocks, arriving = [], architecture.stem_filters
+    for block, given in zip(architecture.blocks, widths, strict=True):
+        before = (block.expand_filters, block.se_filters, block.filters_out)
+        whole = (
+            isinstance(given, Sequence)
+            and len(given) == 3
+            and all(isinstance(width, Integral) and not isinstance(width, bool) for width in given)
+        )
+        expand, se, out = map(int, given if whole else (-1, -1, -1))
+        if not block.expand_filters and expand == arriving:
+            expand = 0
+        # A convolution stays one, and none stays none.
+        if not all((new > 0) == (old > 0) and new >= 0 for new, old in zip((expand, se, out), before, strict=True)):
+            raise ValueError(
+                f"Expected (expand, se, out) of block {block.name} as positive integers, 0 where it has no such "
+                f"convolution, such as {before}. Received: {given!r}"
+            )
+        if block.residual and out != arriving:
+            raise ValueError(
+                f"Expected {arriving} output channels of block {block.name}, whose input is added to it. "
+                f"Received: {given!r}"
+            )
+        blocks.append(replace(block, filters_in=arriving, expand_filters=expand, se_filters=se, filters_out=out))
+        arriving = out
+    return replace(architecture, blocks=tuple(blocks))

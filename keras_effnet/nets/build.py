@@ -1,0 +1,196 @@
+"""Builds a functional Keras model from an `Architecture`. Knows no weights."""
+
+import dataclasses
+from collections.abc import Iterable
+from itertools import chain, count
+from numbers import Integral, Real
+from typing import Any
+
+import keras
+
+from keras_effnet import compat
+from keras_effnet.errors import one_of
+from keras_effnet.nets import blocks, inspection
+from keras_effnet.nets.architecture import Architecture
+from keras_effnet.nets.normalization import constants
+
+
+def build(
+    architecture: Architecture,
+    inputs: Any,
+    preprocessing: Any,
+    *,
+    include_top: bool = True,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: Any = "softmax",
+    name: str | None = None,
+    bn_momentum: float | None = None,
+    bn_epsilon: float | None = None,
+    data_format: str = "channels_last",
+    dtype: Any = None,
+    prefix: str = "",
+) -> keras.Model:
+    """Builds a net on a Keras tensor.
+
+    Args:
+        architecture: An `Architecture`.
+        inputs: Keras tensor of pixels 0-255. See `input_of()`.
+        preprocessing: See `normalization.constants()`.
+        include_top: Boolean, whether the net ends in a classifier. Defaults to True.
+        pooling: `"avg"`, `"max"` or None, for a net without a top. Defaults to None.
+        classes: Integer, outputs of the classifier. Defaults to 1000.
+        classifier_activation: Activation of the classifier, None for logits. Defaults to `"softmax"`.
+        name: String. Defaults to the name of the architecture.
+        bn_momentum: Float. Defaults to 0.99.
+        bn_epsilon: Float. Defaults to 1e-3.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to `"channels_last"`.
+        dtype: Dtype or dtype policy. Defaults to Keras' policy.
+        prefix: String in front of the name of each layer. Defaults to none.
+
+    Returns:
+        A `keras.Model` with random weights.
+
+    Raises:
+        ValueError: If an argument is not valid.
+
+    Example:
+
+    >>> from keras_effnet.nets.scaling import resolve
+    >>> from keras_effnet.nets.variants import VARIANTS
+    >>> b0 = resolve(VARIANTS["efficientnet-b0"])
+    >>> build(b0, keras.Input((32, 32, 3)), "imagenet", classes=10).output_shape
+    (None, 10)
+    """
+    channels = inputs.shape[-1 if data_format == "channels_last" else 1]
+    scale, offset = constants(preprocessing, channels)
+    style = blocks.Style(
+        activation=architecture.activation,
+        bn_momentum=between("bn_momentum", bn_momentum, 0.99),
+        bn_epsilon=between("bn_epsilon", bn_epsilon, 1e-3),
+        data_format=data_format,
+        dtype=policy(dtype),
+        prefix=prefix,
+    )
+    x = blocks.stem(style, inputs, architecture.stem_filters, scale, offset)
+    for block, rate in zip(architecture.blocks, architecture.drop_connect_rates, strict=True):
+        x = blocks.body(style, x, block, rate)
+    x = blocks.head(style, x, architecture.head_filters)
+    if include_top:
+        x = blocks.classifier(style, x, classes, architecture.dropout_rate, classifier_activation)
+    elif pooling:
+        x = style.pool(x, pooling)
+    return functional(keras.utils.get_source_inputs(inputs), x, name or architecture.name)
+
+
+def functional(inputs, outputs, name: str) -> keras.Model:
+    """A functional model. A single input stays a tensor: Keras warns where a list of one is called with a tensor."""
+    if isinstance(inputs, list) and len(inputs) == 1:
+        (inputs,) = inputs
+    model = keras.Model(inputs, outputs, name=name)
+    compat.mark_called(model)
+    return model
+
+
+def override(architecture, **rates):
+    given = {name: between(name, rate, None) for name, rate in rates.items() if rate is not None}
+    return dataclasses.replace(architecture, **given)
+
+
+def between(name: str, value, default):
+    """A rate: at least 0, below 1."""
+    if value is None:
+        return default
+    if not isinstance(value, Real) or not 0 <= float(value) < 1:
+        raise ValueError(f"Expected {name} of at least 0 and less than 1. Received: {name}={value!r}")
+    return float(value)
+
+
+def policy(dtype) -> keras.DTypePolicy:
+    if dtype is None:
+        dtype = keras.config.dtype_policy()
+    try:
+        if not isinstance(dtype, keras.DTypePolicy | str):
+            dtype = keras.backend.standardize_dtype(dtype)
+        return dtype if isinstance(dtype, keras.DTypePolicy) else keras.DTypePolicy(dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected a dtype or a policy, such as 'float32' or 'mixed_bfloat16'. Received: dtype={dtype!r}"
+        ) from error
+
+
+def check_head(include_top, pooling, classes, classifier_activation, record, variant) -> None:
+    if pooling is not None:
+        one_of("pooling", pooling, ("avg", "max"))
+    if not include_top:
+        return
+    if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
+        raise ValueError(f"Expected classes as a positive integer. Received: classes={classes!r}")
+    if record is not None and classes not in {1000 + file.class_offset for file in record.files}:
+        raise ValueError(
+            f"Expected classes=1000, which the pretrained top of {variant} has. Received: classes={classes}. "
+            "Pass include_top=False and add your own classifier, or weights=None"
+        )
+    if record is not None and classifier_activation not in (
+        None,
+        "softmax",
+        keras.activations.softmax,
+        keras.activations.linear,
+        "linear",
+    ):
+        raise ValueError(
+            "Expected classifier_activation 'softmax' or None for a pretrained top. "
+            f"Received: classifier_activation={classifier_activation!r}"
+        )
+
+
+def input_of(input_tensor, input_shape, resolution, include_top, data_format) -> Any:
+    channels_last = data_format == "channels_last"
+    if input_tensor is not None:
+        if not keras.utils.is_keras_tensor(input_tensor):
+            raise ValueError(
+                "Expected input_tensor as a Keras tensor, such as keras.Input(...). "
+                f"Received: {type(input_tensor).__name__}"
+            )
+        shape = tuple(input_tensor.shape[1:])
+        if input_shape is not None and tuple(input_shape) != shape:
+            raise ValueError(
+                f"Expected input_shape of input_tensor, {shape}, or none. Received: input_shape={input_shape}"
+            )
+    elif input_shape is None:
+        side = resolution if include_top else None
+        shape = (side, side, 3) if channels_last else (3, side, side)
+    else:
+        if not isinstance(input_shape, Iterable):
+            input_shape = (input_shape,)
+        shape = tuple(int(size) if isinstance(size, Integral) else size for size in input_shape)
+    channels_axis = 2 if channels_last else 0
+    known = [size for axis, size in enumerate(shape) if size is not None or axis == channels_axis]
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in known):
+        order = "height, width, channels" if channels_last else "channels, height, width"
+        raise ValueError(
+            f"Expected input_shape as three positive numbers ({order}); height and width may be None. Received: {shape}"
+        )
+    return keras.Input(shape, name="input_layer") if input_tensor is None else input_tensor
+
+
+def free_prefix(name: str, tensor) -> str:
+    """Empty, or the model's name where the graph that a Keras tensor belongs to has layers of these names already."""
+    around = _names_around(tensor)
+    candidates = chain(("", f"{name}_"), (f"{name}_{number}_" for number in count(1)))
+    return next(start for start in candidates if not any(_is_ours(other, start) for other in around))
+
+
+def _is_ours(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and bool(inspection.LAYER.fullmatch(name.removeprefix(prefix)))
+
+
+def _names_around(tensor) -> set[str]:
+    found, queue = {}, [compat.producer(tensor)]
+    while queue:
+        operation = queue.pop()
+        if id(operation) in found:
+            continue
+        found[id(operation)] = operation.name
+        queue += compat.neighbors(operation)
+    return set(found.values())

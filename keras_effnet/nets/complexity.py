@@ -1,0 +1,116 @@
+"""Parameters, layers and multiply-adds of an architecture, stage by stage. No Keras."""
+
+import math
+from itertools import groupby
+
+from keras_effnet.nets.architecture import Architecture, Block
+
+
+def _halved(size: tuple[int, int], strides: int) -> tuple[int, int]:
+    """Height and width behind a convolution with padding "same"."""
+    return math.ceil(size[0] / strides), math.ceil(size[1] / strides)
+
+
+def _block_cost(block: Block, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Kernel and bias parameters, batch-norm channels, and multiply-adds of one image of `size`."""
+    inside, pixels, out_pixels = block.inner_filters, math.prod(size), math.prod(_halved(size, block.strides))
+    taps = block.kernel_size**2
+    project = inside * block.filters_out
+    if block.operator == "fused":
+        spatial = taps * block.filters_in * inside
+        return spatial + project, inside + block.filters_out, out_pixels * (spatial + project)
+    expand = block.filters_in * block.expand_filters
+    gate = 2 * inside * block.se_filters
+    biases = block.se_filters + inside if block.se_filters else 0
+    kernels, routing = expand + taps * inside + project, block.filters_in * block.num_experts
+    params = max(block.num_experts, 1) * kernels + gate + biases + routing + block.num_experts
+    # Of mixed experts, the sums of their kernels come on top: arXiv 1904.04971, section 3.
+    mixing = block.num_experts * kernels + routing
+    macs = pixels * expand + out_pixels * (taps * inside + project) + gate + mixing
+    return params, block.expand_filters + inside + block.filters_out, macs
+
+
+def _block_layers(block: Block, drops: bool) -> tuple[int, int]:
+    """Number of layers: ours, and as keras.applications builds such a block."""
+    shared = 5 if block.operator == "fused" else 5 + 3 * bool(block.expand_filters) + 2 * bool(block.num_experts)
+    ours = shared + 4 * bool(block.se_filters) + 2 * block.residual
+    # It pads strided convolutions by a layer, reshapes in squeeze-and-excite, and has no dropout layer for a rate of 0.
+    theirs = shared + 5 * bool(block.se_filters) + block.residual * (1 + drops) + (block.strides > 1)
+    return ours, theirs
+
+
+def _operator(block: Block) -> str:
+    name = {"mbconv": "MBConv", "fused": "FusedMBConv"}[block.operator]
+    ratio = block.inner_filters / block.filters_in if block.expand_filters else 1
+    return f"{'Cond' * bool(block.num_experts)}{name}{ratio:.2g}"
+
+
+def costs(architecture: Architecture, size: tuple[int, int], channels: int, classes: int | None) -> dict[str, int]:
+    """What a network costs, as `describe()` counts it.
+
+    Args:
+        architecture: An `Architecture`.
+        size: Tuple of the input's height and width.
+        channels: Integer, the input's channels.
+        classes: Integer, or None without a top.
+
+    Returns:
+        Dict of `params` (trainable) and `macs` (multiply-adds for one image).
+
+    Example:
+
+    >>> costs(resolve(VARIANTS["efficientnet-b0"]), (224, 224), 3, 1000)
+    {'params': 5288548, 'macs': 385814752}
+    """
+    params, norms, macs = total(stage_rows(architecture, size, channels, classes))
+    return {"params": params + 2 * norms, "macs": macs}
+
+
+def total(stages) -> tuple[int, int, int]:
+    rows = [(stage["_params"], stage["_norms"], stage["_macs"]) for stage in stages]
+    params, norms, macs = map(sum, zip(*rows, strict=True))
+    return params, norms, macs
+
+
+def stage_rows(architecture: Architecture, size, channels: int, classes: int | None):
+    """Rows of the paper's table 1: stem, stages, head. Keys that begin with _ are summed up by `describe()`."""
+    known, size = size is not None, size or (0, 0)
+
+    def row(stage, operator, filters, layers, kernel_size, strides, **more):
+        shown = {"stage": stage, "operator": operator, "resolution": list(size) if known else None, "channels": filters}
+        return {**shown, "layers": layers, "kernel_size": kernel_size, "strides": strides, **more}
+
+    filters = architecture.stem_filters
+    params, after = 9 * channels * filters, _halved(size, 2)
+    cost = {"_params": params, "_norms": filters, "_macs": math.prod(after) * params, "_layers": (5, 7)}
+    yield row(1, "Conv3x3", filters, 1, 3, 2, **cost)
+    size = after
+    rates = iter(architecture.drop_connect_rates)
+    for number, group in groupby(architecture.blocks, key=lambda block: block.stage):
+        members, leaving, costs = list(group), size, []
+        for block in members:
+            costs.append((*_block_cost(block, leaving), *_block_layers(block, next(rates) > 0)))
+            leaving = _halved(leaving, block.strides)
+        params, norms, macs, ours, theirs = map(sum, zip(*costs, strict=True))
+        first = members[0]
+        yield row(
+            number + 1,
+            _operator(first),
+            first.filters_out,
+            len(members),
+            first.kernel_size,
+            first.strides,
+            expand_filters=[block.expand_filters for block in members],
+            se_filters=[block.se_filters for block in members],
+            num_experts=[block.num_experts for block in members],
+            _params=params,
+            _norms=norms,
+            _macs=macs,
+            _layers=(ours, theirs),
+        )
+        size = leaving
+    last, filters = architecture.blocks[-1], architecture.head_filters
+    conv, dense = last.filters_out * filters, 0 if classes is None else filters * classes
+    cost = {"_params": conv + dense + (classes or 0), "_norms": filters, "_macs": math.prod(size) * conv + dense}
+    operator = "Conv1x1" if classes is None else "Conv1x1 & Pooling & FC"
+    yield row(last.stage + 2, operator, filters, 1, 1, 1, **cost, _layers=(3, 3))

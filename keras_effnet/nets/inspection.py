@@ -1,0 +1,159 @@
+"""The inverse of building: reads the architecture of a Keras model from its layers."""
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_effnet.nets.architecture import Architecture, Block
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `read()` finds in a model.
+
+    Args:
+        architecture: An `Architecture`. Its name is the model's.
+        layers: Dict of the model's layers by their names without prefix.
+        block_ends: Tuple of the last layer of each block.
+        scale: Tuple of floats, a number per input channel.
+        offset: Tuple of floats, a number per input channel.
+        size: Tuple of the input's height and width, each an integer or None.
+        channels: Integer, the input's channels.
+        classes: Integer, or None for a model with no top.
+    """
+
+    architecture: Architecture
+    layers: dict[str, Any]
+    block_ends: tuple[Any, ...]
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+    size: tuple[int | None, int | None]
+    channels: int
+    classes: int | None
+
+
+# Names of the layers without prefix; the group of a block's layer is its block and its part.
+LAYER = re.compile(
+    r"preprocessing|stem_(?:conv|bn|activation)|top_(?:conv|bn|activation|dropout)|(?:avg|max)_pool|predictions"
+    r"|block(\d+[a-z])_((?:expand_|project_)?(?:conv|bn|activation)|dwconv|bn|activation"
+    r"|se_(?:squeeze|reduce|expand|excite)|routing(?:_pool)?|drop|add)"
+)
+
+
+def read(model: keras.Model, prefix: str | None = None) -> Reading:
+    """Reads the architecture of a model off its layers: the inverse of building it, also after saving and loading.
+
+    Args:
+        model: A functional model that was built by this package, or loaded from its file. Layers around it are left
+            out.
+        prefix: String in front of the layers' names. Defaults to None: found, if there is only one.
+
+    Returns:
+        A `Reading`.
+
+    Raises:
+        ValueError: If the model's layers are not those of an EfficientNet of this package.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> reading = read(ke.EfficientNetB0(weights=None, classes=10))
+    >>> reading.architecture.blocks[1].expand_filters, reading.classes
+    (96, 10)
+    """
+    found = {layer.name: layer for layer in getattr(model, "layers", [])}
+    prefixes = [name.removesuffix("preprocessing") for name in found if name.endswith("preprocessing")]
+    prefixes = [start for start in prefixes if {f"{start}stem_conv", f"{start}top_conv"} <= found.keys()]
+    if prefix is None and len(prefixes) == 1:
+        prefix = prefixes[0]
+    if prefix not in prefixes:
+        raise ValueError(
+            "Expected a model of this package, or one whose own layers hold one EfficientNet. Received: "
+            f"{getattr(model, 'name', model)!r}, which holds {len(prefixes)}. Where it is a layer of the model, pass "
+            "that layer: model.get_layer(name)"
+        )
+    named = {name.removeprefix(prefix): layer for name, layer in found.items() if name.startswith(prefix)}
+    return _read(model, {name: layer for name, layer in named.items() if LAYER.fullmatch(name)})
+
+
+def find(model: keras.Model) -> tuple[keras.Model, Reading]:
+    """Finds the EfficientNet in a model: the model itself, or a layer of it, as in `Sequential([body, ...])`.
+
+    Args:
+        model: A model.
+
+    Returns:
+        Tuple of the model that holds the network's layers, and its `Reading`.
+
+    Raises:
+        ValueError: If there is none, or several.
+    """
+    try:
+        return model, read(model)
+    except ValueError:
+        found = []
+        for layer in getattr(model, "layers", []):
+            if isinstance(layer, keras.Model):
+                with suppress(ValueError):
+                    found.append(find(layer))
+        if len(found) != 1:
+            raise
+        return found[0]
+
+
+def _read(model: keras.Model, named: dict) -> Reading:
+    groups: dict[str, dict] = {}
+    for name, layer in named.items():
+        match = LAYER.fullmatch(name)
+        if match and match[1]:
+            groups.setdefault(match[1], {})[match[2]] = layer
+    stem_conv, top_conv, rescaling = named["stem_conv"], named["top_conv"], named["preprocessing"]
+    blocks, arriving = [], stem_conv.filters
+    for name, group in groups.items():
+        spatial = group.get("dwconv") or group["expand_conv"]
+        expand, reduce = group.get("expand_conv"), group.get("se_reduce")
+        filters_out = group["project_conv"].filters
+        blocks.append(
+            Block(
+                name=name,
+                operator="mbconv" if "dwconv" in group else "fused",
+                kernel_size=spatial.kernel_size[0],
+                strides=spatial.strides[0],
+                filters_in=arriving,
+                expand_filters=expand.filters if expand else 0,
+                se_filters=reduce.filters if reduce else 0,
+                filters_out=filters_out,
+                residual="add" in group,
+                num_experts=group["routing"].units if "routing" in group else 0,
+            )
+        )
+        arriving = filters_out
+    # The last residual block has the largest rate, so the least rounding on the way back to the base rate.
+    drops = [(group["drop"].rate, index) for index, group in enumerate(groups.values()) if "drop" in group]
+    rate, index = drops[-1] if drops else (0.0, 1)
+    shape = rescaling.output.shape
+    channels_last = stem_conv.data_format == "channels_last"
+    height, width, channels = shape[1:] if channels_last else (*shape[2:], shape[1])
+    dropout, predictions = named.get("top_dropout"), named.get("predictions")
+    return Reading(
+        architecture=Architecture(
+            name=model.name,
+            stem_filters=stem_conv.filters,
+            blocks=tuple(blocks),
+            head_filters=top_conv.filters,
+            activation=named["stem_activation"].get_config()["activation"],
+            dropout_rate=dropout.rate if dropout else 0.0,
+            drop_connect_rate=round(rate * len(blocks) / index, 12),
+        ),
+        layers=named,
+        block_ends=tuple(list(group.values())[-1] for group in groups.values()),
+        scale=tuple(np.ravel(rescaling.scale).tolist()),
+        offset=tuple(np.ravel(rescaling.offset).tolist()),
+        size=(height, width),
+        channels=channels,
+        classes=predictions.units if predictions else None,
+    )

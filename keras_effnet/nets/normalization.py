@@ -1,0 +1,70 @@
+"""From pixels 0-255 to the numbers that a net was trained on: scale and offset per channel."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from keras_effnet.errors import unknown
+
+# name: (mean, standard deviation) of pixels 0-255, a number per channel.
+SCHEMES = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # efficientnet_builder.py:31-32
+    "inception": ((127.5,) * 3, (127.5,) * 3),  # AdvProp, eval_ckpt_main.py:66-68; timm's mean and std of 0.5
+    "tpu127": ((127.0,) * 3, (128.0,) * 3),  # lite, edgetpu and condconv builders:30-32
+}
+
+
+def constants(preprocessing, channels: int) -> tuple[list[float], list[float]]:
+    """The numbers of a model's Rescaling layer: its output is `pixels * scale + offset`.
+
+    Args:
+        preprocessing: A key of `SCHEMES`, a pair (scale, offset) of floats or of sequences with a float per channel,
+            or None for none.
+        channels: Integer. Where it is not 3, a scheme's mean over its channels holds for all.
+
+    Returns:
+        Two lists of floats: scale and offset per channel.
+
+    Raises:
+        ValueError: If `preprocessing` is none of these.
+
+    Example:
+
+    >>> constants("tpu127", channels=1)
+    ([0.0078125], [-0.9921875])
+    """
+    if preprocessing is None:
+        return [1.0] * channels, [0.0] * channels
+    if isinstance(preprocessing, str):
+        if preprocessing not in SCHEMES:
+            raise unknown("preprocessing", preprocessing, ["auto", *SCHEMES])
+        mean, deviation = np.array(SCHEMES[preprocessing])
+        pair = 1 / deviation, -mean / deviation
+        if channels != len(mean):
+            pair = tuple(np.full(channels, row.mean()) for row in pair)
+    else:
+        pair = preprocessing
+    try:
+        scale, offset = (np.broadcast_to(np.asarray(row, "float64"), (channels,)).tolist() for row in pair)
+        if not np.isfinite([scale, offset]).all():
+            raise ValueError("a number is not finite")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected preprocessing as one of auto, {', '.join(SCHEMES)}, a pair (scale, offset) with one number or "
+            f"{channels} numbers each, or None. Received: preprocessing={preprocessing!r}"
+        ) from error
+    return scale, offset
+
+
+def scheme_of(scale: Sequence[float], offset: Sequence[float]):
+    """The inverse of `constants()`.
+
+    Args:
+        scale: Sequence of floats, one per channel.
+        offset: Sequence of floats, one per channel.
+
+    Returns:
+        Key of `SCHEMES`, None for no preprocessing, or the pair itself.
+    """
+    found = list(scale), list(offset)
+    return next((name for name in (None, *SCHEMES) if constants(name, len(found[0])) == found), found)

@@ -1,0 +1,41 @@
+"""Batches of photos and class numbers that `fit` takes."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+
+
+class Photographs(keras.utils.PyDataset):
+    """Batches of (pixels, class numbers) from files, decoded, cropped and resized as the model's weights expect.
+
+    Args:
+        files: Sequence of pairs of a path and a class number.
+        load: Function from a path to pixels, see `preprocessing.image_loader()`.
+        batch_size: Integer.
+        shuffle: Boolean, whether each epoch has an order of its own.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int]], load: Callable, batch_size: int, shuffle: bool = False):
+        super().__init__(workers=2)
+        self.files, self.load, self.batch_size, self.shuffle = list(files), load, batch_size, shuffle
+        self._random = np.random.default_rng(0)
+        self.on_epoch_end()
+
+    def __len__(self):
+        return -(-len(self.files) // self.batch_size)
+
+    def on_epoch_end(self):
+        """Draws the next epoch's order."""
+        count = len(self.files)
+        self._order = self._random.permutation(count) if self.shuffle else np.arange(count)
+
+    def __getitem__(self, index):
+        chosen = [self.files[place] for place in self._order[index * self.batch_size : (index + 1) * self.batch_size]]
+        return np.stack([self.load(path) for path, _ in chosen]), self.labels(chosen)
+
+    @staticmethod
+    def labels(files) -> np.ndarray:
+        """Class numbers of files."""
+        return np.array([label for _, label in files], "int32")

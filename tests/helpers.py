@@ -1,0 +1,148 @@
+"""What the tests share: reference values, models filled with seeded weights, and the command in a process."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Or each process with JAX asks libtpu for a TPU, which one process at a time may do.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import keras
+import numpy as np
+
+from keras_effnet.nets import inspection
+from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.weights import naming_tables, variable_names
+from keras_effnet.weights.layouts import LAYOUTS
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+gc.freeze()  # what was imported stays: looking through it took an eighth of the tests' time
+sys.path.insert(0, str(GOLDEN))
+
+from seeded_weights import image as image  # noqa: E402
+from seeded_weights import seeded as seeded  # noqa: E402
+
+BACKEND = keras.backend.backend()
+
+
+# Options of `keras-effnet train digits_demo` for a run of seconds.
+SHORT = [
+    "--epochs",
+    "0.5",
+    "--batch-size",
+    "32",
+    "--model.image-size",
+    "32",
+    "--run.steps-per-loop",
+    "5",
+    "--run.save-every",
+    "0.2",
+    "--run.eval-every",
+    "0.3",
+    "--run.eval-batch",
+    "64",
+    "--run.no-report",
+]
+
+
+def modules() -> list[str]:
+    """Names of all modules of the package."""
+    folders = {
+        "keras_effnet": ROOT / "keras_effnet",
+        "keras_effnet.tpu": ROOT / "tpu",
+        "keras_effnet.weights": ROOT / "weights",
+    }
+    found = []
+    for package, folder in folders.items():
+        for path in folder.rglob("*.py"):  # does not follow the links to tpu/ and weights/
+            parts = path.relative_to(folder).with_suffix("").parts
+            found.append(".".join([package, *parts]).removesuffix(".__init__"))
+    return sorted(set(found) - {"keras_effnet.__main__"})
+
+
+def golden(name: str) -> dict:
+    return json.loads((GOLDEN / name).read_text())
+
+
+def fill(model: keras.Model) -> keras.Model:
+    """Gives every variable the seeded value of its name in the original."""
+    reading = inspection.read(model)
+    names = variable_names.foreign_names(reading.architecture, naming_tables.TPU, reading.channels, reading.classes)
+    for (layer, variable), name in names.items():
+        target = next(weight for weight in reading.layers[layer].weights if weight.name == variable)
+        target.assign(seeded_as("net", name))
+    return model
+
+
+def seeded_as(scope: str, name: variable_names.Name) -> np.ndarray:
+    """Our array of what the original's variable of that name is filled with."""
+    layout = LAYOUTS[name.layout]
+    return layout.to_keras(seeded(f"{scope}/{name.foreign}", layout.from_keras(np.empty(name.shape)).shape), name.shape)
+
+
+def save_checkpoint(prefix, tensors: dict[str, np.ndarray]) -> str:
+    """Writes a checkpoint as the original does, with TensorFlow's own Saver of TensorFlow 1."""
+    import tensorflow as tf
+
+    v1 = tf.compat.v1
+    with tf.Graph().as_default(), v1.Session() as session:
+        variables = {name: v1.Variable(value, name=name, use_resource=False) for name, value in tensors.items()}
+        session.run(v1.global_variables_initializer())
+        return v1.train.Saver(variables).save(session, os.fspath(prefix), write_meta_graph=False)
+
+
+def lite0_package() -> Path:
+    """The genuine weights of Lite0, as their package has them."""
+    from importlib.metadata import distribution
+
+    from keras_effnet.weights import registry
+
+    file = next(file for file in registry.find("efficientnet-lite0", "imagenet").files if file.package)
+    return Path(str(distribution(file.package).locate_file(file.path)))
+
+
+def run(model: keras.Model, x) -> np.ndarray:
+    # JAX compiles an eager call operation by operation; the others compile a model more slowly than they run it once.
+    outputs = model.predict_on_batch(x) if BACKEND == "jax" else model(keras.ops.convert_to_tensor(x), training=False)
+    return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
+
+
+def same_weights(one: keras.Model, other: keras.Model) -> bool:
+    pairs = zip(one.get_weights(), other.get_weights(), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def make_shallow() -> None:
+    """Leaves the tables' nets one block in each stage, two in the second: where depth is not what a test is about.
+
+    Tracing and compiling a training step takes a third to half of the time.
+    """
+    for name, variant in VARIANTS.items():
+        numbered = enumerate(variant.stages)
+        stages = tuple(replace(stage, repeats=min(stage.repeats, 2 if n == 1 else 1)) for n, stage in numbered)
+        VARIANTS[name] = replace(variant, stages=stages, depth=1.0)
+
+
+def trained(model):
+    """Statistics and scales as training leaves them: far from 0 and 1."""
+    random = np.random.default_rng(0)
+    for weight in model.weights:
+        if weight.name in ("gamma", "moving_variance"):
+            weight.assign(random.uniform(0.7, 1.3, weight.shape))
+        elif weight.name in ("beta", "moving_mean"):
+            weight.assign(random.normal(0, 0.3, weight.shape))
+    return model
+
+
+def command(*arguments, cwd=None, **environment):
+    """Runs `keras-effnet` in a process of its own."""
+    line = [str(Path(sys.executable).parent / "keras-effnet"), *map(str, arguments)]
+    return subprocess.run(
+        line, capture_output=True, text=True, cwd=cwd, env={**os.environ, "KERAS_BACKEND": BACKEND, **environment}
+    )

@@ -1,0 +1,48 @@
+"""What a wheel installs."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from helpers import BACKEND, ROOT
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+def test_a_wheel_holds_one_package_and_its_command(tmp_path):
+    sources = tmp_path / "sources"  # a build leaves files behind
+    shutil.copytree(
+        ROOT, sources, symlinks=True, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", ".*cache")
+    )
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, sources]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {
+        "keras_effnet",
+        next(name.split("/")[0] for name in names if "dist-info" in name),
+    }
+    for path in (
+        *ROOT.glob("keras_effnet/*.py*"),
+        *ROOT.glob("keras_effnet/photographs/*"),
+        *ROOT.glob("weights/*.py"),
+        *ROOT.glob("tpu/**/*.py"),
+    ):
+        relative = path.relative_to(ROOT)
+        inside = relative if relative.parts[0] == "keras_effnet" else f"keras_effnet/{relative}"
+        assert str(inside) in names
+    # Installed apart from the sources, its commands and the weights beside it work.
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel],
+        check=True,
+        capture_output=True,
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); import keras_effnet as ke; "
+        "print(ke.__file__); print(ke.EfficientNetLite0().name)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.split() == [str(target / "keras_effnet/__init__.py"), "efficientnet-lite0"], result.stderr
+    assert (target / "bin" / "keras-effnet").exists()

@@ -1,0 +1,196 @@
+"""The report of real runs, in a real browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import BACKEND, SHORT
+
+if BACKEND != "tensorflow":
+    pytest.skip("TensorFlow's runner", allow_module_level=True)
+
+from keras_effnet.tpu import recipes
+from keras_effnet.tpu.config import override
+from keras_effnet.tpu.input import pipeline, skipped
+from keras_effnet.tpu.input.sources import open_source
+from keras_effnet.tpu.reports import evaluation, html_report
+from keras_effnet.tpu.train import train
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--virtual-time-budget=4000",
+    "--window-size=390,2000",
+]
+RECIPE = override(recipes.find("digits_demo"), SHORT)
+MIXING = override(RECIPE, ["--augment.policy", "autoaugment", "--augment.mixup", "0.4", "--epochs", "0.4"])
+
+# What a reader's browser makes of the page, written into it. All but the page's own script is as it is delivered.
+SCRIPT = """<script>
+const told = []; addEventListener("error", event => told.push(event.message));
+addEventListener("securitypolicyviolation", event => told.push(event.violatedDirective + " " + event.blockedURI));
+addEventListener("load", () => {
+  const shown = element => { const box = element.getBoundingClientRect(); return box.width > 0 && box.height > 0; };
+  const images = [...document.images], page = document.documentElement;
+  const found = { images: images.length, whole: images.filter(i => i.complete && i.naturalWidth > 0 && shown(i)).length,
+    svg: [...document.querySelectorAll("svg")].filter(shown).length, width: innerWidth,
+    over: page.scrollWidth - page.clientWidth, told, fetched: performance.getEntriesByType("resource").length,
+    dark: getComputedStyle(document.body).backgroundColor,
+    text: getComputedStyle(document.querySelector("svg text")).fill,
+    // What is referred to, markers and paths to clip with, has names of its own.
+    ids: [...document.querySelectorAll("[id]")].map(e => e.id)
+      .filter((id, n, all) => all.indexOf(id) != n && /^[mp][0-9a-f]{6}/.test(id)),
+    headings: [...document.querySelectorAll("h2")].map(h => h.textContent) };
+  const pre = document.createElement("pre"); pre.id = "found"; pre.textContent = JSON.stringify(found);
+  document.body.append(pre); });
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
+def test_the_report_of_a_run(tmp_path):
+    """A run that came to its end, and its report by the command; the same run as if it had been killed."""
+    workdir = tmp_path / "digits"
+    result = train(MIXING, workdir, quiet=True)
+    before = contents(workdir)
+    line = [sys.executable, "-m", "keras_effnet", "report", str(workdir), "--json"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"path": f"{workdir}/report.html"}
+    assert contents(workdir).keys() - before.keys() == {workdir / "report.html"}
+    page = (workdir / "report.html").read_text()
+    says_what_the_run_said(page, workdir, result)
+    if CHROMIUM:
+        looks_right_in_a_browser(page, tmp_path)
+    serves_when_killed(workdir, result, tmp_path / "killed")
+    if not CHROMIUM:
+        pytest.skip("no chromium to look at it; the rest holds")
+
+
+def browsed(page: str, folder, *flags: str) -> dict:
+    """What the browser says of a page."""
+    assert page.count(html_report._POLICY) == 1
+    page = page.replace(html_report._POLICY, html_report._POLICY + "; script-src 'unsafe-inline'").replace(
+        "</head>", SCRIPT + "</head>"
+    )
+    (folder / "page.html").write_text(page)
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *FLAGS,
+            f"--user-data-dir={folder / 'profile'}",
+            *flags,
+            "--dump-dom",
+            (folder / "page.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    return json.loads(html.unescape(found[1]))
+
+
+def looks_right_in_a_browser(page, tmp_path):
+    found = browsed(page, tmp_path)
+    # 4 originals, 5 epochs and 2 mixed batches of each; 24 mistakes.
+    assert found["images"] == found["whole"] == 4 * (1 + 5 + 2) + 24
+    assert found["svg"] == 4 and found["ids"] == []
+    assert found["told"] == [] and found["fetched"] == 0
+    assert found["over"] <= 0 and found["width"] <= 500
+    assert found["headings"] == [
+        "Numbers",
+        "Curves",
+        "What it is trained on",
+        "Wrong and sure of it",
+        "Classes",
+        "Not read",
+    ]
+    dark = browsed(page, tmp_path, "--blink-settings=preferredColorScheme=0")
+    assert found["dark"] == "rgb(255, 255, 255)" and dark["dark"] == "rgb(21, 23, 26)"
+    assert found["text"] != dark["text"]  # of the curves' labels
+
+
+def says_what_the_run_said(page, workdir, result):
+    assert (
+        "Finished" in page and f"{result['steps']} of {result['steps']} steps" in page and 'class="lacking"' not in page
+    )
+    for name in ("ema_top1", "ema_top5", "top1", "top5"):
+        assert f"<td class=right>{result[name]:.2%}</td>" in page
+    # The examples were evaluated again, with the same outcome.
+    assert (
+        f"top-1 {result['ema_top1']:.2%}, top-5 {result['ema_top5']:.2%}, with the moving average in model.keras"
+        in page
+    )
+    assert evaluation.evaluate(workdir)["top1"] == result["ema_top1"]
+    assert "All images could be read." in page and "&quot;mixup&quot;: 0.4" in page
+
+
+def mistakes(page: str) -> list[tuple]:
+    return re.findall(r'<figure class="card"><img .*?src="(.*?)"><figcaption><b>(.*?)</b>, (.*?)<br>(.*?)<br>', page)
+
+
+def serves_when_killed(whole, result, workdir):
+    """No model, no result, half a line; the moving averages are those of the newest checkpoint that can be read."""
+    finished = (whole / "report.html").read_text()
+    shutil.copytree(whole, workdir)
+    for name in ("model.keras", "result.json", "report.html"):
+        (workdir / name).unlink()
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "split": "tr')
+    before = contents(workdir)
+    assert html_report.write(workdir) == f"{workdir}/report.html"
+    page = (workdir / "report.html").read_text()
+    assert "Not finished" in page and f"{result['steps']} of {result['steps']} steps" in page
+    assert len(mistakes(finished)) == 24 and mistakes(page) == mistakes(finished)
+    (workdir / "report.html").unlink()
+    assert contents(workdir) == before  # nothing else was written
+    # The newest checkpoint is cut off, and in the end there is none at all.
+    index = max(workdir.glob("checkpoints/*.index"), key=lambda path: int(re.findall(r"\d+", path.name)[0]))
+    index.write_bytes(index.read_bytes()[:100])
+    html_report.write(workdir, examples=50)
+    page = (workdir / "report.html").read_text()
+    assert "of 50 examples are wrong, which were taken from 360 in all" in page and mistakes(page) != mistakes(finished)
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "metrics.jsonl").write_text("")
+    (workdir / "skipped-0.jsonl").write_text('{"ordinal": 1, "name": "<b>&.jpg"}\n{"ordinal": 2, "na')
+    html_report.write(workdir)
+    page = (workdir / "report.html").read_text()
+    assert "There was no evaluation yet" in page and "Received: none yet" in page and page.count('class="seen"') == 1
+    assert "1 image could not be read" in page and "&lt;b&gt;&amp;.jpg" in page and "<b>&.jpg" not in page
+    with pytest.raises(ValueError, match=r"Expected the folder of a run, with its config.json. Received: '.*/none'"):
+        html_report.write(workdir / "none")
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_samples_are_what_the_run_saw():
+    """Each picture is the one that training itself makes of that example in that epoch."""
+    how = override(MIXING, ["--augment.mixup", "0"])
+    source = open_source(how.data)
+    trained = pipeline.training(source, how, 32, 3, skipped.Skipped(None, source.train_count))
+    order = source.train.train(how.run.seed, 0, 0, 1, 3)
+    names = [row["name"].numpy().decode() for row in order.take(source.train_count)]
+    seen = {}
+    wanted = html_report.samples(source, how, 32, 4, 1)
+    for number, (images, _) in enumerate(trained.take(source.train_count // 3)):
+        seen |= {names[3 * number + place]: image.numpy() for place, image in enumerate(images)}
+    assert len(wanted) == 4 and len({row["name"] for row in wanted}) == 4
+    for row in wanted:
+        assert np.array_equal(row["seen"][0], seen[row["name"]]), row["name"]
+        assert row["original"].shape == (8, 8, 3)

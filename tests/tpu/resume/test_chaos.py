@@ -1,0 +1,306 @@
+"""Runs that are killed, stopped and damaged in real processes finish as undisturbed ones do, bit by bit.
+
+`pytest -m long tests/test_chaos.py` kills ten times instead of once, on both runners, and more: in a whole run of
+digits_demo, which has to learn, and in a fine-tuning with AutoAugment and mixup.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, ROOT, same_weights
+
+if BACKEND != "tensorflow":
+    pytest.skip("TensorFlow's runner", allow_module_level=True)
+
+
+OFTEN = "--run.deterministic --run.steps-per-loop 10 --run.save-every 0.5"
+SHORT = f"--batch-size 32 --model.image-size 32 --epochs 4 --run.no-report {OFTEN}"
+RUNS = {
+    "short": f"digits_demo --model.name efficientnet-mini {SHORT} --augment.policy autoaugment --augment.mixup 0.2",
+    "digits_demo": f"digits_demo {OFTEN}",
+    "finetune": "finetune --data digits --model.image-size 64 --data.eval-crop 1 --augment.min-area 0.7 --epochs 5 "
+    f"--augment.policy autoaugment --augment.mixup 0.2 {OFTEN}",
+}
+
+
+class Process:
+    """The command, and what it says."""
+
+    started: ClassVar[list["Process"]] = []
+
+    def __init__(self, workdir: Path, arguments: str, **environment: str):
+        self.log = open(workdir.parent / f"{workdir.name}-{time.monotonic_ns()}.log", "w+")  # noqa: SIM115
+        line = [sys.executable, ROOT / "tests" / "mini.py", "train", *arguments.split(), "--workdir", str(workdir)]
+        self.workdir = workdir
+        self.process = subprocess.Popen(
+            line, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+        )
+        self.started.append(self)
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def after(self, step: int, seconds: float = 300) -> "Process":
+        """Waits until it says that so many steps are done."""
+        deadline = time.monotonic() + seconds
+        while not any(int(done) >= step for done in re.findall(r"step (\d+)/", self.said())):
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return self
+
+    def ended(self, status: int, seconds: float = 600) -> str:
+        assert self.process.wait(seconds) == status, self.said()
+        told = self.said()
+        self.log.close()
+        return told
+
+
+def rows(workdir: Path) -> list[dict]:
+    found = []
+    path = workdir / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # half a line, of a process that is just writing it
+            break
+    return found
+
+
+def curve(workdir: Path) -> list[dict]:
+    """All numbers but those of speed."""
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows(workdir)]
+
+
+def steps(workdir: Path) -> list[int]:
+    """Those of the checkpoints."""
+    found = (
+        re.fullmatch(r"ckpt-(\d+)\.(index|crc32c\.json)", path.name) for path in workdir.glob("checkpoints/ckpt-*")
+    )
+    return sorted(int(one[1]) for one in found if one)
+
+
+def newest(workdir: Path) -> int:
+    return steps(workdir)[-1]
+
+
+def done(workdir: Path) -> int:
+    return rows(workdir)[-1]["step"]
+
+
+def damage(workdir: Path, step: int, how: str) -> None:
+    """To the largest of its files."""
+    found = [path for path in workdir.glob(f"checkpoints/ckpt-{step}*/**/*") if path.is_file()]
+    found += workdir.glob(f"checkpoints/ckpt-{step}.*")
+    path = max(found, key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def end_all() -> None:
+    """Whatever failed, no process goes on."""
+    for one in Process.started:
+        one.process.kill()
+        one.process.wait()
+        one.log.close()
+    Process.started.clear()
+
+
+@pytest.fixture(autouse=True)
+def _none_stays():
+    yield
+    end_all()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, of 500 MB, where this machine lets us make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500m", "tmpfs", disk], capture_output=True)
+    yield disk if made.returncode == 0 else None
+    end_all()
+    if made.returncode == 0:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    ("runner", "name", "kills"),
+    [
+        pytest.param("tensorflow", "short", 1, marks=pytest.mark.slow),
+        pytest.param("jax", "short", 1, marks=pytest.mark.slow),
+        pytest.param("jax", "short", 10, marks=pytest.mark.long),
+        pytest.param("tensorflow", "digits_demo", 10, marks=pytest.mark.long),
+        pytest.param("jax", "digits_demo", 10, marks=pytest.mark.long),
+        pytest.param("tensorflow", "finetune", 10, marks=pytest.mark.long),
+    ],
+)
+def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, small_disk, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    arguments, chance = f"{RUNS[name]} --runner {runner}", random.Random(name)
+    reference = tmp_path / "reference"
+    Process(reference, arguments).ended(0)
+    total = done(reference)
+
+    workdir = (small_disk or tmp_path) / "run"
+    workdir.mkdir()
+    run = Process(workdir, arguments).after(20)
+    # Another run may not use the folder, and does no harm there. Meanwhile this one waits, or it would come to its end.
+    run.process.send_signal(signal.SIGSTOP)
+    told = Process(workdir, arguments).ended(2)
+    assert f"Expected a folder that no other run uses. Received: '{workdir}', which one uses" in told
+    assert f"process {run.process.pid}" in told
+
+    # A supervisor's stop, and the state of the very step.
+    run.process.send_signal(signal.SIGCONT)
+    run.process.send_signal(signal.SIGTERM)
+    told = run.ended(75, 60)
+    assert f"Stopped after step {newest(workdir)} of {total}, which is saved" in told and newest(workdir) < total - 60
+
+    if runner == "jax":  # its checkpoints are not the other runner's
+        told = Process(workdir, f"{RUNS[name]} --runner tensorflow").ended(2)
+        assert f"Expected --runner jax, whose checkpoints are in '{workdir}'" in told
+
+    # kill -9 at moments that nobody chose.
+    for number in range(kills):
+        # So far that the others have room too, however fast the machine is; the last one with checkpoints behind it.
+        last = total - 60
+        share = max(1, (last - done(workdir)) // (kills - number))
+        until = last if number == kills - 1 else min(last, done(workdir) + chance.randint(1, share))
+        run = Process(workdir, arguments).after(until)
+        time.sleep(chance.uniform(0, 0.1 if name == "short" else 4))
+        assert run.process.poll() is None, f"ended before kill {number}"
+        run.process.kill()
+        run.ended(-signal.SIGKILL)
+
+    # The two newest checkpoints are damaged.
+    *_, kept, second, first = steps(workdir)
+    damage(workdir, first, "truncated")
+    damage(workdir, second, "flipped")
+    run = Process(workdir, arguments).after(kept)
+    for step in (first, second):
+        assert f"The checkpoint of step {step} cannot be read and is set aside" in run.said()
+    assert f"restored from checkpoint: {workdir}/checkpoints/ckpt-{kept}" in run.said()
+
+    # No room: told, and what is there stays. Then room again.
+    if small_disk:
+        while run.process.poll() is None:
+            # It stands still while its disk is filled; and once more, as it may just have removed an old checkpoint.
+            run.process.send_signal(signal.SIGSTOP)
+            room = os.statvfs(small_disk)
+            with open(small_disk / "ballast", "ab") as file:
+                file.write(bytes(max(0, room.f_bavail * room.f_frsize - 2**20)))
+            run.process.send_signal(signal.SIGCONT)
+            time.sleep(0.5)
+        told = run.ended(2)
+        assert f"Expected room on the disk of '{workdir}" in told and "no space left" in told
+        (small_disk / "ballast").unlink()
+        assert not list(workdir.glob("checkpoints/*temp*")) and not list(workdir.glob("*.new"))
+    else:
+        run.process.kill()
+        run.ended(-signal.SIGKILL)
+
+    # Ctrl-C twice.
+    if name != "short":
+        run = Process(workdir, arguments).after(newest(workdir) + 1)
+        run.process.send_signal(signal.SIGINT)
+        run.process.send_signal(signal.SIGINT)
+        run.ended(130, 60)
+
+    Process(workdir, arguments).ended(0)
+    models = [keras.models.load_model(place / "model.keras", compile=False) for place in (reference, workdir)]
+    assert same_weights(*models)
+    assert curve(workdir) == curve(reference)
+    expected, found = (json.loads((place / "result.json").read_text()) for place in (reference, workdir))
+    assert found | speed(expected) == expected and (name == "short" or found["ema_top1"] >= 0.85)
+    # What the command evaluates of it, on TensorFlow: its last checkpoint, as any run's that has not ended.
+    (workdir / "model.keras").unlink()
+    program = [sys.executable, ROOT / "tests" / "mini.py", "eval", workdir, "--json"]
+    told = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": "tensorflow"})
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["top1"] == pytest.approx(expected["ema_top1"], abs=0.005)
+    # What is left over is what was damaged.
+    left = files(workdir) - files(reference)
+    assert left and all(re.match(rf"events\.out|damaged-ckpt-({first}|{second})\b", name) for name in left)
+    assert len(steps(workdir)) <= 4
+    if not small_disk:
+        pytest.skip("no small disk could be mounted; the rest holds")
+
+
+def files(workdir: Path) -> set[str]:
+    """Names of all that is in a run's folder, but for what is inside of a checkpoint."""
+    paths = (path.relative_to(workdir) for path in workdir.rglob("*"))
+    return {path.name for path in paths if not any("ckpt-" in str(folder) for folder in path.parents)}
+
+
+def speed(result: dict) -> dict:
+    """What two runs do not have in common."""
+    return {name: result[name] for name in ("seconds", "images_per_second")}
+
+
+@pytest.mark.parametrize(
+    "runner", [pytest.param("tensorflow", marks=pytest.mark.slow), pytest.param("jax", marks=pytest.mark.long)]
+)
+def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path, monkeypatch):
+    """Two real processes on loopback: the curve of one process with two replicas, also over a host's death."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    arguments = f"digits_demo --runner {runner} --model.name efficientnet-mini --epochs 1.5 --batch-size 32"
+    arguments += " --model.image-size 32 --run.steps-per-loop 7 --run.save-every 0.3 --run.no-report"
+    sockets = [socket.socket() for _ in range(2)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+    for one in sockets:
+        one.close()
+
+    def hosts() -> list[Process]:
+        configs = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}} for index in range(2)]
+        told = [{"TF_CONFIG": json.dumps(config)} for config in configs]
+        if runner == "jax":
+            names = {"JOB_ADDRESSES": addresses[0], "NUM_PROCESSES": "2"}
+            told = [names | {"PROCESS_ID": str(index)} for index in range(2)]
+            told = [{f"KERAS_DISTRIBUTION_{name}": value for name, value in one.items()} for one in told]
+        return [Process(tmp_path / "two", arguments, **environment) for environment in told]
+
+    (tmp_path / "two").mkdir()
+    Process(tmp_path / "one", f"{arguments} --run.cpu-replicas 2").ended(0)
+    total = done(tmp_path / "one")
+    # SIGTERM at either stops both, in the same step.
+    first, second = hosts()
+    first.after(14)
+    second.process.send_signal(signal.SIGTERM)
+    for told in (first.ended(75, 60), second.ended(75, 60)):
+        assert f"Stopped after step {newest(tmp_path / 'two')} of {total}, which is saved" in told
+    # One dies.
+    first, second = hosts()
+    first.after(35)
+    second.process.kill()
+    died = time.monotonic()
+    told = first.ended(75, 60)
+    assert time.monotonic() - died < 60
+    assert "Lost another host" in told and "The same command goes on" in told
+    second.ended(-signal.SIGKILL)
+    for host in hosts():
+        host.ended(0)
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(list(b.values())[2:], list(a.values())[2:], rtol=1e-5, err_msg=str(a["step"]))
+    assert (tmp_path / "two" / "train.log").read_text().count("restored from checkpoint") == 2

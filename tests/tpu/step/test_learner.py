@@ -1,0 +1,367 @@
+"""A training step against the original's model_fn, and on more than one device."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import BACKEND, golden, image, seeded
+
+import keras_effnet as ke
+from keras_effnet.nets import inspection
+from keras_effnet.tpu.step import replicas
+from keras_effnet.tpu.step.learner import Learner
+from keras_effnet.tpu.step.optimizers import Optimizer
+from keras_effnet.tpu.step.schedules import Schedule
+from keras_effnet.weights import naming_tables, variable_names
+from keras_effnet.weights.layouts import LAYOUTS
+
+tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's runner")
+if BACKEND == "tensorflow":
+    pass
+else:
+    import jax
+
+    from keras_effnet.tpu.runners import jax_runner as runner
+
+GOLDEN = golden("tpu/train-efficientnet-b0.json")
+
+
+def filled(name: str, scope: str, **kwargs):
+    """A model that gives logits, filled as the original's, and its variables by the original's names."""
+    model = ke.create_model(
+        name,
+        weights=None,
+        dropout_rate=0,
+        drop_connect_rate=0,
+        classifier_activation=None,
+        preprocessing=None,
+        **kwargs,
+    )
+    reading = inspection.read(model)
+    names = variable_names.foreign_names(reading.architecture, naming_tables.TPU, reading.channels, reading.classes)
+    variables = {}
+    for (layer, variable), found in names.items():
+        target = next(weight for weight in reading.layers[layer].weights if weight.name == variable)
+        layout, full = LAYOUTS[found.layout], f"{scope}/{found.foreign}"
+        shape = layout.from_keras(np.empty(found.shape)).shape
+        target.assign(layout.to_keras(seeded(full, shape), found.shape))
+        variables[full] = target
+    return model, variables
+
+
+def stepping(learner: Learner, batch: int):
+    """A runner's step on one device, which gives the loss, and a function for the values and averages by path."""
+    if BACKEND == "tensorflow":
+        state = runner.variables_ofariables_of(learner)
+        one = tf.function(runner.replica_stepeplica_step(learner, state, batch))
+
+        def step(images, labels, number):
+            return float(one(tf.constant(images), tf.constant(labels), tf.constant(number))["loss"])
+
+        def values():
+            return learner.by_name(state)
+    else:
+        machine = runner.Devicesner.Devices(runner.make_meshr.make_mesh(jax.devices(), 1), 1)
+        kept, stop = machine.variables(learner), np.zeros(1, "float32")
+        compiled = runner.train_step.train_step(learner, machine.mesh, batch)
+
+        def step(images, labels, number):
+            kept.state, told = compiled(kept.state, images, labels, np.int32(number), stop)
+            return float(told[0])
+
+        def values():
+            return learner.by_name(kept.state)
+
+    def both():
+        found = values()
+        pairs = {path: (value, found["averages"][path]) for path, value in found["variables"].items()}
+        return {path: (np.array(value), np.array(average)) for path, (value, average) in pairs.items()}
+
+    return step, both
+
+
+def test_three_steps_are_the_originals():
+    """Loss, weight decay, the gradient of each variable, RMSProp, batch normalisation and the moving average."""
+    model, variables = filled("efficientnet-b0", GOLDEN["model"], input_shape=(64, 64, 3))
+    steps = GOLDEN["train_steps"]
+    schedule = Schedule(steps["base_lr"], steps["steps_per_epoch"], 10**7)
+    learner = Learner(model, Optimizer("rmsprop"), schedule, GOLDEN["label_smoothing"], GOLDEN["weight_decay"])
+    images, labels = image(64, batch=4), np.asarray(GOLDEN["labels"], "int32")
+    start = learner.start()
+
+    def gradients(trainable):
+        def objective(trainable):
+            return learner.objective(trainable, start.moving, images, labels, steps["start_global_step"], 4)
+
+        told, found = runner.gradienter.gradient(objective, trainable)
+        return told[0], learner.logits(trainable, start.moving, images, 0)[0], found
+
+    compiled = tf.function if BACKEND == "tensorflow" else jax.jit
+    loss, logits, found = compiled(gradients)(start.trainable)
+    found = [np.asarray(gradient) for gradient in found]
+    assert float(loss) == pytest.approx(GOLDEN["loss"], rel=1e-5)
+    assert float(learner.penalty(start.trainable)) == pytest.approx(GOLDEN["l2_term"], rel=1e-6)
+    np.testing.assert_allclose(logits[:, :16], GOLDEN["train_logits_first16"], rtol=1e-4, atol=2e-5)
+    np.testing.assert_array_equal(np.argmax(logits, -1), GOLDEN["train_logits_argmax"])
+    places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
+    sizes = {name: float(np.linalg.norm(found[places[id(variables[name])]])) for name in GOLDEN["grad_l2"]}
+    assert len(sizes) == len(found)
+    whole = GOLDEN["global_grad_norm"]
+    norms = [np.linalg.norm(gradient.astype(float)) for gradient in found]
+    assert np.linalg.norm(norms) == pytest.approx(whole, rel=1e-5)
+    for name, size in sizes.items():
+        # Batch normalisation takes a shift in front of the next one away: those gradients are rounding alone.
+        assert size == pytest.approx(GOLDEN["grad_l2"][name], rel=1e-4, abs=1e-7 * whole), name
+    excluded = [v for v in model.trainable_variables if v.name in ("gamma", "beta")]
+    assert {id(variables[name]) for name in GOLDEN["weight_decay_excluded"]} == {id(v) for v in excluded}
+
+    step, values = stepping(learner, 4)
+    first = values()
+    for number, row in enumerate(steps["steps"], steps["start_global_step"]):
+        assert step(images, labels, number) == pytest.approx(row["loss_before_update"], rel=1e-4)
+        now = values()
+        for name, size in row.get("moving_stats_l2", {}).items():
+            assert np.linalg.norm(now[variables[name].path][0]) == pytest.approx(size, rel=1e-5), name
+        for short, expected in row["variables"].items():
+            path = variables[f"{GOLDEN['model']}/{short}"].path
+            (value, average), (before, average_before) = now[path], first[path]
+            for what, got in (
+                ("l2", np.linalg.norm(value)),
+                ("delta_l2", np.linalg.norm(value.astype(float) - before)),
+                ("first4", value.ravel()[:4]),
+                ("ema_first4", average.ravel()[:4]),
+            ):
+                np.testing.assert_allclose(got, expected[what], rtol=1e-4, atol=4e-6, err_msg=f"{short} {what}")
+            # The average moves by a ten-thousandth of what it follows: few digits of its float32 tell.
+            moved = np.linalg.norm(average.astype(float) - average_before)
+            rounding = 6e-8 * float(np.linalg.norm(average))
+            assert moved == pytest.approx(expected["ema_delta_l2"], rel=1e-4, abs=rounding), short
+
+
+def test_moving_variance_takes_the_variance_of_the_batch():
+    """golden/tpu/batchnorm.json: of the population, without n / (n - 1)."""
+    rule = golden("tpu/batchnorm.json")
+    x = np.random.default_rng(0).normal(2, 3, rule["input_shape"]).astype("float32")
+    measured = rule["train: utils.TpuBatchNormalization (fused=False)"]
+    assert np.allclose(measured["moving_variance_update / population variance"], 1, atol=1e-5)
+    for layer in (
+        keras.layers.BatchNormalization(momentum=rule["momentum"], epsilon=rule["epsilon"]),
+        replicas.GroupBatchNormalization(momentum=rule["momentum"], epsilon=rule["epsilon"]),
+    ):
+        layer(x, training=True)
+        update = (np.array(layer.moving_variance) - rule["momentum"]) / (1 - rule["momentum"])
+        np.testing.assert_allclose(update / x.var((0, 1, 2)), 1, rtol=1e-4)
+
+
+def test_which_replicas_share_their_statistics():
+    assert [replicas.group_size(n) for n in (1, 2, 8, 16, 64, 128, 1024)] == [1, 1, 1, 8, 8, 16, 128]
+    assert replicas.group_size(4, "all") == 4 and replicas.group_size(8, "2") == 2
+    with pytest.raises(ValueError, match="which makes groups of 3"):
+        replicas.group_size(8, 3)
+    with pytest.raises(ValueError, match=r"'auto' or 'all'. Received: 'some'$"):
+        replicas.group_size(8, "some")
+
+
+SPREAD = """
+import os, sys
+kinds = int, str, float, int, str, str
+count, group, rate, steps, fused, out = (kind(part) for kind, part in zip(kinds, sys.argv[1:], strict=True))
+import numpy as np, tensorflow as tf, keras
+from keras_effnet.arch import resolve
+from keras_effnet.variants import VARIANTS
+from keras_effnet import blocks
+from keras_effnet.tpu import replicas, train
+from keras_effnet.tpu.config import Run
+from keras_effnet.tpu.optim import Optimizer, Schedule
+from keras_effnet.tpu.step import Learner
+
+machine = train.runner.connect(Run(cpu_replicas=count, batch_norm_group=group))
+assert machine.count == count
+with machine.scope():
+    keras.utils.set_random_seed(0)
+    # The first blocks of B0, with all that there is in it: drop connect, squeeze-and-excite, dropout.
+    style = blocks.Style("silu", 0.9, 1e-3, "channels_last", keras.DTypePolicy("float32"))
+    inputs = keras.Input((16, 16, 3))
+    x = blocks.stem(style, inputs, 32, [1 / 127.5] * 3, [-1.0] * 3)
+    for block in resolve(VARIANTS["efficientnet-b0"]).blocks[:3]:
+        x = blocks.body(style, x, block, rate)
+    model = keras.Model(inputs, blocks.classifier(style, blocks.head(style, x, 16), 5, rate, None))
+    rng = np.random.default_rng(1)
+    for variable in model.trainable_variables:  # the same on both backends
+        if len(variable.shape) > 1:
+            variable.assign(rng.normal(0, 1, variable.shape) * np.sqrt(2 / np.prod(variable.shape[:-1])))
+    model = machine.adapted(model, replicas.group_size(count, group), () if fused == "kernels" else fused)
+    if fused == "kernels":  # those for a TPU, interpreted, with as many images as there are in its lanes
+        from keras_effnet.tpu import jax_fused, jax_kernels
+        jax_kernels._IMAGES = 16 // count
+        model = jax_fused.fuse(model, interpret=True)
+        assert "BodyUnit" in [type(layer).__name__ for layer in model.layers]
+    learner = Learner(model, Optimizer("rmsprop"), Schedule(0.004, 10, 100, warmup_epochs=0), seed=3)
+    state = machine.variables(learner)
+step, losses = tf.Variable(0, dtype=tf.int64), []
+
+def batches(host, parts, python):
+    rng = np.random.default_rng(0)
+    images, labels = rng.uniform(0, 255, (steps * 16, 16, 16, 3)).astype("float32"), rng.integers(0, 5, steps * 16)
+    images += 20 * labels[:, None, None, None]
+    return tf.data.Dataset.from_tensor_slices((images, labels.astype("int32"))).batch(16 // parts)
+
+trainer = machine.trainer(learner, state, step, lambda: iter(machine.batches(batches)), 16)
+for _ in range(steps):
+    losses.append(float(trainer.train(tf.constant(1))["loss"]))
+kinds = learner.by_name(getattr(state, "state", state)).items()
+np.savez(out, losses=losses, **{f"{kind} {name}": np.array(v) for kind, some in kinds for name, v in some.items()})
+"""
+
+
+def spread(
+    backend: str, out, count: int = 1, group: str = "all", rate: float = 0.0, steps: int = 6, fused: str = "none"
+):
+    """Losses and all variables of a few steps in a process of its own."""
+    command = [sys.executable, "-c", SPREAD, *map(str, (count, group, rate, steps, fused, out))]
+    forced = f"--xla_force_host_platform_device_count={count}"
+    environment = {**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": forced if backend == "jax" else ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return np.load(out)
+
+
+def same(one, other, rtol=1e-4):
+    np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-5)
+    for name in one.files:
+        np.testing.assert_allclose(other[name], one[name], rtol=rtol, atol=rtol * np.abs(one[name]).max() + 1e-6)
+
+
+@tensorflow_only
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("tensorflow", marks=pytest.mark.long),
+        pytest.param("jax", marks=pytest.mark.slow),
+    ],
+)
+def test_one_and_many_replicas_learn_the_same(backend, tmp_path):
+    """Masks of dropout and drop connect are of the global batch, and so are shared batch statistics."""
+    one = spread(backend, tmp_path / "one.npz", rate=0.2)
+    same(one, spread(backend, tmp_path / "many.npz", 8 if backend == "jax" else 2, rate=0.2))
+
+
+@tensorflow_only
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_groups_share_their_statistics(backend, tmp_path):
+    one, eight = (spread(backend, tmp_path / f"{count}.npz", count, rate=0.2) for count in (1, 8))
+    same(one, eight)
+    # Two that share nothing, and two pairs that share, see the same halves of the batch.
+    halves, pairs = spread(backend, tmp_path / "halves.npz", 2, "1"), spread(backend, tmp_path / "pairs.npz", 4, "2")
+    assert not np.allclose(halves["losses"], one["losses"], rtol=1e-4)
+    np.testing.assert_allclose(pairs["losses"], halves["losses"], rtol=1e-5)
+
+
+@tensorflow_only
+@pytest.mark.parametrize(
+    "counts", [pytest.param((1,), marks=pytest.mark.slow), pytest.param((1, 8), marks=pytest.mark.long)]
+)
+def test_both_runners_have_the_same_curve(counts, tmp_path):
+    """Without masks 50 steps agree to float32's rounding, on 1 and on 8 devices; with masks, their means do."""
+    one = spread("tensorflow", tmp_path / "tensorflow.npz", steps=50)
+    assert np.mean(one["losses"][-10:]) < 0.9 * np.mean(one["losses"][:10])  # something is learnt
+    for count in counts:
+        same(one, spread("jax", tmp_path / f"{count}.npz", count, steps=50), rtol=1e-3)
+    if 8 not in counts:
+        return
+    masked = [spread(backend, tmp_path / f"{backend}.npz", rate=0.3, steps=50) for backend in ("tensorflow", "jax")]
+    means = [np.mean(one["losses"][25:]) for one in masked]
+    assert means[0] == pytest.approx(means[1], rel=0.05) and not np.allclose(masked[0]["losses"], masked[1]["losses"])
+
+
+@tensorflow_only
+@pytest.mark.long
+def test_layers_as_one_have_the_same_curve(tmp_path):
+    """50 steps of JAX' runner, on one device and on two pairs that share batch statistics."""
+    for count, group in ((1, "all"), (4, "2")):
+        plain, *others = (
+            spread("jax", tmp_path / f"{count}-{fused}.npz", count, group, 0.2, 50, fused)
+            for fused in ("none", "layers", "kernels")
+        )
+        for fused in others:
+            same(plain, fused, rtol=1e-3)
+
+
+@tensorflow_only
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("efficientnet-b0", marks=pytest.mark.long),
+        pytest.param("efficientnet-edgetpu-s", marks=pytest.mark.long),
+        pytest.param("efficientnet-lite0", marks=pytest.mark.long),
+    ],
+)
+def test_steps_compile_with_xla(name):
+    model = ke.create_model(name, weights=None, classifier_activation=None, classes=10, input_shape=(32, 32, 3))
+    learner = Learner(model, Optimizer("rmsprop"), Schedule(0.01, 10, 100))
+    state = runner.variables_ofariables_of(learner)
+    before = [variable.numpy() for variable in state.trainable]
+    images = tf.constant(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)), tf.uint8)
+    labels = tf.constant([0, 1, 2, 3])
+    plain = runner.replica_scoreplica_score(learner, state, raw=True)
+    expected = {key: float(value) for key, value in plain(images, labels, tf.ones(4)).items()}
+    score = tf.function(plain, jit_compile=True)
+    found = score(images, labels, tf.ones(4))
+    assert {key: float(value) for key, value in found.items()} == pytest.approx(expected, rel=1e-3)
+    step = tf.function(runner.replica_stepeplica_step(learner, state, 4), jit_compile=True)
+    metrics = step(images, labels, tf.constant(50))
+    assert np.isfinite(float(metrics["loss"]))
+    assert all(not np.array_equal(a, b) for a, b in zip(before, state.trainable, strict=True))
+    shapes = step.get_concrete_function(images, labels, tf.constant(50)).graph
+    assert all(tensor.shape.is_fully_defined() for op in shapes.get_operations() for tensor in op.outputs)
+
+
+@tensorflow_only
+def test_masks_follow_from_seed_and_step():
+    model = ke.EfficientNetLite0(
+        weights=None, classes=10, input_shape=(32, 32, 3), classifier_activation=None, dropout_rate=0.5
+    )
+    images = tf.constant(np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)), tf.float32)
+
+    def logits(seed, step):
+        learner = Learner(model, Optimizer("sgd"), Schedule(0.1, 10, 100), seed=seed)
+        state = learner.start()
+        return learner.logits(state.trainable, state.moving, images, step)[0].numpy()
+
+    assert np.array_equal(logits(1, 7), logits(1, 7))
+    assert not np.allclose(logits(1, 7), logits(1, 8)) and not np.allclose(logits(1, 7), logits(2, 7))
+
+
+@tensorflow_only
+def test_low_precision_computes_and_float32_keeps():
+    """mixed_bfloat16: the loss, its gradients and all that is kept are float32."""
+    logits = {}
+    for policy in ("float32", "mixed_bfloat16"):
+        keras.utils.set_random_seed(0)
+        model = ke.EfficientNetLite0(
+            weights=None,
+            classes=10,
+            input_shape=(96, 96, 3),
+            classifier_activation=None,
+            dtype=policy,
+            dropout_rate=0,
+            drop_connect_rate=0,
+        )
+        learner = Learner(model, Optimizer("rmsprop"), Schedule(0.1, 10, 100))
+        state = learner.start()
+        images = tf.constant(np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3)), tf.uint8)
+        with tf.GradientTape() as tape:
+            tape.watch(state.trainable)
+            loss, moving, _ = learner.objective(state.trainable, state.moving, images, tf.range(8), 0, 8)
+        gradients = tape.gradient(loss, state.trainable)
+        after = learner.update(state, gradients, moving, tf.constant(0))
+        assert {value.dtype for value in (loss, *gradients, *tf.nest.flatten(after))} == {tf.float32}
+        assert model.get_layer("stem_conv").compute_dtype == ("bfloat16" if "bfloat16" in policy else "float32")
+        logits[policy] = learner.logits(state.trainable, state.moving, images, 0)[0].numpy()
+    whole, low = (values.ravel() for values in logits.values())
+    assert not np.allclose(whole, low, rtol=1e-3) and np.corrcoef(whole, low)[0, 1] > 0.97

@@ -1,0 +1,916 @@
+"""Loading and converting: every naming against the original's numbers, both ways, all or nothing."""
+
+import gc
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from helpers import (
+    BACKEND,
+    GOLDEN,
+    fill,
+    golden,
+    image,
+    lite0_package,
+    run,
+    same_weights,
+    save_checkpoint,
+    seeded,
+    seeded_as,
+)
+
+import keras_effnet as ke
+from keras_effnet.nets.scaling import resolve
+from keras_effnet.nets.variables import owners
+from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.weights import convert, naming_tables, registry, store, variable_names
+from keras_effnet.weights.formats import opening
+from keras_effnet.weights.layouts import LAYOUTS, Layout, adapt_channels
+
+SMALL = {"weights": None, "classes": 5, "input_shape": (32, 32, 3)}
+NAMES = (
+    "efficientnet-b0",
+    "efficientnet-b1",
+    "efficientnet-lite1",
+    "efficientnet-edgetpu-s",
+    "efficientnet-condconv-b0-4e",
+)
+
+
+@pytest.fixture(scope="session")
+def lite0_path():
+    return lite0_package()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_layers_that_own_variables(name):
+    model = ke.create_model(name, **SMALL)
+    ours = {
+        layer.name: (type(layer).__name__, {weight.name: tuple(weight.shape) for weight in layer.weights})
+        for layer in model.layers
+        if layer.weights
+    }
+    expected = owners(resolve(VARIANTS[name]), classes=5)
+    assert list(ours) == list(expected)
+    assert ours == {layer: tuple(owner) for layer, owner in expected.items()}
+
+
+@pytest.mark.parametrize("naming", naming_tables.NAMINGS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_names_are_a_bijection(name, naming):
+    architecture = resolve(VARIANTS[name])
+    if naming == "lukemelas" and "condconv" in name:
+        with pytest.raises(ValueError, match="EfficientNet-PyTorch"):
+            variable_names.foreign_names(architecture, naming_tables.NAMINGS[naming])
+        return
+    names = variable_names.foreign_names(architecture, naming_tables.NAMINGS[naming])
+    assert len({found.key for found in names.values()}) == len(names)
+    assert len({found.foreign for found in names.values()}) == len(names)
+    assert next(iter(names.values())).foreign == naming_tables.NAMINGS[naming].mark
+    ours = [(layer, variable) for layer, owner in owners(architecture).items() for variable in owner.shapes]
+    assert list(names) == ours
+
+
+@pytest.mark.parametrize(
+    ("file", "naming"),
+    [
+        ("tpu/efficientnet-b0", "tpu"),
+        ("tpu/efficientnet-lite0", "tpu"),
+        ("tpu/efficientnet-edgetpu-S", "tpu"),
+        ("timm/tf_efficientnet_b0", "timm"),
+        ("tpu/efficientnet-condconv-b0-4e", "tpu"),
+        ("timm/tf_efficientnet_lite0", "timm"),
+        ("timm/tf_efficientnet_cc_b0_4e", "timm"),
+        ("timm/efficientnet_b1_pruned", "timm"),
+    ],
+)
+def test_names_and_shapes_are_the_published_ones(file, naming):
+    reference = golden(f"{file}.json")
+    if naming == "tpu":
+        model, listed, scope = file.split("/")[1].lower(), reference["variables"], file.split("/")[1] + "/"
+        listed = [row[:2] for row in listed]
+    else:
+        model, scope = ours_of(file.split("/")[1]), ""
+        listed = [row for row in reference["state_dict"] if not row[0].endswith("num_batches_tracked")]
+    names = variable_names.foreign_names(
+        resolve(VARIANTS[model]), naming_tables.NAMINGS[naming], classes=listed[-1][1][0]
+    )
+    found = {
+        scope + name: list(LAYOUTS[layout].from_keras(np.empty(shape)).shape)
+        for name, layout, shape, _ in names.values()
+    }
+    assert found == dict(listed)
+
+
+def ours_of(timms: str) -> str:
+    """The name of a model that timm calls otherwise."""
+    return next(
+        name
+        for name in VARIANTS
+        if any(record.tag.startswith(f"{timms}.") for record in registry.of_model(name) if record.publisher == "timm")
+    )
+
+
+def timm_tensors(name: str) -> dict[str, np.ndarray]:
+    """timm's state dict with the values that its reference was computed with."""
+    tensors = {}
+    # What a kernel's output adds up: all axes of ours but the last and, of mixed experts, the first.
+    shapes = variable_names.foreign_names(resolve(VARIANTS[ours_of(name)]), naming_tables.TIMM).values()
+    sums = {one.foreign: one.shape[1 if len(one.shape) == 5 else 0 : -1] for one in shapes}
+    for key, shape in golden(f"timm/{name}.json")["state_dict"]:
+        if key.endswith("num_batches_tracked"):
+            tensors[key] = np.zeros((), np.int64)
+        else:
+            taps = sums[key][:2] if "conv_dw" in key else sums[key]
+            tensors[key] = seeded(key, shape, int(np.prod(taps)) if len(shape) > 1 else None)
+    return tensors
+
+
+def save_torch(tensors, path):
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        torch = pytest.importorskip("torch")
+        state = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
+        torch.save(state, path, _use_new_zipfile_serialization=path.stem == "zip")
+    return path
+
+
+def normalised_by_batch(model):
+    """The model with batch statistics in its normalisations and nothing dropped, as timm's sharper reference has it."""
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0
+    return model
+
+
+@pytest.mark.parametrize("kind", ["timm.safetensors", "zip.pth", "legacy.pth"])
+@pytest.mark.parametrize(
+    "name", ["tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e", "efficientnet_b1_pruned"]
+)
+def test_timms_files_give_timms_numbers(name, kind, tmp_path):
+    path = save_torch(timm_tensors(name), tmp_path / kind)
+    model = ke.create_model(ours_of(name), weights=None, preprocessing=None, classifier_activation=None, dropout_rate=0)
+    report = ke.weights.load(model, path)
+    assert report.format == "timm" and report.fits
+    norms = sum(key.endswith("num_batches_tracked") for key in timm_tensors(name))
+    assert list(report.ignored.values()) == [norms]
+    reference = np.load(GOLDEN / f"timm/{name}.npz")
+    x = image(golden(f"timm/{name}.json")["default_cfg"]["input_size"][1])
+    assert np.abs(run(model, x) - reference["logits"]).max() < 2e-5 * reference["logits"].std()
+    if kind == "timm.safetensors":
+        trained = keras.ops.convert_to_numpy(normalised_by_batch(model)(keras.ops.convert_to_tensor(x), training=True))
+        assert np.abs(trained - reference["logits_train_bn"]).max() < 1e-4 * reference["logits_train_bn"].std()
+
+
+def original_tensors(file: str, average: bool = True) -> dict[str, np.ndarray]:
+    """A training checkpoint of the original: the reference's values as averages, others as the weights themselves."""
+    tensors = {"global_step": np.array(7, np.int64)}
+    for name, shape, trainable in golden(f"tpu/{file}.json")["variables"]:
+        tensors[name] = seeded(name, shape)
+        if average:
+            tensors[f"{name}/ExponentialMovingAverage"] = tensors[name]
+            tensors[name] = np.full(shape, 0.5, np.float32)
+            if trainable:
+                tensors |= {f"{name}/{slot}": np.ones(shape, np.float32) for slot in ("RMSProp", "RMSProp_1")}
+    return tensors
+
+
+def test_averages_by_default_and_weights_by_request(tmp_path):
+    path = save_checkpoint(tmp_path / "model.ckpt", original_tensors("efficientnet-lite0"))
+    model = ke.EfficientNetLite0(weights=None)
+    report = ke.weights.load(model, tmp_path)
+    assert same_weights(model, fill_as("efficientnet-lite0"))
+    assert report.ignored == {
+        "the number of training steps": 1,
+        "the optimizer's state": 2 * 149,
+        "the raw values, which the moving averages stand for": 247,
+    }
+    ke.weights.load(model, path, raw=True)
+    assert all((value == 0.5).all() for value in model.get_weights())
+
+
+def fill_as(file: str, **kwargs):
+    """Our model with the reference's values, put in by name."""
+    model = ke.create_model(file.lower(), weights=None, **kwargs)
+    names = variable_names.foreign_names(
+        resolve(VARIANTS[file.lower()]), naming_tables.TPU, classes=model.output.shape[-1]
+    )
+    for (layer, variable), name in names.items():
+        target = next(weight for weight in model.get_layer(layer).weights if weight.name == variable)
+        target.assign(seeded_as(file, name))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["missing average", "missing stem", "unexpected", "raw extra", "shape", "two nets"])
+def test_a_checkpoint_with_a_fault_is_told(kind, tmp_path):
+    tensors = original_tensors("efficientnet-lite0")
+    name = "efficientnet-lite0/blocks_3/conv2d/kernel/ExponentialMovingAverage"
+    if kind == "missing average":
+        del tensors[name]
+    elif kind == "missing stem":
+        del tensors["efficientnet-lite0/stem/conv2d/kernel/ExponentialMovingAverage"]
+    elif kind == "raw extra":
+        tensors["efficientnet-lite0/blocks_99/conv2d/kernel"] = np.zeros(1, np.float32)
+    elif kind == "unexpected":
+        tensors[name.replace("kernel", "bias")] = np.zeros(144, np.float32)
+    elif kind == "shape":
+        tensors[name] = tensors[name][..., 1:]
+    else:
+        tensors |= {f"other/{key}": value for key, value in tensors.items()}
+    path = save_checkpoint(tmp_path / "model.ckpt", tensors)
+    model = ke.EfficientNetLite0(weights=None)
+    before = model.get_weights()
+    told = {
+        "missing average": rf"\(!\): - {name} \(for block3b_expand_conv/kernel\)",
+        "missing stem": r"- efficientnet-lite0/stem/conv2d/kernel/ExponentialMovingAverage \(for stem_conv/kernel\)",
+        "raw extra": r"\(!\): \+ efficientnet-lite0/blocks_99/conv2d/kernel$",
+        "unexpected": rf"\(!\): \+ {name.replace('kernel', 'bias')}",
+        "shape": r"expected shape \(1, 1, 24, 144\) for block3b_expand_conv/kernel, received \(1, 1, 24, 143\)",
+        "two nets": "Expected one net",
+    }[kind]
+    told = told.replace("block3b", "block3a") if "blocks_3" in name else told
+    with pytest.raises(ValueError, match=told):
+        ke.weights.load(model, path)
+    assert all(map(np.array_equal, model.get_weights(), before))
+    for do in (
+        lambda: ke.weights.convert_file(path, tmp_path / "x.safetensors"),
+        lambda: convert.read(path, "efficientnet-lite0"),
+    ):
+        with pytest.raises(ValueError, match="Received"):
+            do()
+    if kind != "two nets":
+        # Without its average, the raw value is left over.
+        assert len(ke.weights.verify(path, "efficientnet-lite0").problems) == 1 + kind.startswith("missing")
+
+
+CONDCONV = "efficientnet-condconv-b0-4e"
+
+
+def renamed(tensors, how: str) -> dict[str, np.ndarray]:
+    """The same checkpoint as another program run would have named it."""
+
+    def rename(name: str) -> str:
+        match = re.search(r"/model/(blocks_\d+/(?:depthwise_)?cond_conv2d)(?:_(\d+))?/", name)
+        if not match or how == "no scope":
+            return name.replace("/model/", "/")
+        if how == "second model":
+            return name.replace("/model/", "/model_1/").replace(
+                match[1] + (f"_{match[2]}" if match[2] else ""), f"{match[1]}_{int(match[2] or 0) + 24}"
+            )
+        ours = int(match[2] or 0)  # without the layer that is made and not used
+        number = ours if "depthwise" in match[1] else ours - ours // 3 - 1
+        return name.replace(match[0], f"/model/{match[1]}{f'_{number}' if number else ''}/")
+
+    return {rename(name): value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("how", ["no scope", "second model", "no unused layer"])
+def test_mixed_experts_are_found_by_their_block_and_order(how, tmp_path):
+    tensors = original_tensors(CONDCONV)
+    changed = renamed(tensors, how)
+    assert len(changed) == len(tensors) and changed.keys() != tensors.keys()
+    model = ke.EfficientNetCondConvB0x4(weights=None)
+    save_checkpoint(tmp_path / "model.ckpt", changed)
+    assert ke.weights.load(model, tmp_path).fits
+    assert same_weights(model, fill_as(CONDCONV))
+    assert ke.weights.convert_file(tmp_path, tmp_path / "out.safetensors") == CONDCONV
+
+
+@pytest.mark.parametrize("fault", ["missing", "first missing", "left over", "twice", "experts", "flat"])
+def test_a_fault_among_mixed_experts_is_told(fault, tmp_path):
+    tensors = original_tensors(CONDCONV, average=False)
+    name = f"{CONDCONV}/model/blocks_12/cond_conv2d_14/condconv_kernel"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "first missing":
+        del tensors[name.replace("_14", "_13")]
+    elif fault == "left over":
+        tensors[name.replace("_14", "_15")] = tensors[name]
+    elif fault == "twice":
+        tensors[name.replace("/model/", "/")] = tensors[name]
+    elif fault == "experts":
+        tensors[name] = np.concatenate([tensors[name]] * 2)
+    else:
+        tensors[name] = tensors[name].ravel()
+    told = {
+        # The numbers do not tell which of the two it is.
+        **dict.fromkeys(
+            ("missing", "first missing"),
+            r"\(!\): - .*/blocks_12/cond_conv2d\*/condconv_kernel "
+            r"\(for block6b_project_conv/kernel or another of its block\)$",
+        ),
+        "left over": r"\(!\): \+ .*/model/blocks_12/cond_conv2d_15/condconv_kernel$",
+        "twice": r"\(!\): \+ .*/blocks_12/cond_conv2d_14/condconv_kernel$",
+        "experts": r"cond_conv2d_14/.*: expected shape \(4, 1, 1, 1152, 192\) for .*, received \(8, 221184\)",
+        "flat": r"received \(884736,\)$",
+    }[fault]
+    model = ke.EfficientNetCondConvB0x4(weights=None)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=told):
+        ke.weights.load(model, save_checkpoint(tmp_path / "model.ckpt", tensors))
+    assert all(map(np.array_equal, model.get_weights(), before))
+
+
+@pytest.mark.parametrize("layout", ["E(HWIO)->EHWIO", "E(OIHW)->EHWIO", "E(C1HW)->EHWC1"])
+def test_a_wrong_layout_of_mixed_experts_shows(layout, tmp_path, monkeypatch):
+    """Rows that were made flat in another order fit everywhere."""
+    if layout == "E(HWIO)->EHWIO":
+        tensors = original_tensors(CONDCONV, average=False)
+        path = save_checkpoint(tmp_path / "model.ckpt", tensors)
+        expected = np.array(golden(f"tpu/{CONDCONV}.json")["golden"]["logits_first16"])
+    else:
+        path = save_torch(timm_tensors("tf_efficientnet_cc_b0_4e"), tmp_path / "x.safetensors")
+        expected = np.load(GOLDEN / "timm/tf_efficientnet_cc_b0_4e.npz")["logits"][:, :16]
+    turned = Layout(lambda array, shape: array.reshape(shape), LAYOUTS[layout].from_keras)
+    if layout == "E(HWIO)->EHWIO":
+        turned = LAYOUTS["E(OIHW)->EHWIO"]
+    monkeypatch.setitem(LAYOUTS, layout, turned)
+    model = ke.EfficientNetCondConvB0x4(weights=path, preprocessing=None, classifier_activation=None)
+    found = logits(model)
+    assert np.abs(found[:, :16] - expected).max() > 100 * 2e-5 * found.std()
+
+
+def logits(model):
+    return run(model, image(224))
+
+
+@pytest.mark.parametrize("fault", ["layout", "shifted norm", "epsilon", "raw"])
+def test_wrong_numerics_show(fault, tmp_path, monkeypatch):
+    """What the comparison with the original is worth: faults of a converter that leave every shape as it is."""
+    file = "efficientnet-lite0"
+    tensors = original_tensors(file)
+    kwargs = {"bn_epsilon": 1e-5} if fault == "epsilon" else {}
+    if fault == "shifted norm":  # gamma and beta of one normalisation exchanged
+        table = dict(naming_tables.TPU.variables["BatchNormalization"])
+        table["gamma"], table["beta"] = table["beta"], table["gamma"]
+        variables = naming_tables.TPU.variables | {"BatchNormalization": table}
+        monkeypatch.setitem(naming_tables.NAMINGS, "tpu", replace(naming_tables.TPU, variables=variables))
+    elif fault == "layout":  # one square kernel, its axes exchanged
+        name = f"{file}/blocks_0/depthwise_conv2d/depthwise_kernel/ExponentialMovingAverage"
+        tensors[name] = tensors[name].transpose(1, 0, 2, 3)
+    model = ke.EfficientNetLite0(weights=None, preprocessing=None, classifier_activation=None, **kwargs)
+    ke.weights.load(model, save_checkpoint(tmp_path / "model.ckpt", tensors), raw=fault == "raw")
+    expected = np.array(golden(f"tpu/{file}.json")["golden"]["logits_first16"])
+    found = logits(model)
+    assert np.abs(found[:, :16] - expected).max() > 100 * 2e-5 * found.std()
+
+
+@pytest.mark.parametrize("layout", ["OIHW->HWIO", "C1HW->HWC1", "OI->IO"])
+def test_a_wrong_layout_of_timms_kernels_shows(layout, tmp_path, monkeypatch):
+    """Height and width exchanged fits everywhere; so does the classifier, where it is square."""
+    name = "tf_efficientnet_b0"
+    path = save_torch(timm_tensors(name), tmp_path / "x.safetensors")
+    right = LAYOUTS[layout]
+    turn = (lambda array: array.swapaxes(0, 1)) if layout != "OI->IO" else (lambda array: array[::-1])
+    monkeypatch.setitem(
+        LAYOUTS, layout, replace(right, to_keras=lambda array, shape: turn(right.to_keras(array, shape)))
+    )
+    model = ke.EfficientNetB0(weights=path, preprocessing=None, classifier_activation=None)
+    expected = np.load(GOLDEN / f"timm/{name}.npz")["logits"]
+    assert np.abs(run(model, image(224)) - expected).max() > 30 * 2e-5 * expected.std()
+
+
+EDGETPU = "efficientnet-edgetpu-S"
+
+
+def test_the_background_class(tmp_path):
+    path = save_checkpoint(tmp_path / "model.ckpt", original_tensors(EDGETPU))
+    whole, usual = fill_as(EDGETPU, classes=1001), ke.EfficientNetEdgeTPUS(weights=path)
+    exact = ke.EfficientNetEdgeTPUS(weights=path, classes=1001)
+    assert same_weights(whole, exact)
+    for ours, original in zip(usual.layers[-1].get_weights(), whole.layers[-1].get_weights(), strict=True):
+        assert np.array_equal(ours, original[..., 1:])
+    with pytest.raises(ValueError, match="built with classes=1001"):
+        ke.weights.export(usual, tmp_path / "out")
+    assert not (tmp_path / "out.index").exists()
+    ke.weights.export(exact, tmp_path / "out")
+    again = ke.EfficientNetEdgeTPUS(weights=tmp_path / "out", classes=1001)
+    assert same_weights(again, exact)
+    ke.weights.convert_file(path, tmp_path / "es.safetensors")
+    assert same_weights(ke.EfficientNetEdgeTPUS(weights=tmp_path / "es.safetensors"), usual)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_other_channel_counts(channels, lite0_path):
+    usual = ke.EfficientNetLite0(weights=lite0_path)
+    shape = (224, 224, channels)
+    model = ke.EfficientNetLite0(weights=lite0_path, input_shape=shape)
+    kernel, adapted = (net.get_layer("stem_conv").get_weights()[0] for net in (usual, model))
+    assert adapted.shape == (3, 3, channels, 32)
+    if channels == 1:  # what three equal channels give
+        grey = np.random.default_rng(0).uniform(0, 255, (1, 224, 224, 1)).astype("float32")
+        close = np.abs(run(model, grey) - run(usual, np.repeat(grey, 3, axis=-1))).max()
+        assert close < 1e-5
+    else:
+        for place in range(channels):
+            assert np.allclose(adapted[:, :, place], kernel[:, :, place % 3] * 3 / channels, rtol=1e-6)
+    torch = pytest.importorskip("torch")
+    theirs = torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)))
+    theirs = theirs.sum(1, keepdim=True) if channels == 1 else theirs.repeat(1, 3, 1, 1)[:, :channels] * (3 / channels)
+    assert np.allclose(adapt_channels(kernel, channels), theirs.numpy().transpose(2, 3, 1, 0), rtol=1e-6, atol=1e-7)
+
+
+def test_a_head_is_left_alone_only_by_request(lite0_path, tmp_path):
+    model = ke.EfficientNetLite0(**SMALL)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="include_top=False"):
+        ke.weights.load(model, lite0_path)
+    assert all(map(np.array_equal, model.get_weights(), before))
+    report = ke.weights.load(model, lite0_path, include_top=False)
+    assert report.not_loaded == ("predictions/kernel", "predictions/bias")
+    assert all(map(np.array_equal, model.get_weights()[-2:], before[-2:]))
+    body = ke.EfficientNetLite0(include_top=False, weights=lite0_path)
+    assert all(map(np.array_equal, model.get_weights()[:-2], body.get_weights()))
+    ke.weights.export(body, tmp_path / "body.safetensors", target="timm")
+    with pytest.raises(ValueError, match=r"- classifier\.weight.*include_top=False"):
+        ke.weights.load(ke.EfficientNetLite0(weights=None), tmp_path / "body.safetensors")
+    assert ke.weights.load(model, tmp_path / "body.safetensors", include_top=False).not_loaded == report.not_loaded
+
+
+def content(path) -> dict[str, np.ndarray]:
+    with opening.opened(path) as tensors:
+        return {name: stored.read() for name, stored in tensors.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trips_are_exact(name, tmp_path):
+    model = fill(ke.create_model(name, **SMALL))
+    targets = {"tpu": "a/model.ckpt", "timm": "a.safetensors", "keras": "a.h5"}
+    (tmp_path / "a").mkdir()
+    for target, file in targets.items():
+        path = ke.weights.export(model, tmp_path / file, target=target)
+        again = ke.create_model(name, **SMALL)
+        assert ke.weights.load(again, path, source=target).format == target
+        assert same_weights(model, again)
+    # File to file, in a ring; the last is the first again, bit for bit.
+    ring = ["a.safetensors", "b.h5", "c.weights.h5", "d.keras", "e.ckpt", "f.safetensors"]
+    for one, next_one in pairwise(ring):
+        assert ke.weights.convert_file(tmp_path / one, tmp_path / next_one) == name
+    assert (tmp_path / ring[0]).read_bytes() == (tmp_path / ring[-1]).read_bytes()
+    first, last = content(tmp_path / "a"), content(tmp_path / "e.ckpt")
+    assert first.keys() == last.keys() and all(np.array_equal(first[key], last[key]) for key in first)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_timm_finds_what_it_loads_strictly(tmp_path):
+    """`load_state_dict(strict=True)` asks for these names with these shapes, no more and no less."""
+    for name in ("tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e"):
+        path = save_torch(timm_tensors(name), tmp_path / f"{name}.safetensors")
+        model = ke.create_model(ours_of(name), weights=path)
+        found = content(ke.weights.export(model, tmp_path / "out.safetensors", target="timm"))
+        assert {key: list(value.shape) for key, value in found.items()} == dict(
+            golden(f"timm/{name}.json")["state_dict"]
+        )
+        expected = content(path)
+        assert all(
+            np.array_equal(found[key], value) and found[key].dtype == value.dtype for key, value in expected.items()
+        )
+
+
+def test_the_original_restores_what_was_exported(tmp_path):
+    """As its evaluation does: graph variables under the original's names, averages through variables_to_restore."""
+    tf = pytest.importorskip("tensorflow")
+    model = fill(ke.EfficientNetLite0(weights=None))
+    ke.weights.export(model, tmp_path)
+    reference = golden("tpu/efficientnet-lite0.json")
+    v1 = tf.compat.v1
+    with tf.Graph().as_default(), v1.Session() as session:
+        step = v1.train.get_or_create_global_step()
+        variables = [
+            v1.get_variable(name, shape, use_resource=False, trainable=trainable)
+            for name, shape, trainable in reference["variables"]
+        ]
+        averages = v1.train.ExponentialMovingAverage(decay=0.0).variables_to_restore(variables)
+        assert step in averages.values() and len(averages) == len(variables) + 1
+        for names in (averages, None):
+            session.run(v1.global_variables_initializer())
+            v1.train.Saver(names).restore(session, tf.train.latest_checkpoint(str(tmp_path)))
+            for variable, value in zip(variables, session.run(variables), strict=True):
+                assert np.array_equal(value, seeded(f"net/{variable.op.name.partition('/')[2]}", value.shape))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the files are the same whatever the backend")
+@pytest.mark.parametrize(
+    ("number", "include_top"),
+    [
+        (0, True),
+        (0, False),
+        *(pytest.param(number, top, marks=pytest.mark.long) for number in range(1, 8) for top in (True, False)),
+    ],
+)
+def test_keras_2_files_load(number, include_top, tmp_path):
+    applications = pytest.importorskip("tf_keras").applications
+    kwargs = {"include_top": include_top, "weights": None, "input_shape": (32, 32, 3)}
+    theirs = getattr(applications, f"EfficientNetB{number}")(**kwargs)
+    values = [seeded(f"{place}", value.shape or (1,)) for place, value in enumerate(theirs.get_weights())]
+    theirs.set_weights([new.reshape(old.shape) for new, old in zip(values, theirs.get_weights(), strict=True)])
+    theirs.save_weights(tmp_path / "x.h5")
+    model = ke.create_model(f"efficientnet-b{number}", **kwargs)
+    report = ke.weights.load(model, tmp_path / "x.h5")
+    assert list(report.ignored.values()) == [3]  # its Normalization
+    for layer in model.layers:
+        if layer.weights:
+            assert all(map(np.array_equal, layer.get_weights(), theirs.get_layer(layer.name).get_weights()))
+    if number == 0:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this format is an old one
+            theirs.save(tmp_path / "whole.h5")
+        again = ke.create_model("efficientnet-b0", **kwargs)
+        ke.weights.load(again, tmp_path / "whole.h5")
+        assert same_weights(again, model)
+    del theirs
+    gc.collect()
+
+
+@pytest.mark.parametrize("scheme", ["imagenet", "inception", None])
+def test_keras_applications_loads_what_was_exported(scheme, tmp_path):
+    model = fill(ke.EfficientNetB0(weights=None, preprocessing=scheme))
+    path = ke.weights.export(model, tmp_path / "b0.h5", target="keras")
+    theirs = keras.applications.EfficientNetB0(weights=str(path))
+    largest = 255 if scheme else 1  # numbers that are normalised already are small
+    pixels = np.random.default_rng(0).uniform(0, largest, (2, 224, 224, 3)).astype("float32")
+    assert np.abs(run(theirs, pixels) - run(model, pixels)).max() < 1e-5 * run(model, pixels).max()
+
+
+def test_weights_of_a_mixed_precision_model_are_exported_as_float32(tmp_path):
+    model = fill(ke.EfficientNetLite0(**SMALL, dtype="bfloat16"))
+    path = ke.weights.export(model, tmp_path / "x.safetensors", target="timm")
+    assert {value.dtype for value in content(path).values()} == {np.dtype("float32"), np.dtype("int64")}
+    again = ke.EfficientNetLite0(**SMALL, dtype="bfloat16")
+    ke.weights.load(again, path)
+    assert same_weights(model, again)
+    model.save_weights(tmp_path / "x.weights.h5")
+    third = ke.EfficientNetLite0(**SMALL, dtype="bfloat16")
+    ke.weights.load(third, tmp_path / "x.weights.h5")
+    assert same_weights(model, third)
+
+
+def test_a_trained_model_loads_without_its_optimizer(tmp_path):
+    model = ke.EfficientNetLite0(**SMALL)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    model.fit(np.zeros((2, 32, 32, 3)), np.zeros(2), verbose=0)
+    for suffix in (".keras", ".weights.h5"):
+        path = tmp_path / f"x{suffix}"
+        model.save(path) if suffix == ".keras" else model.save_weights(path)
+        again = ke.EfficientNetLite0(**SMALL)
+        assert "the optimizer's state" in ke.weights.load(again, path).ignored
+        assert same_weights(again, model)
+
+
+def headed(classes=3):
+    """A net with a head of one's own, and an optimizer with a state."""
+    body = ke.EfficientNetLite0(weights=None, include_top=False, pooling="avg", input_shape=(32, 32, 3))
+    model = keras.Model(body.inputs, keras.layers.Dense(classes, name="out")(body.output))
+    model.compile(keras.optimizers.RMSprop(1e-4), "mse")
+    model.optimizer.build(model.trainable_variables)
+    for slot in model.optimizer.variables[2:]:
+        slot.assign(np.random.default_rng(0).uniform(0, 1, slot.shape))
+    return body, model
+
+
+def everything(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return [np.array(keras.ops.convert_to_numpy(variable.value)) for variable in variables]
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_a_net_with_an_own_head(suffix, tmp_path):
+    (body, model), (_, other) = headed(), headed()
+    for net, name in ((body, "body"), (model, "whole")):
+        path = tmp_path / f"{name}{suffix}"
+        net.save(path) if suffix == ".keras" else net.save_weights(path)
+    ke.weights.load(other, tmp_path / f"body{suffix}")
+    assert all(map(np.array_equal, other.get_weights()[:-2], body.get_weights()))
+    assert not same_weights(other, model)
+    ke.weights.load(other, tmp_path / f"whole{suffix}")
+    assert same_weights(other, model)
+    x = keras.layers.Conv2D(3, 1)(keras.Input((32, 32, 1)))
+    built_on = ke.EfficientNetLite0(include_top=False, weights=tmp_path / f"body{suffix}", input_tensor=x)
+    assert all(map(np.array_equal, built_on.get_weights()[-4:], body.get_weights()[-4:]))
+    # A failed load leaves the optimizer, too.
+    model.get_layer("out").bias.assign(np.full(3, np.nan, "float32"))
+    model.optimizer.iterations.assign(7)
+    model.save(tmp_path / f"nan{suffix}") if suffix == ".keras" else model.save_weights(tmp_path / f"nan{suffix}")
+    before = everything(other)
+    with pytest.raises(ValueError, match="not finite"):
+        ke.weights.load(other, tmp_path / f"nan{suffix}")
+    assert all(map(np.array_equal, everything(other), before))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one backend writes the file")
+@pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
+def test_a_net_inside_of_another_model(suffix, tmp_path):
+    theirs = keras.applications.EfficientNetB0(weights=None, include_top=False, pooling="avg")
+    outer = keras.Sequential([theirs, keras.layers.Dense(3)])
+    path = tmp_path / f"x{suffix}"
+    outer.save_weights(path) if suffix == ".weights.h5" else outer.save(path)
+    report = ke.weights.verify(path, "efficientnet-b0", include_top=False)
+    # In Keras 3's format the first dense layer is the classifier, whatever its name.
+    assert [problem.split("/")[0].split("_")[0] for problem in report.problems] == ["+ dense"] * 2 * (suffix == ".h5")
+    assert len(report.loaded) == 309
+
+
+def test_quantized_and_overflowing_models_are_refused(lite0_path, tmp_path):
+    model = ke.EfficientNetLite0(weights=None)
+    model.get_layer("predictions").quantize("int8")
+    for do in (
+        lambda: ke.weights.load(model, lite0_path),
+        lambda: ke.weights.export(model, tmp_path / "x.safetensors", target="timm"),
+    ):
+        with pytest.raises(ValueError, match="as of a quantized net"):
+            do()
+    large = ke.EfficientNetLite0(**SMALL)
+    large.get_layer("top_bn").moving_variance.assign(np.full(1280, 1e6, "float32"))
+    ke.weights.export(large, tmp_path / "x.safetensors", target="timm")
+    half = ke.EfficientNetLite0(**SMALL, dtype="float16")
+    before = half.get_weights()
+    with pytest.raises(ValueError, match=r"float16 holds.*top_bn/moving_variance reaches 1e\+06"):
+        ke.weights.load(half, tmp_path / "x.safetensors")
+    assert all(map(np.array_equal, half.get_weights(), before))
+
+
+def test_export_refuses_what_others_would_compute_otherwise(tmp_path):
+    with pytest.raises(ValueError, match="bn_epsilon=1e-3"):
+        ke.weights.export(ke.EfficientNetLite0(**SMALL, bn_epsilon=1e-5), tmp_path / "x.h5", target="keras")
+    model = ke.EfficientNetLite0(**SMALL)
+    for path, target, told in (
+        ("", None, "Expected a path to write to"),
+        ("x.h5", "timm", "ends in"),
+        ("x.onnx", None, "ends in"),
+        ("x.keras", None, r"model\.save"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ke.weights.export(model, path and tmp_path / path, target=target)
+    assert not list(tmp_path.iterdir())
+    assert ke.weights.export(model, tmp_path / "m.safetensors").stat().st_mode & 0o044 == 0o044
+    for path in ("x.h5", "x.safetensors", "a", "b.ckpt-7"):  # by their endings
+        assert ke.weights.verify(ke.weights.export(model, tmp_path / path), "efficientnet-lite0").fits
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from keras_effnet.commands import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+sys.argv[0] = "keras-effnet"
+main()
+"""
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the command is the same whatever the backend")
+@pytest.mark.parametrize("name", ["x.safetensors", "x.h5", "x.weights.h5", "x.keras", "x.ckpt"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(name, lite0_path, tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, "convert", lite0_path, tmp_path / name]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_published_files_preprocessing_is_kept(tmp_path, monkeypatch):
+    path = ke.weights.export(ke.EfficientNetB0(weights=None), tmp_path / "x.safetensors", target="timm")
+    record = registry.find("efficientnet-b0", "advprop")
+    known = replace(record, files=(registry.File("timm", "https://x/x", registry.digest(path, "sha256")),))
+    monkeypatch.setattr(registry, "RECORDS", (known,))
+    ke.weights.convert_file(path, tmp_path / "x.keras")
+    assert ke.describe(keras.models.load_model(tmp_path / "x.keras"))["preprocessing"] == "inception"
+
+
+def test_verify_takes_classes_and_channels_from_the_file(tmp_path):
+    for name, kwargs in (("efficientnet-edgetpu-s", {"classes": 1001}), ("efficientnet-lite0", {"classes": 7})):
+        model = ke.create_model(name, weights=None, **kwargs)
+        path = ke.weights.export(model, tmp_path / f"{name}.safetensors", target="timm")
+        assert ke.weights.verify(path, name).fits
+    grey = ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 1))
+    assert ke.weights.verify(
+        ke.weights.export(grey, tmp_path / "x.safetensors", target="timm"), "efficientnet-lite0"
+    ).fits
+    body = ke.EfficientNetLite0(weights=None, include_top=False)
+    path = ke.weights.export(body, tmp_path / "y.safetensors", target="timm")
+    assert len(ke.weights.verify(path, "efficientnet-lite0").problems) == 2
+    assert ke.weights.verify(path, "efficientnet-lite0", include_top=False).fits
+
+
+def test_convert_refuses_what_it_cannot_do(tmp_path, lite0_path):
+    for arguments, told in (
+        ((lite0_path, tmp_path / "x.pth"), r"ends in .*\.safetensors for 'timm'"),
+        ((lite0_path, tmp_path / "x.h5", None, "auto", "own"), r"Expected a path that ends in.*for 'own'$"),
+        ((lite0_path, tmp_path / "x.h5", None, "auto", "timm"), r"Expected a path that ends in.*for 'timm'$"),
+        ((lite0_path, tmp_path / "x.tflite"), r"Expected a path that ends in.*x\.tflite'$"),
+        ((lite0_path, tmp_path / "x.keras", None, "auto", "tpu"), r"Expected a path that ends in.*for 'tpu'$"),
+        ((lite0_path, tmp_path / "x.h5", None, "tpu"), "which is a state dict of EfficientNet-PyTorch"),
+        ((lite0_path, tmp_path / "x.h5", "efficientnet-lite1"), "Expected exactly the tensors of 'efficientnet-lite1'"),
+        ((lite0_path, tmp_path / "x.h5", "efficientnet-lite9"), "Nearest: 'efficientnet-lite"),
+        ((lite0_path, tmp_path / "no" / "x.h5"), "Expected a folder to write to"),
+        ((lite0_path, tmp_path / "x.h5", None, "auto", "onnx"), "Unknown target"),
+    ):
+        with pytest.raises((ValueError, OSError), match=told):
+            ke.weights.convert_file(*arguments)
+    assert not list(tmp_path.iterdir())
+    tensors = content(lite0_path)
+    del tensors["_conv_head.weight"]
+    save_torch({name: np.ascontiguousarray(value) for name, value in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"efficientnet-lite0, the nearest"):
+        ke.weights.convert_file(tmp_path / "x.safetensors", tmp_path / "y.h5")
+
+
+def test_wrapped_names_are_recognised(lite0_path, tmp_path):
+    tensors = {f"module.{name}": np.ascontiguousarray(value) for name, value in content(lite0_path).items()}
+    path = save_torch(tensors, tmp_path / "x.safetensors")
+    assert ke.weights.verify(path, "efficientnet-lite0").fits
+    other = ke.weights.verify(path, "efficientnet-lite1")
+    assert other.model == "efficientnet-lite0" and not other.fits
+    problems = other.problems
+    assert any(problem.startswith("- module._blocks.") for problem in problems)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "drop-background-class"])
+def test_layouts_are_inverses(name):
+    rank = {"OI->IO": 2}.get(name, 5 if name.startswith("E(") else 4)
+    ours, layout = np.random.default_rng(0).random((2, 3, 4, 5, 6)[:rank]), LAYOUTS[name]
+    foreign = layout.from_keras(ours)
+    assert np.array_equal(layout.to_keras(foreign, ours.shape), ours)
+    assert np.array_equal(layout.from_keras(layout.to_keras(foreign, ours.shape)), foreign)
+    if name.startswith("E("):
+        for wrong in (foreign.T, foreign.ravel(), foreign[:, 1:], foreign.reshape(4, -1)):
+            with pytest.raises(ValueError, match="one flat kernel per expert"):
+                layout.to_keras(wrong, ours.shape)
+
+
+def broken(tensors, kind):
+    """A copy of a state dict with one fault."""
+    tensors = dict(tensors)
+    if kind == "missing":
+        del tensors["_conv_head.weight"]
+    elif kind == "unexpected":
+        tensors["_conv_extra.weight"] = np.zeros(1)
+    elif kind == "shape":
+        tensors["_conv_head.weight"] = tensors["_conv_head.weight"][1:]
+    elif kind == "rank":
+        tensors["_conv_head.weight"] = tensors["_conv_head.weight"].ravel()
+    elif kind == "nan":
+        tensors["_bn1.weight"] = np.full_like(tensors["_bn1.weight"], np.nan)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("missing", "- _conv_head.weight (for top_conv/kernel)"),
+        ("unexpected", "+ _conv_extra.weight"),
+        ("shape", "received (1, 1, 320, 1279)"),
+        ("rank", "received (409600,)"),
+        ("nan", "received 1280 others"),
+    ],
+)
+def test_a_load_is_all_or_nothing(kind, told, lite0_path, tmp_path):
+    model = ke.EfficientNetLite0(weights=None)
+    before = model.get_weights()
+    tensors = {name: np.ascontiguousarray(value) for name, value in broken(content(lite0_path), kind).items()}
+    path = save_torch(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="missing") as caught:
+        ke.weights.load(model, path)
+    assert told in str(caught.value)
+    assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), before, strict=True))
+
+
+def test_a_published_file_is_recognised_by_its_hash(lite0_path):
+    by_path, by_tag = ke.EfficientNetLite0(weights=lite0_path), ke.EfficientNetLite0()
+    assert by_path.weights_record == by_tag.weights_record == registry.find("efficientnet-lite0", "imagenet")
+    with pytest.raises(ValueError, match="classes=1000"):
+        ke.EfficientNetLite0(weights=lite0_path, classes=5)
+
+
+def test_a_body_loads_from_a_file_with_a_top(lite0_path):
+    whole, body = ke.EfficientNetLite0(), ke.EfficientNetLite0(include_top=False, weights=lite0_path)
+    assert same_weights(keras.Model(whole.inputs, whole.get_layer("top_activation").output), body)
+
+
+def test_layers_around_a_model_are_left_alone(lite0_path, tmp_path):
+    plain = ke.EfficientNetLite0(include_top=False)
+    inputs = keras.Input((64, 64, 1))
+    x = keras.layers.BatchNormalization()(keras.layers.Conv2D(3, 1, name="my_stem_conv")(inputs))
+    adapted = ke.EfficientNetLite0(include_top=False, input_tensor=keras.layers.Rescaling(2.0)(x))
+    second = ke.EfficientNetLite0(include_top=False, input_tensor=x, name="second")
+    joined = keras.Model(inputs, [adapted.output, keras.layers.Dense(3, name="out")(second.output)])
+    for prefix in ("", "second_"):
+        ke.weights.load(joined, lite0_path, prefix=prefix)
+        for layer in plain.layers:
+            if layer.get_weights():
+                assert all(
+                    map(np.array_equal, layer.get_weights(), joined.get_layer(prefix + layer.name).get_weights())
+                )
+    with pytest.raises(ValueError, match="holds 2"):
+        ke.weights.load(joined, lite0_path)
+    headed = keras.Model(plain.inputs, keras.layers.Dense(3, name="out")(plain.output))
+    ke.weights.load(headed, lite0_path)
+    assert set(ke.features(headed).output) == {f"reduction_{n}" for n in range(1, 6)}
+
+
+def test_a_keras_file_of_keras_applications_keeps_the_weights_preprocessing(tmp_path):
+    theirs = keras.applications.EfficientNetB0(weights=None, classes=5, input_shape=(64, 64, 3))
+    path = tmp_path / "b0.keras"
+    theirs.save(path)
+    loaded = ke.EfficientNetB0(weights=path, classes=5, input_shape=(64, 64, 3))
+    assert ke.describe(loaded)["preprocessing"] == "imagenet"
+    kernel = theirs.get_layer("top_conv").get_weights()[0]
+    assert np.array_equal(loaded.get_layer("top_conv").get_weights()[0], kernel)
+
+
+def test_arguments_are_checked_before_anything_is_downloaded(monkeypatch):
+    monkeypatch.setattr(store, "locate", lambda *args: pytest.fail("it looked for the file"))
+    for wrong in (
+        {"classes": 7},
+        {"include_top": False, "pooling": "mean"},
+        {"dtype": "bfloat17"},
+        {"input_shape": (3, 3)},
+        {"dropout_rate": 2},
+        {"preprocessing": "tpu127"},
+        {"classifier_activation": "relu"},
+        {"data_format": "NHWC"},
+    ):
+        with pytest.raises(ValueError, match="Received"):
+            ke.EfficientNetB0(**wrong)
+
+
+def test_own_files_with_nan_change_nothing(tmp_path):
+    model = ke.EfficientNetLite0(weights=None)
+    before = model.get_weights()
+    model.get_layer("top_bn").gamma.assign(np.full(1280, np.nan, "float32"))
+    model.save_weights(tmp_path / "x.weights.h5")
+    model.set_weights(before)
+    with pytest.raises(ValueError, match="expected finite numbers, received 1280 others"):
+        ke.weights.load(model, tmp_path / "x.weights.h5")
+    assert all(map(np.array_equal, model.get_weights(), before))
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_own_files_load_by_path_and_carry_their_preprocessing(suffix, tmp_path):
+    path = tmp_path / f"b0{suffix}"
+    saved = fill(ke.EfficientNetB0(weights=None, preprocessing="inception", classes=5))
+    saved.save(path) if suffix == ".keras" else saved.save_weights(path)
+    loaded = ke.EfficientNetB0(weights=path, classes=5)
+    assert same_weights(saved, loaded)
+    scheme = ke.describe(loaded)["preprocessing"]
+    assert scheme == ("inception" if suffix == ".keras" else "imagenet")
+    if suffix == ".keras":
+        with pytest.raises(ValueError, match="'inception', with which"):
+            ke.EfficientNetB0(weights=path, classes=5, preprocessing="imagenet")
+        assert ke.describe(ke.EfficientNetB0(weights=path, classes=5, preprocessing=None))["preprocessing"] is None
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+@pytest.mark.parametrize("fault", ["other model", "other classes", "truncated", "text"])
+def test_own_files_that_do_not_fit_change_nothing(suffix, fault, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    other = ke.create_model(
+        "efficientnet-b1" if fault == "other model" else "efficientnet-b0",
+        weights=None,
+        classes=5,
+        input_shape=(32, 32, 3),
+    )
+    other.save(path) if suffix == ".keras" else other.save_weights(path)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-5000])
+    if fault == "text":
+        path.write_text("hello")
+    model = ke.EfficientNetB0(weights=None, classes=6 if fault == "other classes" else 5, input_shape=(32, 32, 3))
+    before = model.get_weights()
+    told = {
+        "other model": "Expected exactly the tensors of 'efficientnet-b0'.*missing",
+        "other classes": r"expected shape \(1280, 6\).*include_top=False",
+        "truncated": r"Expected (a \.keras|an h5) file|Expected an archive|Expected weights as",
+        "text": "first bytes are b'hello'",
+    }[fault]
+    with pytest.raises(ValueError, match=told):
+        ke.weights.load(model, path)
+    assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), before, strict=True))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one backend writes the file")
+@pytest.mark.parametrize("include_top", [True, False])
+def test_an_h5_of_keras_applications_loads(include_top, tmp_path):
+    theirs = keras.applications.EfficientNetB0(weights=None, include_top=include_top)
+    ours = fill(ke.EfficientNetB0(weights=None, include_top=include_top))
+    for layer in ours.layers:
+        if layer.weights:
+            theirs.get_layer(layer.name).set_weights(layer.get_weights())
+    path = tmp_path / "b0.h5"
+    theirs.save(path)
+    loaded = ke.EfficientNetB0(weights=str(path), include_top=include_top)
+    assert same_weights(ours, loaded)
+    with h5py.File(path, "r+") as file:
+        del file["model_weights"]["top_conv"]
+    with pytest.raises(ValueError, match="structure"):
+        ke.weights.load(loaded, path)

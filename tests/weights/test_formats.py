@@ -1,0 +1,443 @@
+"""Files of every format: what is read, and what no damage and no malice achieves. Real files, real damage."""
+
+import collections
+import io
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import google_crc32c
+import h5py
+import numpy as np
+import pytest
+from helpers import BACKEND, fill, lite0_package, save_checkpoint
+
+import keras_effnet as ke
+from keras_effnet.weights.formats import opening, torch_file
+
+SMALL = {"weights": None, "classes": 2, "input_shape": (32, 32, 3)}
+
+
+def read_all(path, **kwargs):
+    with opening.opened(path, **kwargs) as tensors:
+        return {name: stored.read() for name, stored in tensors.items()}
+
+
+@pytest.fixture(scope="session")
+def lite0_path() -> Path:
+    return lite0_package()
+
+
+def test_the_torch_reader_equals_torch(lite0_path):
+    torch = pytest.importorskip("torch")
+    expected = torch.load(lite0_path, weights_only=True)
+    found = read_all(lite0_path)
+    assert list(found) == list(expected) and len(found) == 296
+    assert all(
+        np.array_equal(found[name], value.numpy()) and found[name].dtype == value.numpy().dtype
+        for name, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_torch_reader_follows_views_and_dtypes(legacy, tmp_path):
+    torch = pytest.importorskip("torch")
+    base = torch.arange(24, dtype=torch.float64).reshape(2, 3, 4)
+    state = {
+        "base": base,
+        "turned": base.permute(2, 0, 1),
+        "part": base[1, :, 1:3],
+        "half": base.half(),
+        "brain": base.bfloat16(),
+        "none": torch.zeros(0),
+        "learned": torch.nn.Parameter(base.float()),
+    }
+    path = tmp_path / "x.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    found = read_all(path)
+    assert found.keys() == state.keys()
+    assert str(found["brain"].dtype) == "bfloat16"
+    assert all(
+        np.array_equal(found[name].astype(float), value.detach().double().numpy()) for name, value in state.items()
+    )
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_timms_training_checkpoints_give_their_average(legacy, tmp_path):
+    """Under the keys that its trainer writes, and those that its loader also knows."""
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    average = {name: value * 2 for name, value in module.state_dict().items()}
+    path = tmp_path / "checkpoint.pth.tar"
+    whole = {
+        "epoch": 3,
+        "arch": "tf_efficientnet_b0",
+        "state_dict": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "args": Namespace(lr=0.1, opt="sgd", betas=None),
+        "state_dict_ema": average,
+        "metric": 77.1,
+    }
+    torch.save(whole, path, _use_new_zipfile_serialization=not legacy)
+    assert np.array_equal(read_all(path)["weight"], average["weight"].numpy())
+    assert np.array_equal(read_all(path, raw=True)["weight"], module.weight.detach().numpy())
+    other = {"model": module.state_dict(), "model_ema": average}
+    torch.save(other, path, _use_new_zipfile_serialization=not legacy)
+    assert np.array_equal(read_all(path)["weight"], average["weight"].numpy())
+    assert np.array_equal(read_all(path, raw=True)["weight"], module.weight.detach().numpy())
+
+
+class Hostile:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def torch_bytes(state) -> bytes:
+    """A file of torch's legacy format with the pickle of `state` in its place."""
+    file = io.BytesIO()
+    for part in (torch_file.MAGIC, 1001, {"little_endian": True}, state, []):
+        pickle.dump(part, file, protocol=2)
+    return file.getvalue()
+
+
+def torch_zip(pickled: bytes, path) -> None:
+    """A file of torch's present format around a pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", pickled)
+        archive.writestr("x/data/0", bytes(16))
+
+
+# The state's place in a file of torch's format, filled by hand. A real unpickler ends the process with the first, never
+# ends with the second, and takes gigabytes for others.
+BOMBS = {
+    "deep": b"\x80\x02})" + b"\x85" * 2_000_000 + b"Ns.",
+    "exponential hash": b"\x80\x02})" + b"2\x86" * 60 + b"Ns.",
+    "exponential hash through the memo": b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"Ns.",
+    "reference": b"\x80\x02)" + b"q\x00h\x00\x86" * 60 + b"Q.",
+    "huge memo": b"\x80\x02Nr" + struct.pack("<I", 2**31 - 1) + b".",
+    "huge text": b"\x80\x02X" + struct.pack("<I", 2**32 - 1) + b"a.",
+    "huge number": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"1.",
+    "early end": b"\x80\x02}",
+    "other instruction": b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00a\x85\x81.",
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_pickle_bombs_are_refused_at_once(kind, tmp_path):
+    path = tmp_path / "x.pth"
+    start = b"".join(pickle.dumps(part, protocol=2) for part in (torch_file.MAGIC, 1001, {"little_endian": True}))
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)); "
+    code = limit + "import sys; from keras_effnet.weights.formats.torch_file import read_torch; read_torch(sys.argv[1])"
+    for data in (start + BOMBS[kind], BOMBS[kind], None):
+        path.write_bytes(data) if data else torch_zip(BOMBS[kind], path)
+        result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
+        assert "ValueError: Expected a state dict" in result.stderr, result.stderr[-500:]
+
+
+NEST = b")" + b"q\x00h\x00\x86" * 60  # a tuple of 2 ** 60 empty ones
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
+
+
+@pytest.mark.parametrize("place", ["size", "storages"])
+def test_a_bomb_as_a_size_or_in_the_list_of_storages(place, tmp_path):
+    size = NEST + b")" if place == "size" else b"K\x01\x85K\x01\x85"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00" + size + b"\x89NtR"
+    state = b"\x80\x02}X\x01\x00\x00\x00a" + tensor + b"s."
+    keys = b"\x80\x02](" + (NEST if place == "storages" else b"X\x01\x00\x00\x000") + b"e."
+    start = b"".join(pickle.dumps(part, protocol=2) for part in (torch_file.MAGIC, 1001, {"little_endian": True}))
+    path = tmp_path / "x.pth"
+    path.write_bytes(start + state + keys + struct.pack("<Qf", 1, 1.0))
+    code = "import sys; from keras_effnet.weights.formats.torch_file import read_torch; read_torch(sys.argv[1])"
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
+    told = "a tensor's size is none" if place == "size" else "lists a storage that no tensor has"
+    assert told in result.stderr, result.stderr[-500:]
+
+
+@pytest.mark.parametrize("function", [os.system, eval, open, getattr, collections.Counter, Namespace])
+def test_a_hostile_pickle_is_refused_and_runs_nothing(function, tmp_path):
+    path, flag = tmp_path / "x.pth", tmp_path / "flag"
+    argument = {os.system: f"touch {flag}", eval: f"open({str(flag)!r}, 'w')", open: str(flag)}.get(function, "x")
+    arguments = (argument, "w") if function is open else (argument,)
+    hostile = Hostile(function, *arguments)
+    for data in (torch_bytes({"weight": hostile}), pickle.dumps(hostile), None):
+        path.write_bytes(data) if data else torch_zip(pickle.dumps({"weight": hostile}, protocol=2), path)
+        with pytest.raises(ValueError, match=r"no state dict|Received"):
+            read_all(path)
+    assert not flag.exists()
+
+
+def test_a_compressed_torch_archive_is_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(10_000_000))
+    with pytest.raises(ValueError, match="is compressed"):
+        read_all(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"\xff\xfe", b'{"config": {"layers": [{"class_name": "Rescaling"}]}}', None]
+)
+def test_a_broken_archive_is_told(content, tmp_path):
+    path = tmp_path / "x.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json" if content else "other", content or b"")
+    with pytest.raises(ValueError, match=r"Expected a \.keras file"):
+        ke.EfficientNetB0(weights=path)
+
+
+@pytest.mark.parametrize("fault", ["huge", "text", "external", "link", "soft link", "virtual"])
+@pytest.mark.parametrize("kind", ["legacy", "keras3"])
+def test_h5_files_with_traps_are_refused(kind, fault, tmp_path):
+    path, other = tmp_path / "x.h5", tmp_path / "other.h5"
+    with h5py.File(other, "w") as file:
+        file["x"] = np.ones(4, "float32")
+    with h5py.File(path, "w") as file:
+        if kind == "legacy":
+            file.attrs["layer_names"] = ["stem_conv"]
+            name, group = "stem_conv/kernel:0", file.create_group("stem_conv")
+            group.attrs["weight_names"] = [name]
+        else:
+            name, group = "0", file.create_group("layers/conv2d/vars")
+        if fault == "huge":
+            group.create_dataset(name, (10**13,), "float32", chunks=(1000,))
+        elif fault == "text":
+            group.create_dataset(name, data=[b"hello"])
+        elif fault == "external":
+            group.create_dataset(name, (4,), "float32", external=[("/etc/passwd", 0, 16)])
+        elif fault == "virtual":
+            layout = h5py.VirtualLayout((4,), "float32")
+            layout[:] = h5py.VirtualSource(other, "x", (4,))
+            group.create_virtual_dataset(name, layout)
+        else:
+            group[name] = h5py.ExternalLink(str(other), "/x") if fault == "link" else h5py.SoftLink("/elsewhere")
+    with pytest.raises(ValueError, match=r"structure|names of an EfficientNet"):
+        ke.weights.verify(path, "efficientnet-b0")
+
+
+def add(archive, name, data=b"", **kwargs):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for key, value in kwargs.items():
+        setattr(member, key, value)
+    archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("fault", ["parent", "absolute", "link", "hard link", "device", "huge", "twice"])
+@pytest.mark.parametrize("mode", ["w:gz", "w"])
+def test_archives_with_traps_are_refused(fault, mode, tmp_path):
+    path, flag = tmp_path / "x.tar.gz", tmp_path.parent / "escaped.index"
+    with tarfile.open(path, mode) as archive:
+        if fault == "parent":
+            add(archive, "../escaped.index", b"hello")
+        elif fault == "absolute":
+            add(archive, str(flag), b"hello")
+        elif fault == "link":
+            add(archive, "x.index", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        elif fault == "hard link":
+            add(archive, "x.index", type=tarfile.LNKTYPE, linkname="/etc/passwd")
+        elif fault == "device":
+            add(archive, "x.index", type=tarfile.CHRTYPE)
+        elif fault == "twice":
+            add(archive, "a/x.index", b"hello")
+            add(archive, "b/x.index", b"hello")
+        else:
+            header = tarfile.TarInfo("x.data-00000-of-00001")
+            header.size = 100 << 30
+            archive.fileobj.write(header.tobuf())  # and none of its zeros
+    with pytest.raises(ValueError, match=r"leaves its folder|no plain file|declares 107,374,182,400 bytes|twice"):
+        read_all(path)
+    assert not flag.exists()
+
+
+def test_an_archive_of_zeros_ends_early(tmp_path):
+    path = tmp_path / "x.tar.gz"
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for number in range(3):
+            add(archive, f"{number}.index", bytes(500 << 20))
+    with pytest.raises(ValueError, match="declares 524,288,000 bytes"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("length", [0, 2**63, 10**9])
+def test_a_safetensors_header_is_bounded(length, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4))
+    with pytest.raises(ValueError, match=r"safetensors"):
+        read_all(path)
+
+
+def sealed(index: bytes, change) -> bytes:
+    """An index with a changed block and a checksum that says that nothing was changed."""
+    for size in range(4, len(index) - 5):
+        crc = google_crc32c.value(index[: size + 1])
+        if struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF) == index[size + 1 : size + 5]:
+            block = change(bytearray(index[:size])) + index[size : size + 1]
+            crc = google_crc32c.value(bytes(block))
+            return (
+                bytes(block)
+                + struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+                + index[size + 5 :]
+            )
+    raise AssertionError("no block found")
+
+
+def test_a_forged_index_of_a_checkpoint_is_refused(tmp_path):
+    """Where the checksums are right and the rest is not, TensorFlow's own reader ends the process."""
+    name, chance = b"net/stem/conv2d/kernel", random.Random(0)
+    prefix = save_checkpoint(tmp_path / "x", {name.decode(): np.ones((3, 3, 3, 8), np.float32)})
+    index, refused = Path(f"{prefix}.index"), 0
+    whole = index.read_bytes()
+    expected = read_all(prefix)[name.decode()]
+
+    def first_byte_of_entry(block):
+        block[block.index(name) + len(name)] = 0xFF
+        return block
+
+    def any_bytes(block):
+        for _ in range(chance.choice([1, 2, 5])):
+            block[chance.randrange(len(block))] = chance.randrange(256)
+        return block
+
+    for change in (first_byte_of_entry, *[any_bytes] * 300):
+        index.write_bytes(sealed(whole, change))
+        try:
+            tensors = read_all(prefix)
+        except (ValueError, OSError):
+            refused += 1
+        else:  # another name, or the same numbers
+            assert all(np.array_equal(value.ravel(), expected.ravel()) for value in tensors.values())
+    assert refused > 100
+
+
+def test_checkpoints_read_as_tensorflow_reads_them(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    kinds = ("float32", "float64", "float16", "int32", "int64", "uint8", "int8", "int16", "uint16", "uint32", "uint64")
+    tensors = {f"a/{kind}": np.arange(6).reshape(2, 3).astype(kind) for kind in kinds}
+    tensors |= {f"b/{number}": np.full((number % 5, 2), number, "float32") for number in range(2000)}
+    tensors["scalar"] = np.float32(3)
+    prefix = str(tmp_path / "a[1] ü" / "x.ckpt")
+    (tmp_path / "a[1] ü").mkdir()
+    tf.raw_ops.SaveV2(
+        prefix=prefix,
+        tensor_names=[*tensors, "text", "brain"],
+        shape_and_slices=[""] * (len(tensors) + 2),
+        tensors=[*map(tf.constant, tensors.values()), tf.constant("a"), tf.constant(1.5, tf.bfloat16)],
+    )
+    found = read_all(prefix)
+    assert float(found.pop("brain")) == 1.5
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[key], value) and found[key].dtype == value.dtype for key, value in tensors.items())
+
+
+def test_folders_of_checkpoints(tmp_path):
+    ones = {"net/stem/conv2d/kernel": np.ones(3, np.float32)}
+    with pytest.raises(ValueError, match="with none"):
+        read_all(tmp_path)
+    save_checkpoint(tmp_path / "model.ckpt-1", ones)
+    (tmp_path / "checkpoint").unlink()
+    assert read_all(tmp_path)["net/stem/conv2d/kernel"].sum() == 3  # the only one
+    save_checkpoint(tmp_path / "model.ckpt-2", {name: 2 * value for name, value in ones.items()})
+    for path in (tmp_path, tmp_path / "model.ckpt-2", tmp_path / "model.ckpt-2.index"):
+        assert read_all(path)["net/stem/conv2d/kernel"].sum() == 6
+    assert read_all(tmp_path / "model.ckpt-2.data-00000-of-00001")["net/stem/conv2d/kernel"].sum() == 6
+    (tmp_path / "checkpoint").unlink()
+    with pytest.raises(ValueError, match=r"'model\.ckpt-1', 'model\.ckpt-2'"):
+        read_all(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_all(tmp_path / "model.ckpt-3")
+
+
+def written(kind: str, folder: Path) -> tuple[Path, list[Path]]:
+    """A small model in a file of this kind: what to load, and the files that it is made of."""
+    model = fill(ke.EfficientNetLite0(**SMALL))
+    if kind in ("tpu", "tar.gz"):
+        prefix = ke.weights.export(model, folder / "x.ckpt", target="tpu")
+        files = sorted(folder.glob("x.ckpt.*"))
+        if kind == "tpu":
+            return prefix, files
+        path = folder / "x.tar.gz"
+        with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+            for file in (*files, folder / "checkpoint"):
+                archive.add(file, f"net/{file.name}")
+    elif kind in ("legacy.pth", "zip.pth"):
+        torch = pytest.importorskip("torch")
+        from safetensors.torch import load_file
+
+        path = folder / "x.pth"
+        state = load_file(ke.weights.export(model, folder / "x.safetensors", target="timm"))
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip.pth")
+    elif kind == "safetensors":
+        path = ke.weights.export(model, folder / "x.safetensors", target="timm")
+    elif kind == "h5":
+        path = ke.weights.export(model, folder / "x.h5", target="keras")
+    else:
+        path = folder / f"x.{kind}"
+        model.save(path) if kind == "keras" else model.save_weights(path)
+    return path, [path]
+
+
+def damaged(data: bytes, chance: random.Random) -> bytes:
+    """A copy that is cut short, or has some bits or bytes turned: anywhere, or where a format keeps its structure."""
+    if chance.random() < 0.2:
+        return data[: chance.randrange(len(data))]
+    copy, reach = bytearray(data), chance.choice([len(data), min(len(data), 4096), min(len(data), 65536)])
+    at_the_end = chance.random() < 0.3
+    for _ in range(chance.choice([1, 1, 2, 8])):
+        place = chance.randrange(reach)
+        place = len(data) - 1 - place if at_the_end else place
+        copy[place] ^= 1 << chance.randrange(8) if chance.random() < 0.5 else chance.randrange(1, 256)
+    return bytes(copy)
+
+
+KINDS = ("tpu", "tar.gz", "safetensors", "legacy.pth", "zip.pth", "h5", "weights.h5", "keras")
+CHECKED = ("tpu", "tar.gz", "zip.pth", "keras")  # formats that carry checksums of their numbers
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="files are read alike whatever the backend")
+@pytest.mark.parametrize("times", [20, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_change_nothing(kind, times, tmp_path):
+    path, files = written(kind, tmp_path)
+    model, whole = ke.EfficientNetLite0(**SMALL), {file: file.read_bytes() for file in files}
+    before, chance = model.get_weights(), random.Random(times)
+    ke.weights.load(model, path)
+    right, refused = model.get_weights(), 0
+    assert not all(map(np.array_equal, before, right))
+    for _ in range(times):
+        model.set_weights(before)
+        file = chance.choice(files)
+        file.write_bytes(damaged(whole[file], chance))
+        try:
+            ke.weights.load(model, path)
+        except (ValueError, OSError):
+            refused += 1
+            assert all(map(np.array_equal, model.get_weights(), before))
+        else:
+            shapes = zip(model.get_weights(), right, strict=True)
+            assert kind not in CHECKED or all(np.array_equal(found, wanted) for found, wanted in shapes)
+        file.write_bytes(whole[file])
+    assert refused > times / 10
+
+
+def test_an_unknown_format_is_told(tmp_path):
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"hello, world")
+    with pytest.raises(ValueError, match=r"first bytes are b'hello, w'"):
+        ke.weights.load(ke.EfficientNetLite0(weights=None), path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        ke.weights.load(ke.EfficientNetLite0(weights=None), tmp_path / "y.bin")
+    with pytest.raises(ValueError, match="Nearest: 'keras'"):
+        ke.weights.load(ke.EfficientNetLite0(weights=None), path, source="kera")

@@ -1,0 +1,1 @@
+"""`keras-effnet doctor`: checks versions, backends, devices, hosts, memory and disks."""

@@ -1,0 +1,113 @@
+"""The other hosts of a run: TF_CONFIG and KERAS_DISTRIBUTION, and whether those hosts answer."""
+
+import errno
+import json
+import os
+import re
+import socket
+import threading
+from collections.abc import Collection
+
+from keras_effnet.tpu.doctor.finding import Finding
+from keras_effnet.tpu.environment import processes
+
+PATIENCE = 2.0  # seconds for another worker's port
+
+
+def cluster(text: str) -> tuple[int, Finding]:
+    """What TF_CONFIG says, and whether the other workers answer.
+
+    Args:
+        text: String, the variable's value; empty if it is not set.
+
+    Returns:
+        The number of workers, and a `Finding`.
+
+    Example:
+
+    >>> cluster("")
+    (1, Finding(what='TF_CONFIG', found='not set', verdict='none', advice=''))
+    >>> cluster('{"cluster": {"worker": ["one:2222", "two:2222"]}, "task": {"type": "worker", "index": 2}}')[1].advice
+    'Expected task.index from 0 to 1. Received: 2'
+    """
+    if not text.strip():
+        return 1, Finding("TF_CONFIG", "not set", "none")
+    try:
+        workers, own, place = _parse(text)
+    except ValueError as error:
+        return 1, Finding("TF_CONFIG", "set", "problem", str(error))
+    found = f"{len(workers)} workers, this is {place}" if len(workers) > 1 else "1 worker"
+    silent = _silent([address for address in workers if address != own])
+    if not silent:
+        return len(workers), Finding("TF_CONFIG", found, "ok")
+    # A worker that was not started refuses; one that cannot be reached does not even do that.
+    waiting = all(reason == "refused" for reason in silent.values())
+    told = ", ".join(f"{address} ({reason})" for address, reason in silent.items())
+    advice = "Start the same command there" if waiting else "Correct the address, or open the port between the machines"
+    return len(workers), Finding(
+        "TF_CONFIG", f"{found}; no answer of {told}", "warning" if waiting else "problem", advice
+    )
+
+
+def _parse(text: str) -> tuple[list[str], str, str]:
+    shape = '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"Expected JSON such as {shape}. Received: {text[:200]} ({error})") from error
+    groups, task = (value.get(name) for name in ("cluster", "task")) if isinstance(value, dict) else (None, None)
+    if not isinstance(groups, dict) or not isinstance(task, dict) or not groups:
+        raise ValueError(f"Expected {shape}. Received: {text[:200]}")
+    for kind, addresses in groups.items():
+        good = isinstance(addresses, list) and addresses
+        if not good or not all(re.fullmatch(r".+:\d{1,5}", str(address)) for address in addresses):
+            raise ValueError(f"Expected a list of host:port as cluster.{kind}. Received: {addresses!r}")
+    kind, index = task.get("type"), task.get("index")
+    if kind not in groups:
+        raise ValueError(f"Expected task.type among {', '.join(groups)}. Received: {kind!r}")
+    count = len(groups[kind])
+    if not str(index).isdecimal() or int(str(index)) >= count:
+        raise ValueError(f"Expected task.index from 0 to {count - 1}. Received: {index!r}")
+    workers = [*groups.get("chief", []), *groups.get("worker", [])]
+    return workers, groups[kind][int(str(index))], f"{kind} {index}"
+
+
+def _silent(addresses: Collection[str]) -> dict[str, str]:
+    reasons = dict.fromkeys(addresses, f"nothing in {PATIENCE:g} s")
+
+    def knock(address: str) -> None:
+        host, port = address.rsplit(":", 1)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+            reasons.pop(address)
+        except TimeoutError:
+            pass
+        except (OSError, OverflowError) as error:
+            refused = getattr(error, "errno", None) == errno.ECONNREFUSED
+            reasons[address] = "refused" if refused else str(error)
+
+    # Daemons: looking a name up takes no time limit.
+    threads = [threading.Thread(target=knock, args=(address,), daemon=True) for address in addresses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE + 0.5)
+    return dict(reasons)
+
+
+def hosts(backend: str) -> tuple[int, Finding]:
+    if backend != "jax":
+        return cluster(os.environ.get("TF_CONFIG", ""))
+    what = "KERAS_DISTRIBUTION"
+    try:
+        told = processes()
+    except ValueError as error:
+        return 1, Finding(what, "set", "problem", str(error))
+    if told is None:
+        return 1, Finding(what, "not set", "none")
+    first, index, count = told
+    found, silent = f"{count} processes, this is {index}", _silent([first]) if index else {}
+    if not silent:
+        return count, Finding(what, found, "ok")
+    found += f"; no answer of {first} ({silent[first]})"
+    return count, Finding(what, found, "warning", "Start the same command there, or correct the address")

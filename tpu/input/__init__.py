@@ -1,0 +1,1 @@
+"""The input pipeline: where examples come from, decoding, cropping, augmentation, batches."""

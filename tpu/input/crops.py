@@ -1,0 +1,97 @@
+"""The part of an image that a network sees: random crops for training, the center for evaluation."""
+
+import tensorflow as tf
+
+from keras_effnet.tpu.config import Augment, Data
+
+
+def eval_image(encoded, size: int, data: Data):
+    """The middle of an image as the network is evaluated on it, like the original's to the last bit.
+
+    Args:
+        encoded: Bytes of a JPEG, PNG, GIF or BMP file; or pixels, uint8 (height, width, 3).
+        size: Integer, pixels of a side.
+        data: `Data`, for the crop and the interpolation.
+
+    Returns:
+        Float32 tensor (size, size, 3) of pixels 0-255, which bicubic interpolation oversteps a little.
+
+    Reference:
+        tensorflow/tpu efficientnet preprocessing.py:88-137.
+    """
+    encoded = tf.convert_to_tensor(encoded)
+    return _resized(_decoded(encoded, _middle(_shape(encoded), size, data)), size, data)
+
+
+def train_crop(encoded, size: int, data: Data, how: Augment, key):
+    """The part of an image that the network is trained on this time.
+
+    Args:
+        encoded: Bytes of a JPEG, PNG, GIF or BMP file; or pixels, uint8 (height, width, 3).
+        size: Integer, pixels of a side.
+        data: `Data`, for the interpolation.
+        how: `Augment`.
+        key: Integers (2,), seed.
+
+    Returns:
+        Float32 tensor (size, size, 3) of pixels 0-255, which bicubic interpolation oversteps a little.
+
+    Reference:
+        tensorflow/tpu efficientnet preprocessing.py:40-118.
+    """
+    shape = _shape(encoded)
+    window = _middle(shape, size, data)
+    if how.crop == "inception":
+        window = _random_window(shape, window, how.min_area, key)
+    return _resized(_decoded(encoded, window), size, data)
+
+
+def _shape(encoded):
+    if encoded.dtype != tf.string:
+        return tf.shape(encoded)
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.extract_jpeg_shape(encoded),
+        lambda: tf.shape(tf.io.decode_image(encoded, channels=3, expand_animations=False)),
+    )
+
+
+def _middle(shape, size: int, data: Data):
+    padding = 32 if data.eval_crop is None else round(size * (1 / data.eval_crop - 1))
+    side = tf.cast(size / (size + padding) * tf.cast(tf.minimum(shape[0], shape[1]), tf.float32), tf.int32)
+    return tf.stack([(shape[0] - side + 1) // 2, (shape[1] - side + 1) // 2, side, side])
+
+
+def _random_window(shape, middle, min_area: float, key):
+    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+        shape,
+        tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+        key,
+        min_object_covered=0.1,
+        aspect_ratio_range=(3 / 4, 4 / 3),
+        area_range=(min_area, 1.0),
+        max_attempts=10,
+        use_image_if_no_bounding_boxes=True,
+    )
+    window = tf.concat([begin[:2], extent[:2]], 0)
+    # Nothing was found, or all of it: the original takes the middle, preprocessing.py:107-113.
+    return tf.where(tf.reduce_all(extent[:2] == shape[:2]), middle, window)
+
+
+def _decoded(encoded, window):
+    def cut(pixels):
+        return tf.slice(pixels, [window[0], window[1], 0], [window[2], window[3], 3])
+
+    if encoded.dtype != tf.string:
+        return cut(encoded)
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_and_crop_jpeg(encoded, window, channels=3),
+        lambda: cut(tf.io.decode_image(encoded, channels=3, expand_animations=False)),
+    )
+
+
+def _resized(image, size: int, data: Data):
+    resize = {"bicubic": tf.raw_ops.ResizeBicubic, "bilinear": tf.raw_ops.ResizeBilinear}[data.interpolation]
+    image = resize(images=image[None], size=[size, size], align_corners=False, half_pixel_centers=False)[0]
+    return tf.ensure_shape(image, [size, size, 3])

@@ -1,0 +1,297 @@
+"""From a source's examples to batches: decoding, cropping, augmentation, and an account of what cannot be read."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from keras_effnet.tpu.config import Augment, Data, Recipe
+from keras_effnet.tpu.input import augment, mixing
+from keras_effnet.tpu.input.crops import eval_image, train_crop
+from keras_effnet.tpu.input.skipped import Skipped
+from keras_effnet.tpu.input.sources import Source
+
+NAMED = 64  # of images one after the other that cannot be read, so many are named
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of the machines that read.
+
+    Args:
+        index: Integer. Defaults to 0.
+        count: Integer. Defaults to 1.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+def training(
+    source: Source,
+    recipe: Recipe,
+    size: int,
+    batch: int,
+    skipped: Skipped | None,
+    *,
+    parts: int = 1,
+    start: int = 0,
+    host: Host | None = None,
+) -> tf.data.Dataset:
+    """Batches of one host to train on, without end.
+
+    Every example's randomness follows from the recipe's seed, the epoch and the example alone.
+
+    Args:
+        source: `Source`.
+        recipe: `Recipe`.
+        size: Integer, pixels of an image's side.
+        batch: Integer, images of a batch, on this host.
+        skipped: `Skipped`, what cannot be read is told to it. None, for a host where no Python runs: what cannot be
+            read is an error that names it.
+        parts: Integer, replicas of this host: each batch comes in so many parts, one after the other. Defaults to 1.
+        start: Integer, examples on this host that were trained on already. Defaults to 0.
+        host: `Host`. Defaults to the only one.
+
+    Returns:
+        A `tf.data.Dataset` of images, uint8 or float32 (part, size, size, 3), and labels, int32 (part,); with mixup
+        or cutmix float32 (part, classes).
+
+    Example:
+
+    >>> from keras_effnet.tpu.config import Augment, Data, Recipe
+    >>> from keras_effnet.tpu.input.skipped import Skipped
+    >>> from keras_effnet.tpu.input.pipeline import training
+    >>> from keras_effnet.tpu.input.sources import open_source
+    >>> source = open_source(Data(source="digits"))
+    >>> images, labels = next(iter(training(source, Recipe(), 32, 4, Skipped(None, source.train_count))))
+    >>> images.shape, images.dtype, labels.shape
+    (TensorShape([4, 32, 32, 3]), tf.uint8, TensorShape([4]))
+    """
+    host = host or Host()
+    examples, data, seed = source.train, recipe.data, recipe.run.seed
+    first = start if skipped is None else skipped.position(start)
+    mixes = recipe.augment.mixup or recipe.augment.cutmix
+    classes = recipe.data.classes or source.classes
+    if skipped is not None:  # an account with nothing in it is false
+        skipped.probe = examples.probe
+
+    def read(example):
+        image = train_crop(
+            examples.load(example["image"]), size, data, recipe.augment, keys(seed, example["epoch"], example["id"])[0]
+        )
+        return {**_told(example), "image": image}
+
+    def finish(example):
+        example = _labelled(example, classes)
+        _, changing, mixing = keys(seed, example["epoch"], example["id"])
+        return {**example, "image": changed(example["image"], data, recipe.augment, changing), "key": mixing}
+
+    dataset = _checked(examples.train(seed, first, host.index, host.count, batch), read, first, skipped)
+    dataset = dataset.map(finish, num_parallel_calls=tf.data.AUTOTUNE)
+    if not mixes:
+        dataset = dataset.map(lambda x: (x["image"], x["label"])).batch(batch // parts, drop_remainder=True)
+    else:
+
+        def mix(x):
+            labels = tf.one_hot(x["label"], classes)
+            return mixing.mix(
+                x["image"], labels, x["key"], mixup_alpha=recipe.augment.mixup, cutmix_alpha=recipe.augment.cutmix
+            )
+
+        # Mixed before it is divided: partners do not depend on the number of replicas.
+        dataset = dataset.batch(batch, drop_remainder=True).map(mix, num_parallel_calls=tf.data.AUTOTUNE)
+        dataset = dataset.rebatch(batch // parts, drop_remainder=True)
+    return dataset.prefetch(tf.data.AUTOTUNE).with_options(_options(recipe))
+
+
+def keys(seed: int, epoch, number) -> list[Any]:
+    """What the randomness of an example follows from.
+
+    Args:
+        seed: Integer.
+        epoch: Integer scalar.
+        number: Integer scalar, the example's.
+
+    Returns:
+        List of three seeds: of its crop, of what else is done to it, and of the mixing of its batch.
+    """
+    key: Any = tf.constant([seed, 0], tf.int64)
+    for part in (epoch, number):
+        key = tf.random.fold_in(key, part)
+    return tf.unstack(tf.random.split(key, 3))
+
+
+def names(source: Source, recipe: Recipe, batch: int, skipped: Skipped | None, start: int, host: Host) -> list[str]:
+    """What is in a batch of `training()`.
+
+    Args:
+        source: `Source`.
+        recipe: `Recipe`.
+        batch: Integer, images of a batch, on this host.
+        skipped: See `training()`.
+        start: Integer, examples on this host that come before it.
+        host: `Host`.
+
+    Returns:
+        List of the examples' names.
+    """
+    first = start if skipped is None else skipped.position(start)
+    examples = source.train.train(recipe.run.seed, first, host.index, host.count, batch)
+    found = (x["name"].numpy().decode() for x in examples if skipped is None or int(x["ordinal"]) not in skipped)
+    return list(itertools.islice(found, batch))
+
+
+def evaluation(
+    source: Source,
+    recipe: Recipe,
+    size: int,
+    batch: int,
+    skipped: Skipped | None,
+    *,
+    parts: int = 1,
+    host: Host | None = None,
+) -> tf.data.Dataset:
+    """Batches of one host to evaluate on, each example once; the last ones are filled up.
+
+    Args:
+        source: `Source`.
+        recipe: `Recipe`.
+        size: Integer, pixels of an image's side.
+        batch: Integer, images of a batch, on this host.
+        skipped: See `training()`.
+        parts: Integer, replicas of this host: each batch comes in so many parts, one after the other. Defaults to 1.
+        host: `Host`. Defaults to the only one.
+
+    Returns:
+        A `tf.data.Dataset` of images, float32 (part, size, size, 3), labels, int32 (part,), and weights, float32
+        (part,), which are 0 for what only fills the batch. All hosts have as many batches.
+    """
+    host = host or Host()
+    examples = source.evaluate
+    if skipped is not None:  # an account with nothing in it is false
+        skipped.probe = examples.probe
+    counts = [examples.evaluated(index, host.count) for index in range(host.count)]
+    mine = counts[host.index]
+
+    def read(example):
+        image = tf.cond(
+            example["ordinal"] < mine,
+            lambda: eval_image(examples.load(example["image"]), size, recipe.data),
+            lambda: tf.zeros([size, size, 3]),
+        )
+        return {**_told(example), "image": image}
+
+    raw = examples.evaluate(host.index, host.count)
+    # One more, behind the last: what is missing is seen by the one that follows.
+    end = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), raw.element_spec)
+    end["ordinal"] = tf.constant(mine, tf.int64)
+    dataset = _checked(raw.concatenate(tf.data.Dataset.from_tensors(end)), read, 0, skipped)
+    dataset = dataset.filter(lambda example: example["ordinal"] < mine)
+    classes = recipe.data.classes or source.classes
+    dataset = dataset.map(lambda x: (x["image"], _labelled(x, classes)["label"], tf.ones([])))
+    filling = tf.data.Dataset.from_tensors((tf.zeros([size, size, 3]), tf.zeros([], tf.int32), tf.zeros([]))).repeat()
+    steps = -(-max(counts) // batch)
+    dataset = dataset.concatenate(filling).take(steps * batch).batch(batch // parts, drop_remainder=True)
+    return dataset.prefetch(tf.data.AUTOTUNE).with_options(_options(recipe))
+
+
+def _options(recipe: Recipe) -> tf.data.Options:
+    options = tf.data.Options()
+    options.deterministic = True
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    if recipe.run.threads:
+        options.threading.private_threadpool_size = recipe.run.threads
+    return options
+
+
+def _labelled(example, classes: int):
+    label = example["label"]
+    told = "Expected labels from 0 to classes - 1 (data.classes, data.first_label). Received, of this example:"
+    check = tf.debugging.Assert((label >= 0) & (label < classes), [told, label, example["name"]])
+    with tf.control_dependencies([check]):
+        return {**example, "label": tf.identity(label)}
+
+
+def _told(example) -> dict[str, Any]:
+    return {name: example[name] for name in ("ordinal", "epoch", "id", "name", "before", "lost", "label")}
+
+
+def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped | None) -> tf.data.Dataset:
+    """Examples that could be read. Numbers that are missing could not; each example knows the names before its own.
+
+    An exception inside a map can only be dropped, and a `try` for each example costs more than a tenth of the speed.
+    """
+
+    def remember(state, example):
+        names, last, lost = state
+        # What was never read has no number: only the next epoch's first one shows that some are missing.
+        lost += example["ordinal"] - last - 1
+        names_now = tf.concat([names[1:], example["name"][None]], 0)
+        return (names_now, example["ordinal"], lost), {**example, "before": names, "lost": lost}
+
+    def compare(expected, example):
+        ordinal, before = example["ordinal"], example["before"]
+        fewer = "Expected as many records as were counted, so far. Received fewer: a file was not read to its end, by:"
+        whole = tf.debugging.Assert(example["lost"] == 0, [fewer, example["lost"]])
+        with tf.control_dependencies([whole]):
+            if skipped is None:
+                missing = before[-tf.cast(tf.clip_by_value(ordinal - expected, 1, NAMED), tf.int32) :]
+                told = tf.debugging.Assert(
+                    ordinal == expected,
+                    ["Expected images that can be read. Received:", tf.strings.reduce_join(missing, separator=", ")],
+                )
+            else:
+                told = tf.cond(
+                    ordinal > expected,
+                    lambda: tf.numpy_function(skipped, [expected, ordinal - expected, before], tf.int64),
+                    lambda: tf.constant(0, tf.int64),
+                )
+        with tf.control_dependencies([told]):
+            return ordinal + 1, {**example, "ordinal": tf.identity(ordinal)}
+
+    last = tf.constant(first - 1, tf.int64)
+    done = raw.scan((tf.fill([NAMED], ""), last, tf.constant(0, tf.int64)), remember)
+    done = done.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
+    return done.scan(tf.constant(first, tf.int64), compare)
+
+
+def changed(image, data: Data, how: Augment, key):
+    """An image flipped, augmented, and in the type in which it leaves the host.
+
+    Args:
+        image: Float32 tensor (size, size, 3) of pixels 0-255.
+        data: `Data`, for the type.
+        how: `Augment`.
+        key: Integers (2,), seed.
+
+    Returns:
+        Tensor (size, size, 3) of pixels 0-255, uint8; or float32 where `data.transfer` says so.
+
+    Reference:
+        tensorflow/tpu efficientnet preprocessing.py:160-198.
+    """
+    flipping, policy, erasing = tf.unstack(tf.random.split(key, 3))
+    if how.flip:
+        image = tf.image.stateless_random_flip_left_right(image, flipping)
+    if how.policy == "none" and not how.erase:
+        if data.transfer == "float32":
+            return image
+        return tf.cast(tf.clip_by_value(image, 0.0, 255.0) + 0.5, tf.uint8)
+    image = tf.cast(tf.clip_by_value(image, 0.0, 255.0), tf.uint8)  # truncated: preprocessing.py:177-187
+    if how.policy == "autoaugment":
+        image = augment.auto_augment(image, policy)
+    elif how.policy == "randaugment":
+        image = augment.rand_augment(
+            image,
+            policy,
+            layers=how.layers,
+            magnitude=how.magnitude,
+            magnitude_std=how.magnitude_std,
+            probability=how.op_probability,
+        )
+    if how.erase:
+        image = augment.erase(image, erasing, how.erase)
+    return image if data.transfer == "uint8" else tf.cast(image, tf.float32)

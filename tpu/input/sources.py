@@ -1,0 +1,341 @@
+"""Where examples come from: folders, the original's TFRecords, TensorFlow datasets, scikit-learn's digits."""
+
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_effnet.images.folders import VALIDATION, labelled
+from keras_effnet.tpu.config import Data
+from keras_effnet.tpu.input.examples import Items, Part, Records
+from keras_effnet.tpu.resume import cloud_files
+
+EVALUATED = ("validation", "val", "test")  # names of splits
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set.
+
+    Args:
+        train: `Items` or `Records` to train on.
+        evaluate: `Items` or `Records` to evaluate on.
+        train_count: Integer, examples to train on, on all hosts.
+        eval_count: Integer, examples to evaluate on, on all hosts.
+        classes: Integer.
+        labels: List of the classes' names, empty where nothing says.
+    """
+
+    train: Items | Records
+    evaluate: Items | Records
+    train_count: int
+    eval_count: int
+    classes: int
+    labels: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The part of a data set that a model is evaluated on.
+
+    Args:
+        examples: `Items` or `Records`.
+        count: Integer, how many they are.
+        classes: Integer, or None where nothing says.
+        labels: List of the classes' names, empty where nothing says.
+    """
+
+    examples: Items | Records
+    count: int
+    classes: int | None
+    labels: Sequence[str] = ()
+
+
+def open_source(data: Data, cache: str | None = None) -> Source:
+    """Finds out what `data.source` is, and what is in it.
+
+    Args:
+        data: `Data`.
+        cache: Path of a file where the numbers of records are kept, which take a reading of all files to count.
+            Defaults to None.
+
+    Returns:
+        A `Source`.
+
+    Raises:
+        ValueError: If there is nothing of the kind.
+
+    Example:
+
+    >>> from keras_effnet.tpu.config import Data
+    >>> from keras_effnet.tpu.input.sources import open_source
+    >>> found = open_source(Data(source="digits"))
+    >>> found.train_count, found.eval_count, found.classes
+    (1437, 360, 10)
+    """
+    kind = _kind(data, "train")
+    if kind == "digits":
+        _only(data, "the digits")
+        return _digits()
+    if kind == "records":
+        _only(data, "TFRecords", "holdout_shards")
+        return _tfrecords(data, cache)
+    if kind == "folder":
+        _only(data, "a folder of photographs")
+        return _folder(data)
+    _only(data, "a TensorFlow dataset", "data_dir", "train_split", "eval_split")
+    return _tensorflow_dataset(data)
+
+
+def open_evaluation(data: Data) -> Evaluated:
+    """Finds what a model is evaluated on, where nothing to train on has to be.
+
+    Args:
+        data: `Data`. Its `eval_split` is a split of a TensorFlow dataset, what the names of TFRecords begin with (by
+            default `validation`), or the name of a folder in a folder. By default a folder's `val`, `validation` or
+            `test` is evaluated, and all that is in a folder without.
+
+    Returns:
+        An `Evaluated`.
+
+    Raises:
+        ValueError: If there is nothing of the kind.
+
+    Example:
+
+    >>> from keras_effnet.tpu.config import Data
+    >>> from keras_effnet.tpu.input.sources import open_evaluation
+    >>> open_evaluation(Data(source="digits")).count
+    360
+    """
+    kind = _kind(data, data.eval_split or "validation", "train")
+    if kind == "digits":
+        _only(data, "the digits")
+        whole = _digits()
+        return Evaluated(whole.evaluate, whole.eval_count, whole.classes, whole.labels)
+    if kind == "records":
+        _only(data, "TFRecords", "holdout_shards", "eval_split")
+        paths = sorted(tf.io.gfile.glob(f"{data.source}/{data.eval_split or 'validation'}-*"))
+        if data.holdout_shards:
+            paths = sorted(tf.io.gfile.glob(f"{data.source}/train-*"))[: data.holdout_shards]
+        if not paths:
+            raise ValueError(
+                f"Expected files {data.eval_split or 'validation'}-*, or another split. Received: none in "
+                f"{data.source!r}"
+            )
+        return Evaluated(*_records(data, paths, _count(paths, None)), data.classes)
+    if kind == "folder":
+        _only(data, "a folder of photographs", "eval_split")
+        return _evaluated_folder(data)
+    _only(data, "a TensorFlow dataset", "data_dir", "eval_split")
+    dataset = _prepared(data)
+    return Evaluated(*dataset.records(data, dataset.test(data)), dataset.classes, dataset.labels)
+
+
+def _kind(data: Data, *parts: str) -> str:
+    """What a source is: digits, records, folder or dataset. Files that begin with a part's name are records."""
+    if data.source == "digits":
+        return "digits"
+    if tf.io.gfile.isdir(data.source):
+        found = (path for part in parts for path in tf.io.gfile.glob(f"{data.source}/{part}-*"))
+        return "records" if any(not tf.io.gfile.isdir(path) for path in found) else "folder"
+    if any(mark in data.source for mark in ("://", "\\")) or data.source.startswith((".", "/", "~")):
+        raise ValueError(f"Expected a folder, digits, or the name of a TensorFlow dataset. Received: {data.source!r}")
+    return "dataset"
+
+
+def _only(data: Data, kind: str, *fields: str) -> None:
+    """A field that would do nothing is a mistake."""
+    for name in ("holdout_shards", "data_dir", "train_split", "eval_split"):
+        if getattr(data, name) and name not in fields:
+            raise ValueError(f"Expected no data.{name} for {kind}. Received: {getattr(data, name)!r}")
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    pixels = np.repeat((digits.images * (255 / 16)).astype("uint8")[..., None], 3, axis=-1)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    parts = [Items(pixels[which], digits.target[which].astype("int32")) for which in (order[360:], order[:360])]
+    return Source(parts[0], parts[1], len(order) - 360, 360, 10, [str(digit) for digit in range(10)])
+
+
+def _names(place: str) -> list[str]:
+    return sorted(name for name in tf.io.gfile.listdir(place) if not name.startswith("."))
+
+
+def _folders(place: str) -> list[str]:
+    return [name.rstrip("/") for name in _names(place) if tf.io.gfile.isdir(f"{place}/{name}")]
+
+
+def _files(place: str) -> list[str]:
+    # Whatever its name ends in: what is no photograph is named and counted as it is read.
+    return [f"{place}/{name}" for name in _names(place) if not name.endswith("/")]
+
+
+def _items(pairs: Sequence[tuple[str, int]]) -> Items:
+    return Items(np.array([file for file, _ in pairs], dtype=object), np.array([label for _, label in pairs], "int32"))
+
+
+def _folder(data: Data) -> Source:
+    labels, *pairs = labelled(data.source.rstrip("/"), _folders, _files)
+    train, test = map(_items, pairs)
+    return Source(train, test, len(train.labels), len(test.labels), data.classes or len(labels), labels)
+
+
+def _evaluated_folder(data: Data) -> Evaluated:
+    root = data.source.rstrip("/")
+    parts = _folders(root)
+    if data.eval_split and data.eval_split not in parts:
+        raise ValueError(f"Expected a split made of {parts}. Received: {data.eval_split!r}")
+    # A class may be called test: then no classes are in it.
+    divided = (name for name in VALIDATION if name in parts and ("train" in parts or _folders(f"{root}/{name}")))
+    split = data.eval_split or next(divided, None)
+    place = f"{root}/{split}" if split else root
+    found = _folders(place)
+    # The numbers of the classes are those that a training on this folder would have given them.
+    labels = _folders(f"{root}/train") if split and "train" in parts else found
+    pairs = [(file, labels.index(name)) for name in found if name in labels for file in _files(f"{place}/{name}")]
+    if not pairs or not set(found) <= set(labels):
+        told = f"{', '.join(labels)} to train on, and " if labels != found else ""
+        raise ValueError(
+            f"Expected a folder per class with photographs. Received: {place!r} with {told}{', '.join(found) or 'none'}"
+        )
+    examples = _items(pairs)
+    return Evaluated(examples, len(examples.labels), data.classes or len(labels), labels)
+
+
+def _tfrecords(data: Data, cache: str | None) -> Source:
+    """The layout of tensorflow/tpu tools/datasets/imagenet_to_gcs.py; hold-out as imagenet_input.py:388-406."""
+    train = sorted(tf.io.gfile.glob(f"{data.source}/train-*"))
+    test = sorted(tf.io.gfile.glob(f"{data.source}/validation-*"))
+    if data.holdout_shards:
+        train, test = train[data.holdout_shards :], train[: data.holdout_shards]
+    if not train or not test:
+        raise ValueError(
+            f"Expected files train-* and validation-*, or fewer data.holdout_shards than files. Received: {len(train)} "
+            f"files to train on and {len(test)} to evaluate on in {data.source!r}"
+        )
+    counts = _count([*train, *test], cache)
+    (trained, train_count), (tested, test_count) = (_records(data, paths, counts) for paths in (train, test))
+    return Source(trained, tested, train_count, test_count, data.classes or 1000)
+
+
+def _records(data: Data, paths: Sequence[str], counts: dict[str, int]) -> tuple[Records, int]:
+    features = {
+        "image/encoded": tf.io.FixedLenFeature([], tf.string),
+        "image/class/label": tf.io.FixedLenFeature([], tf.int64),
+    }
+
+    def parse(record):
+        row = tf.io.parse_single_example(record, features)
+        return row["image/encoded"], tf.cast(row["image/class/label"], tf.int32) - data.first_label
+
+    parts = [Part(path, 0, counts[path]) for path in paths]
+    return Records(parts, parse, data.shuffle_buffer), sum(part.count for part in parts)
+
+
+def _is_whole(path: str) -> bool:
+    try:
+        for _ in tf.data.TFRecordDataset(path):
+            pass
+    except tf.errors.OpError:
+        return False
+    return True
+
+
+def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    if cache and tf.io.gfile.exists(cache):
+        counts = json.loads(tf.io.gfile.GFile(cache).read())
+    todo = [path for path in paths if path not in counts]
+    if todo:
+        zero, one = np.int64(0), np.int64(1)
+        numbers = tf.data.Dataset.from_tensor_slices(todo).map(
+            lambda path: tf.data.TFRecordDataset(path, buffer_size=8 << 20).reduce(zero, lambda n, _: n + one),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+        try:
+            counts |= {path: int(number) for path, number in zip(todo, numbers, strict=True)}
+        except tf.errors.OpError as error:
+            broken = ", ".join(path for path in todo if not _is_whole(path))
+            raise ValueError(f"Expected whole files of records. Received: {broken}. {error.message}") from error
+        if cache:
+            cloud_files.write(cache, json.dumps(counts))
+    return counts
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A TensorFlow dataset that is on this machine."""
+
+    parse: Callable
+    splits: Any
+    classes: int
+    labels: Sequence[str]
+
+    def test(self, data: Data) -> str:
+        """Name of the split to evaluate on."""
+        test = data.eval_split or next((name for name in EVALUATED if name in self.splits), None)
+        if test is None:
+            raise ValueError(f"Expected data.eval_split, such as train[90%:]. Received: none, and {list(self.splits)}")
+        return test
+
+    def records(self, data: Data, split: str) -> tuple[Records, int]:
+        """A split's records, and how many they are."""
+        try:
+            steps = self.splits[split].file_instructions
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"Expected a split made of {list(self.splits)}. Received: {split!r}") from error
+        parts = [Part(str(step.filename), step.skip, step.take) for step in steps]
+        return Records(parts, self.parse, data.shuffle_buffer), sum(part.count for part in parts)
+
+
+def _tensorflow_dataset(data: Data) -> Source:
+    dataset = _prepared(data)
+    test = dataset.test(data)
+    (trained, train_count), (tested, test_count) = (
+        dataset.records(data, split) for split in (data.train_split or "train", test)
+    )
+    return Source(trained, tested, train_count, test_count, dataset.classes, dataset.labels)
+
+
+def _prepared(data: Data) -> _Prepared:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder: Any = tfds.builder(data.source, data_dir=data.data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(data.source, ["digits", *tfds.list_builders()], n=3)
+        raise ValueError(
+            f"Expected --data as a folder, as digits, or as the name of a TensorFlow dataset{' such as ' * bool(near)}"
+            f"{', '.join(near)}. Received: {data.source!r}"
+        ) from error
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # whatever a data set's own code raises
+        raise ValueError(
+            f"Expected a TensorFlow dataset that is prepared in data.data_dir, or that can be. Received: "
+            f"{data.source!r}, and {type(error).__name__}: {error}"
+        ) from error
+    if builder.info.file_format.value != "tfrecord":
+        raise ValueError(
+            f"Expected a TensorFlow dataset in the format tfrecord. Received: {builder.info.file_format.value}. "
+            "Prepare it with file_format='tfrecord'"
+        )
+    features = builder.info.features
+    image = next((name for name, kind in features.items() if isinstance(kind, tfds.features.Image)), None)
+    label = next((name for name, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)), None)
+    if image is None or label is None:
+        raise ValueError(f"Expected a data set of images with a class. Received: {data.source!r} with {list(features)}")
+
+    def parse(record):
+        row = features.deserialize_example(record, decoders={image: tfds.decode.SkipDecoding()})
+        return row[image], tf.cast(row[label], tf.int32)
+
+    return _Prepared(parse, builder.info.splits, features[label].num_classes, features[label].names or ())

@@ -1,0 +1,1 @@
+"""What a run reports: progress, evaluation, and the HTML report."""

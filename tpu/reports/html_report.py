@@ -1,0 +1,433 @@
+"""A training run as one page, all in one file: how it went, what the network saw, and what it gets wrong."""
+
+import base64
+import io
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_effnet.images.decoding import decode_image
+from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.plots import figure_class
+from keras_effnet.tpu.config import Recipe
+from keras_effnet.tpu.input import mixing
+from keras_effnet.tpu.input.crops import train_crop
+from keras_effnet.tpu.input.pipeline import changed, keys
+from keras_effnet.tpu.input.sources import Source
+from keras_effnet.tpu.reports.evaluation import evaluate_run
+from keras_effnet.tpu.reports.run_folder import configuration, open_run
+from keras_effnet.tpu.reports.scoring import Scores, png
+from keras_effnet.tpu.resume import cloud_files
+
+MISTAKES = 24  # pictures
+
+SKIPPED = 20  # names
+
+ORIGINALS, EPOCHS, MIXED = 4, 5, 2  # rows and columns of the augmentation's pictures
+
+POINTS = 1500  # of a curve
+
+SIDE = 192  # pixels of a picture in the page
+
+_COLOURS = {"train": "#8a8f98", "raw": "#d97706", "average": "#2f81c7"}  # seen on white as on black
+
+
+def write(workdir: str | os.PathLike, examples: int = 2000) -> str:
+    """Writes the report of a run: of one that has ended, goes on, or was killed. Nothing else in its folder is touched.
+
+    Args:
+        workdir: Path of the run's folder, which may be on Cloud Storage (`gs://`).
+        examples: Integer, most examples of the evaluation that are looked at for mistakes. Defaults to 2000.
+
+    Returns:
+        Path of the page, `report.html` in the folder.
+
+    Raises:
+        ValueError: If the folder is not that of a run.
+
+    Example:
+
+    >>> from keras_effnet.tpu.reports import html_report as report
+    >>> report.write("runs/digits")  # doctest: +SKIP
+    'runs/digits/report.html'
+    """
+    workdir = os.fspath(workdir).rstrip("/")
+    recipe, resolved = configuration(workdir)
+    rows = cloud_files.rows(f"{workdir}/metrics.jsonl")
+    page = _page(
+        f"{recipe.model.name} on {os.path.basename(recipe.data.source.rstrip('/'))}",
+        [_head(workdir, recipe, resolved, rows), *_body(workdir, recipe, resolved, rows, examples)],
+    )
+    path = f"{workdir}/report.html"
+    try:
+        cloud_files.write(path, page)
+    except tf.errors.OpError as error:
+        raise OSError(f"Expected to write {path!r}. Received: {error.message}") from error
+    return path
+
+
+def _body(workdir: str, recipe: Recipe, resolved: dict, rows: list[dict], examples: int) -> Iterable[str]:
+    yield _section("Curves", lambda: _curves(rows))
+    size = resolved.get("image_size") or recipe.model.image_size or VARIANTS[recipe.model.name].resolution
+    opened: list[Source] = []
+
+    def source() -> Source:
+        if not opened:
+            opened.append(open_run(workdir, recipe))
+        return opened[0]
+
+    yield _section("What it is trained on", lambda: _augmented(source(), recipe, size, resolved.get("classes")))
+    scored: list[tuple[Scores, list[str], str]] = []
+
+    def mistakes() -> str:
+        scored.append(evaluate_run(workdir, source(), examples, MISTAKES))
+        scores, names, origin = scored[0]
+        return _mistakes(scores, names, origin, source().eval_count)
+
+    yield _section("Wrong and sure of it", mistakes)
+    if scored:
+        yield _section("Classes", lambda: _classes(scored[0][0], scored[0][1]))
+    yield _section("Not read", lambda: _skipped(workdir, scored[0][0].skipped if scored else []))
+    text = escape(tf.io.gfile.GFile(f"{workdir}/config.json").read())
+    yield f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
+
+
+def _section(title: str, make: Callable[[], str]) -> str:
+    try:
+        inside = make()
+    except Exception as error:  # whatever libraries and data do: the page tells what it lacks, and has the rest
+        told = re.sub(r"{{.*?}} *", "", str(getattr(error, "message", error)))  # TensorFlow's names of its graphs
+        inside = f'<p class="lacking">{escape(" ".join(told.split())[:600] or type(error).__name__)}</p>'
+    return f"<section><h2>{escape(title)}</h2>{inside}</section>"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = ()) -> str:
+    def cells(kind: str, values) -> str:
+        return "".join(
+            f"<{kind}{' class=right' * (place in right)}>{escape(str(value))}</{kind}>"
+            for place, value in enumerate(values)
+        )
+
+    lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    head = f"<thead><tr>{cells('th', columns)}</tr></thead>" if any(columns) else ""
+    return f'<div class="wide"><table>{head}<tbody>{lines}</tbody></table></div>'
+
+
+def _head(workdir: str, recipe: Recipe, resolved: dict, rows: list[dict]) -> str:
+    done, total = max((row["step"] for row in rows), default=0), resolved.get("steps")
+    finished = tf.io.gfile.exists(f"{workdir}/result.json")
+    path = f"{workdir}/metrics.jsonl" if rows else f"{workdir}/config.json"
+    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(tf.io.gfile.stat(path).mtime_nsec / 1e9))
+    state = "Finished" if finished else "Not finished"
+    steps = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
+    facts = [
+        f"{recipe.epochs:g} epochs in batches of {recipe.batch_size:,}",
+        f"seed {recipe.run.seed}",
+        f"recipe from {recipe.source}" if recipe.source else "",
+    ]
+    share = f'<progress max="{total}" value="{done}"></progress>' if total and not finished else ""
+    title = f"{escape(recipe.model.name)} <small>on {escape(recipe.data.source)}</small>"
+    return (
+        f"<header><h1>{title}</h1><p><b class={'done' if finished else 'open'}>{state}</b> {steps}, last written "
+        f"{written}.</p>{share}<p class=quiet>{escape(', '.join(fact for fact in facts if fact))}</p></header>"
+        f"{_section('Numbers', lambda: _numbers(recipe, rows))}"
+    )
+
+
+def _numbers(recipe: Recipe, rows: list[dict]) -> str:
+    evaluated = [row for row in rows if row.get("split") == "eval"]
+    trained = [row for row in rows if row.get("split") == "train"]
+    if not evaluated:
+        told = f"Loss {trained[-1]['loss']:.4g} in training, step {trained[-1]['step']:,}. " if trained else ""
+        return f"<p>{told}There was no evaluation yet.</p>"
+    last, best = evaluated[-1], max(evaluated, key=lambda row: row.get("ema_top1", 0))
+
+    def number(name: str, form: str) -> str:
+        return form.format(last[name]) if name in last else ""
+
+    cells = [
+        (title, number(f"ema_{name}", form), number(name, form))
+        for title, name, form in (("top-1", "top1", "{:.2%}"), ("top-5", "top5", "{:.2%}"), ("loss", "loss", "{:.4g}"))
+    ]
+    tiles = [("EMA top-1", cells[0][1]), ("best so far", f"{best.get('ema_top1', 0):.2%}")]
+    if recipe.expected_top1:
+        tiles.append(("published", f"{recipe.expected_top1:g}%"))
+    if trained and "images_per_second" in trained[-1]:
+        tiles.append(("images a second", f"{trained[-1]['images_per_second']:,.0f}"))
+    shown = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for name, value in tiles)
+    of = f"Step {last['step']:,}, {last.get('examples', 0):,.0f} examples. The best is of step {best['step']:,}."
+    return (
+        f'<div class="tiles">{shown}</div>'
+        f"{_table(['', 'moving average (EMA)', 'raw'], cells, right=(1, 2))}<p class=quiet>{of}</p>"
+    )
+
+
+def _curves(rows: list[dict]) -> str:
+    if not rows:
+        return "<p>There are no numbers yet.</p>"
+    lines = {
+        "loss": [("train", "loss", "train"), ("eval", "loss", "raw"), ("eval", "ema_loss", "average")],
+        "top-1": [("train", "top1", "train"), ("eval", "top1", "raw"), ("eval", "ema_top1", "average")],
+        "top-5": [("train", "top5", "train"), ("eval", "top5", "raw"), ("eval", "ema_top5", "average")],
+        "learning rate": [("train", "learning_rate", "train")],
+    }
+    drawn = "".join(f"<figure>{_svg(title, some, rows)}</figure>" for title, some in lines.items())
+    marks = (("train", "training"), ("average", "evaluation, moving average"), ("raw", "evaluation, raw"))
+    legend = "".join(f'<span><i style="background:{_COLOURS[name]}"></i>{told}</span>' for name, told in marks)
+    return f'<p class="legend">{legend}</p><div class="curves">{drawn}</div>'
+
+
+def _svg(title: str, lines, rows: list[dict]) -> str:
+    figures = figure_class()
+    from matplotlib import rc_context, ticker
+
+    # Text stays text, in the page's font and colour. Identifiers are the figure's own: all share the page.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
+        figure = figures(figsize=(4.8, 2.7), layout="constrained")
+        axes = figure.subplots()
+        drawn = []
+        for split, name, colour in lines:
+            points = [(row["step"], row[name]) for row in rows if row.get("split") == split and name in row]
+            points = points[:: -(-len(points) // POINTS)] if points else []
+            if not points:
+                continue
+            style = {"marker": "o", "markersize": 2.5} if len(points) < 40 else {}
+            axes.plot(*zip(*points, strict=True), color=_COLOURS[colour], linewidth=1.4, **style)
+            drawn += [value for _, value in points]
+        if title == "loss" and drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
+            axes.set_yscale("log")
+        if title.startswith("top"):
+            axes.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.02), min(high, 1.02))
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+        axes.tick_params(color="#888888")
+        axes.grid(color="#888888", alpha=0.25, linewidth=0.6)
+        for side, spine in axes.spines.items():
+            spine.set(visible=side in ("left", "bottom"), color="#888888")
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+
+
+def _picture(pixels: np.ndarray, told: str) -> str:
+    """An image that the page holds. A small one is shown in large pixels."""
+    from PIL import Image
+
+    pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+    image = Image.fromarray(pixels)
+    small = max(image.size) < SIDE // 2
+    if small:
+        kind, content = "png", png(pixels)
+    else:
+        image.thumbnail((SIDE, SIDE))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=85)
+        kind, content = "jpeg", file.getvalue()
+    data = base64.b64encode(content).decode()
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'<img{" class=small" * small} {size} alt="{escape(told)}" src="data:image/{kind};base64,{data}">'
+
+
+def samples(source: Source, recipe: Recipe, size: int, count: int, epochs: int) -> list[dict[str, Any]]:
+    """Training images as they are, and as the run sees them in its first epochs.
+
+    Args:
+        source: `Source`.
+        recipe: `Recipe`.
+        size: Integer, pixels of an image's side.
+        count: Integer, how many images.
+        epochs: Integer.
+
+    Returns:
+        List of dicts: `name`, `label`, `original` (uint8 pixels of its own size), `seen` (an array of pixels for each
+        epoch) and `keys` (that the batch's mixing draws from, for each epoch).
+    """
+    examples = source.train
+
+    def one(content, number, epoch):
+        cropping, changing, mixing = keys(recipe.run.seed, epoch, number)
+        image = train_crop(content, size, recipe.data, recipe.augment, cropping)
+        return changed(image, recipe.data, recipe.augment, changing), mixing
+
+    see, found = tf.function(one), []
+    for row in examples.sample(2 * count):  # some may be unreadable
+        content = examples.load(row["image"])
+        try:
+            value = content.numpy()
+            original = decode_image(value) if isinstance(value, bytes) else value
+            seen = [see(content, row["id"], tf.constant(epoch, tf.int64)) for epoch in range(epochs)]
+        except (OSError, ValueError, tf.errors.InvalidArgumentError):
+            continue
+        found.append(
+            {
+                "name": row["name"].numpy().decode(errors="replace"),
+                "label": int(row["label"]),
+                "original": original,
+                "seen": [image.numpy() for image, _ in seen],
+                "keys": [key.numpy() for _, key in seen],
+            }
+        )
+    # From all over: a folder's examples come class by class.
+    return found[:: max(1, len(found) // count)][:count]
+
+
+def _augmented(source: Source, recipe: Recipe, size: int, classes: int | None) -> str:
+    rows = samples(source, recipe, size, ORIGINALS, EPOCHS)
+    if not rows:
+        return "<p>None of the first images can be read.</p>"
+    how, mixed = recipe.augment, []
+    if how.mixup or how.cutmix:
+        labels = tf.one_hot([row["label"] for row in rows], classes or recipe.data.classes or source.classes)
+        for epoch in range(MIXED):
+            images, keys = (np.stack([row[name][epoch] for row in rows]) for name in ("seen", "keys"))
+            mixed.append(mixing.mix(images, labels, keys, mixup_alpha=how.mixup, cutmix_alpha=how.cutmix)[0].numpy())
+    heads = [
+        "original",
+        *(f"epoch {n + 1}" for n in range(EPOCHS)),
+        *(f"mixed, {n + 1}" for n in range(MIXED if mixed else 0)),
+    ]
+    cells = [f"<span>{escape(head)}</span>" for head in heads]
+    for place, row in enumerate(rows):
+        label = source.labels[row["label"]] if row["label"] < len(source.labels) else row["label"]
+        seen = [row["original"], *row["seen"], *(batch[place] for batch in mixed)]
+        pixels = [np.clip(np.rint(image), 0, 255).astype("uint8") for image in seen]
+        cells += [_picture(image, f"{label}: {head}") for image, head in zip(pixels, heads, strict=True)]
+    steps = [
+        f"random crop from {how.min_area:.0%} of the area" if how.crop == "inception" else "the middle",
+        "mirrored" if how.flip else "",
+        {"none": "", "autoaugment": "AutoAugment", "randaugment": f"RandAugment {how.layers}x{how.magnitude:g}"}[
+            how.policy
+        ],
+        f"erasing {how.erase:g}" if how.erase else "",
+        f"mixup {how.mixup:g}" if how.mixup else "",
+        f"cutmix {how.cutmix:g}" if how.cutmix else "",
+    ]
+    told = f"{', '.join(step for step in steps if step)}; {size}x{size} pixels."
+    if mixed:
+        told += " Mixed: with another of these images, as in a batch."
+    return (
+        f"<p class=quiet>{escape(told)}</p>"
+        f'<div class="seen" style="grid-template-columns:repeat({len(heads)},minmax(3.6rem,1fr))">'
+        f"{''.join(cells)}</div>"
+    )
+
+
+def _mistakes(scores: Scores, names: list[str], origin: str, total: int) -> str:
+    count, wrong = len(scores.names), int((~scores.hits).sum())
+    of = "" if count + len(scores.skipped) >= total else f", which were taken from {total:,} in all"
+    told = (
+        f"{wrong:,} of {count:,} examples are wrong{of}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, with the "
+        f"moving average in {origin}. The pictures are what the network sees."
+    )
+    cards = []
+    for mistake in scores.mistakes:
+        name, place = scores.names[mistake.place], mistake.place
+        true, said = names[scores.labels[place]], names[scores.classes[place, 0]]
+        cards.append(
+            f'<figure class="card">{_picture(mistake.pixels, f"{true}, taken for {said}")}<figcaption>'
+            f"<b>{escape(said)}</b>, {scores.probabilities[place, 0]:.1%}<br>is {escape(true)}<br>"
+            f'<small title="{escape(name)}">{escape(os.path.basename(name))}</small></figcaption></figure>'
+        )
+    return f'<p class="quiet">{escape(told)}</p><div class="cards">{"".join(cards)}</div>'
+
+
+def _classes(scores: Scores, names: list[str]) -> str:
+    confusions = _table(
+        ["class", "taken for", "examples"],
+        [(names[true], names[said], often) for true, said, often in scores.confusions()],
+        right=(2,),
+    )
+    worst = sorted(scores.per_class(), key=lambda row: (row[2], -row[1]))
+
+    def lines(some) -> str:
+        return "".join(
+            f"<tr><td>{escape(names[label])}</td><td class=right>{count}</td><td class=right>{top1:.1%}</td>"
+            f'<td class="bar"><i style="width:{100 * top1:.1f}%"></i></td></tr>'
+            for label, count, top1 in some
+        )
+
+    head = "<tr><th>class</th><th class=right>examples</th><th class=right>top-1</th><th></th></tr>"
+    first = f'<div class="wide"><table>{head}{lines(worst[:20])}</table></div>'
+    rest = ""
+    if worst[20:]:
+        rest = f'<details><summary>{len(worst) - 20} more</summary><div class="wide"><table>{head}'
+        rest += f"{lines(worst[20:])}</table></div></details>"
+    return (
+        f'<div class="halves"><div><h3>Worst first</h3>{first}{rest}</div>'
+        f"<div><h3>Most often confused</h3>{confusions}</div></div>"
+    )
+
+
+def _skipped(workdir: str, evaluated: Sequence[str]) -> str:
+    rows = [row for path in tf.io.gfile.glob(f"{workdir}/skipped-*.jsonl") for row in cloud_files.rows(path)]
+    names = list(dict.fromkeys([*(row["name"] for row in rows), *evaluated]))
+    if not names:
+        return "<p>All images could be read.</p>"
+    more = f" The first {SKIPPED}:" if len(names) > SKIPPED else ""
+    listed = "".join(f"<li>{escape(name)}</li>" for name in names[:SKIPPED])
+    return f"<p>{len(names):,} image{'s' * (len(names) > 1)} could not be read.{more}</p><ul>{listed}</ul>"
+
+
+# The browser itself sees to it that nothing is fetched.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1c1e21; --quiet: #666c75; --back: #fff; --card: #f5f6f8; --line: #e1e4e8;
+  --blue: #2f81c7; --warn: #b45309; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e6eb; --quiet: #9aa1ab; --back: #15171a; --card: #1f2226;
+  --line: #343a41; --warn: #f0a44b; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 64rem; background: var(--back); color: var(--text);
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; } h1 small { font-weight: 400; color: var(--quiet); }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: .5rem 0; }
+p { margin: .4rem 0; } .quiet, figcaption { color: var(--quiet); font-size: .87rem; }
+.done, .open { padding: .1rem .55rem; border-radius: 1rem; color: #fff; font-size: .8rem; background: #2e7d4f; }
+.open { background: var(--quiet); } progress { width: 100%; accent-color: var(--blue); }
+.lacking { border-left: 3px solid var(--warn); padding: .4rem .8rem; background: var(--card); }
+.tiles { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); margin: 0 0 1rem; }
+.tiles div { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; color: var(--quiet);
+  font-size: .82rem; } .tiles b { display: block; font-size: 1.45rem; color: var(--text); line-height: 1.3; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th { text-align: left; color: var(--quiet); font-weight: 500; font-size: .85rem; }
+td, th { padding: .25rem 1.1rem .25rem 0; border-bottom: 1px solid var(--line); }
+.right { text-align: right; white-space: nowrap; }
+.bar { width: 7rem; padding-right: 0; } .bar i { display: block; height: .55rem; border-radius: .2rem;
+  background: var(--blue); min-width: 1px; }
+.halves { display: grid; gap: 1rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+figure { margin: 0; } .curves { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
+.curves svg { width: 100%; height: auto; display: block; }
+.curves text { fill: currentColor !important; font-family: inherit !important; }
+.legend span { margin-right: 1.2rem; font-size: .87rem; white-space: nowrap; } .legend i { display: inline-block;
+  width: 1.1rem; height: .22rem; border-radius: 2px; margin-right: .4rem; vertical-align: middle; }
+img { display: block; max-width: 100%; height: auto; border-radius: .25rem; background: var(--card); }
+.small { image-rendering: pixelated; }
+.seen { display: grid; gap: .4rem; align-items: center; overflow-x: auto; } .seen img { width: 100%; }
+.seen span { color: var(--quiet); font-size: .78rem; text-align: center; line-height: 1.2; }
+.cards { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fill, minmax(6.4rem, 1fr)); margin-top: .8rem; }
+.card img { width: 100%; aspect-ratio: 1; object-fit: contain; }
+.card figcaption { line-height: 1.35; margin-top: .3rem; }
+.card b { color: var(--text); } details { margin-top: 1.5rem; } summary { cursor: pointer; color: var(--quiet); }
+pre { overflow-x: auto; background: var(--card); padding: .8rem; border-radius: .5rem; font-size: .8rem; }
+"""
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )

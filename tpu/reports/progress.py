@@ -1,0 +1,157 @@
+"""What a run says while it goes on: metrics.jsonl for programs, a bar or lines for people."""
+
+import contextlib
+import io
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from keras_effnet.tpu.resume import cloud_files
+from keras_effnet.tpu.resume.stops import say
+
+
+class Log:
+    """Writes what is measured.
+
+    Args:
+        workdir: String, path of the run's folder.
+        batch: Integer, images of a step.
+        total: Integer, steps of the whole run.
+        quiet: Boolean, whether only files are written. Defaults to False.
+        writes: Boolean, whether it writes and shows anything; one of many hosts does. Defaults to True.
+    """
+
+    def __init__(self, workdir: str, batch: int, total: int, quiet: bool = False, writes: bool = True):
+        self.workdir, self.batch, self.total, self.writes = workdir, batch, total, writes
+        self.quiet = quiet or not writes
+        self.text = io.StringIO()  # what orbit prints; on Cloud Storage a file appears when it is closed
+        self.last: dict[str, Any] = {}
+        self.scores: dict[int, float] = {}  # the moving average's top-1 by step
+        self.started = self._since = time.monotonic()
+        self._step, self._rates, self._bar, self._task = 0, [], None, None
+
+    def begin(self, step: int) -> None:
+        """Goes on after a step: what was written of later ones is no longer so.
+
+        Args:
+            step: Integer, the steps that are done.
+        """
+        path = f"{self.workdir}/metrics.jsonl"
+        rows = [row for row in cloud_files.rows(path) if row["step"] <= step]
+        if self.writes and tf.io.gfile.exists(path):
+            cloud_files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            if row["split"] == "eval":
+                self.scores[row["step"]] = row["ema_top1"]
+                self.last |= {name: value for name, value in row.items() if name not in ("step", "split")}
+            else:
+                self.last["images_per_second"] = row["images_per_second"]
+        self._step, self._since = step, time.monotonic()
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("Training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[told]}"),
+                console=Console(stderr=True),
+                redirect_stdout=False,
+            )
+            self._task = self._bar.add_task("", total=self.total, completed=step, told="")
+            self._bar.start()
+
+    def end(self) -> None:
+        """Ends the bar."""
+        with contextlib.suppress(OSError, ValueError, tf.errors.OpError):  # how the run ended is said already
+            if self._bar:
+                self._bar.stop()
+            self._keep_text()
+
+    def trained(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes note of some steps of training.
+
+        Args:
+            step: Integer, the steps that are done.
+            metrics: Dict of numbers, means over the steps since the last call.
+        """
+        now = time.monotonic()
+        rate = (step - self._step) * self.batch / (now - self._since)
+        self._rates.append(rate)
+        self._step, self._since = step, now
+        row = {"step": step, "split": "train", **_numbers(metrics), "images_per_second": round(rate, 2)}
+        self._write(row)
+        # The first number holds the compilation.
+        steady = sum(self._rates[1:]) / len(self._rates[1:]) if self._rates[1:] else rate
+        self.last["images_per_second"] = round(steady, 2)
+        left = (self.total - step) * self.batch / steady
+        told = f"loss {row['loss']:.3f}  lr {row['learning_rate']:.2e}  {rate:.1f} images/s"
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step, told=told)
+        else:
+            self._tell(f"step {step}/{self.total}  {told}  {_time(left)} left")
+
+    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes note of an evaluation.
+
+        Args:
+            step: Integer, the steps that are done.
+            metrics: Dict of numbers.
+        """
+        numbers = _numbers(metrics)
+        self.last |= numbers
+        self.scores[step] = numbers["ema_top1"]
+        self._write({"step": step, "split": "eval", **numbers})
+        raw = f"  without average {numbers['top1']:.2%}" if "top1" in numbers else ""
+        self._tell(f"step {step}/{self.total}  top-1 {numbers['ema_top1']:.2%}  top-5 {numbers['ema_top5']:.2%}{raw}")
+        self._since = time.monotonic()
+
+    @property
+    def best(self) -> int | None:
+        """The first step of those with the highest top-1 of the moving average."""
+        return max(self.scores, key=lambda step: (self.scores[step], -step), default=None)
+
+    def note(self, text: str) -> None:
+        """Says something and keeps it in train.log.
+
+        Args:
+            text: String.
+        """
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.text)
+        self._tell(text)
+
+    def _keep_text(self) -> None:
+        if self.writes:
+            with tf.io.gfile.GFile(f"{self.workdir}/train.log", "a") as file:
+                file.write(self.text.getvalue())
+        self.text.seek(0)
+        self.text.truncate()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._keep_text()
+        if not self.writes:
+            return
+        with tf.io.gfile.GFile(f"{self.workdir}/metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _tell(self, text: str) -> None:
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        elif not self.quiet:
+            say(text)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

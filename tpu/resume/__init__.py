@@ -1,0 +1,1 @@
+"""How an interrupted run resumes: checkpoints, atomic files, the lock of its folder, stop signals."""

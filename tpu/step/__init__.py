@@ -1,0 +1,1 @@
+"""The arithmetic of a training step as pure functions: loss, optimizers, schedules, moving average."""

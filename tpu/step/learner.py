@@ -1,0 +1,256 @@
+"""One training step as pure functions of arrays: what every runner computes, however it moves the arrays about."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_effnet.errors import one_of
+from keras_effnet.tpu.step import losses, moving_average
+from keras_effnet.tpu.step.optimizers import Optimizer, is_kernel
+from keras_effnet.tpu.step.replicas import Place, at
+from keras_effnet.tpu.step.schedules import Schedule
+
+ops: Any = keras.ops
+
+METRICS = ("loss", "top1", "top5")
+
+# Of which variables the weight decay is.
+DECAYED: dict[str, Callable[[keras.Variable], bool]] = {
+    "no-batch-norm": lambda variable: variable.name not in ("gamma", "beta"),
+    "all": lambda variable: True,
+    "kernels": is_kernel,
+}
+
+
+class State(NamedTuple):
+    """All that a step changes, but the number of steps.
+
+    Args:
+        trainable: List of arrays, as `model.trainable_variables`.
+        moving: List of arrays: the variables that no gradient changes, such as batch normalisation's statistics.
+        slots: List of dicts of arrays, what the optimizer keeps for each trainable variable.
+        averages: List of arrays, the moving averages of `trainable` and `moving` together.
+    """
+
+    trainable: Sequence[Any]
+    moving: Sequence[Any]
+    slots: Sequence[dict[str, Any]]
+    averages: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Loss, update and prediction of a model, for arrays that the caller holds.
+
+    Args:
+        model: A `keras.Model` that gives logits. Its own values are never read and never changed.
+        optimizer: An `Optimizer`.
+        schedule: A `Schedule`.
+        smoothing: Float, label smoothing. Defaults to 0.1.
+        weight_decay: Float, times half the sum of squares, in the loss. Defaults to 1e-5.
+        decayed: Which variables the weight decay is of: `"no-batch-norm"`, the original's, with all biases; `"all"`;
+            or `"kernels"`, without biases. Defaults to `"no-batch-norm"`.
+        average_decay: Float, of the moving average. Defaults to 0.9999.
+        seed: Integer, of the masks of dropout and drop connect. Defaults to 0.
+
+    Reference:
+        tensorflow/tpu efficientnet main.py:414-467.
+    """
+
+    model: keras.Model
+    optimizer: Optimizer
+    schedule: Schedule
+    smoothing: float = 0.1
+    weight_decay: float = 1e-5
+    decayed: str = "no-batch-norm"
+    average_decay: float = 0.9999
+    seed: int = 0
+
+    @property
+    def moving(self) -> list[keras.Variable]:
+        """The variables that no gradient changes: those of `State.moving`, in that order."""
+        return [v for v in self.model.non_trainable_variables if not _is_seed(v)]
+
+    def by_name(self, state: State) -> dict[str, dict[str, Any]]:
+        """A state by the variables' paths.
+
+        Args:
+            state: `State`.
+
+        Returns:
+            Dict of the dicts `variables`, `averages` and `slots`, whose names are followed by a colon and the slot's.
+        """
+        trainable = [v.path for v in self.model.trainable_variables]
+        paths = [*trainable, *(v.path for v in self.moving)]
+        return {
+            "variables": dict(zip(paths, [*state.trainable, *state.moving], strict=True)),
+            "averages": dict(zip(paths, state.averages, strict=True)),
+            "slots": {
+                f"{path}:{name}": value
+                for path, slot in zip(trainable, state.slots, strict=True)
+                for name, value in slot.items()
+            },
+        }
+
+    def start(self) -> State:
+        """The state before the first step, from the model's values.
+
+        Returns:
+            A `State` of arrays.
+        """
+        trainable = [ops.copy(v.value) for v in self.model.trainable_variables]
+        moving = [ops.copy(v.value) for v in self.moving]
+        return State(trainable, moving, self.optimizer.start(trainable), [*trainable, *moving])
+
+    def logits(self, trainable, moving, images, step=None):
+        """What the model says, in float32.
+
+        Args:
+            trainable: List of arrays.
+            moving: List of arrays.
+            images: Pixels 0-255 (batch, height, width, channels).
+            step: Integer scalar in training, number of steps done before; masks follow from it and the seed. None for
+                a prediction.
+
+        Returns:
+            Tuple of the logits (batch, classes) and the new `moving`.
+        """
+        variables, values, seeds = self.model.non_trainable_variables, iter(moving), 0
+        mapping = []
+        for variable in variables:
+            if _is_seed(variable):
+                mapping.append(self._mask_seed(seeds, 0 if step is None else step, variable.dtype))
+                seeds += 1
+            else:
+                mapping.append(next(values))
+        logits, after = self.model.stateless_call(trainable, mapping, images, training=step is not None)
+        after = [value for variable, value in zip(variables, after, strict=True) if not _is_seed(variable)]
+        return ops.cast(logits, "float32"), after
+
+    def _mask_seed(self, index: int, step, dtype):
+        # Of a layer and a step: a run that goes on draws the masks that it would have drawn.
+        key = zlib.crc32(f"{self.seed}/{index}".encode()) >> 1
+        return ops.stack([ops.cast(key, dtype), ops.cast(step, dtype)])
+
+    def train(
+        self,
+        state: State,
+        images,
+        labels,
+        step,
+        batch: int,
+        gradient: Callable,
+        place: Place | None = None,
+    ) -> tuple[State, dict[str, Any]]:
+        """A whole training step of a replica.
+
+        Args:
+            state: The `State` before, the same on all replicas.
+            images: Pixels 0-255 of this replica's part of the batch.
+            labels: Class numbers (part,), or shares of classes (part, classes).
+            step: Integer scalar, number of steps done before.
+            batch: Integer, images in the global batch.
+            gradient: Function of a function and its argument, a list of arrays. It gives what the function does,
+                whose first part is a scalar, and that scalar's gradients.
+            place: `Place` among several replicas. Defaults to the only one.
+
+        Returns:
+            Tuple of the `State` after, the same on all replicas, and a dict of this replica's shares of `METRICS`.
+        """
+        count = place.count if place else 1
+
+        def objective(trainable):
+            return self.objective(trainable, state.moving, images, labels, step, batch, count)
+
+        with at(place):
+            (_, moving, metrics), gradients = gradient(objective, state.trainable)
+        if place:
+            gradients, moving = place.sum(gradients), list(moving)
+            # Not what is frozen.
+            places = [n for n, v in enumerate(self.moving) if v.name in ("moving_mean", "moving_variance")]
+            for n, total in zip(places, place.sum([moving[n] for n in places]), strict=True):
+                moving[n] = total / count
+        return self.update(state, gradients, moving, step), metrics
+
+    def objective(self, trainable, moving, images, labels, step, batch: int, replicas: int = 1):
+        """This replica's share of the loss: the sum over all replicas is the loss of the global batch.
+
+        Args:
+            trainable: List of arrays.
+            moving: List of arrays.
+            images: Pixels 0-255 of this replica's part of the batch.
+            labels: Class numbers (part,), or shares of classes (part, classes).
+            step: Integer scalar, number of steps done before.
+            batch: Integer, images in the global batch.
+            replicas: Integer. Defaults to 1.
+
+        Returns:
+            Tuple of the loss, the new `moving`, and a dict of this replica's shares of `METRICS`.
+        """
+        logits, after = self.logits(trainable, moving, images, step)
+        metrics = {name: ops.sum(values) / batch for name, values in self._metrics(labels, logits).items()}
+        metrics["loss"] = metrics["loss"] + self.penalty(trainable) / replicas
+        return metrics["loss"], after, metrics
+
+    def _metrics(self, labels, logits) -> dict[str, Any]:
+        """`METRICS` of each example."""
+        return {
+            "loss": losses.cross_entropy(labels, logits, self.smoothing),
+            "top1": losses.hits(labels, logits, 1),
+            "top5": losses.hits(labels, logits, 5),
+        }
+
+    def penalty(self, trainable):
+        """The weight decay's term of the loss.
+
+        Args:
+            trainable: List of arrays.
+
+        Returns:
+            Float32 scalar tensor.
+        """
+        of = DECAYED[one_of("decayed", self.decayed, DECAYED)]
+        pairs = zip(self.model.trainable_variables, trainable, strict=True)
+        return self.weight_decay * losses.l2([value for variable, value in pairs if of(variable)])
+
+    def update(self, state: State, gradients, moving, step) -> State:
+        """The state after a step.
+
+        Args:
+            state: The `State` before.
+            gradients: List of arrays, of the loss of the global batch.
+            moving: List of arrays, the new values, the same on all replicas.
+            step: Integer scalar, number of steps done before.
+
+        Returns:
+            A `State`.
+        """
+        kernels = [is_kernel(v) for v in self.model.trainable_variables]
+        trainable, slots = self.optimizer.step(
+            gradients, state.trainable, state.slots, self.schedule(step), step + 1, kernels
+        )
+        averages = moving_average.average(state.averages, [*trainable, *moving], step + 1, self.average_decay)
+        return State(trainable, moving, slots, averages)
+
+    def score(self, trainable, moving, images, labels, weights):
+        """Sums over a batch of an evaluation.
+
+        Args:
+            trainable: List of arrays.
+            moving: List of arrays.
+            images: Pixels 0-255 (batch, height, width, channels).
+            labels: Class numbers (batch,).
+            weights: Floats (batch,), 0 for what only fills the batch.
+
+        Returns:
+            Dict of the sums of `METRICS`, without the weight decay's term in the loss.
+        """
+        logits, _ = self.logits(trainable, moving, images)
+        return {name: ops.sum(values * weights) for name, values in self._metrics(labels, logits).items()}
+
+
+def _is_seed(variable) -> bool:
+    return variable.name == "seed_generator_state"

@@ -1,0 +1,85 @@
+"""The loss and the hits of a batch, in float32 whatever the model computes in."""
+
+from typing import Any
+
+import keras
+
+ops: Any = keras.ops
+
+
+def cross_entropy(labels, logits, smoothing: float = 0.0):
+    """Cross-entropy of each example.
+
+    Args:
+        labels: Class numbers, integers (batch,); or shares of classes, floats (batch, classes).
+        logits: Floats (batch, classes), before the softmax.
+        smoothing: Float, share of the label that is spread evenly over all classes. Defaults to 0.
+
+    Returns:
+        Float32 tensor (batch,).
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_effnet.tpu.step.losses import cross_entropy
+    >>> round(float(cross_entropy(np.array([1]), np.zeros((1, 10), "float32"), 0.1)[0]), 4)
+    2.3026
+
+    Reference:
+        tensorflow/tpu efficientnet main.py:414-418.
+    """
+    logits = ops.cast(logits, "float32")
+    classes = logits.shape[-1]
+    if len(labels.shape) == 1:
+        labels = ops.one_hot(ops.cast(labels, "int32"), classes, dtype="float32")
+    labels = ops.cast(labels, "float32")
+    if smoothing:
+        labels = labels * (1.0 - smoothing) + smoothing / classes
+    return -ops.sum(labels * ops.log_softmax(logits, axis=-1), axis=-1)
+
+
+def l2(variables):
+    """Half the sum of squares of all values.
+
+    Args:
+        variables: List of arrays.
+
+    Returns:
+        Float32 scalar tensor.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_effnet.tpu.step.losses import l2
+    >>> float(l2([np.array([1.0, 2.0], "float32"), np.array([3.0], "float32")]))
+    7.0
+    """
+    return sum((ops.sum(ops.square(ops.cast(v, "float32"))) / 2 for v in variables), ops.zeros((), "float32"))
+
+
+def hits(labels, logits, k: int):
+    """Whether the label is among the `k` classes with the highest logits; of equal ones the first comes first.
+
+    Args:
+        labels: Class numbers, integers (batch,); of shares (batch, classes) the largest counts.
+        logits: Floats (batch, classes).
+        k: Integer.
+
+    Returns:
+        Float32 tensor (batch,) of zeros and ones.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_effnet.tpu.step.losses import hits
+    >>> [float(hit) for hit in hits(np.array([0, 0]), np.array([[0.9, 0.1], [0.1, 0.9]], "float32"), 1)]
+    [1.0, 0.0]
+    """
+    if len(labels.shape) == 2:
+        labels = ops.argmax(labels, axis=-1)
+    logits, labels = ops.cast(logits, "float32"), ops.cast(labels, "int32")[:, None]
+    # As arg-max does it, and not in_top_k, for which all equal ones are in: in bfloat16 many are.
+    own = ops.take_along_axis(logits, labels, axis=-1)
+    before = ops.arange(logits.shape[-1], dtype="int32")[None] < labels
+    rank = ops.sum(ops.cast((logits > own) | ((logits == own) & before), "int32"), axis=-1)
+    return ops.cast(rank < k, "float32")

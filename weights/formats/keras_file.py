@@ -1,0 +1,57 @@
+"""`.keras` files."""
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from keras_effnet.weights.formats.h5_file import opened_h5
+from keras_effnet.weights.formats.tensors import Tensors
+from keras_effnet.weights.formats.torch_file import is_torch
+
+
+@contextmanager
+def opened_keras(path: Path) -> Iterator[Tensors]:
+    with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entry = archive.getinfo("model.weights.h5")
+                if entry.file_size > (64 << 20) + 20 * path.stat().st_size:  # Keras does not compress them
+                    raise ValueError(f"it declares {entry.file_size:,} bytes")
+                archive.extract(entry, folder)
+        except Exception as error:  # zipfile and zlib raise what a damaged file makes of it
+            raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
+        with opened_h5(Path(folder) / "model.weights.h5", path) as tensors:
+            yield tensors
+
+
+def preprocessing_of(path):
+    """The numbers of the preprocessing that a `.keras` file of this package carries in its model.
+
+    Args:
+        path: Path of a file of any format.
+
+    Returns:
+        Pair (scale, offset) of lists of floats, or None where the file holds none.
+
+    Raises:
+        ValueError: If the file is a damaged archive.
+    """
+    if not os.path.isfile(path) or not zipfile.is_zipfile(path) or is_torch(Path(path)):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.getinfo("config.json").file_size > 1 << 28:
+                raise ValueError("its config.json is too large")
+            layers = json.loads(archive.read("config.json"))["config"]["layers"]
+        for layer in layers:
+            if layer["class_name"] == "Rescaling" and layer["config"]["name"].endswith("preprocessing"):
+                return tuple(np.ravel(layer["config"][key]).tolist() for key in ("scale", "offset"))
+    except Exception as error:  # zipfile, zlib and json raise what a damaged file makes of it
+        raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
+    return None

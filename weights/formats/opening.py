@@ -1,0 +1,95 @@
+"""From a file to its tensors, in the names of the program that wrote it. No Keras. Nothing in a file is run."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from keras_effnet.weights import registry
+from keras_effnet.weights.formats import torch_file
+from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, opened_h5
+from keras_effnet.weights.formats.keras_file import opened_keras
+from keras_effnet.weights.formats.safetensors_file import read_safetensors
+from keras_effnet.weights.formats.tensorflow_checkpoint import prefix_of, read_tensors, unpack
+from keras_effnet.weights.formats.tensors import Stored, Tensors
+from keras_effnet.weights.formats.torch_file import is_torch
+
+SUFFIXES = (
+    ".keras",
+    ".h5",
+    ".hdf5",
+    ".safetensors",
+    ".pth",
+    ".pt",
+    ".bin",
+    ".tar.gz",
+    ".tgz",
+    ".tar",
+    ".ckpt",
+    ".index",
+)
+
+
+@contextmanager
+def opened(path, raw: bool = False) -> Iterator[Tensors]:
+    """Opens a file, whose format is recognised by its content, and gives its tensors while it is open.
+
+    Args:
+        path: Path of an h5, .keras, .safetensors or torch file; of a TensorFlow checkpoint as a folder, a prefix or a
+            .tar.gz.
+        raw: Boolean, whether to take the weights themselves where a torch checkpoint holds their moving average.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If its content is not what its format promises, or of no known format.
+    """
+    path = _path(path)
+    if path.name == "checkpoint" and path.is_file():  # TensorFlow's note of the folder's latest
+        path = path.parent
+    if not path.is_file() or path.suffix in (".index", ".meta"):
+        yield read_tensors(prefix_of(path))
+        return
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(HDF5_SIGNATURE):
+        with opened_h5(path, path) as tensors:
+            yield tensors
+    elif start.startswith(b"PK") and not is_torch(path):
+        with opened_keras(path) as tensors:
+            yield tensors
+    elif start.startswith((b"PK", b"\x80")):
+        registry.refuse(path)
+        yield {name: Stored(*stored) for name, stored in torch_file.read_torch(path, raw).items()}
+    elif len(start) > 8 and start[8:9] == b"{":
+        yield read_safetensors(path)
+    elif start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar":
+        with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
+            unpack(path, Path(folder))
+            yield read_tensors(prefix_of(Path(folder), path))
+    elif re.search(r"\.data-\d+-of-\d+$", path.name):
+        yield read_tensors(prefix_of(path))
+    else:
+        raise ValueError(
+            "Expected weights as .keras, .h5, .safetensors, .pth, or a TensorFlow checkpoint (folder, prefix or "
+            f".tar.gz). Received: {str(path)!r}, whose first bytes are {start[:8]!r}"
+        )
+
+
+def _path(path) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"Expected the path of a file of weights. Received: {path!r}")
+    return Path(path)
+
+
+def exists(path) -> bool:
+    """Whether there is a file, a folder, or a checkpoint of this prefix.
+
+    Args:
+        path: Path.
+
+    Returns:
+        Boolean.
+    """
+    return os.path.exists(path) or os.path.exists(f"{os.fspath(path)}.index")

@@ -1,0 +1,50 @@
+"""`.safetensors` files."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from keras_effnet.files import replacing, writing
+from keras_effnet.weights.formats.tensors import Stored, Tensors
+
+# safetensors
+
+
+def read_safetensors(path: Path) -> Tensors:
+    import safetensors
+
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+        names = list(file.keys())
+        return {name: Stored(tuple(file.get_slice(name).get_shape()), _getter(file.get_tensor, name)) for name in names}
+    except Exception as error:  # safetensors has its own kind of exception
+        raise ValueError(f"Expected a .safetensors file. Received: {str(path)!r} ({error})") from error
+
+
+def _getter(function: Callable, name: str) -> Callable[[], np.ndarray]:
+    return lambda: np.asarray(function(name))
+
+
+def write_safetensors(path, tensors: dict[str, np.ndarray], counters: Iterable[str] = (), metadata=None) -> Path:
+    """Writes a .safetensors file.
+
+    Args:
+        path: Path of the file.
+        tensors: Dict of arrays by name.
+        counters: Names of integers that are written as 0.
+        metadata: Dict of strings, kept in the file's header. Defaults to torch's.
+
+    Returns:
+        The path.
+    """
+    from safetensors.numpy import save_file
+
+    everything = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    everything |= {name: np.zeros((), np.int64) for name in counters}
+    with replacing(path) as temporary, writing(path):
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(everything, temporary, metadata=metadata or {"format": "pt"})
+        temporary.chmod(mode)  # the library keeps others from reading it
+    return Path(path)

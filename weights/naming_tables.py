@@ -1,0 +1,190 @@
+"""One table per foreign naming of the same tensors. Data only, no Keras.
+
+A layer's template knows `{layer}` (our layer's name), `{i}` (number of the block), `{s}` and `{b}` (of its stage, and
+its place in that), all from 0, `{type}` (the layer's class in snake case), and two counters of equal names: `{n}` as
+TensorFlow and Keras number (nothing, _1, _2, ...), `{m}` from 1. Where blocks of mixed experts number their layers over
+the whole model, `{once}` is the number of one that each has once, `{thrice[0]}` to `{thrice[2]}` of those that it has
+three of, as TensorFlow numbers.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a program names its tensors.
+
+    Args:
+        mark: String, its name of the first convolution's kernel, by which its files are recognised.
+        layers: Dict from the name of our layer, without its block, to a template. Where a block of that kind
+            (`"condconv"`, `"fused"`, or `"plain"` for one without expansion) names it otherwise, `"kind:name"` comes
+            first. `"*"` stands for all others.
+        variables: Dict from the layer's class to a dict from our variable's name to (suffix, layout).
+        ignored: Dict from a regular expression to the reason why tensors of that name are not needed.
+        average: String, suffix of a tensor's moving average, where training keeps one.
+        counters: Dict from a layer's class to the suffix of an integer that stands beside its variables, or from
+            `""` to the name of one for the whole file. They are written as 0.
+        title: String, what a reader knows these files as.
+        ranked: Regular expression with the groups `owner` and `number`, of names whose number counts over the whole
+            model, and so depends on what was built before: only their order within the owner is compared.
+    """
+
+    mark: str
+    layers: dict[str, str]
+    variables: dict[str, dict[str, tuple[str, str]]]
+    title: str
+    ignored: dict[str, str] = field(default_factory=dict)
+    average: str = ""
+    counters: dict[str, str] = field(default_factory=dict)
+    ranked: str = ""
+
+
+_NORM = ("gamma", "beta", "moving_mean", "moving_variance")
+
+# Manifests of the original code: creation order decides the numbers (tests/golden/tpu/*.json).
+TPU = Naming(
+    mark="stem/conv2d/kernel",
+    title="a TensorFlow checkpoint of the TPU repository",
+    layers={
+        "stem_conv": "stem/conv2d",
+        "stem_bn": "stem/tpu_batch_normalization",
+        "routing": "blocks_{i}/dense",
+        "expand_conv": "blocks_{i}/conv2d{n}",
+        # The first of the three belongs to a layer that is made and not used.
+        "condconv:expand_conv": "model/blocks_{i}/cond_conv2d{thrice[1]}",
+        "expand_bn": "blocks_{i}/tpu_batch_normalization{n}",
+        "dwconv": "blocks_{i}/depthwise_conv2d",
+        "condconv:dwconv": "model/blocks_{i}/depthwise_cond_conv2d{once}",
+        "bn": "blocks_{i}/tpu_batch_normalization{n}",
+        "se_reduce": "blocks_{i}/se/conv2d{n}",
+        "se_expand": "blocks_{i}/se/conv2d{n}",
+        "project_conv": "blocks_{i}/conv2d{n}",
+        "condconv:project_conv": "model/blocks_{i}/cond_conv2d{thrice[2]}",
+        "project_bn": "blocks_{i}/tpu_batch_normalization{n}",
+        "top_conv": "head/conv2d",
+        "top_bn": "head/tpu_batch_normalization",
+        "predictions": "head/dense",
+    },
+    variables={
+        "Conv2D": {"kernel": ("/kernel", "keep"), "bias": ("/bias", "keep")},
+        "DepthwiseConv2D": {"kernel": ("/depthwise_kernel", "keep")},
+        "CondConv2D": {"kernel": ("/condconv_kernel", "E(HWIO)->EHWIO")},
+        "DepthwiseCondConv2D": {"kernel": ("/depthwise_condconv_kernel", "E(HWIO)->EHWIO")},
+        "BatchNormalization": {name: (f"/{name}", "keep") for name in _NORM},
+        "Dense": {"kernel": ("/kernel", "keep"), "bias": ("/bias", "keep")},
+    },
+    # tensorflow/tpu utils.py:83-111 (optimizers) and main.py:425-428 (averages).
+    ignored={
+        r"^global_step$": "the number of training steps",
+        r"/(RMSProp(_1)?|Momentum|LARSOptimizer)$": "the optimizer's state",
+    },
+    average="/ExponentialMovingAverage",
+    counters={"": "global_step"},
+    # tensorflow/tpu condconv/condconv_layers.py: Keras layers, which live under a scope of the model's own.
+    ranked=r"(?:model(?:_\d+)?/)?(?P<owner>blocks_\d+/(?:depthwise_)?cond_conv2d)(?:_(?P<number>\d{1,9}))?(?=/)",
+)
+
+_TORCH = {
+    "Conv2D": {"kernel": (".weight", "OIHW->HWIO"), "bias": (".bias", "keep")},
+    "DepthwiseConv2D": {"kernel": (".weight", "C1HW->HWC1")},
+    "CondConv2D": {"kernel": (".weight", "E(OIHW)->EHWIO")},
+    "DepthwiseCondConv2D": {"kernel": (".weight", "E(C1HW)->EHWC1")},
+    "BatchNormalization": {
+        "gamma": (".weight", "keep"),
+        "beta": (".bias", "keep"),
+        "moving_mean": (".running_mean", "keep"),
+        "moving_variance": (".running_var", "keep"),
+    },
+    "Dense": {"kernel": (".weight", "OI->IO"), "bias": (".bias", "keep")},
+}
+
+_TORCH_IGNORED = {r"\.num_batches_tracked$": "PyTorch's counter of training steps"}
+
+# timm/models/_efficientnet_blocks.py, 1.0.31. Plain blocks are its DepthwiseSeparableConv, fused ones its EdgeResidual.
+TIMM = Naming(
+    mark="conv_stem.weight",
+    title="a state dict of timm",
+    layers={
+        "stem_conv": "conv_stem",
+        "stem_bn": "bn1",
+        "routing": "blocks.{s}.{b}.routing_fn",
+        "expand_conv": "blocks.{s}.{b}.conv_pw",
+        "fused:expand_conv": "blocks.{s}.{b}.conv_exp",
+        "expand_bn": "blocks.{s}.{b}.bn{m}",
+        "dwconv": "blocks.{s}.{b}.conv_dw",
+        "bn": "blocks.{s}.{b}.bn{m}",
+        "se_reduce": "blocks.{s}.{b}.se.conv_reduce",
+        "se_expand": "blocks.{s}.{b}.se.conv_expand",
+        "project_conv": "blocks.{s}.{b}.conv_pwl",
+        "plain:project_conv": "blocks.{s}.{b}.conv_pw",
+        "project_bn": "blocks.{s}.{b}.bn{m}",
+        "top_conv": "conv_head",
+        "top_bn": "bn2",
+        "predictions": "classifier",
+    },
+    variables=_TORCH,
+    ignored=_TORCH_IGNORED,
+    counters={"BatchNormalization": ".num_batches_tracked"},
+)
+
+# lukemelas/EfficientNet-PyTorch and its Lite descendants.
+LUKEMELAS = Naming(
+    mark="_conv_stem.weight",
+    title="a state dict of EfficientNet-PyTorch",
+    layers={
+        "stem_conv": "_conv_stem",
+        "stem_bn": "_bn0",
+        "expand_conv": "_blocks.{i}._expand_conv",
+        "expand_bn": "_blocks.{i}._bn0",
+        "dwconv": "_blocks.{i}._depthwise_conv",
+        "bn": "_blocks.{i}._bn1",
+        "se_reduce": "_blocks.{i}._se_reduce",
+        "se_expand": "_blocks.{i}._se_expand",
+        "project_conv": "_blocks.{i}._project_conv",
+        "project_bn": "_blocks.{i}._bn2",
+        "top_conv": "_conv_head",
+        "top_bn": "_bn1",
+        "predictions": "_fc",
+    },
+    variables=_TORCH,
+    ignored=_TORCH_IGNORED,
+)
+
+_KERAS_VARIABLES = {
+    "Conv2D": ("kernel", "bias"),
+    "DepthwiseConv2D": ("kernel",),
+    "CondConv2D": ("kernel",),
+    "DepthwiseCondConv2D": ("kernel",),
+    "BatchNormalization": _NORM,
+    "Dense": ("kernel", "bias"),
+}
+
+_NORMALIZATION = "statistics of the preprocessing, which is a constant here"
+
+# keras.applications, whose layer names are ours; and the files of this package's own store.
+KERAS = Naming(
+    mark="stem_conv/kernel",
+    title="an h5 file of keras.applications",
+    layers={"*": "{layer}"},
+    variables={kind: {name: (f"/{name}", "keep") for name in names} for kind, names in _KERAS_VARIABLES.items()},
+    ignored={r"^normalization(_\d+)?/": _NORMALIZATION},
+)
+
+# What Keras 3 writes as .weights.h5 and inside .keras, where layers are numbered by their class (keras/src/saving/
+# saving_lib.py, 3.15.1): this package's own models and keras.applications'.
+KERAS3 = Naming(
+    mark="conv2d/0",
+    title="a .keras or .weights.h5 file of Keras 3",
+    layers={"*": "{type}{n}"},
+    variables={
+        kind: {name: (f"/{number}", "keep") for number, name in enumerate(names)}
+        for kind, names in _KERAS_VARIABLES.items()
+    },
+    ignored={
+        r"^normalization(_\d+)?/": _NORMALIZATION,
+        r"^optimizer/": "the optimizer's state",
+        r"/seed_generator/": "the state of a random number generator",
+    },
+)
+
+NAMINGS = {"tpu": TPU, "timm": TIMM, "lukemelas": LUKEMELAS, "keras": KERAS, "keras3": KERAS3}

@@ -1,0 +1,109 @@
+"""What each variable of a net is called in the files of other programs."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from keras_effnet.nets.architecture import Architecture
+from keras_effnet.nets.variables import Layer, owners
+from keras_effnet.weights.naming_tables import Naming
+
+
+class Name(NamedTuple):
+    """What a variable of ours is called elsewhere.
+
+    Args:
+        foreign: String.
+        layout: Key of `layouts.LAYOUTS`.
+        shape: Tuple of integers, ours.
+        key: String, by which it is found in a file. See `Naming.ranked`.
+    """
+
+    foreign: str
+    layout: str
+    shape: tuple[int, ...]
+    key: str
+
+
+def foreign_names(
+    architecture: Architecture, naming: Naming, channels: int = 3, classes: int | None = 1000
+) -> dict[tuple[str, str], Name]:
+    """What each variable of a net is called elsewhere.
+
+    Args:
+        architecture: An `Architecture`.
+        naming: A `Naming`.
+        channels: Integer, the input's channels.
+        classes: Integer, or None without a top.
+
+    Returns:
+        Dict from (our layer, our variable) to `Name`, in the model's order.
+
+    Raises:
+        ValueError: If the other program has no such net.
+    """
+    if not has_names(architecture, naming):
+        raise ValueError(f"Expected a net that {naming.title} can hold. Received: one of mixed experts")
+    found = [
+        (layer, variable, scope, shape, *naming.variables[kind][variable])
+        for layer, scope, (kind, shapes) in scoped_layers(architecture, naming, channels, classes)
+        for variable, shape in shapes.items()
+    ]
+    keys = keys_of([scope + suffix for _, _, scope, _, suffix, _ in found], naming)
+    return {
+        (layer, variable): Name(scope + suffix, layout, shape, keys[scope + suffix])
+        for layer, variable, scope, shape, suffix, layout in found
+    }
+
+
+def has_names(architecture: Architecture, naming: Naming) -> bool:
+    routed = any(block.num_experts for block in architecture.blocks)
+    return not routed or bool({"routing", "*"} & naming.layers.keys())
+
+
+def keys_of(names: Iterable[str], naming: Naming) -> dict[str, str]:
+    """What is compared of each name: all of it, but of a number that counts over the whole model only the order."""
+    matches = {name: re.match(naming.ranked, name) if naming.ranked else None for name in names}
+    numbers: dict[str, set[int]] = {}
+    for match in filter(None, matches.values()):
+        numbers.setdefault(match["owner"], set()).add(int(match["number"] or 0))
+    keys, taken = {}, set()
+    for name, match in matches.items():
+        key = name
+        if match:
+            rank = sorted(numbers[match["owner"]]).index(int(match["number"] or 0))
+            key = f"{match['owner']}#{rank}{name[match.end() :]}"
+        keys[name] = name if key in taken else key
+        taken.add(key)
+    return keys
+
+
+def scoped_layers(
+    architecture: Architecture, naming: Naming, channels: int, classes
+) -> Iterator[tuple[str, str, Layer]]:
+    """Each layer with the name under which its tensors stand elsewhere."""
+    blocks = {block.name: (index, block) for index, block in enumerate(architecture.blocks)}
+    seen: Counter[str] = Counter()
+    routed = [block.name for block in architecture.blocks if block.num_experts]
+    for layer, owner in owners(architecture, channels, classes).items():
+        match = re.fullmatch(r"block(\d+)([a-z])_(.+)", layer)
+        fields: dict[str, Any] = {"layer": layer, "type": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", owner.kind).lower()}
+        role, kind = layer, ""
+        if match:
+            role, (index, block) = match[3], blocks[match[1] + match[2]]
+            kind = "fused" if block.operator == "fused" else "" if block.expand_filters else "plain"
+            fields |= {"i": index, "s": int(match[1]) - 1, "b": ord(match[2]) - ord("a")}
+            if block.num_experts:
+                kind, place = "condconv", routed.index(block.name)
+                fields |= {"once": _number(place), "thrice": [_number(3 * place + step) for step in range(3)]}
+        template = next(naming.layers[key] for key in (f"{kind}:{role}", role, "*") if key in naming.layers)
+        bare = template.format(**fields, n="", m="")
+        number = seen[bare]
+        seen[bare] += 1
+        yield layer, template.format(**fields, n=_number(number), m=number + 1), owner
+
+
+def _number(count: int) -> str:
+    """As TensorFlow and Keras number equal names."""
+    return f"_{count}" if count else ""
