@@ -1,4 +1,4 @@
-"""How a wrong choice is told: what was expected, what was received, the nearest valid choice. Standard library only."""
+"""Errors for a wrong choice: what was expected, what was received, the nearest valid choice."""
 
 import difflib
 import re
@@ -8,16 +8,25 @@ from typing import Any, TypeVar
 Received = TypeVar("Received")
 
 
+# What lists all choices of a kind, where they are too many for one line.
+_COMMANDS = {
+    "model": "keras-effnet list",
+    "weights": "keras-effnet list --weights",
+    "recipe": "keras-effnet train",
+}
+_FEW = 8
+
+
 def unknown(what: str, received: object, choices: Iterable[str]) -> ValueError:
-    """The error for a name that is not among the choices.
+    """Returns the error for a name that is not among the choices.
 
     Args:
-        what: String, what the name stands for: `"model"`, `"weights"`, ...
-        received: The value that came.
+        what: String, the kind of choice: `"model"`, `"pooling"`, ...
+        received: The received value.
         choices: The valid names.
 
     Returns:
-        A `ValueError`, to be raised by the caller.
+        A `ValueError` for the caller to raise. Few choices are all named; of many, the nearest.
 
     Example:
 
@@ -27,15 +36,24 @@ def unknown(what: str, received: object, choices: Iterable[str]) -> ValueError:
     choices = list(choices)
     by_letters = {_letters(choice): choice for choice in choices}
     key = _letters(received)
-    nearest = difflib.get_close_matches(key, by_letters, n=1, cutoff=0.4) or [
-        choice for choice in by_letters if key and choice.endswith(key)
-    ]
-    hint = f". Nearest: {by_letters[nearest[0]]!r}" if nearest else ""
-    return ValueError(f"Unknown {what}. Expected one of: {', '.join(choices)}. Received: {received!r}{hint}")
+    few = len(choices) <= _FEW
+    nearest = difflib.get_close_matches(key, by_letters, n=1 if few else 3, cutoff=0.4)
+    nearest = nearest or [choice for choice in by_letters if key and choice.endswith(key)][:1]
+    parts = [f"Unknown {what}", f"Received: {received!r}"]
+    if few:
+        parts.insert(1, f"Expected one of: {', '.join(choices)}")
+    elif not nearest:
+        parts.insert(1, f"Expected one of {len(choices)} names, such as {', '.join(choices[:3])}")
+    if nearest:
+        parts.append(f"Nearest: {', '.join(repr(by_letters[name]) for name in nearest)}")
+    command = _COMMANDS.get(what.split()[0])
+    if command and not few:
+        parts.append(f"`{command}` shows all")
+    return ValueError(". ".join(parts))
 
 
 def one_of(what: str, received: Received, choices: Collection[Any]) -> Received:
-    """A choice, if it is one.
+    """Checks a choice.
 
     Args:
         what: See `unknown()`.
@@ -43,7 +61,7 @@ def one_of(what: str, received: Received, choices: Collection[Any]) -> Received:
         choices: See `unknown()`.
 
     Returns:
-        What was received.
+        The received value.
 
     Raises:
         ValueError: If it is not among the choices.
