@@ -1,7 +1,7 @@
-"""How long building EfficientNet-B0 and importing the package take, paired with keras.applications.
+"""Times the construction of EfficientNet-B0 and the import of the package, paired with keras.applications.
 
-Each figure comes from a process of its own, since what a backend has compiled once it keeps; ours and the peer's
-take turns. `python benchmarks/build.py --help`
+Each figure comes from a separate process, since a backend keeps what it has compiled. Ours and the peer alternate.
+`python benchmarks/build.py --help`
 """
 
 import json
@@ -24,7 +24,7 @@ start = time.perf_counter()
 {imports}
 print(time.perf_counter() - start)
 """
-# what: (ours, the peer)
+# case: (ours, the peer)
 CASES = {
     "build B0": (
         BUILD.format(imports="keras; from keras_effnet.models import EfficientNetB0", call="EfficientNetB0"),
@@ -44,15 +44,22 @@ def seconds(code: str, backend: str) -> float:
 
 
 @click.command()
-@click.option("--backend", "backends", multiple=True, default=("tensorflow", "jax", "torch"), show_default=True)
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    default=("tensorflow", "jax", "torch"),
+    show_default=True,
+    help="Backend to time. May be repeated.",
+)
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Rounds of each case.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(backends, rounds, as_json) -> None:
-    """Time B0's construction and the import on every backend."""
+    """Time the construction of B0 and the import on each backend."""
     rows = []
     for backend in backends:
         for what, (ours, peer) in CASES.items():
-            for code in (ours, peer):  # warms the disk's cache
+            for code in (ours, peer):  # warms up the disk cache
                 seconds(code, backend)
             pairs = [(seconds(ours, backend), seconds(peer, backend)) for _ in range(rounds)]
             rows.append(

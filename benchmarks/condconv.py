@@ -1,12 +1,12 @@
-"""What mixed experts cost: our CondConv nets, our plain B0, the original's form and, where it is installed, timm's net.
+"""Times mixed experts: our CondConv models, our plain B0, the form of the original code and, if installed, timm's.
 
     python benchmarks/condconv.py                 # inference of 32 images and training steps of 16, in turn
     python benchmarks/condconv.py --growth docs/condconv.svg
-    python benchmarks/condconv.py --plans         # what `keras_effnet/layers.py` chooses between, layer by layer
+    python benchmarks/condconv.py --plans         # what `keras_effnet/nets/condconv.py` chooses between, by layer
 
-`--backend` chooses Keras'. Each net has a process of its own, since libraries' threads get into each other's way, and
-computes when it is its turn; ratios are of the same round. timm (`pip install timm`) is timed with channels last, which
-is its faster way here, and with `--compile` also through torch.compile.
+`--backend` sets the backend of Keras. Each model runs in a separate process, since the threads of the libraries would
+slow each other down, and computes only in its turn. Ratios are taken within a round. timm (`pip install timm`) is timed
+with channels last, which is faster here, and with `--compile` also through torch.compile.
 """
 
 import json
@@ -33,7 +33,7 @@ TIMM = "tf_efficientnet_cc_b0_8e"
 
 @contextmanager
 def one_example_at_a_time():
-    """Both layers as the original computes them: the batch is split, and each example convolved by itself."""
+    """Computes both layers as the original code does: splits the batch, and convolves each example separately."""
     from keras import ops
 
     from keras_effnet.nets import condconv
@@ -60,9 +60,9 @@ def one_example_at_a_time():
 
 
 def compiled(function: Callable, variables: list, arguments: tuple, train: bool) -> Callable[[], object]:
-    """A call of the backend's usual kind: a graph, a jitted function, or eager PyTorch.
+    """Returns a call of the usual kind for the backend: a graph, a jitted function, or eager PyTorch.
 
-    `function(*arguments)` gives the outputs, or with `train` the loss, and reads `variables`, which a step moves.
+    `function(*arguments)` returns the outputs, or with `train` the loss. It reads `variables`, which a step updates.
     """
     import keras
 
@@ -120,7 +120,7 @@ def eager(function: Callable, parameters: list, arguments: tuple, train: bool) -
 
 
 def within(context: Callable, call: Callable[[], object]) -> Callable[[], object]:
-    """A call in a context: the first is traced in it, and of what is never traced, each is run in it."""
+    """Runs each call in a context, so that a traced function is traced in it, and an eager one runs in it."""
 
     def inside():
         with context():
@@ -171,9 +171,9 @@ def theirs(batch: int, train: bool, compile_it: bool) -> Callable[[], object]:
 
 
 class Worker:
-    """A process that builds a net, and runs it when it is told to."""
+    """A process that builds a model, and runs it on request."""
 
-    _call: Any  # in the process, what it runs
+    _call: Any  # set in the process only
 
     def __init__(self, backend: str, make: Callable[..., Callable[[], object]], *arguments):
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), self._build, (backend, make, arguments))
@@ -195,7 +195,7 @@ class Worker:
 
 
 def in_turn(workers: dict[Any, Any], rounds: int, warm: int = 3) -> dict[Any, list[float]]:
-    """Seconds of each, by rounds. A worker says them itself."""
+    """Returns the seconds of each worker, by round. A call of a worker returns its seconds."""
     for worker in workers.values():
         for _ in range(warm):
             worker()
@@ -221,7 +221,7 @@ def nets(backend: str, batch: int, train: bool, rounds: int, compile_timm: bool)
         if compile_timm:
             workers[f"timm {TIMM}, torch.compile"] = Worker(backend, theirs, batch, train, True)
     else:
-        click.echo("timm is not installed: its net is not timed", err=True)
+        click.echo("timm is not installed: its model is not timed", err=True)
     times = in_turn(workers, rounds)
     per_image = {name: [1e3 * one / batch for one in found] for name, found in times.items()}
     return {
@@ -244,7 +244,7 @@ def with_experts(number: int, batch: int) -> Callable[[], object]:
 
 
 def growth(backend: str, path: str, rounds: int) -> dict[str, dict[int, dict[str, float]]]:
-    """Milliseconds per image over the batch size, and over the number of experts at batch 32."""
+    """Plots milliseconds per image over the batch size, and over the number of experts at batch 32."""
     from matplotlib.figure import Figure
 
     batches, experts = (1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16)
@@ -282,7 +282,7 @@ def draw(axes, points: dict[int, dict[str, float]], colour: str, label: str) -> 
 
 @contextmanager
 def answered(choice: str, answer: bool):
-    """One of the layers' two choices, made."""
+    """Fixes one of the two choices that the layers make."""
     from keras_effnet.nets import condconv
 
     chosen = getattr(condconv, choice)
@@ -294,7 +294,7 @@ def answered(choice: str, answer: bool):
 
 
 def plans(rounds: int) -> list[dict[str, Any]]:
-    """Each layer in both ways, forward, and forward and backward, milliseconds."""
+    """Returns the milliseconds of each layer with both choices, for forward alone and with backward."""
     import keras
     from keras import ops
 
@@ -310,7 +310,7 @@ def plans(rounds: int) -> list[dict[str, Any]]:
         cases += [
             (shape, condconv.DepthwiseCondConv2D(size, 8, strides, "same", use_bias=False), 8, "_fold_examples")
             for shape, size, strides in (((14, 14, 672), 5, 1), ((14, 14, 672), 5, 2), ((7, 7, 1152), 3, 1))
-            if keras.backend.backend() != "jax"  # which has one way only
+            if keras.backend.backend() != "jax"  # no choice on JAX
         ]
         for shape, layer, experts, choice in cases:
             generator = np.random.default_rng(0)
@@ -337,13 +337,13 @@ def plans(rounds: int) -> list[dict[str, Any]]:
 
 @click.command()
 @click.option("--backend", type=click.Choice(["tensorflow", "jax", "torch"]), default="tensorflow", show_default=True)
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
-@click.option("--compile", "compile_timm", is_flag=True, help="Time timm's net through torch.compile too.")
-@click.option("--growth", "picture", type=click.Path(), help="Time over batch sizes and experts, and draw it.")
-@click.option("--plans", "layerwise", is_flag=True, help="Time both ways of each layer.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Rounds, each of all models.")
+@click.option("--compile", "compile_timm", is_flag=True, help="Also time timm's model through torch.compile.")
+@click.option("--growth", "picture", type=click.Path(), help="Plot the time over batch sizes and experts to this file.")
+@click.option("--plans", "layerwise", is_flag=True, help="Time each layer with both of its choices.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(backend, rounds, compile_timm, picture, layerwise, as_json) -> None:
-    """Time mixed experts against plain convolutions, the original's form and timm."""
+    """Time mixed experts against plain convolutions, the form of the original code, and timm."""
     os.environ["KERAS_BACKEND"] = backend
     report: dict[str, Any] = {"backend": backend, "rounds": rounds, "cores": os.cpu_count()}
     if layerwise:
@@ -354,7 +354,7 @@ def main(backend, rounds, compile_timm, picture, layerwise, as_json) -> None:
         for what, batch, train in (("inference", 32, False), ("training step", 16, True)):
             report[what] = nets(backend, batch, train, rounds, compile_timm)
             if not as_json:
-                click.echo(f"{what}, {backend}, batch {batch}: ms per image, over B0's, over condconv-b0-8e's")
+                click.echo(f"{what}, {backend}, batch {batch}: ms per image, ratio to B0, ratio to condconv-b0-8e")
                 for name, row in report[what].items():
                     click.echo(f"  {name:55} " + "   ".join(told(values) for values in row.values()))
     if as_json or layerwise or picture:

@@ -1,14 +1,14 @@
-"""Inference: `ke.Predictor` and what people use instead, each in a process of its own, all in turn.
+"""Times inference: `ke.Predictor` and its alternatives, each in a separate process, all in turn.
 
     python benchmarks/inference.py                     # B0, B4, Lite0, CondConv: float32, then int8
     python benchmarks/inference.py --model efficientnet-b0 --rounds 9
-    python benchmarks/inference.py --agreement         # Lite0's int8 and float32 on crops of real photographs
+    python benchmarks/inference.py --agreement         # Lite0 in int8 and float32 on crops of real photos
     python benchmarks/inference.py --start             # the command, from its start to the first prediction
     python benchmarks/inference.py --plot docs/inference.png
 
-Ratios are of the same round. timm is timed where it is installed (`pip install timm`), with inputs channels first,
-torch.compile's default. Lite0 and `--agreement` need scikit-image, whose photographs calibrate int8; calibration and
-test are different crops of the same photographs. Weights are random, but for Lite0's.
+Ratios are taken within a round. timm is timed if it is installed (`pip install timm`), with channels first and the
+defaults of torch.compile. Lite0 and `--agreement` need scikit-image, whose photos calibrate int8. Calibration and test
+use different crops of the same photos. Weights are random, except for Lite0.
 """
 
 import json
@@ -43,7 +43,7 @@ def pixels(shape) -> np.ndarray:
 
 
 def model_of(name: str) -> Any:
-    """keras.applications' net where there is one, else our own: what the peers run."""
+    """Returns the model that the peers run: that of keras.applications if there is one, else ours."""
     import keras
 
     import keras_effnet as ke
@@ -55,13 +55,13 @@ def model_of(name: str) -> Any:
     return ke.create_model(name, weights=None)
 
 
-# What is timed: functions of a model's name, a folder for files and a batch size, which give a call
+# Candidates: functions of a model's name, a folder for files and a batch size, which return the call to time.
 
 
 def ours(name: str, folder: str, batch: int, precision: str = "float32", runtime: str = "auto") -> Callable[[], Any]:
     import keras_effnet as ke
 
-    # Which layers stay in float depends on the weights: those that are published, where a package brings them.
+    # Which layers stay in float depends on the weights. Lite0 has published ones, which come in a package.
     genuine = {"weights": "imagenet", "calibration": crops(150, 2) if precision == "int8" else None}
     predictor = ke.Predictor(name, runtime, precision, **(genuine if name == LITE0 else {"weights": None}))
     print(f"{name} {precision}: {predictor.runtime}", file=sys.stderr)
@@ -113,7 +113,7 @@ def litert(name: str, folder: str, batch: int) -> Callable[[], Any]:
 def onnxruntime(name: str, folder: str, batch: int) -> Callable[[], Any]:
     session = import_module("onnxruntime").InferenceSession(f"{folder}/{name}.onnx")
     image, *others = session.get_inputs()
-    # Keras' export of keras.applications' Normalization asks for its constants as inputs.
+    # Keras exports the constants of keras.applications' Normalization as inputs.
     feed = {image.name: pixels((batch, *image.shape[1:]))}
     feed |= {node.name: np.ones([1 if side is None else side for side in node.shape], "float32") for node in others}
     return lambda: session.run(None, feed)
@@ -137,9 +137,9 @@ def timm_compiled(name: str, folder: str, batch: int) -> Callable[[], Any]:
 
 
 class Worker:
-    """A process that prepares a call, and makes it when it is told to."""
+    """A process that prepares a call, and times it on request."""
 
-    _call: Any  # in the process
+    _call: Any  # set in the process only
 
     def __init__(self, make: Callable[..., Callable[[], Any]], *arguments):
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), self._build, (make, arguments))
@@ -165,7 +165,7 @@ class Worker:
 
 
 def in_turn(name: str, rows: dict[str, tuple[Callable, int]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of an image of each, by rounds."""
+    """Returns the seconds per image of each candidate, by round."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         export(name, folder)
         workers = {}
@@ -181,7 +181,7 @@ def in_turn(name: str, rows: dict[str, tuple[Callable, int]], rounds: int) -> di
 
 
 def export(name: str, folder: str) -> None:
-    """What Keras itself exports of the peer's model, in a process that ends."""
+    """Exports the peer's model with Keras itself, in a separate process."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[3]); from inference import model_of; model = model_of(sys.argv[1]); "
         "model._called = True; [model.export(f'{sys.argv[2]}/{sys.argv[1]}.{end}', format=kind, verbose=False) "
@@ -216,7 +216,7 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """What scikit-image and scikit-learn bring along: the tests' 28, and the pair of motorcycles."""
+    """Returns photos of scikit-image and scikit-learn: the 28 of the tests, and the pair of motorcycles."""
     from keras_effnet.images.decoding import decode_image
 
     recorded = np.load(Path(__file__).parent.parent / "tests" / "golden" / "lite_real" / "lite0_logits.npz")
@@ -241,7 +241,7 @@ def crops(count: int, seed: int, size: tuple[int, int] = (224, 224)) -> np.ndarr
 
 
 def agreement(count: int) -> dict[str, Any]:
-    """Lite0 with its ImageNet weights."""
+    """Compares int8 with float32, for Lite0 with its ImageNet weights."""
     import keras_effnet as ke
     from keras_effnet.inference import agreement, runtimes
 
@@ -260,7 +260,7 @@ def agreement(count: int) -> dict[str, Any]:
 
 
 def start(rounds: int) -> dict[str, Any]:
-    """Seconds of a process from its start to its end, and whether TensorFlow was imported."""
+    """Returns the seconds of the command from start to end, and which frameworks it imports."""
     photograph = str(Path(__file__).parent.parent / "docs" / "cat.png")
     command = [str(Path(sys.executable).with_name("keras-effnet")), "predict", photograph, "--model", LITE0]
     subprocess.run(command, check=True, capture_output=True)
@@ -291,18 +291,26 @@ def plot(results: dict[str, Any], path: str) -> None:
         axes.set_title(name, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    figure.axes[-1].set_xlabel("milliseconds for an image (batch 1, or of 32)")
+    figure.axes[-1].set_xlabel("milliseconds per image (batch of 1 or 32)")
     figure.savefig(path, dpi=150)
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, default=(B0, B4, LITE0, CONDCONV), show_default=True)
-@click.option("--rounds", default=7, show_default=True)
-@click.option("--agreement", "agree", is_flag=True)
-@click.option("--start", "begin", is_flag=True)
-@click.option("--plot", "picture", metavar="OUT.png")
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=(B0, B4, LITE0, CONDCONV),
+    show_default=True,
+    help="Model to time. May be repeated.",
+)
+@click.option("--rounds", default=7, show_default=True, help="Rounds, each of all candidates.")
+@click.option("--agreement", "agree", is_flag=True, help="Compare int8 with float32 instead.")
+@click.option("--start", "begin", is_flag=True, help="Time `keras-effnet predict` instead.")
+@click.option("--plot", "picture", metavar="OUT.png", help="Also plot the results to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(models, rounds, agree, begin, picture, as_json) -> None:
+    """Time `ke.Predictor` against TensorFlow, Keras' own exports, and timm."""
     if agree or begin:
         found = agreement(504) if agree else start(rounds)
         print(json.dumps(found, indent=2))
@@ -311,7 +319,7 @@ def main(models, rounds, agree, begin, picture, as_json) -> None:
     for name in models:
         results[name] = compare(name, rounds)
         if not as_json:
-            print(f"\n| {name} | ms per image | Predictor's time over it |\n|---|---|---|", flush=True)
+            print(f"\n| {name} | ms per image | Predictor's time, relative to it |\n|---|---|---|", flush=True)
             for row, value in results[name].items():
                 print(f"| {row} | {told(value['milliseconds'])} | {told(value['ours over it'])} |", flush=True)
     if as_json:

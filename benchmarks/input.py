@@ -1,25 +1,26 @@
-"""Images a second of the input pipeline: ours, tf-models-official's and Keras' layers, from the same JPEG files.
+"""Times the input pipeline on the same JPEG files: ours, that of tf-models-official, and Keras' layers.
 
     python benchmarks/input.py                                 # 6 minutes on two cores
     python benchmarks/input.py --only plain --only cutmix
 
-All read the same files, shuffled without end, and give batches of 64 images of 224 x 224 pixels with labels. In each
-round the three take turns with one augmentation, each with an iterator of its own that begins anew and is warm before
-the clock starts; ratios are of the same round. Beside the seconds on the wall stand those of all cores together, since
-on a shared machine a core may be missing for a while. The files, 160 to train on, are parts of four photographs, in a
-size that is usual in ImageNet: 500 x 375 pixels, quality 90; with 48 kB they are half as long as ImageNet's on average.
+All read the same files, shuffled endlessly, and yield batches of 64 images of 224 x 224 pixels with labels. In each
+round, the three take turns with one augmentation. Each starts a new iterator, which is warm before the clock starts.
+Ratios are taken within a round. Besides the wall time, the time of all cores is reported, since a core of a shared
+machine may be missing for a while. The 160 training files are crops of four photos, in a usual size of ImageNet: 500 x
+375 pixels, quality 90. With 48 kB, they are half as large as ImageNet's on average.
 
-The work is not the same to the last bit; each does what its own documentation shows:
+The work is not exactly the same. Each pipeline does what its own documentation shows:
 
-- ours (`keras_effnet.tpu.data.training`, deterministic): a random part is decoded and resized, bicubic, and flipped;
-  pixels leave as uint8, which the model normalises.
-- official (`official.vision.dataloaders.classification_input.Parser`, `decode_jpeg_only`; not deterministic, which is
-  its default): a random part is decoded, flipped and resized, bilinear; pixels leave normalised, as float32.
+- ours (`keras_effnet.tpu.input.pipeline.training`, deterministic): decodes and resizes a random crop, bicubic, and
+  flips it. Pixels are returned as uint8, and the model normalizes them.
+- official (`official.vision.dataloaders.classification_input.Parser`, `decode_jpeg_only`; not deterministic, its
+  default): decodes, flips and resizes a random crop, bilinear. Pixels are returned normalized, as float32.
   `MixupAndCutmix` takes batches.
-- keras.layers: the whole is decoded and resized to 256 x 256, bilinear; batches go through `RandomCrop`, `RandomFlip`
-  and one more layer. `RandomCrop` cuts all images of a batch at the same place. There is no layer for AutoAugment.
+- keras.layers: decodes the whole image and resizes it to 256 x 256, bilinear. Batches go through `RandomCrop`,
+  `RandomFlip` and one more layer. `RandomCrop` crops all images of a batch at the same place. There is no layer for
+  AutoAugment.
 
-What is not installed (`pip install tf-models-official`) is left out, and said so.
+tf-models-official is skipped with a message if it is not installed (`pip install tf-models-official`).
 """
 
 import json
@@ -54,7 +55,7 @@ OURS, OFFICIAL, KERAS = "ours", "official", "keras.layers"
 
 
 def photographs(folder: Path, number_of: int = 200) -> float:
-    """Writes files of two classes, and says how many bytes one has on average."""
+    """Writes photos of two classes, and returns their mean size in bytes."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -89,7 +90,7 @@ def ours(source, augment: dict[str, Any]):
 
 
 def files(source):
-    """The encoded images and their labels, in a random order without end."""
+    """Yields the paths of the files and their labels, endlessly, in random order."""
     import tensorflow as tf
 
     paths = tf.data.Dataset.from_tensor_slices((source.train.images.astype(str), source.train.labels))
@@ -140,7 +141,7 @@ def keras_layers(source, augment: dict[str, Any]):
     if "policy" in augment:
         steps.append(layers.RandAugment(num_ops=augment["layers"], factor=augment["magnitude"] / 10))
     if "erase" in augment:
-        probability: Any = (augment["erase"], augment["erase"])  # a single number would be the highest of many
+        probability: Any = (augment["erase"], augment["erase"])  # a single number would be an upper limit
         steps.append(layers.RandomErasing(probability))
     mixers = {"mixup": layers.MixUp, "cutmix": layers.CutMix}
     mixer: Any = next((mixers[name](augment[name]) for name in mixers if name in augment), None)
@@ -158,7 +159,7 @@ def keras_layers(source, augment: dict[str, Any]):
 
 
 def measured(dataset, least: float) -> tuple[float, float]:
-    """Images a second, and milliseconds of all cores for an image."""
+    """Returns the images per second, and the milliseconds of all cores per image."""
     iterator, start = iter(dataset), time.perf_counter()
     for _ in until(start + least / 2, 2):
         next(iterator)
@@ -171,7 +172,7 @@ def measured(dataset, least: float) -> tuple[float, float]:
 
 
 def until(end: float, least: int):
-    """So many times, and on until the clock says so."""
+    """Counts until the clock reaches `end`, but at least `least` times."""
     for number in count():
         if number >= least and time.perf_counter() >= end:
             return
@@ -179,9 +180,9 @@ def until(end: float, least: int):
 
 
 def compared(pipelines: dict[str, Any], rounds: int, least: float) -> dict[str, dict[str, Any]]:
-    """Each pipeline's figures, and how many times as fast ours is, by the clock and by the cores' time."""
+    """Returns the figures of each pipeline, and how many times as fast ours is, in wall time and in core time."""
     for dataset in pipelines.values():
-        images, labels = next(iter(dataset))  # traced, and its files in the disk's cache
+        images, labels = next(iter(dataset))  # traces the pipeline, and warms up the disk cache
         assert images.shape == (BATCH, SIZE, SIZE, 3) and labels.shape[0] == BATCH
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
     for _ in range(rounds):
@@ -204,7 +205,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     from rich.table import Table
 
     shown = Table("augmentation", "pipeline", title="Median (least-most) of the rounds", box=box.SIMPLE_HEAD)
-    for column in ("images/s", "core ms/image", "ours is times as fast", "by core time"):
+    for column in ("images/s", "core ms/image", "speedup of ours", "by core time"):
         shown.add_column(column, justify="right")
     for case, rows in results.items():
         for name, row in rows.items():
@@ -215,12 +216,14 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 
 @click.command()
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
-@click.option("--seconds", "least", default=1.2, show_default=True, help="Of a turn, after half as many to get warm.")
-@click.option("--only", multiple=True, type=click.Choice(list(CASES)), help="Augmentations. Defaults to all.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Rounds of each augmentation.")
+@click.option(
+    "--seconds", "least", default=1.2, show_default=True, help="Seconds per turn, after half as many to warm up."
+)
+@click.option("--only", multiple=True, type=click.Choice(list(CASES)), help="Augmentation to time. Default: all.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(rounds, least, only, as_json) -> None:
-    """Time the input pipeline beside official's and Keras' layers."""
+    """Time our input pipeline against tf-models-official and Keras' layers."""
     from keras_effnet.tpu.config import Data
     from keras_effnet.tpu.input.sources import open_source
 

@@ -1,6 +1,6 @@
-"""What loading and converting weights takes: seconds paired with keras.applications, and memory over the weights' size.
+"""Measures loading and converting weights: seconds paired with keras.applications, and memory over the weights' size.
 
-Values are random: nothing is downloaded. `python benchmarks/load.py --help`
+Values are random; nothing is downloaded. `python benchmarks/load.py --help`
 """
 
 import json
@@ -16,7 +16,7 @@ from timing import seconds, spread
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# A process of its own, since a process never gives its peak back.
+# Runs in a separate process, since the peak memory of a process never falls.
 MEMORY = """
 import sys
 from pathlib import Path
@@ -24,14 +24,14 @@ import keras_effnet as ke
 from keras_effnet.weights import convert
 
 what, model, source, small, folder = sys.argv[1:]
-def status(key):  # Linux' own account; getrusage's peak begins with the parent's
+def status(key):  # from Linux, since the peak of getrusage() starts at the parent's
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-ke.weights.convert_file(small, f"{folder}/small.safetensors")  # imports what it needs
+ke.weights.convert_file(small, f"{folder}/small.safetensors")  # imports all that it needs
 if what == "load":
     ke.create_model("efficientnet-lite0", weights=small)
     net = ke.create_model(model, weights=None)
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 before = status("VmRSS")
 if what == "load":
     ke.weights.load(net, source)
@@ -42,7 +42,7 @@ print(status("VmHWM") - before)
 
 
 def load_times(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
-    """B0 from the store, where a hash is tested, and the same values by keras.applications from h5, where none is."""
+    """Times loading B0: ours from the store, with its hash checked, and keras.applications from h5, without a check."""
     os.environ["KERAS_EFFNET_HOME"] = str(folder / "home")
     import keras
 
@@ -78,7 +78,7 @@ def load_times(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def memory(model: str, folder: Path) -> dict[str, float]:
-    """Peak memory beyond what was used before, over the size of the weights, from a training checkpoint. Linux only."""
+    """Returns the peak memory that a training checkpoint adds, relative to the size of the weights. Linux only."""
     import numpy as np
 
     import keras_effnet as ke
@@ -109,11 +109,11 @@ def memory(model: str, folder: Path) -> dict[str, float]:
 
 
 @click.command()
-@click.option("--rounds", default=9, show_default=True, type=click.IntRange(1))
-@click.option("--model", default="efficientnet-b7", show_default=True, help="Whose memory is measured.")
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(1), help="Rounds of loading.")
+@click.option("--model", default="efficientnet-b7", show_default=True, help="Model to measure the memory of.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(rounds, model, as_json) -> None:
-    """Time B0's load, and measure the memory that converting a large model takes."""
+    """Time loading B0, and measure the memory that converting a large model takes."""
     with tempfile.TemporaryDirectory() as folder:
         times = load_times(rounds, Path(folder))
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def main(rounds, model, as_json) -> None:
         unit = "" if name == "ratio" else " s"
         click.echo(f"{name}: {row['median']:.3f}{unit} ({row['min']:.3f}-{row['max']:.3f})")
     for name, ratio in peaks.items():
-        what = f"{model} into a model" if name == "load" else f"{model} to .{name}"
+        what = f"loading {model}" if name == "load" else f"converting {model} to .{name}"
         click.echo(f"{what}: {ratio:.2f} times the weights' size")
 
 

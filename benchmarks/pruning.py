@@ -1,11 +1,12 @@
-"""Pruning on real images, and what its importance costs.
+"""Prunes a model on real images, and times the importance of channels.
 
     python benchmarks/pruning.py               # 12 minutes on two cores
     python benchmarks/pruning.py --importance  # 8 minutes
 
 The first fine-tunes Lite0 from its ImageNet weights on scikit-learn's digits (1797 real images of handwriting, 360 of
-them held out, the same for every seed), removes 40 % of the multiply-adds by several kinds of importance at the same
-budget, and trains each for the same time. The second takes turns with a pass of gradients that keeps nothing.
+them held out, the same for every seed). It removes 40 % of the multiply-adds by several kinds of importance at the same
+budget, and distills each result for the same number of epochs. The second alternates with a pass that computes
+gradients and discards them.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from keras_effnet.pruning.importance import KINDS
 
 
 def digits(side: int):
-    """Pixels and labels to train and to test with."""
+    """Returns pixels and labels for training and for testing."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -42,7 +43,7 @@ def digits(side: int):
 
 
 def taught(data, side: int, epochs: int):
-    """Lite0, fine-tuned."""
+    """Returns Lite0, fine-tuned."""
     body = ke.EfficientNetLite0(include_top=False, pooling="avg", input_shape=(side, side, 3), bn_momentum=0.9)
     model: Any = keras.Sequential([body, keras.layers.Dropout(0.2), keras.layers.Dense(10, activation="softmax")])
     rate: Any = keras.optimizers.schedules.CosineDecay(1e-3, epochs * -(-len(data[0]) // 32))
@@ -94,12 +95,12 @@ def on_digits(arguments) -> dict:
     for kind, row in rows.items():
         print(f"| {kind} | {np.mean(row['pruned']):.2%} | {np.mean(row['distilled']):.2%} |")
     for name, values in ratios.items():
-        print(f"latency over the whole model's, {name}: {told(spread(values), 3)}")
+        print(f"latency relative to the whole model, {name}: {told(spread(values), 3)}")
     return {"teachers": teachers, "rows": rows, "latency": ratios}
 
 
 def divisors(arguments) -> dict:
-    """Lite0 at its own size with 40 % fewer multiply-adds, in numbers of channels of several divisors."""
+    """Times Lite0 at its own size with 40 % fewer multiply-adds, with multiples of several divisors as channels."""
     model = ke.EfficientNetLite0()
     whole: dict[str, list[float]] = {}
     plans = {
@@ -113,7 +114,9 @@ def divisors(arguments) -> dict:
     }.items():
         whole[name] = [value / times[0] for value in times[1:]]
         ratios = ", ".join(f"{divisor}: {ratio:.3f}" for divisor, ratio in zip(plans, whole[name], strict=True))
-        print(f"latency over the whole model's ({times[0] * 1e3:.1f} ms), {name}, by divisor: {ratios}", flush=True)
+        print(
+            f"latency relative to the whole model ({times[0] * 1e3:.1f} ms), {name}, by divisor: {ratios}", flush=True
+        )
     return whole
 
 
@@ -139,7 +142,7 @@ def cost_of_importance(arguments) -> dict:
             step(data[0][start : start + 32], data[1][start : start + 32])
 
     def clocks(function) -> tuple[float, float]:
-        """Seconds, and seconds of all cores: on a shared machine a core may be missing for a while."""
+        """Returns wall time and core time: a core of a shared machine may be missing for a while."""
         start = time.process_time()
         return seconds(function), time.process_time() - start
 
@@ -154,21 +157,21 @@ def cost_of_importance(arguments) -> dict:
             f"plain {base[0]:.1f} s; {', '.join(f'{name} {row[-1]:.2f}' for name, row in ratios.items())}", flush=True
         )
     for name, values in ratios.items():
-        print(f"importance of {arguments.images} images over a plain pass, {name}: {told(spread(values))}")
+        print(f"importance of {arguments.images} images relative to a plain pass, {name}: {told(spread(values))}")
     return ratios
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--importance", action="store_true", help="what the importance costs")
-    parser.add_argument("--divisors", action="store_true", help="latency of the numbers of channels that stay")
-    parser.add_argument("--side", type=int, default=64, help="of the digits, in pixels")
-    parser.add_argument("--reduction", type=float, default=0.4)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", help="JSON file of all figures")
+    parser.add_argument("--importance", action="store_true", help="time the importance instead")
+    parser.add_argument("--divisors", action="store_true", help="time Lite0 pruned with several divisors instead")
+    parser.add_argument("--side", type=int, default=64, help="size of the digits in pixels")
+    parser.add_argument("--reduction", type=float, default=0.4, help="share of the multiply-adds to remove")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of fine-tuning, and of distillation")
+    parser.add_argument("--seeds", type=int, default=3, help="number of repetitions with another seed")
+    parser.add_argument("--images", type=int, default=1000, help="images to time the importance with")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of timing")
+    parser.add_argument("--out", help="JSON file to save all figures to")
     arguments = parser.parse_args()
     part = cost_of_importance if arguments.importance else divisors if arguments.divisors else on_digits
     figures = part(arguments)

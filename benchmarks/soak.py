@@ -1,9 +1,9 @@
-"""Does a long run grow? Small steps with many evaluations and checkpoints, and what they leave in memory and on disk.
+"""Checks that a long run does not grow in memory or on disk, with small steps and many evaluations and checkpoints.
 
     python benchmarks/soak.py --minutes 30
 
-Runs the command `keras-effnet train digits_demo` in a process of its own and looks at it every five seconds. Growth is
-of the last tenth of the time, its median, over a tenth after the first sixth, when all that is built once is there.
+Runs `keras-effnet train digits_demo` in a separate process, and looks at it every five seconds. Growth is the median of
+the last tenth of the time over that of the tenth after the first sixth, when everything is built.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SMALL = [
 
 
 def resident(pid: int) -> float:
-    """MiB."""
+    """Returns the resident memory of a process in MiB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
@@ -37,7 +37,7 @@ def grown(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--minutes", type=float, default=30.0, help="length of the run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -56,9 +56,9 @@ def main() -> None:
         while time.monotonic() < end:
             time.sleep(5)
             if process.poll() is not None:
-                raise SystemExit(f"The run ended early, with status {process.returncode}")
+                raise SystemExit(f"The run ended early with status {process.returncode}")
             memory.append(resident(process.pid))
-            # A temporary file may be gone before it is counted.
+            # Counts names only, since a temporary file may be removed meanwhile.
             files.append(sum(len(names) for _, _, names in os.walk(folder)))
         process.send_signal(signal.SIGTERM)
         status = process.wait(120)
@@ -71,8 +71,8 @@ def main() -> None:
         print(f"files in the folder: {early} to {files[-1]}, at most {max(files)}")
         if (
             grown(memory) >= 0.01 or files[-1] > early + 4
-        ):  # one checkpoint more, the best one, and what is being written
-            raise SystemExit("It grows: expected less than 1 % of memory, and no files")
+        ):  # one more checkpoint, the best one, and files that are being written
+            raise SystemExit("The run grows. Expected less than 1 % of memory, and at most 4 files")
 
 
 if __name__ == "__main__":

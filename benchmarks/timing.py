@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock, and medians with their spread."""
+"""A clock, and medians with their spread, for all benchmarks."""
 
 import statistics
 import time

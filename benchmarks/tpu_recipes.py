@@ -1,12 +1,12 @@
-"""All recipes' training steps, compiled for a slice of TPUs that is not here: the table of docs/tpu.md.
+"""Compiles the training step of every recipe for a TPU slice, without a TPU, and prints the table of docs/tpu.md.
 
     python benchmarks/tpu_recipes.py                       # some hours on two cores; pip install libtpu
-    python benchmarks/tpu_recipes.py --only b0_baseline    # those that are named
-    python benchmarks/tpu_recipes.py --recorded            # the table of what was recorded, nothing is compiled
+    python benchmarks/tpu_recipes.py --only b0_baseline    # only these recipes
+    python benchmarks/tpu_recipes.py --recorded            # print the recorded table, compile nothing
 
-What was compiled is recorded in tpu_recipes.json, and the next run goes on from there; another compiler, JAX or
-topology has to have another --record. Recipes that differ in their data alone are compiled once. Where a recipe's batch
-does not fit, the largest half of it (a quarter, and so on) that does stands beside it.
+Results are recorded in tpu_recipes.json, and the next run resumes from there. Another compiler, JAX or topology needs
+another --record. Recipes that differ only in their data are compiled once. Where a recipe's batch does not fit, the
+table also shows the largest half of it (a quarter, and so on) that fits.
 """
 
 import dataclasses
@@ -24,29 +24,39 @@ from keras_effnet.errors import one_of
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
 
 RECORD = Path(__file__).with_suffix(".json")
-COLUMNS = ("recipe", "pixels", "batch", "memory", "fits", "batch that does", "MB/image", "images/s per chip", "hours")
+COLUMNS = (
+    "recipe",
+    "pixels",
+    "batch",
+    "memory per chip",
+    "fits",
+    "batch that fits",
+    "MB/image",
+    "images/s per chip, at most",
+    "hours, at least",
+)
 
 
 def compiled(name: str, topology: str) -> list[dict[str, Any]]:
-    """Plans of a recipe: of its own batch, and if that does not fit, of smaller ones until one does."""
+    """Plans a recipe with its own batch and, while that does not fit, with half the batch."""
     from keras_effnet.tpu import recipes
     from keras_effnet.tpu.planning import planner
 
     recipe = recipes.find(name)
-    plans = [planner.plan_apart(recipe, topology, tell=lambda told: click.echo(told, err=True))]
+    plans = [planner.plan_apart(recipe, topology, tell=lambda text: click.echo(text, err=True))]
     batch = recipe.batch_size
     while not plans[-1]["fits"] and batch // 2 >= plans[-1]["devices"]:
         batch //= 2
-        # What surely does not fit, by what the last one took, is not compiled.
+        # Skips a batch that cannot fit, judged by the memory of the last one.
         last = plans[-1]
         if last["peak_hbm_bytes_per_chip"] * batch / last["global_batch"] < last["hbm_bytes_of_chip"]:
             changed = dataclasses.replace(recipe, batch_size=batch)
-            plans.append(planner.plan_apart(changed, topology, tell=lambda told: click.echo(told, err=True)))
+            plans.append(planner.plan_apart(changed, topology, tell=lambda text: click.echo(text, err=True)))
     return plans
 
 
 def cells(plans: list[dict[str, Any]]) -> tuple[str, ...]:
-    """A row, without the recipe's name."""
+    """Returns a row of the table without the name of the recipe."""
     first, last = plans[0], plans[-1]
     memory = f"{first['peak_hbm_bytes_per_chip'] / 2**30:.1f} GiB"
     row = [str(first["image_size"]), str(first["global_batch"]), memory, "yes" if first["fits"] else "no"]
@@ -59,11 +69,11 @@ def cells(plans: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """In Markdown; recipes with one program in one row."""
+    """Returns the table in Markdown. Recipes with the same program share a row."""
     names: dict[tuple[str, ...], list[str]] = {}
     for name, plans in rows.items():
         names.setdefault((plans[0]["model"], *cells(plans)), []).append(name)
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([", ".join(of), *row[1:]] for row, of in names.items())]
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([", ".join(same), *row[1:]] for row, same in names.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -77,11 +87,13 @@ def _check(only: tuple[str, ...], known: Collection[str]) -> None:
 
 @click.command()
 @click.option("--topology", default="v5e:2x4", show_default=True)
-@click.option("--only", multiple=True, help="These recipes.")
-@click.option("--record", type=click.Path(dir_okay=False, path_type=Path), default=RECORD, help="Its file.")
-@click.option("--recorded", is_flag=True, help="Compile nothing.")
+@click.option("--only", multiple=True, help="Compile only this recipe. May be repeated.")
+@click.option(
+    "--record", type=click.Path(dir_okay=False, path_type=Path), default=RECORD, help="JSON file with the results."
+)
+@click.option("--recorded", is_flag=True, help="Print the recorded table, compile nothing.")
 def main(topology, only, record, recorded) -> None:
-    """Print a table in Markdown."""
+    """Compile the training step of every recipe and print a table in Markdown."""
     found = json.loads(record.read_text()) if record.exists() else {}
     rows: dict[str, list[dict[str, Any]]] = found.pop("recipes", {})
     if not recorded:
@@ -90,7 +102,8 @@ def main(topology, only, record, recorded) -> None:
         head = {"topology": topology, **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")}}
         if found not in ({}, head):
             raise click.UsageError(
-                f"Expected another --record than {record.name}, which is of {found}. Received: {head}"
+                f"Expected the versions and topology of {record.name}: {found}. Received: {head}. "
+                "Use another file: --record FILE"
             )
         every = recipes.every()
         _check(only, every)

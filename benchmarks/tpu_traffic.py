@@ -1,12 +1,12 @@
-"""What a training step of B0 moves through a TPU's memory, by its compiler: keras.applications' and ours.
+"""Reports the memory traffic of a training step of B0 on TPU, from the compiler: keras.applications' step and ours.
 
     python benchmarks/tpu_traffic.py                  # half an hour on two cores; pip install libtpu
     python benchmarks/tpu_traffic.py --only ours --only "and the kernel"
 
-224 pixels, 1000 classes, mixed bfloat16, 128 images per chip of a v5e:2x4, all compiled with the same options. Nothing
-runs. keras.applications' step is forward, backward and SGD with momentum, divided by GSPMD as
-`keras.distribution.DataParallel` does, with dropout and drop connect. Ours is the JAX runner's own step with the same
-optimizer and without weight decay; it also has the moving average of all variables, and metrics.
+All steps are compiled with the same options, for 224 pixels, 1000 classes, mixed bfloat16, and 128 images per chip of a
+v5e:2x4. Nothing runs. The step of keras.applications is forward, backward and SGD with momentum, with dropout and drop
+connect, partitioned by GSPMD as in `keras.distribution.DataParallel`. Ours is the step of the JAX runner, with the same
+optimizer and no weight decay. It also computes the moving average of all variables, and metrics.
 """
 
 import json
@@ -26,7 +26,7 @@ from keras_effnet.tpu.config import Model, Optimizer, Recipe
 from keras_effnet.tpu.planning import planner
 
 BATCH, APPLICATIONS = 128, "keras.applications"
-# Units of `jax_fused` that a step has, whose batch statistics are taken in one pass.
+# The units of `jax_fused` in each step. All but "none" compute batch statistics in one pass.
 OURS: dict[str, str | tuple[str, ...]] = {
     "ours": "none",
     "one-pass statistics": (),
@@ -38,7 +38,7 @@ CONDCONV = "CondConv-b0-8e"
 
 
 def applications(devices) -> Any:
-    """Lowers the step of keras.applications' B0."""
+    """Lowers the training step of B0 from keras.applications."""
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     networks: Any = keras.applications
     model = networks.EfficientNetB0(weights=None, classifier_activation=None)
@@ -69,18 +69,18 @@ def applications(devices) -> Any:
 
 
 def ours(devices, fused: str | tuple[str, ...], model: str = "efficientnet-b0") -> Any:
-    """Lowers the runner's step."""
+    """Lowers the training step of the JAX runner."""
     optimizer = Optimizer("momentum", weight_decay=0.0)
     recipe = Recipe(Model(model), optimizer=optimizer, batch_size=BATCH * len(devices), label_smoothing=0.0)
     return planner.lowered(recipe, devices, fused=fused).lowered
 
 
 @click.command()
-@click.option("--topology", default="v5e:2x4", show_default=True)
-@click.option("--only", multiple=True, type=click.Choice([APPLICATIONS, *OURS, CONDCONV]), help="These rows.")
+@click.option("--topology", default="v5e:2x4", show_default=True, help="TPU generation and layout of its chips.")
+@click.option("--only", multiple=True, type=click.Choice([APPLICATIONS, *OURS, CONDCONV]), help="Row to compile.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(topology, only, as_json) -> None:
-    """Compile training steps for TPUs that are not here, and read what they move."""
+    """Compile training steps for TPUs, without one, and report their memory traffic."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,28 +1,33 @@
-"""What a training step takes: ours, keras.applications' and timm's B0; and what our loop adds to a bare step.
+"""Times a training step of B0: ours, keras.applications' and timm's; and what our loop adds to a bare step.
 
     python benchmarks/train.py                            # 6 minutes on two cores
-    python benchmarks/train.py --timm-python PATH         # the interpreter of an environment that has timm
+    python benchmarks/train.py --timm-python PATH         # the interpreter of an environment with timm
     python benchmarks/train.py --only jax                 # the loop of the runner on JAX: 5 minutes
 
-`--timm-python` lets timm (`pip install timm`) be in an environment of its own; by default it is looked for in this one,
-and where it is not, its net is left out, and said so.
+With `--timm-python`, timm (`pip install timm`) may be installed in another environment. The default is this one. If
+timm is not installed, its model is skipped with a message.
 
-The first part: training steps of B0 at 224 pixels, 16 images, float32, 1000 classes, always the same batch, in memory.
-Ours is `runner.Trainer.train()` with what the recipe b0_baseline has: RMSprop, label smoothing, weight decay, dropout
-and drop connect, top-1 and top-5, and the moving average of all variables. keras.applications' is `fit()` with RMSprop
-and momentum, cross entropy, dropout and drop connect, without metrics, moving average and weight decay; of its steps
-the clock leaves out the first of each call of `fit()`. timm's is eager PyTorch, channels last, with torch.optim.RMSprop
-and momentum, dropout and drop path, without metrics, moving average and weight decay. So both peers do less. Ours is
-there a second time with `--run.deterministic`, for what that costs.
+The first part times training steps of B0 at 224 pixels, with 16 images, float32, 1000 classes, and always the same
+batch, in memory:
 
-The second part: Lite0's bare step, which is `runner.replica_step()` compiled and called, and the same steps as
-`keras-effnet train` goes through them: orbit's controller, an iterator of the same batch, metrics, TensorBoard's files
-and the log, 20 steps in a loop. The third part: the same on JAX, with images of 96 pixels, of which XLA makes a longer
-step on a processor; there the bare step is `jax_runner.train_step()`, called without looking at what it gives.
+- ours: `tensorflow_runner.Trainer.train()` with the settings of the recipe b0_baseline: RMSprop, label smoothing,
+  weight decay, dropout and drop connect, top-1 and top-5, and the moving average of all variables. It is timed again
+  with `--run.deterministic`.
+- keras.applications: `fit()` with RMSprop and momentum, cross entropy, dropout and drop connect. The first step of each
+  call of `fit()` is not timed.
+- timm: eager PyTorch, channels last, with torch.optim.RMSprop and momentum, dropout and drop path.
 
-Each net has a process of its own, since libraries' threads get into each other's way, and computes when it is its turn;
-ratios are of the same round. Beside the seconds on the wall stand those of all cores together, since on a shared
-machine a core may be missing for a while.
+Both peers do less than ours: no metrics, no moving average, no weight decay.
+
+The second part times Lite0: the bare step, which is `tensorflow_runner.replica_step()` compiled and called, and the
+same steps as `keras-effnet train` runs them: orbit's controller, an iterator of the same batch, metrics, TensorBoard
+files and the log, with 20 steps per loop. The third part does the same on JAX, with images of 96 pixels, since the step
+that XLA compiles takes longer on a processor. There, the bare step is `jax_runner.train_step()`, whose result is not
+read.
+
+Each model runs in a separate process, since the threads of the libraries would slow each other down, and computes only
+in its turn. Ratios are taken within a round. Besides the wall time, the time of all cores is reported, since a core of
+a shared machine may be missing for a while.
 """
 
 import contextlib
@@ -47,7 +52,7 @@ SIZE, BATCH, CLASSES = int(os.environ.get("BENCHMARK_SIZE", "224")), 16, 1000
 OURS, APPLICATIONS, TIMM, BARE, LOOP = "ours", "keras.applications", "timm", "bare step", "our loop"
 DETERMINISTIC = "ours, deterministic"
 
-Run = Callable[[int], tuple[float, float]]  # of so many steps: seconds, and seconds of all cores
+Run = Callable[[int], tuple[float, float]]  # from a number of steps to wall time and core time, in seconds
 
 
 def clocks() -> np.ndarray:
@@ -71,7 +76,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepared(name: str):
-    """All that `keras_effnet.tpu.train` makes before its loop begins."""
+    """Returns what `keras_effnet.tpu.train` sets up before its loop."""
     import keras
     import orbit
     import tensorflow as tf
@@ -141,7 +146,7 @@ def applications() -> dict[str, Run]:
 def timm() -> dict[str, Run]:
     import torch
 
-    library: Any = import_module("timm")  # by name: the package is not a dependency
+    library: Any = import_module("timm")  # by name, since the package is not a dependency
     torch.set_num_threads(os.cpu_count() or 1)
     model: Any = library.create_model("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2)
     model = model.to(memory_format=torch.channels_last).train()
@@ -200,7 +205,7 @@ def loop() -> dict[str, Run]:
     bare = bare_on_jax(machine, learner) if machine.strategy is None else bare_on_tensorflow(learner, state)
 
     def looped(steps):
-        with contextlib.redirect_stdout(log.text):  # as train() does: orbit prints what it does
+        with contextlib.redirect_stdout(log.text):  # as in train(), since orbit prints its progress
             controller.train(int(step.numpy()) + steps, checkpoint_at_completion=False)
 
     workdir = tempfile.mkdtemp(dir=sys.argv[-1])
@@ -227,9 +232,9 @@ PROCESSES = {
 
 
 def serve(name: str) -> None:
-    """In a process of its own: runs what a line names, so many steps, and answers with the seconds."""
+    """Runs in a worker: reads a name and a number of steps per line, runs them, and answers with the seconds."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps what libraries print out of the answers
     runs = PROCESSES[name]()
     for line in sys.stdin:
         what, steps = json.loads(line)
@@ -237,21 +242,21 @@ def serve(name: str) -> None:
 
 
 class Worker:
-    """A process that trains a net when it is told to."""
+    """A process that trains a model on request."""
 
     def __init__(self, name: str, python: str, folder: str, **more: str):
         command, pipe = [python, __file__, "serve", name, folder], subprocess.PIPE
-        # Of PyTorch: where a core is missing for a while, threads that wait actively make a step 10 times as long.
+        # For PyTorch: while a core is missing, threads that wait actively make a step 10 times as long.
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **more}
         self._process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def __call__(self, what: str, steps: int) -> list[float]:
-        """Seconds of a step, and seconds of all cores."""
+        """Returns wall time and core time per step, in seconds."""
         self._process.stdin.write(json.dumps([what, steps]) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"Expected seconds of {what}. Received: the process ended")
+            raise RuntimeError(f"Expected the seconds of {what}. Received: nothing, since its process ended")
         return [value / steps for value in json.loads(line)]
 
     def stop(self) -> None:
@@ -260,7 +265,7 @@ class Worker:
 
 
 def in_turn(workers: dict[str, Worker], base: str, rounds: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Figures of each, and ratios to `base`'s. The first round is not counted: in it all is compiled."""
+    """Returns the figures of each worker, and the ratios to `base`. The first round, which compiles, is not counted."""
     found: dict[str, list[list[float]]] = {name: [] for name in workers}
     for number in range(rounds + 1):
         for name, worker in workers.items():
@@ -295,7 +300,7 @@ def table(title: str, base: str, rows: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
     shown = Table("median (least-most)", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("ms/step", f"over {base}", "core ms/step", f"over {base}"):
+    for column in ("ms/step", f"ratio to {base}", "core ms/step", f"ratio to {base}"):
         shown.add_column(column, justify="right")
     for name, row in rows.items():
         wall, cores, over, cores_over, _ = row.values()
@@ -305,18 +310,18 @@ def table(title: str, base: str, rows: dict[str, dict[str, Any]]) -> None:
     for name, row in rows.items():
         if name != base:
             of = row["ratio_of_medians"]
-            click.echo(f"  {name} over {base}, ratio of medians: {of['wall']:.3f}, by core time {of['cores']:.3f}")
+            click.echo(f"  {name} to {base}, ratio of medians: {of['wall']:.3f}, by core time {of['cores']:.3f}")
 
 
 @click.command()
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Of the nets, and of the loop.")
-@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Of a net's turn.")
-@click.option("--loops", default=1, show_default=True, type=click.IntRange(1), help="Of 20 steps, in the loop's turn.")
-@click.option("--timm-python", default=sys.executable, help="Interpreter that has timm. Defaults to this one.")
-@click.option("--only", type=click.Choice(["nets", "loop", "jax"]), help="One part.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Rounds of each part.")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Steps per turn of a model.")
+@click.option("--loops", default=1, show_default=True, type=click.IntRange(1), help="Loops of 20 steps per turn.")
+@click.option("--timm-python", default=sys.executable, help="Interpreter that has timm. Default: this one.")
+@click.option("--only", type=click.Choice(["nets", "loop", "jax"]), help="Run only this part.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(rounds, steps, loops, timm_python, only, as_json) -> None:
-    """Time training steps of B0, and what our loop adds."""
+    """Time training steps of B0, and what our loop adds to a bare step."""
     report: dict[str, Any] = {"rounds": rounds, "cores": os.cpu_count(), "batch": BATCH, "size": SIZE}
     with tempfile.TemporaryDirectory() as folder:
         if only in (None, "nets"):
@@ -326,7 +331,7 @@ def main(rounds, steps, loops, timm_python, only, as_json) -> None:
             if has_timm(timm_python):
                 workers[TIMM] = Worker("timm", timm_python, folder)
             else:
-                click.echo("timm is not installed: its net is not timed", err=True)
+                click.echo("timm is not installed: its model is not timed", err=True)
             report["nets"] = in_turn(workers, OURS, rounds, steps)
             if not as_json:
                 table(f"Training step of B0, {SIZE} pixels, {BATCH} images", OURS, report["nets"])
@@ -334,12 +339,12 @@ def main(rounds, steps, loops, timm_python, only, as_json) -> None:
             worker = Worker("loop", sys.executable, folder)
             report["loop"] = in_turn({BARE: worker, LOOP: worker}, BARE, rounds, 20 * loops)
             if not as_json:
-                table(f"Our loop, Lite0, {SIZE} pixels, {BATCH} images, 20 steps a loop", BARE, report["loop"])
+                table(f"Our loop, Lite0, {SIZE} pixels, {BATCH} images, 20 steps per loop", BARE, report["loop"])
         if only in (None, "jax"):
             worker = Worker("loop", sys.executable, folder, KERAS_BACKEND="jax", BENCHMARK_SIZE="96")
             report["jax"] = in_turn({BARE: worker, LOOP: worker}, BARE, rounds, 20 * loops)
             if not as_json:
-                table(f"Our loop on JAX, Lite0, 96 pixels, {BATCH} images, 20 steps a loop", BARE, report["jax"])
+                table(f"Our loop on JAX, Lite0, 96 pixels, {BATCH} images, 20 steps per loop", BARE, report["jax"])
     if as_json:
         click.echo(json.dumps(report, indent=2))
 

@@ -1,18 +1,17 @@
-"""Private API of Keras and TensorFlow: every use is here, with its reason. tests/test_compat.py checks each of them.
-
-Nothing else in this package reads a name that begins with an underscore of another library.
-"""
+"""Every use of private API of Keras and TensorFlow, with its reason. tests/test_compat.py checks each of them."""
 
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Exporters to ONNX and LiteRT, by the start of the names of their modules.
+# Prefixes of the modules that export to ONNX and LiteRT.
 _CONVERTERS = ("keras.src.export.onnx", "keras.src.export.litert", "tf2onnx.", "tensorflow.lite.")
 
 
 def producer(tensor) -> Any:
-    """The operation that computes a Keras tensor. Keras has no public way from a tensor back to its graph.
+    """Returns the operation that computes a Keras tensor.
+
+    Keras has no public way from a tensor back to its graph.
 
     Args:
         tensor: A Keras tensor.
@@ -24,9 +23,9 @@ def producer(tensor) -> Any:
 
 
 def inputs_of(tensor) -> list[Any]:
-    """The Keras tensors that the operation behind a tensor was called with, in the call that gave this tensor.
+    """Returns the inputs of the call that computed a Keras tensor.
 
-    `operation.input` raises where an operation was called more than once.
+    The public `operation.input` returns the inputs of the operation's first call only.
 
     Args:
         tensor: A Keras tensor.
@@ -39,10 +38,12 @@ def inputs_of(tensor) -> list[Any]:
 
 
 def first_outputs(operation) -> list[Any]:
-    """What an operation gave in its first call. `operation.output` raises where it was called more than once.
+    """Returns the outputs of an operation's first call.
+
+    For a model, the public `operation.output` returns the outputs of its own graph instead.
 
     Args:
-        operation: A `keras.Operation` that was called.
+        operation: A `keras.Operation` that was called at least once.
 
     Returns:
         List of Keras tensors.
@@ -51,9 +52,9 @@ def first_outputs(operation) -> list[Any]:
 
 
 def neighbors(operation) -> Iterator[Any]:
-    """The operations just before and just after one in the graphs that it belongs to.
+    """Yields the operations directly before and after an operation, in every graph that contains it.
 
-    The layers around a tensor that belongs to no model yet are known to no public API.
+    No public API finds the layers around a tensor that is not part of a model yet.
 
     Args:
         operation: A `keras.Operation`.
@@ -67,7 +68,9 @@ def neighbors(operation) -> Iterator[Any]:
 
 
 def is_functional(layer) -> bool:
-    """Whether a layer is a functional model. `keras.Functional` is no public name.
+    """Returns whether a layer is a functional model.
+
+    Keras has no public name for the class of functional models.
 
     Args:
         layer: A layer.
@@ -79,25 +82,26 @@ def is_functional(layer) -> bool:
 
 
 def run_graph(model, inputs, call: Callable) -> Any:
-    """Goes through the graph of a functional model with a call of our own in place of each layer's.
+    """Runs the graph of a functional model, with a custom function in place of each layer's call.
 
-    `keras.models.clone_model(call_function=)` does the same, but only with Keras tensors and new layers.
+    The public `keras.models.clone_model(call_function=)` does this only for Keras tensors and new layers.
 
     Args:
         model: A functional model.
-        inputs: What takes the place of the model's inputs, in their structure.
-        call: Function of an operation and its arguments.
+        inputs: Values to use as the model's inputs, in the same structure.
+        call: Function of an operation and its arguments, which returns the operation's outputs.
 
     Returns:
-        What takes the place of the model's outputs.
+        The values of the model's outputs, in their structure.
     """
     return model._run_through_graph(inputs, call_fn=call)
 
 
 def mark_called(model) -> None:
-    """Lets Keras export a model that was built but never called.
+    """Marks a model as called, so that Keras exports it.
 
-    Keras' exporter to ONNX refuses such models. The layers of a functional model were called when it was built.
+    Keras' ONNX exporter refuses a model that was built but never called. The layers of a functional model were called
+    when it was built.
 
     Args:
         model: A `keras.Model`.
@@ -106,7 +110,9 @@ def mark_called(model) -> None:
 
 
 def all_layers(model) -> list[Any]:
-    """A model and all layers in it, at any depth. `model.layers` leaves out those inside of layers.
+    """Returns a model and all layers in it, at any depth.
+
+    The public `model.layers` omits layers nested inside other layers.
 
     Args:
         model: A `keras.Model`.
@@ -118,7 +124,7 @@ def all_layers(model) -> list[Any]:
 
 
 def own_trainable(layer) -> bool:
-    """Whether a layer itself is trainable, whatever the layers in it are.
+    """Returns a layer's own `trainable` flag, regardless of the layers in it.
 
     Args:
         layer: A layer.
@@ -130,7 +136,9 @@ def own_trainable(layer) -> bool:
 
 
 def set_own_trainable(layer, value: bool) -> None:
-    """Sets what `own_trainable()` returns. The public setter would set it for all layers inside as well.
+    """Sets a layer's own `trainable` flag.
+
+    The public setter also sets the flag of all layers inside.
 
     Args:
         layer: A layer.
@@ -140,7 +148,9 @@ def set_own_trainable(layer, value: bool) -> None:
 
 
 def variable_index(optimizer, variable) -> int:
-    """The place of a variable among those of an optimizer, which `update_step()` is not told.
+    """Returns the index of a variable among the variables that an optimizer trains.
+
+    Keras passes `update_step()` the variable, but not its index.
 
     Args:
         optimizer: A `keras.optimizers.Optimizer`.
@@ -153,7 +163,9 @@ def variable_index(optimizer, variable) -> int:
 
 
 def in_xla() -> bool:
-    """Whether TensorFlow traces the current call for XLA. TensorFlow's own control flow asks in the same way.
+    """Returns whether TensorFlow traces the current call for XLA.
+
+    TensorFlow's own control flow uses the same check.
 
     Returns:
         Boolean.
@@ -165,9 +177,9 @@ def in_xla() -> bool:
 
 
 def in_converter() -> bool:
-    """Whether an exporter to ONNX or LiteRT traces the current call.
+    """Returns whether an exporter to ONNX or LiteRT traces the current call.
 
-    To TensorFlow, the trace looks like that of `predict()`: only the call stack shows the exporter.
+    To TensorFlow, this trace looks like that of `predict()`. Only the call stack shows the exporter.
 
     Returns:
         Boolean.
@@ -181,10 +193,10 @@ def in_converter() -> bool:
 
 
 def frozen(concrete_function) -> Any:
-    """A TensorFlow function with its variables as constants.
+    """Returns a TensorFlow function with its variables turned into constants.
 
-    The quantizing converter to LiteRT cannot read variables, and the public way over a SavedModel takes three times
-    as long.
+    The quantizing LiteRT converter cannot read variables. The public way, through a SavedModel, takes three times as
+    long.
 
     Args:
         concrete_function: A concrete function of TensorFlow.

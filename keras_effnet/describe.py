@@ -1,8 +1,9 @@
-"""`describe()`: the stages, the cost and the weights of a model as data. A name alone needs no Keras."""
+"""Describes the stages, the cost and the weights of a model as data. Describing a name needs no Keras."""
 
 from typing import TYPE_CHECKING, Any
 
 from keras_effnet.errors import one_of
+from keras_effnet.nets.complexity import stage_rows, total
 from keras_effnet.nets.normalization import scheme_of
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS, identify
@@ -10,11 +11,9 @@ from keras_effnet.nets.variants import VARIANTS, identify
 if TYPE_CHECKING:
     import keras
 
-from keras_effnet.nets.complexity import stage_rows, total
-
 
 def describe(model: "str | keras.Model") -> dict[str, Any]:
-    """What a model is, as data.
+    """Describes a model as data.
 
     Args:
         model: Name of a model, or a model of this package.
@@ -22,19 +21,20 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
     Returns:
         Dict with
 
-        - `name`, `variant` (None where the blocks are no known model's), `activation`, `dropout_rate`,
+        - `name`, `variant` (None if no known model has these blocks), `activation`, `dropout_rate`,
           `drop_connect_rate`, `preprocessing` (name of the scheme, None, or a pair);
-        - `resolution` ([height, width] in pixels), `channels`, `classes` (None without top);
+        - `resolution` ([height, width] in pixels), `channels`, `classes` (None without a top);
         - `params` (trainable, as papers count them), `non_trainable_params` (batch-norm statistics), `macs`
-          (multiply-adds for one image: of the convolutions, the classifier and, of mixed experts, the routing and the
-          sums of kernels; the TPU repository's figures for CondConv, whose B0 has 391 M, are 1.4 % higher);
-        - `layers`: without top, `ours` and as `keras_applications` counts them;
+          (multiply-adds for one image in convolutions, classifier and, with mixed experts, routing and sums of kernels;
+          the TPU repository's figures for CondConv, whose B0 has 391 M, are 1.4 % higher);
+        - `layers`, their number without the top: in this package (`ours`) and in keras.applications
+          (`keras_applications`);
         - `stages`, a dict per row of the paper's table: `stage`, `operator`, `resolution` at its input, `channels` at
           its output, `layers`, `kernel_size`, `strides`, and lists of `expand_filters`, `se_filters` and `num_experts`
           per block;
-        - `weights`, a dict per published set: `tag`, `top1` and `top5` in per cent (None where not published),
-          `preprocessing`, `source`, `publisher` (`"tpu"` or `"timm"`), and whether it is the `default`, which
-          `weights="imagenet"` means.
+        - `weights`, a dict per published set of weights: `tag`, `top1` and `top5` in percent (None if not published),
+          `preprocessing`, `source`, `publisher` (`"tpu"` or `"timm"`), and whether it is the `default` that
+          `weights="imagenet"` loads.
 
     Raises:
         ValueError: If the model is unknown, or not of this package.

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writes files completely or not at all."""
 
 import os
 import shutil
@@ -13,18 +13,22 @@ _PREFIX = ".keras_effnet-"
 
 @contextmanager
 def writing(path) -> Iterator[None]:
-    """Makes of a library's own exception, such as for a full disk, what Python calls such an error."""
+    """Converts a library's own exception, such as for a full disk, into an `OSError`.
+
+    Args:
+        path: Path of the file, for the message.
+    """
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        raise OSError(f"Expected to write {str(path)!r}. Received: {' '.join(str(error).split())[:300]}") from error
+        raise OSError(f"Could not write {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextmanager
 def replacing(path) -> Iterator[Path]:
-    """Gives a path beside the wanted one to write to, and moves it there once it is written.
+    """Yields a temporary path to write to, and moves the file to `path` once it is written.
 
     Args:
         path: Path of the file.
@@ -37,7 +41,7 @@ def replacing(path) -> Iterator[Path]:
 
 @contextmanager
 def folder_beside(path) -> Iterator[Path]:
-    """Gives a folder on the same disk as a file, and removes it in the end.
+    """Yields a temporary folder on the same disk as a file, and removes it at the end.
 
     Args:
         path: Path of the file.
@@ -50,10 +54,10 @@ def folder_beside(path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what processes that were killed left of their work, once it is a day old.
+    """Removes temporary folders that killed processes left behind, once they are a day old.
 
     Args:
-        folder: Path.
+        folder: Path of the folder to sweep.
     """
     for left in folder.glob(f"{_PREFIX}*"):
         with suppress(OSError):

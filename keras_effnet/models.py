@@ -1,4 +1,4 @@
-"""The models: `create_model()`, and a function per member of the family that fills in its name."""
+"""Builds models: `create_model()`, and one function per variant that fills in its name."""
 
 import dataclasses
 import inspect
@@ -39,43 +39,45 @@ def create_model(
     dtype: Any = None,
     blocks: Any = None,
 ) -> keras.Model:
-    """Builds one of the family's networks as a functional model that takes pixels 0-255.
+    """Builds an EfficientNet as a functional model that takes pixels 0-255.
 
     Args:
         variant: String, one of `keras_effnet.list_models()`.
         include_top: Boolean, whether to include the classifier. Defaults to True.
-        weights: Tag of a published set (`keras_effnet.list_weights()`), `"imagenet"` for the best known one that was
-            trained on ImageNet alone, path of a file of any format that `keras_effnet.weights.load()` reads, or None
-            for random values. Defaults to `"imagenet"`. The layers are the same for every value.
-        input_tensor: Keras tensor to build on, such as the output of `keras.layers.Input()`. Defaults to None. Where
-            its graph already holds layers of the same names, the new ones are prefixed with the model's name.
-        input_shape: Tuple of height, width and channels (channels, height and width for `channels_first`); height and
-            width may be None. Defaults to the variant's resolution with the top, and to any size without. Pretrained
-            weights fit any number of channels: the first kernel is summed or repeated, as timm does it.
-        pooling: Without the top: `"avg"` or `"max"` for a global pool, None for the last convolution's output.
+        weights: Tag of published weights (`keras_effnet.list_weights()`); `"imagenet"` for the best known ones trained
+            on ImageNet alone; path of a file in any format that `keras_effnet.weights.load()` reads; or None for random
+            values. Defaults to `"imagenet"`. The layers are the same for every value.
+        input_tensor: Keras tensor to build on, such as the output of `keras.layers.Input()`. Defaults to None. If its
+            graph already has layers with the same names, the new layers are prefixed with the model's name.
+        input_shape: Tuple of height, width and channels (channels, height and width for `channels_first`). Height and
+            width may be None. Defaults to the variant's resolution with the top, and to any size without it. Pretrained
+            weights fit any number of channels: the first kernel is summed or repeated, as in timm.
+        pooling: Without the top: `"avg"` or `"max"` for global pooling, None for the last convolution's output.
+            Defaults to None.
         classes: Integer, outputs of the classifier. Defaults to 1000.
         classifier_activation: Activation of the classifier, None for logits. Defaults to `"softmax"`.
-        name: String, the model's name. Defaults to `variant`. Give each its own where several are used as layers of
-            one model.
-        preprocessing: `"auto"` for what the weights expect, `"imagenet"`, `"inception"` or `"tpu127"`, a pair (scale,
-            offset) for `pixels * scale + offset`, or None for inputs that are normalised already.
+        name: String, the model's name. Defaults to `variant`. Several models that are layers of one model need
+            different names.
+        preprocessing: `"auto"` for the scheme that the weights expect; `"imagenet"`, `"inception"` or `"tpu127"`; a
+            pair (scale, offset) for `pixels * scale + offset`; or None for inputs that are already normalized. Defaults
+            to `"auto"`.
         dropout_rate: Float, rate before the classifier. Defaults to the variant's.
         drop_connect_rate: Float, rate at which the last blocks are dropped. Defaults to the variant's, 0.2.
-        bn_momentum: Float. Defaults to 0.99.
-        bn_epsilon: Float. Defaults to 1e-3.
+        bn_momentum: Float, momentum of batch normalization. Defaults to 0.99.
+        bn_epsilon: Float, epsilon of batch normalization. Defaults to 1e-3.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras' setting.
         dtype: Dtype or dtype policy, such as `"mixed_bfloat16"`. Defaults to Keras' policy. The input's arithmetic and
             the classifier stay in the policy's variable dtype.
-        blocks: Channels of the blocks of a pruned net: a `keras_effnet.pruning.Plan` or the path of its file, or
-            `(expand, se, out)` for each block, as a sequence or as a dict by the blocks' names. `weights` is then
-            None, or the path of such a net's. Defaults to None: the variant's.
+        blocks: Channels of a pruned net: a `keras_effnet.pruning.Plan`, the path of its file, or `(expand, se, out)`
+            for each block, as a sequence or as a dict by block name. `weights` must then be None, or the path of a
+            pruned net's weights. Defaults to None: the variant's channels.
 
     Returns:
         A `keras.Model`.
 
     Raises:
         ValueError: If an argument is not valid, or the weights do not fit.
-        OSError: If the weights cannot be brought.
+        OSError: If the weights cannot be downloaded or read.
 
     Example:
 
@@ -122,7 +124,7 @@ def create_model(
 
 @dataclasses.dataclass(frozen=True)
 class _Origin:
-    """Where a model's values come from: a published record, a file, or neither."""
+    """Source of a model's values: a published record, a file, or neither."""
 
     record: Any = None
     path: Any = None  # of a file that the user named
@@ -135,7 +137,9 @@ class _Origin:
         from keras_effnet.weights.formats import opening
 
         if not isinstance(weights, str | os.PathLike):
-            raise ValueError(f"Expected weights as a tag, the path of a file, or None. Received: weights={weights!r}")
+            raise ValueError(
+                f"Expected weights to be a tag, the path of a file, or None. Received: weights={weights!r}"
+            )
         is_file = os.path.isfile(weights)
         if isinstance(weights, str) and not is_file:
             try:
@@ -146,7 +150,7 @@ class _Origin:
                     if registry.is_timms(weights) or not path:
                         raise
                     raise FileNotFoundError(
-                        f"Expected a file of weights. Received: weights={weights!r}, which does not exist"
+                        f"Expected a weights file. Received: weights={weights!r}, which does not exist"
                     ) from error
         return cls(registry.recognise(variant, weights) if is_file else None, weights)
 
@@ -155,7 +159,7 @@ class _Origin:
         return self.record and self.record.resolution
 
     def preprocessing(self, asked, usual, channels: int):
-        """What to build with. A scheme that is not the one that the weights were trained with is an error."""
+        """Returns the preprocessing to build with. Raises if the weights were trained with another scheme."""
         from keras_effnet.weights.formats import keras_file
 
         known = None
@@ -167,9 +171,9 @@ class _Origin:
             return known or usual
         if known is not None and isinstance(asked, str) and constants(asked, channels) != constants(known, channels):
             raise ValueError(
-                f"Expected preprocessing {scheme_of(*constants(known, channels))!r}, with which these weights were "
-                f"trained ('auto' chooses it). Received: preprocessing={asked!r}. "
-                "Pass a pair (scale, offset), or None, to do your own arithmetic"
+                f"Expected preprocessing={scheme_of(*constants(known, channels))!r}, which these weights were trained "
+                f"with ('auto' selects it). Received: preprocessing={asked!r}. "
+                "For other constants, pass a pair (scale, offset). To normalize the inputs yourself, pass None"
             )
         return asked
 
@@ -181,7 +185,7 @@ class _Origin:
             path = store.fetch(self.record, include_top, classes)
         if path is not None:
             convert.load(model, path, prefix=prefix)
-        if self.record is not None or self.path is None:  # else they are somebody's own
+        if self.record is not None or self.path is None:  # other files have no record
             model.weights_record = self.record
 
 
@@ -190,18 +194,18 @@ def _pruned(architecture, blocks, origin: _Origin):
 
     if origin.record is not None:
         raise ValueError(
-            "Expected weights=None, or the path of a pruned net's, where blocks are given. Received: "
-            f"weights={origin.record.tag!r}, which are those of all channels of {architecture.name}"
+            "Expected weights=None, or the path of a pruned net's weights, when blocks are given. Received: "
+            f"weights={origin.record.tag!r}, which have all channels of {architecture.name}"
         )
     return pruning_plan.narrowed(architecture, blocks)
 
 
 def features(model: keras.Model, levels: int | tuple[int, ...] = (1, 2, 3, 4, 5)) -> keras.Model:
-    """A model that gives the feature maps of another one at strides 2, 4, 8, 16 and 32.
+    """Returns a model of the feature maps of another model, at strides 2, 4, 8, 16 and 32.
 
     Args:
-        model: A model of this package, with or without top. Its layers are shared.
-        levels: Integer or tuple of integers from 1 to 5: `reduction_i` has the stride 2 ** i. Defaults to all.
+        model: A model of this package, with or without a top. Both share their layers.
+        levels: Integer or tuple of integers from 1 to 5. `reduction_i` has a stride of 2 ** i. Defaults to all.
 
     Returns:
         A `keras.Model` whose output is a dict from `"reduction_1"`, ... to tensors (batch, height, width, channels).
@@ -239,9 +243,9 @@ def _named(
     setattr(build, "__signature__", inspect.Signature(parameters, return_annotation=keras.Model))  # noqa: B010
     row = VARIANTS[variant]
     build.__doc__ = (
-        f"`create_model({variant!r}, ...)`: {row.resolution} x {row.resolution} pixels, "
-        f"width {row.width}, depth {row.depth} ({row.source})."
-        "\n\n    See `create_model()` for the arguments, which are the same.\n"
+        f"Builds `{variant}`: {row.resolution} x {row.resolution} pixels, width {row.width}, depth {row.depth} "
+        f"({row.source})."
+        f"\n\n    Same as `create_model({variant!r}, ...)`. See `create_model()` for the arguments.\n"
     )
     return build
 

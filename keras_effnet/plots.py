@@ -1,4 +1,4 @@
-"""Pictures of models: block diagrams, the trade-off of all weights, the channels that pruning keeps."""
+"""Plots of models: block diagrams, accuracy over cost of all weights, and the channels that pruning keeps."""
 
 import math
 import os
@@ -7,33 +7,50 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_effnet.describe import describe
 from keras_effnet.errors import unknown
+from keras_effnet.nets.complexity import costs
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
 
 if TYPE_CHECKING:
     import keras
 
-from keras_effnet.describe import describe
-from keras_effnet.nets.complexity import costs
-
-_COLOURS = {1: "#8c8c8c", 3: "#3b76af", 5: "#c8553d"}  # by kernel size
+_COLORS = {1: "#8c8c8c", 3: "#3b76af", 5: "#c8553d"}  # by kernel size
 
 _SUFFIXES = (".svg", ".png", ".pdf")
 
+# Lines of `plot_tradeoff()`: models, tag, color, and offset of the labels (in typographic points; None: no labels).
+_LINES = {
+    "baseline": (r"efficientnet-(b\d)", "baseline", "#8c8c8c", None),
+    "AutoAugment": (r"efficientnet-(b\d)", "autoaugment", "#3b76af", (4, -9)),
+    "RandAugment": (r"efficientnet-(b\d)", "randaugment", "#519e3e", None),
+    "AdvProp": (r"efficientnet-(b\d)", "advprop", "#8d69b8", None),
+    "NoisyStudent (with unlabelled images)": (
+        r"efficientnet-(b\d|l2)",
+        r"noisy-student(?:-475)?",
+        "#c8553d",
+        (-12, 4),
+    ),
+    "Lite": (r"efficientnet-(lite\d)", "baseline", "#d68a2e", (4, -9)),
+    "EdgeTPU": (r"efficientnet-edgetpu-([sml])", "baseline", "#3a9c9c", (-9, 3)),
+    "CondConv": (r"efficientnet-condconv-b0-(.*)", "baseline", "#b85c9a", (4, -9)),
+    "pruned": (r"efficientnet-(b\d)-pruned", ".*", "#222222", (4, -9)),
+}
+
 
 def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.PathLike) -> Path:
-    """Draws a block diagram: stem, each stage as a row of its blocks, head; several models side by side.
+    """Draws a block diagram: stem, a row of blocks per stage, and head. Several models are drawn side by side.
 
     Args:
         models: Name of a model, a model of this package, or a list of them.
-        path: Path of the picture, which ends in .svg, .png or .pdf. Its folder exists.
+        path: Path of the picture, which ends in .svg, .png or .pdf. Its folder must exist.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If a model is unknown, or the path ends otherwise.
+        ValueError: If a model is unknown, or the path has another ending.
         OSError: If the picture cannot be written.
 
     Example:
@@ -65,67 +82,19 @@ def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.P
         _draw(axes, description, left, box)
         left += column
     for place, (kernel_size, label) in enumerate({3: "kernel 3x3", 5: "kernel 5x5", 1: "stem, head"}.items()):
-        style = {"color": _COLOURS[kernel_size], "fontsize": 7, "va": "center"}
+        style = {"color": _COLORS[kernel_size], "fontsize": 7, "va": "center"}
         axes.text(0.2 + 0.85 * place, height - 0.4, f"■ {label}", **style)
     notes = "px: side of the stage's input. Dark: stride 2." + " In a box: channels inside." * (box > 0.4)
-    axes.text(0.2, height - 0.2, notes, color=_COLOURS[1], fontsize=6.5, va="center")
+    axes.text(0.2, height - 0.2, notes, color=_COLORS[1], fontsize=6.5, va="center")
     return _save(figure, path)
 
 
-def _check_picture(path: Path) -> None:
-    if path.suffix.lower() not in _SUFFIXES:
-        raise unknown("kind of picture", path.suffix or path.name, _SUFFIXES)
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"Expected a folder for the picture. Received: {str(path.parent)!r}, which does not exist"
-        )
-
-
-def figure_class():
-    """Matplotlib's figure. An `ImportError` tells where it is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Expected matplotlib, which draws the picture. Bring it with: pip install matplotlib"
-        ) from error
-    return Figure
-
-
-def _save(figure, path: Path) -> Path:
-    import matplotlib
-
-    # Fixed identifiers and no date: the same call writes the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "keras_effnet"}):
-        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-    return path
-
-
-# A line of the picture each: models, tag, colour, and where a point's label stands (in typographic points; None: none).
-_LINES = {
-    "baseline": (r"efficientnet-(b\d)", "baseline", "#8c8c8c", None),
-    "AutoAugment": (r"efficientnet-(b\d)", "autoaugment", "#3b76af", (4, -9)),
-    "RandAugment": (r"efficientnet-(b\d)", "randaugment", "#519e3e", None),
-    "AdvProp": (r"efficientnet-(b\d)", "advprop", "#8d69b8", None),
-    "NoisyStudent (with unlabelled images)": (
-        r"efficientnet-(b\d|l2)",
-        r"noisy-student(?:-475)?",
-        "#c8553d",
-        (-12, 4),
-    ),
-    "Lite": (r"efficientnet-(lite\d)", "baseline", "#d68a2e", (4, -9)),
-    "EdgeTPU": (r"efficientnet-edgetpu-([sml])", "baseline", "#3a9c9c", (-9, 3)),
-    "CondConv": (r"efficientnet-condconv-b0-(.*)", "baseline", "#b85c9a", (4, -9)),
-    "pruned": (r"efficientnet-(b\d)-pruned", ".*", "#222222", (4, -9)),
-}
-
-
 def tradeoff() -> list[dict[str, Any]]:
-    """What each published set of weights reaches, and what its model costs.
+    """Lists the accuracy of all published weights and the cost of their models.
 
     Returns:
-        List of a dict per set of each model that `create_model()` builds: `model`, `tag`, `top1` in per cent,
-        `publisher`, `resolution` in pixels, `params`, and `macs` at that resolution.
+        List of dicts, one per set of weights of each model that `create_model()` builds: `model`, `tag`, `top1` in
+        percent, `publisher`, `resolution` in pixels, `params`, and `macs` at that resolution.
 
     Example:
 
@@ -156,16 +125,16 @@ def tradeoff() -> list[dict[str, Any]]:
 
 
 def plot_tradeoff(path: str | os.PathLike) -> Path:
-    """Draws top-1 accuracy over parameters and over multiply-adds, a line per training method.
+    """Draws top-1 accuracy over parameters and over multiply-adds, with a line per training method.
 
     Args:
-        path: Path of the picture, which ends in .svg, .png or .pdf. Its folder exists.
+        path: Path of the picture, which ends in .svg, .png or .pdf. Its folder must exist.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the path ends otherwise.
+        ValueError: If the path has another ending.
         OSError: If the picture cannot be written.
 
     Example:
@@ -185,7 +154,7 @@ def plot_tradeoff(path: str | os.PathLike) -> Path:
     for axes, key, unit, label in zip(
         panels, ("params", "macs"), (1e6, 1e9), ("parameters, million", "multiply-adds, billion"), strict=True
     ):
-        for title, (models, tag, colour, offset) in _LINES.items():
+        for title, (models, tag, color, offset) in _LINES.items():
             chosen = [
                 (row[key] / unit, row["top1"], match[1].capitalize())
                 for row in rows
@@ -197,9 +166,9 @@ def plot_tradeoff(path: str | os.PathLike) -> Path:
                 continue
             chosen.sort()
             across, up, _ = zip(*chosen, strict=True)
-            axes.plot(across, up, "o-", color=colour, markersize=4, linewidth=1.2, label=title)
+            axes.plot(across, up, "o-", color=color, markersize=4, linewidth=1.2, label=title)
             for x, y, name in chosen if offset else ():
-                axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=6.5, color=colour)
+                axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=6.5, color=color)
         ports = [(row[key] / unit, row["top1"]) for row in rows if row["tag"].startswith("tf_")]
         style = {"marker": "x", "color": "#bbbbbb", "s": 10, "linewidths": 0.8, "zorder": 0}
         axes.scatter(*zip(*ports, strict=True), label="timm's ports, as timm measures them", **style)
@@ -218,15 +187,15 @@ def plot_channels(
     """Draws how many channels of each block a pruned net keeps.
 
     Args:
-        whole: Dict from a block's name to `(expand, se, out)`, as `Architecture.widths`.
-        pruned: Likewise, of the pruned net.
-        path: Path of the picture, which ends in .svg, .png or .pdf. Its folder exists.
+        whole: Dict from block name to `(expand, se, out)`, as in `Architecture.widths`.
+        pruned: The same for the pruned net.
+        path: Path of the picture, which ends in .svg, .png or .pdf. Its folder must exist.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the path ends otherwise.
+        ValueError: If the path has another ending.
         OSError: If the picture cannot be written.
 
     Example:
@@ -240,16 +209,16 @@ def plot_channels(
     _check_picture(path)
     figure = figure_class()(figsize=(max(6, 0.36 * len(whole)), 4.6), layout="constrained")
     places = range(len(whole))
-    for axes, column, title, colour in zip(
+    for axes, column, title, color in zip(
         figure.subplots(2, 1, sharex=True),
         (0, 2),
         ("inside (expansion)", "out"),
-        (_COLOURS[3], _COLOURS[5]),
+        (_COLORS[3], _COLORS[5]),
         strict=True,
     ):
         before, after = ([widths[column] for widths in net.values()] for net in (whole, pruned))
         axes.bar(places, before, color="#dddddd", label="removed")
-        axes.bar(places, after, color=colour, label="kept")
+        axes.bar(places, after, color=color, label="kept")
         for place, (full, left) in enumerate(zip(before, after, strict=True)):
             if full:
                 axes.annotate(
@@ -263,8 +232,35 @@ def plot_channels(
     return _save(figure, path)
 
 
+def figure_class():
+    """Returns Matplotlib's class `Figure`.
+
+    Returns:
+        A class.
+
+    Raises:
+        ImportError: If Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Expected matplotlib, which draws the picture. Install it with: pip install matplotlib"
+        ) from error
+    return Figure
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix.lower() not in _SUFFIXES:
+        raise unknown("kind of picture", path.suffix or path.name, _SUFFIXES)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"Expected a folder for the picture. Received: {str(path.parent)!r}, which does not exist"
+        )
+
+
 def _draw(axes, description: dict, left: float, box: float) -> None:
-    """One model's column: a title, then a caption and a row of boxes per stage. The channels give a box its height."""
+    """Draws the column of a model: a title, then a caption and boxes per stage. The height of a box shows channels."""
     from matplotlib.patches import Rectangle
 
     macs = "" if description["macs"] is None else f", {description['macs'] / 1e9:.2f} G multiply-adds"
@@ -278,13 +274,13 @@ def _draw(axes, description: dict, left: float, box: float) -> None:
         axes.text(
             left, top - 0.09, f"{operator}{kernel}, {stage['channels']} channels{side}", fontsize=6.5, va="center"
         )
-        colour = _COLOURS[stage["kernel_size"] if "MBConv" in stage["operator"] else 1]
+        color = _COLORS[stage["kernel_size"] if "MBConv" in stage["operator"] else 1]
         tall = min(0.36, 0.08 + 0.026 * math.log2(stage["channels"]))
         for index in range(stage["layers"]):
             strided = index == 0 and stage["strides"] > 1
             place = (left + index * box, top)
             axes.add_patch(
-                Rectangle(place, box * 0.86, tall, facecolor=colour, alpha=1.0 if strided else 0.55, edgecolor="none")
+                Rectangle(place, box * 0.86, tall, facecolor=color, alpha=1.0 if strided else 0.55, edgecolor="none")
             )
             if box > 0.4 and "expand_filters" in stage:
                 inside = stage["expand_filters"][index] or "-"
@@ -298,3 +294,12 @@ def _draw(axes, description: dict, left: float, box: float) -> None:
                     ha="center",
                     va="center",
                 )
+
+
+def _save(figure, path: Path) -> Path:
+    import matplotlib
+
+    # Fixed identifiers and no date: the same call writes the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "keras_effnet"}):
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    return path

@@ -1,4 +1,4 @@
-"""Fixtures and settings of all tests."""
+"""Settings and fixtures of all tests."""
 
 import os
 import sys
@@ -8,22 +8,23 @@ import keras
 import pytest
 from helpers import ROOT, VARIANTS, make_shallow
 
-# A commit passes or fails: the same examples in each run. HYPOTHESIS_PROFILE=default looks for others.
+# Every run tests the same examples, so that a commit passes or fails. HYPOTHESIS_PROFILE=default draws new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-# Keras goes through L2's graph in 890 nested calls, to which pytest and its workers add theirs.
+# Keras goes through L2's graph in 890 nested calls. pytest and its workers add theirs.
 sys.setrecursionlimit(3000)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
-    """Every test starts from the same random values, whatever ran before it in its process."""
+    """Starts every test from the same random values, whatever ran before it in its process."""
     keras.utils.set_random_seed(0)
 
 
 @pytest.fixture
 def shallow(monkeypatch):
+    """Applies `make_shallow()` for one test."""
     for name, variant in VARIANTS.items():
         monkeypatch.setitem(VARIANTS, name, variant)
     make_shallow()
@@ -31,4 +32,5 @@ def shallow(monkeypatch):
 
 @pytest.fixture
 def photograph() -> str:
+    """Path of a photo of a cat."""
     return str(ROOT / "docs" / "cat.png")

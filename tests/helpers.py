@@ -1,4 +1,4 @@
-"""What the tests share: reference values, models filled with seeded weights, and the command in a process."""
+"""Shared by all tests: reference values, models filled with seeded weights, and the command in its own process."""
 
 import gc
 import json
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Or each process with JAX asks libtpu for a TPU, which one process at a time may do.
+# Otherwise, each process with JAX asks libtpu for a TPU, which only one process at a time may do.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import keras
@@ -22,7 +22,7 @@ from keras_effnet.weights.layouts import LAYOUTS
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
-gc.freeze()  # what was imported stays: looking through it took an eighth of the tests' time
+gc.freeze()  # imported modules stay: collecting garbage among them took an eighth of the tests' time
 sys.path.insert(0, str(GOLDEN))
 
 from seeded_weights import image as image  # noqa: E402
@@ -31,7 +31,7 @@ from seeded_weights import seeded as seeded  # noqa: E402
 BACKEND = keras.backend.backend()
 
 
-# Options of `keras-effnet train digits_demo` for a run of seconds.
+# Options that make `keras-effnet train digits_demo` run for seconds.
 SHORT = [
     "--epochs",
     "0.5",
@@ -52,7 +52,7 @@ SHORT = [
 
 
 def modules() -> list[str]:
-    """Names of all modules of the package."""
+    """Returns the names of all modules of the package."""
     folders = {
         "keras_effnet": ROOT / "keras_effnet",
         "keras_effnet.tpu": ROOT / "tpu",
@@ -67,11 +67,12 @@ def modules() -> list[str]:
 
 
 def golden(name: str) -> dict:
+    """Loads a JSON file of reference values from tests/golden."""
     return json.loads((GOLDEN / name).read_text())
 
 
 def fill(model: keras.Model) -> keras.Model:
-    """Gives every variable the seeded value of its name in the original."""
+    """Sets every variable to the seeded value of its name in the original."""
     reading = inspection.read(model)
     names = variable_names.foreign_names(reading.architecture, naming_tables.TPU, reading.channels, reading.classes)
     for (layer, variable), name in names.items():
@@ -81,13 +82,13 @@ def fill(model: keras.Model) -> keras.Model:
 
 
 def seeded_as(scope: str, name: variable_names.Name) -> np.ndarray:
-    """Our array of what the original's variable of that name is filled with."""
+    """Returns the seeded value of a variable of the original, in Keras' layout."""
     layout = LAYOUTS[name.layout]
     return layout.to_keras(seeded(f"{scope}/{name.foreign}", layout.from_keras(np.empty(name.shape)).shape), name.shape)
 
 
 def save_checkpoint(prefix, tensors: dict[str, np.ndarray]) -> str:
-    """Writes a checkpoint as the original does, with TensorFlow's own Saver of TensorFlow 1."""
+    """Saves a checkpoint as the original does, with the Saver of TensorFlow 1."""
     import tensorflow as tf
 
     v1 = tf.compat.v1
@@ -98,7 +99,7 @@ def save_checkpoint(prefix, tensors: dict[str, np.ndarray]) -> str:
 
 
 def lite0_package() -> Path:
-    """The genuine weights of Lite0, as their package has them."""
+    """Returns the path of Lite0's genuine weights in their package."""
     from importlib.metadata import distribution
 
     from keras_effnet.weights import registry
@@ -108,20 +109,22 @@ def lite0_package() -> Path:
 
 
 def run(model: keras.Model, x) -> np.ndarray:
-    # JAX compiles an eager call operation by operation; the others compile a model more slowly than they run it once.
+    """Returns the outputs of a model for a batch, as NumPy arrays."""
+    # JAX compiles an eager call operation by operation. The others compile a model more slowly than they run it once.
     outputs = model.predict_on_batch(x) if BACKEND == "jax" else model(keras.ops.convert_to_tensor(x), training=False)
     return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
 
 
 def same_weights(one: keras.Model, other: keras.Model) -> bool:
+    """Returns whether the weights of two models are equal, bit by bit."""
     pairs = zip(one.get_weights(), other.get_weights(), strict=True)
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
 def make_shallow() -> None:
-    """Leaves the tables' nets one block in each stage, two in the second: where depth is not what a test is about.
+    """Reduces all variants to one block per stage, and two in the second, for tests that do not depend on depth.
 
-    Tracing and compiling a training step takes a third to half of the time.
+    Tracing and compiling a training step then takes a third to half of the time.
     """
     for name, variant in VARIANTS.items():
         numbered = enumerate(variant.stages)
@@ -130,7 +133,7 @@ def make_shallow() -> None:
 
 
 def trained(model):
-    """Statistics and scales as training leaves them: far from 0 and 1."""
+    """Sets batch-norm statistics and scales far from 0 and 1, as after training, and returns the model."""
     random = np.random.default_rng(0)
     for weight in model.weights:
         if weight.name in ("gamma", "moving_variance"):
@@ -141,7 +144,7 @@ def trained(model):
 
 
 def command(*arguments, cwd=None, **environment):
-    """Runs `keras-effnet` in a process of its own."""
+    """Runs `keras-effnet` in its own process."""
     line = [str(Path(sys.executable).parent / "keras-effnet"), *map(str, arguments)]
     return subprocess.run(
         line, capture_output=True, text=True, cwd=cwd, env={**os.environ, "KERAS_BACKEND": BACKEND, **environment}

@@ -1,6 +1,6 @@
-"""The command, with a net of three blocks in its tables: `python tests/mini.py train --model.name efficientnet-mini`.
+"""The command with a net of three blocks: `python tests/mini.py train --model.name efficientnet-mini`.
 
-It starts in a fifth of Lite0's time, and has all that there is in B0: expansion, squeeze-and-excite, drop connect.
+The net starts in a fifth of Lite0's time and has all parts of B0: expansion, squeeze-and-excite, drop connect.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Descriptions equal the models that they describe, and the paper's table."""
+"""Descriptions and plots match the models that they describe, and the paper's table."""
 
 import math
 import xml.etree.ElementTree as ElementTree
@@ -68,7 +68,7 @@ def test_macs_agree_with_the_layers_own_shapes(name):
     model = ke.create_model(name, weights=None, input_shape=(97, 131, 3))
     total = 0
     for layer in model.layers:
-        if isinstance(layer, ke.CondConv2D | ke.DepthwiseCondConv2D):  # mixes kernels, then convolves with one
+        if isinstance(layer, ke.CondConv2D | ke.DepthwiseCondConv2D):  # sums up the kernels, then convolves once
             pixels = layer.output.shape[1] * layer.output.shape[2]
             total += (pixels + layer.num_experts) * math.prod(layer.kernel.shape[1:])
         elif isinstance(layer, keras.layers.Dense):
@@ -84,7 +84,7 @@ def test_macs_agree_with_the_layers_own_shapes(name):
 def test_plots_show_every_model_and_stage(tmp_path):
     path = ke.plot([f"efficientnet-b{n}" for n in range(8)], tmp_path / "family.svg")
     root = ElementTree.parse(path).getroot()
-    # Text is drawn as shapes, each with its text in a comment beside it.
+    # Text is drawn as shapes, with the text itself in a comment.
     text = path.read_text()
     assert root.tag.endswith("svg")
     for number in range(8):

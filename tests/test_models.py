@@ -1,4 +1,7 @@
-"""The models as Keras users meet them. Runs on any backend: test_backends.py repeats it on the others."""
+"""Models compute the original's outputs and take the arguments of keras.applications.
+
+Runs on any backend: tests/project/test_backends.py repeats it on the others.
+"""
 
 import json
 
@@ -23,7 +26,7 @@ ORIGINALS = {
 
 
 def original(file, folder, **kwargs):
-    """Our model with the original's variables, by way of a checkpoint in its names, and its reference values."""
+    """Returns our model, loaded from a checkpoint of the original's variables, and the reference values."""
     reference = golden(f"tpu/{file}.json")
     model = ke.create_model(
         file.lower(),
@@ -39,7 +42,7 @@ def original(file, folder, **kwargs):
 
 
 def logits_error(model, reference):
-    """Largest difference of the logits over their standard deviation."""
+    """Returns the largest difference of the logits over their standard deviation."""
     ours, expected = run(model, image(224)), reference["golden"]
     first = np.abs(ours[:, :16] - expected["logits_first16"]).max()
     norm = np.abs(np.linalg.norm(ours, axis=1) - expected["logits_l2"]).max() / ours.shape[1] ** 0.5
@@ -197,7 +200,7 @@ def test_input_tensor_and_two_models_in_one_graph():
     assert run(joined, image(32)).shape == (2, 2560)
     third = ke.EfficientNetB0(weights=None, include_top=False, input_tensor=inputs, name="right")
     assert third.get_layer("right_1_stem_conv")
-    fill(right)  # weights are found behind the prefix
+    fill(right)  # finds the layers despite the prefix
     assert np.abs(run(joined, image(32))[:, 1280:] - run(right, image(32))).max() < 1e-4
     nested = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.RandomFlip(), left])
     assert nested.output_shape == (None, 1280)
@@ -248,7 +251,7 @@ def test_training_by_fit_learns_and_moves_every_variable(name):
     keras.utils.set_random_seed(0)
     rates = {"drop_connect_rate": 0.0, "dropout_rate": 0.0}
     model = ke.create_model(name, weights=None, input_shape=SMALL, classes=2, **rates)
-    # Small steps: where batch norm sees 16 values of a map of one position, the loss' slope is in the thousands.
+    # Small steps: with batch norm over 16 values of a map of one position, the slope of the loss is in the thousands.
     model.compile(keras.optimizers.Adam(3e-7), "sparse_categorical_crossentropy")
     before = model.get_weights()
     y = np.arange(16) % 2
@@ -265,7 +268,7 @@ def test_training_by_fit_learns_and_moves_every_variable(name):
 )
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("float64", 1e-12)])
 def test_mixed_experts_see_one_example_each(dtype, bound):
-    """In another order, among other neighbours and in a last batch of its own, an example's logits stay."""
+    """An example's logits do not depend on its position, on the other examples, or on the batch size."""
     model = ke.EfficientNetCondConvB0x8(weights=None, input_shape=(64, 64, 3), classifier_activation=None, dtype=dtype)
     x = 255 * np.random.default_rng(0).random((5, 64, 64, 3)).astype(dtype)
     y, order = run(fill(model), x), [3, 0, 4, 1, 2]
@@ -319,7 +322,7 @@ WRONG = {
     "tensor": (lambda: ke.EfficientNetB0(weights=None, input_tensor=np.zeros((1, 32, 32, 3))), "Keras tensor"),
     "tensor and shape": (
         lambda: ke.EfficientNetB0(weights=None, input_tensor=keras.Input(SMALL), input_shape=(64, 64, 3)),
-        "input_shape of",
+        "the shape of input_tensor",
     ),
     "preprocessing": (lambda: ke.EfficientNetB0(weights=None, preprocessing="imagnet"), "Nearest: 'imagenet'"),
     "preprocessing pair": (lambda: ke.EfficientNetB0(weights=None, preprocessing=(1, 2, 3)), "a pair (scale, offset)"),

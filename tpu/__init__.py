@@ -1,4 +1,4 @@
-"""Training on Cloud TPU, GPUs and laptops. Installed as `keras_effnet.tpu`."""
+"""Training on Cloud TPUs, GPUs and laptops. Installed as `keras_effnet.tpu`."""
 
 import lazy_loader
 

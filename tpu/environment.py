@@ -1,4 +1,4 @@
-"""What the environment says of the devices: a TPU, and the other processes of a run."""
+"""Reads from the environment whether there is a TPU, and the processes of a run."""
 
 import os
 from glob import glob
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 
 def has_tpu() -> bool:
-    """Whether this machine has a TPU, and its library; or the environment names one.
+    """Returns whether libtpu is installed, and this machine has a TPU or the environment names one.
 
     Returns:
         Boolean.
@@ -16,35 +16,35 @@ def has_tpu() -> bool:
 
 
 def without_tpu() -> None:
-    """Keeps libtpu quiet on a machine that has no TPU.
+    """Keeps libtpu quiet on a machine without a TPU.
 
-    It would ask the network what machine this is, and belong to one process at a time.
+    Otherwise it queries the network for the kind of machine, and only one process at a time can use it.
     """
     if has_tpu():
         return
-    told = {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-8", "WORKER_HOSTNAMES": "localhost"}
-    told |= {"WORKER_ID": "0", "LOG_DIR": "disabled", "MIN_LOG_LEVEL": "3", "STDERR_LOG_LEVEL": "3"}
-    for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **{f"TPU_{name}": told[name] for name in told}}.items():
+    values = {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-8", "WORKER_HOSTNAMES": "localhost"}
+    values |= {"WORKER_ID": "0", "LOG_DIR": "disabled", "MIN_LOG_LEVEL": "3", "STDERR_LOG_LEVEL": "3"}
+    for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **{f"TPU_{name}": values[name] for name in values}}.items():
         os.environ.setdefault(name, value)
 
 
 def processes() -> tuple[str, int, int] | None:
-    """Who the processes of a run on JAX are, by Keras' variables KERAS_DISTRIBUTION_*.
+    """Reads the processes of a run on JAX from Keras' variables KERAS_DISTRIBUTION_*.
 
     Returns:
-        Tuple of the first one's address, this one's number and how many there are. None where nothing is said.
+        Tuple of the address of the first process, the number of this one and their count. None if no variable is set.
 
     Raises:
-        ValueError: If the environment says half of it, or a number that is none of theirs.
+        ValueError: If only some of the variables are set, or this process' number is out of range.
     """
     names = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
-    addresses, count, index = told = [os.environ.get(f"KERAS_DISTRIBUTION_{name}", "") for name in names]
-    if not any(told):
+    addresses, count, index = values = [os.environ.get(f"KERAS_DISTRIBUTION_{name}", "") for name in names]
+    if not any(values):
         return None
     if not (addresses and count.isdecimal() and index.isdecimal()):
         raise ValueError(
             "Expected KERAS_DISTRIBUTION_JOB_ADDRESSES=host:port of the first process, _NUM_PROCESSES and _PROCESS_ID. "
-            f"Received: {', '.join(map(repr, told))}"
+            f"Received: {', '.join(map(repr, values))}"
         )
     if int(index) >= int(count):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From a recipe to its model, its learner and the model that the run exports."""
+"""Builds the model and the learner of a recipe, and the model that a run exports."""
 
 import dataclasses
 from typing import Any
@@ -15,29 +15,29 @@ from keras_effnet.tpu.step.learner import Learner
 
 
 def policy(run: Run, machine) -> str:
-    """In what the layers of a run compute.
+    """Returns the dtype policy of the layers of a run.
 
     Args:
         run: `Run`.
         machine: `Devices` of a runner.
 
     Returns:
-        String, a name of a `keras.DTypePolicy`.
+        String, name of a `keras.DTypePolicy`.
     """
     low = run.precision == "mixed_bfloat16" or (run.precision == "auto" and machine.is_tpu)
     return "mixed_bfloat16" if low else "float32"
 
 
 def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
-    """The model of a recipe with the values that its training starts from; it gives logits.
+    """Builds the model of a recipe, with the values that its training starts from.
 
     Args:
         recipe: `Recipe`.
-        classes: Integer.
+        classes: Integer, number of classes.
         dtype: String, dtype or policy of the layers.
 
     Returns:
-        A `keras.Model`.
+        A `keras.Model` that returns logits.
     """
     how, donor = recipe.model, None
     scheme: Any = how.preprocessing
@@ -59,8 +59,9 @@ def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
     for layer in donor.layers if donor else ():
         model.get_layer(layer.name).set_weights(layer.get_weights())
     if donor and not how.keep_top:
-        # The usual start, up to 1 / sqrt(classes), is of nets without weights: with few classes its gradients undo
-        # what the body has learned. Zeros, as in Big Transfer (arXiv 1912.11370, its code's `zero_head`).
+        # Zeros, as in Big Transfer (arXiv 1912.11370, `zero_head` in its code). The usual random values, up to
+        # 1 / sqrt(classes), are meant for nets without weights: with few classes, their gradients undo what the body
+        # has learned.
         classifier: Any = model.get_layer("predictions")
         classifier.set_weights([np.zeros_like(values) for values in classifier.get_weights()])
     for layer in model.layers:
@@ -83,18 +84,18 @@ def _shape(recipe: Recipe) -> dict[str, Any]:
 
 
 def _scheme(model: keras.Model) -> tuple[Any, Any]:
-    """What a model does with pixels: scale and offset."""
+    """Returns scale and offset of a model's pixel normalization."""
     reading = inspection.read(model)
     return reading.scale, reading.offset
 
 
 def make_learner(model: keras.Model, recipe: Recipe, steps_per_epoch: float, total: int) -> Learner:
-    """Loss, optimizer, schedule and average of a recipe.
+    """Builds the learner of a recipe: its loss, optimizer, schedule and moving average.
 
     Args:
-        model: A `keras.Model` that gives logits.
+        model: A `keras.Model` that returns logits.
         recipe: `Recipe`.
-        steps_per_epoch: Float.
+        steps_per_epoch: Float, images divided by the global batch, not rounded.
         total: Integer, steps of the whole run.
 
     Returns:
@@ -116,16 +117,16 @@ def make_learner(model: keras.Model, recipe: Recipe, steps_per_epoch: float, tot
 
 
 def export(recipe: Recipe, classes: int, learner: Learner, state) -> keras.Model:
-    """A plain model with the moving average of all variables.
+    """Builds a plain model with the moving average of all variables.
 
     Args:
         recipe: `Recipe`.
-        classes: Integer.
+        classes: Integer, number of classes.
         learner: `Learner`.
-        state: `State`, or what else has its `averages`.
+        state: `State`, or any object with its `averages`.
 
     Returns:
-        A `keras.Model` that gives probabilities.
+        A `keras.Model` that returns probabilities.
     """
     scheme = _scheme(learner.model)
     model = models.create_model(

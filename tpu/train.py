@@ -1,4 +1,4 @@
-"""Trains one recipe on whatever devices there are. Read top to bottom."""
+"""Trains a recipe on the devices of this machine. Read `_train()` for the steps of a run."""
 
 import atexit
 import contextlib
@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -18,7 +20,7 @@ import tensorflow as tf
 
 from keras_effnet.errors import one_of
 from keras_effnet.nets.variants import VARIANTS
-from keras_effnet.tpu.config import Recipe, to_json
+from keras_effnet.tpu.config import Recipe, Run, to_json
 from keras_effnet.tpu.from_recipe import build, export, make_learner, policy
 from keras_effnet.tpu.input import pipeline
 from keras_effnet.tpu.input.skipped import Skipped
@@ -26,11 +28,12 @@ from keras_effnet.tpu.input.sources import Source, open_source
 from keras_effnet.tpu.reports import html_report
 from keras_effnet.tpu.reports.progress import Log
 from keras_effnet.tpu.resume import cloud_files, lock, stops
-from keras_effnet.tpu.resume.changes import changes_of, check_allowed, other_devices
+from keras_effnet.tpu.resume.changes import changes_of, check_allowed, check_runner, other_devices
 from keras_effnet.tpu.resume.checkpoints import Checkpoints, full, steps
 from keras_effnet.tpu.step import replicas
+from keras_effnet.tpu.step.learner import Learner
 
-# What moves the arrays about, by Keras' backend: the devices, and the step on them. The rest is the same.
+# The module that computes steps on devices, by Keras' backend. Everything else is shared.
 RUNNERS = {"tensorflow": "keras_effnet.tpu.runners.tensorflow_runner", "jax": "keras_effnet.tpu.runners.jax_runner"}
 
 runner: Any = importlib.import_module(RUNNERS[one_of("KERAS_BACKEND for training", keras.backend.backend(), RUNNERS)])
@@ -38,7 +41,7 @@ runner: Any = importlib.import_module(RUNNERS[one_of("KERAS_BACKEND for training
 
 @contextlib.contextmanager
 def _plainly():
-    """An error of TensorFlow's, as of a storage that refuses, or of the devices is told like any other."""
+    """Turns errors of TensorFlow, such as those of a storage, and of the devices into a `ValueError`."""
     try:
         yield
     except (tf.errors.OpError, *runner.ERRORS) as error:
@@ -49,29 +52,29 @@ def _plainly():
 def train(
     recipe: Recipe, workdir: str | os.PathLike, quiet: bool = False, allow_changes: bool = False
 ) -> dict[str, Any]:
-    """Trains a recipe, or goes on with one that was interrupted, with Keras' backend: TensorFlow or JAX.
+    """Trains a recipe, or resumes its training, with Keras' backend: TensorFlow or JAX.
 
-    The folder then holds config.json, checkpoints, metrics.jsonl, TensorBoard's files, skipped-*.jsonl (what could not
-    be read), model.keras with the moving average of all variables, best.keras with the best ones seen where those are
+    Leaves in the folder: config.json, checkpoints, metrics.jsonl, TensorBoard's files, skipped-*.jsonl (unreadable
+    images), model.keras with the moving average of all variables, best.keras with the best moving average if that is
     not the last, report.html and result.json.
 
-    SIGTERM and Ctrl-C save the state after the step that is being done, and end the process.
+    SIGTERM and Ctrl-C save the state after the current step and end the process.
 
     Args:
         recipe: `Recipe`.
-        workdir: Path of a folder, which may be on Cloud Storage (`gs://`). All hosts have to see it.
+        workdir: Path of the run folder, which may be on Cloud Storage (`gs://`). All hosts have to see it.
         quiet: Boolean, whether to show no progress. Defaults to False.
-        allow_changes: Boolean, whether a run goes on with another recipe than it had. Defaults to False.
+        allow_changes: Boolean, whether to resume even if the recipe has changed. Defaults to False.
 
     Returns:
-        Dict of what stands in result.json: `steps`, `top1` and `top5` (shares), the same of the moving average
-        (`ema_top1`, ...), the step that was the best and its top-1, `images_per_second` and more.
+        Dict, the content of result.json: `steps`, `top1` and `top5` (as shares), the same of the moving average
+        (`ema_top1`, ...), the best step and its top-1, `images_per_second` and more.
 
     Raises:
-        ValueError: If the recipe does not fit the data, the devices, or the run that is in the folder; if another
-            run uses the folder; or if the loss is no longer finite.
-        OSError: If there is no room on the disk.
-        SystemExit: With status 75 after SIGTERM, or if another host was lost: the same call goes on. With 130 after
+        ValueError: If the recipe does not fit the data, the devices or the run in the folder; if another run uses the
+            folder; or if the loss is not finite.
+        OSError: If the disk is full.
+        SystemExit: With status 75 after SIGTERM or when another host is lost: the same call resumes. With 130 after
             Ctrl-C.
 
     Example:
@@ -92,20 +95,60 @@ def train(
             watch = stack.enter_context(stops.Watch())
             tf.io.gfile.makedirs(workdir)
             if index == 0:
-                taken = f"Another run has taken {workdir} over: this one stops, and saves nothing more"
+                taken = f"Another run has taken over {workdir}. This run stops and saves nothing more"
                 stack.enter_context(lock.locked(workdir, lambda: stops.at_once(2, taken)))
             return _train(recipe, workdir, quiet, allow_changes, watch, stack)
-    except KeyboardInterrupt:  # before the first step; then the watch takes it
-        raise _ended(stops.INTERRUPTED, "Stopped before the first step") from None
+    except KeyboardInterrupt:  # before the first step; from then on the watch catches Ctrl-C
+        raise _ended(stops.INTERRUPTED, f"Stopped before the first step. {stops.RESUME}") from None
     except Exception as error:
         lost = runner.is_lost(error)
         if runner.WAITS and hosts > 1:
             atexit.register(_leave, stops.AGAIN if lost else 2)
         if lost:
-            raise _ended(stops.AGAIN, "Lost another host. Start all: they go on from the last checkpoint") from error
+            message = "Lost another host. Run the same command again on all hosts to resume from the last checkpoint"
+            raise _ended(stops.AGAIN, message) from error
         if plain := full(error, workdir):
             raise plain from error
         raise
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the parts of a run share.
+
+    Args:
+        recipe: `Recipe`.
+        workdir: String, path of the run folder.
+        host: `pipeline.Host`, this machine.
+        machine: `Devices` of the runner.
+        source: `Source`.
+        size: Integer, height and width of an image in pixels.
+        classes: Integer, number of classes.
+        steps_per_epoch: Float, images divided by the global batch, not rounded, as in the original.
+        total: Integer, steps of the whole run.
+        accounts: Dict of the `Skipped` of `"train"` and `"eval"`, which are added when they begin to read.
+    """
+
+    recipe: Recipe
+    workdir: str
+    host: pipeline.Host
+    machine: Any
+    source: Source
+    size: int
+    classes: int
+    steps_per_epoch: float
+    total: int
+    accounts: dict[str, Skipped] = field(default_factory=dict)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this host writes the files of the run."""
+        return self.host.index == 0
+
+    def account(self, name: str, path: str | None, examples: int) -> Skipped:
+        """Opens the account of the examples that cannot be read."""
+        self.accounts[name] = Skipped(path, examples, self.recipe.data.max_corrupt)
+        return self.accounts[name]
 
 
 def _train(
@@ -116,215 +159,311 @@ def _train(
     watch: stops.Watch,
     stack: contextlib.ExitStack,
 ) -> dict[str, Any]:
-    index, hosts = runner.place()
-    writes = index == 0
+    host = pipeline.Host(*runner.place())
 
-    # The recipe is written down before anything else happens; that of a run that is there, once it is known to fit.
-    goes_on = bool(steps(f"{workdir}/checkpoints"))
-    changes = changes_of(recipe, workdir) if goes_on else []
-    if goes_on:
-        _check_runner(workdir)
+    # The recipe is saved before anything else happens. That of an existing run stays until this one is known to fit.
+    resumes = bool(steps(f"{workdir}/checkpoints"))
+    changes = changes_of(recipe, workdir) if resumes else []
+    if resumes:
+        check_runner(runner.NAME, workdir)
     check_allowed(changes, allow_changes, workdir)
-    if writes and not goes_on:
+    if host.index == 0 and not resumes:
         _write_config(recipe, workdir, runner=runner.NAME)
 
-    # Devices. Everything below is the same for one processor and for a slice of TPUs.
-    if recipe.run.deterministic:
-        keras.utils.set_random_seed(recipe.run.seed)  # which TensorFlow then asks for
-        tf.config.experimental.enable_op_determinism()
-    machine = runner.connect(recipe.run)
+    # From here on, one processor and a slice of TPUs are the same.
+    machine = _connect(recipe.run)
     watch.hold()
-    count = machine.count
-    _check_batches(recipe, count)
-    group = replicas.group_size(count, recipe.run.batch_norm_group)
-    devices = {"replicas": count, "hosts": hosts, "images_per_statistics": recipe.batch_size // count * group}
-    if goes_on:
+    group, devices = _divide(recipe, machine.count, host.count)
+    if resumes:
         changes += other_devices(devices, workdir)
         check_allowed(changes, allow_changes, workdir)
 
-    # What is trained on what.
+    job = _open_data(recipe, workdir, host, machine)
+    learner, state, step = _build(job, group)
+    trainer = machine.trainer(learner, state, step, _train_batches(job, step), recipe.batch_size, recipe.run.xla)
+    stack.callback(trainer.close)
+    evaluator = machine.evaluator(learner, state, trainer, _eval_batches(job), recipe.run.eval_raw)
+
+    log = Log(workdir, recipe.batch_size, job.total, quiet, job.writes)
+    checkpoints = _open_checkpoints(job, machine.files(step, trainer, learner, state), step)
+    done = _restore(job, checkpoints, log)
+    if job.writes:
+        numbers = {"image_size": job.size, "classes": job.classes, "steps": job.total}
+        numbers |= {"steps_per_epoch": job.steps_per_epoch, "peak": recipe.peak}
+        _write_config(recipe, workdir, **numbers, **devices, runner=runner.NAME)
+    for change in changes:
+        log.note(f"From step {done} on: {change}")
+    if done >= job.total and tf.io.gfile.exists(f"{workdir}/result.json") and not changes:
+        return json.loads(tf.io.gfile.GFile(f"{workdir}/result.json").read())
+    if job.writes and changes:
+        _remove_outdated(workdir, changes)
+
+    watch.begin(lambda: trainer.stop.assign(1.0))
+    stack.enter_context(contextlib.redirect_stdout(log.text))  # orbit prints what it does
+    controller = _controller(job, trainer, evaluator, step, checkpoints, log)
+    log.begin(done)
+    stack.callback(log.end)
+    with _explained(job, step, checkpoints, log, watch):
+        done = _loop(job, controller, checkpoints, log, done)
+    return _save_results(job, learner, state, checkpoints, log, done)
+
+
+def _connect(run: Run) -> Any:
+    if run.deterministic:
+        keras.utils.set_random_seed(run.seed)  # TensorFlow then requires a seed
+        tf.config.experimental.enable_op_determinism()
+    return runner.connect(run)
+
+
+def _divide(recipe: Recipe, count: int, hosts: int) -> tuple[int, dict[str, int]]:
+    """Divides the batch over the replicas. Returns how many share batch statistics, and numbers for config.json."""
+    for name, size in (("batch_size", recipe.batch_size), ("run.eval_batch", recipe.run.eval_batch or count)):
+        if size < 1 or size % count:
+            raise ValueError(f"Expected {name} to be a multiple of the {count} replicas. Received: {size}")
+    group = replicas.group_size(count, recipe.run.batch_norm_group)
+    return group, {"replicas": count, "hosts": hosts, "images_per_statistics": recipe.batch_size // count * group}
+
+
+def _open_data(recipe: Recipe, workdir: str, host: pipeline.Host, machine: Any) -> _Job:
+    """Opens the data set, from which the numbers of the run follow."""
     counts = f"{workdir}/records.json"
-    source = open_source(recipe.data, cache=counts if writes or tf.io.gfile.exists(counts) else None)
+    source = open_source(recipe.data, cache=counts if host.index == 0 or tf.io.gfile.exists(counts) else None)
     size = recipe.model.image_size or VARIANTS[recipe.model.name].resolution
     classes = recipe.data.classes or source.classes
     if classes < source.classes:
-        raise ValueError(f"Expected data.classes of at least the {source.classes} that there are. Received: {classes}")
-    steps_per_epoch = source.train_count / recipe.batch_size  # a float, as in the original
+        raise ValueError(
+            f"Expected data.classes to be at least {source.classes}, as there are in the data. Received: {classes}"
+        )
+    steps_per_epoch = source.train_count / recipe.batch_size
     total = int(recipe.epochs * steps_per_epoch)
     if total < 1:
         raise ValueError(
             f"Expected at least one step: epochs * {source.train_count} images / batch_size. Received: "
             f"epochs={recipe.epochs:g}, batch_size={recipe.batch_size}"
         )
-    numbers = {"image_size": size, "classes": classes, "steps": total, "steps_per_epoch": steps_per_epoch}
+    return _Job(recipe, workdir, host, machine, source, size, classes, steps_per_epoch, total)
 
-    # The model and all that a step changes are made together, where the devices want it.
+
+def _build(job: _Job, group: int) -> tuple[Learner, Any, tf.Variable]:
+    """Builds the model and all that a step changes. Returns learner, state, and the number of steps done."""
+    recipe, machine = job.recipe, job.machine
     with machine.scope():
         keras.utils.set_random_seed(recipe.run.seed)
-        model = build(recipe, classes, policy(recipe.run, machine))
+        model = build(recipe, job.classes, policy(recipe.run, machine))
         model = machine.adapted(model, group, recipe.run.fused)
-        learner = make_learner(model, recipe, steps_per_epoch, total)
+        learner = make_learner(model, recipe, job.steps_per_epoch, job.total)
         state = machine.variables(learner)
-    step = orbit.utils.create_global_step()
+    return learner, state, orbit.utils.create_global_step()
 
-    # Data. Each host reads its own part, from where the restored step left it.
-    accounts: dict[str, Skipped] = {}
 
-    def account(name: str, path: str | None, examples: int) -> Skipped:
-        accounts[name] = Skipped(path, examples, recipe.data.max_corrupt)
-        return accounts[name]
+def _train_batches(job: _Job, step: tf.Variable) -> Callable[[], Iterator]:
+    """Returns a function that starts to read the training data where the restored step left it."""
 
-    def train_batches():
-        def part(host: pipeline.Host, parts: int, python: bool):
-            batch, path = recipe.batch_size // host.count, f"{workdir}/skipped-{host.index}.jsonl"
-            if not step.numpy() and tf.io.gfile.exists(path):
-                tf.io.gfile.remove(path)  # of a run that did not come to its first checkpoint
-            skipped = account("train", path, source.train.count(host.index, host.count)) if python else None
-            start = int(step.numpy()) * batch
-            return pipeline.training(source, recipe, size, batch, skipped, parts=parts, start=start, host=host)
+    def part(host: pipeline.Host, parts: int, python: bool):
+        batch, path = job.recipe.batch_size // host.count, f"{job.workdir}/skipped-{host.index}.jsonl"
+        if not step.numpy() and tf.io.gfile.exists(path):
+            tf.io.gfile.remove(path)  # left by a run that ended before its first checkpoint
+        skipped = job.account("train", path, job.source.train.count(host.index, host.count)) if python else None
+        start = int(step.numpy()) * batch
+        return pipeline.training(job.source, job.recipe, job.size, batch, skipped, parts=parts, start=start, host=host)
 
-        return iter(machine.batches(part))
+    return lambda: iter(job.machine.batches(part))
 
-    def evaluated(host: pipeline.Host, parts: int, python: bool):
-        batch = (recipe.run.eval_batch or recipe.batch_size) // host.count
-        skipped = account("eval", None, source.evaluate.evaluated(host.index, host.count)) if python else None
-        return pipeline.evaluation(source, recipe, size, batch, skipped, parts=parts, host=host)
 
-    @functools.cache  # TensorFlow never frees a pipeline's functions: one for all evaluations
-    def evaluation():
-        return machine.batches(evaluated)
+def _eval_batches(job: _Job) -> Callable[[], Iterator]:
+    """Returns a function that starts to read the evaluation data."""
 
-    def eval_batches():
-        batches = evaluation()
-        if "eval" in accounts:
-            accounts["eval"].forget()
-        return iter(batches)
+    def part(host: pipeline.Host, parts: int, python: bool):
+        batch = (job.recipe.run.eval_batch or job.recipe.batch_size) // host.count
+        skipped = job.account("eval", None, job.source.evaluate.evaluated(host.index, host.count)) if python else None
+        return pipeline.evaluation(job.source, job.recipe, job.size, batch, skipped, parts=parts, host=host)
 
-    trainer = machine.trainer(learner, state, step, train_batches, recipe.batch_size, recipe.run.xla)
-    stack.callback(trainer.close)
-    evaluator = machine.evaluator(learner, state, trainer, eval_batches, recipe.run.eval_raw)
+    @functools.cache  # TensorFlow never frees the functions of a pipeline, so all evaluations share one
+    def batches():
+        return job.machine.batches(part)
 
-    # Checkpoints. Restored: the newest whole one in the folder, else what the model was built with.
-    log = Log(workdir, recipe.batch_size, total, quiet, writes)
-    checkpoints = Checkpoints(
-        f"{workdir}/checkpoints",
-        machine.files(step, trainer, learner, state),
+    def start():
+        found = batches()
+        if "eval" in job.accounts:
+            job.accounts["eval"].forget()
+        return iter(found)
+
+    return start
+
+
+def _open_checkpoints(job: _Job, form: Any, step: tf.Variable) -> Checkpoints:
+    run = job.recipe.run
+    return Checkpoints(
+        f"{job.workdir}/checkpoints",
+        form,
         step,
-        keep=recipe.run.keep,
-        every=max(1, round(recipe.run.save_every * steps_per_epoch)),
-        minutes=recipe.run.save_minutes,
-        writes=writes,
+        keep=run.keep,
+        every=max(1, round(run.save_every * job.steps_per_epoch)),
+        minutes=run.save_minutes,
+        writes=job.writes,
     )
+
+
+def _restore(job: _Job, checkpoints: Checkpoints, log: Log) -> int:
+    """Restores the newest readable checkpoint, if there is one. Returns its step, else 0."""
     done = checkpoints.restore(log.note)
-    if machine.total(done) != done * hosts:
+    if job.machine.total(done) != done * job.host.count:
         raise ValueError(
-            f"Expected all hosts to see the same checkpoints in {workdir!r}. Received: this one goes on after step "
-            f"{done}, and another one does not"
+            f"Expected all hosts to see the same checkpoints in {job.workdir!r}. Received: step {done} on this host, "
+            "another step on another host"
         )
-    if writes:
-        _write_config(recipe, workdir, **numbers, peak=recipe.peak, **devices, runner=runner.NAME)
-    for change in changes:
-        log.note(f"From step {done} on: {change}")
-    result_path = f"{workdir}/result.json"
-    if done >= total and tf.io.gfile.exists(result_path) and not changes:
-        return json.loads(tf.io.gfile.GFile(result_path).read())
-    if writes:
-        # What other data lacked, or other hosts did, says nothing; and an end that is no longer the end is none.
-        stale = ["skipped-*.jsonl"] if any(told.startswith(("data.", "hosts ")) for told in changes) else []
-        for name in [*stale, "result.json", "model.keras", "best.keras", "report.html"] if changes else []:
-            for path in tf.io.gfile.glob(f"{workdir}/{name}"):
-                tf.io.gfile.remove(path)
+    return done
 
-    # Loop.
-    every = max(1.0, recipe.run.eval_every * steps_per_epoch)
 
-    def next_stop(after: int) -> int:
-        return next(min(total, int(n * every)) for n in itertools.count(int(after / every)) if int(n * every) > after)
+def _remove_outdated(workdir: str, changes: list[str]) -> None:
+    """Removes the results of the run before its changes."""
+    names = ["result.json", "model.keras", "best.keras", "report.html"]
+    if any(change.startswith(("data.", "hosts ")) for change in changes):  # other examples could not be read
+        names.insert(0, "skipped-*.jsonl")
+    for name in names:
+        for path in tf.io.gfile.glob(f"{workdir}/{name}"):
+            tf.io.gfile.remove(path)
 
-    def save() -> None:
-        checkpoints.save(log.best)
+
+def _controller(job: _Job, trainer, evaluator, step: tf.Variable, checkpoints: Checkpoints, log: Log):
+    loop = job.recipe.run.steps_per_loop
 
     def trained(metrics) -> None:
-        log.trained(int(step.numpy()), metrics)
-        if checkpoints.due() or int(step.numpy()) == total:
-            save()
+        done = int(step.numpy())
+        log.trained(done, metrics)
+        if checkpoints.due() or done == job.total:
+            checkpoints.save(log.best)
         if trainer.asked:
             raise stops.Asked
 
-    watch.begin(lambda: trainer.stop.assign(1.0))
-    stack.enter_context(contextlib.redirect_stdout(log.text))  # orbit prints what it does
-    loop = recipe.run.steps_per_loop
-    controller = orbit.Controller(
-        strategy=machine.strategy,
+    return orbit.Controller(
+        strategy=job.machine.strategy,
         trainer=trainer,
         evaluator=evaluator,
         global_step=step,
-        # The same steps whether or not it was interrupted.
+        # The loops end at the same steps whether or not the run was interrupted.
         steps_per_loop=lambda done: loop - int(done) % loop,
-        summary_dir=f"{workdir}/tensorboard/train" if writes else None,
-        eval_summary_dir=f"{workdir}/tensorboard/eval" if writes else None,
+        summary_dir=f"{job.workdir}/tensorboard/train" if job.writes else None,
+        eval_summary_dir=f"{job.workdir}/tensorboard/eval" if job.writes else None,
         train_actions=[trained],
     )
-    log.begin(done)
-    stack.callback(log.end)
+
+
+def _loop(job: _Job, controller: orbit.Controller, checkpoints: Checkpoints, log: Log, done: int) -> int:
+    """Trains and evaluates in turn until the last step. Returns the number of steps done."""
+    while True:
+        due = done >= job.total or (done and done == _next_stop(job, done - 1))
+        if due and done not in log.scores:
+            results = controller.evaluate()
+            log.evaluated(done, _checked(job, results))
+            if log.best == done:
+                checkpoints.save(log.best)
+            _give_back()
+        if done >= job.total:
+            return done
+        controller.train(_next_stop(job, done), checkpoint_at_completion=False)
+        done = int(controller.global_step.numpy())
+
+
+def _next_stop(job: _Job, after: int) -> int:
+    """Returns the step of the first evaluation after a step."""
+    every = max(1.0, job.recipe.run.eval_every * job.steps_per_epoch)
+    return next(min(job.total, int(n * every)) for n in itertools.count(int(after / every)) if int(n * every) > after)
+
+
+def _checked(job: _Job, results: Any) -> dict[str, float]:
+    """Checks that an evaluation has counted each example once. Returns its results."""
+    skipped = job.machine.total(len(job.accounts["eval"]) if "eval" in job.accounts else 0)
+    if results["examples"] + skipped != job.source.eval_count:
+        raise ValueError(
+            f"Expected to evaluate {job.source.eval_count} examples. Received: {results['examples']:.0f}, and "
+            f"{skipped} that cannot be read"
+        )
+    return dict(results)
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system. glibc keeps it in pieces, some 50 MB more with each evaluation."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _explained(job: _Job, step: tf.Variable, checkpoints: Checkpoints, log: Log, watch: stops.Watch):
+    """Saves the state if the loop is asked to stop, and explains why it ends early."""
     try:
         try:
-            while True:
-                due = done >= total or (done and done == next_stop(done - 1))
-                if due and done not in log.scores:
-                    results = controller.evaluate()
-                    log.evaluated(done, _checked(results, source, accounts, machine))
-                    if log.best == done:
-                        save()
-                    _give_back()
-                if done >= total:
-                    break
-                controller.train(next_stop(done), checkpoint_at_completion=False)
-                done = int(step.numpy())
+            yield
         except stops.Asked:
-            save()
-            told = f"Stopped after step {int(step.numpy())} of {total}, which is saved"
-            raise _ended(watch.code, told, log) from None
+            checkpoints.save(log.best)
+            message = f"Stopped and saved after step {int(step.numpy())} of {job.total}. {stops.RESUME}"
+            raise _ended(watch.code, message, log) from None
     except stops.NonFiniteError as problem:
         log.note(str(problem))
-        raise _non_finite(problem, source, recipe, accounts, checkpoints, workdir) from None
+        raise _non_finite(job, problem, checkpoints) from None
     except tf.errors.OpError as error:
-        for skipped in accounts.values():
+        for skipped in job.accounts.values():
             if skipped.problem:
                 raise ValueError(skipped.problem) from error
         print(error.message, file=log.text)  # for train.log
         raise
 
-    result = {"model": recipe.model.name, "steps": done, "epochs": recipe.epochs, **log.last}
-    best = log.best or done
-    result |= {
+
+def _ended(code: int, message: str, log: Log | None = None) -> stops.Stopped:
+    if log:
+        log.note(message)
+    if log is None or log.quiet:  # hosts that do not write are quiet too
+        stops.say(message)
+    return stops.Stopped(code, message)
+
+
+def _non_finite(job: _Job, problem: stops.NonFiniteError, checkpoints: Checkpoints) -> ValueError:
+    """Returns an error with the step, its batch on this host, and how to resume. Saves the names of the batch."""
+    batch, host = job.recipe.batch_size // job.host.count, job.host
+    first = (problem.step - 1) * batch
+    names = pipeline.names(job.source, job.recipe, batch, job.accounts.get("train"), first, host)
+    path = f"{job.workdir}/nonfinite-{host.index}.json"
+    cloud_files.write(
+        path, json.dumps({"step": problem.step, "what": problem.what, "examples": names}, indent=2) + "\n"
+    )
+    last = max(checkpoints.steps(), default=None)
+    again = "start again" if last is None else f"resume from step {last}"
+    return ValueError(
+        f"Expected a finite loss. Received: {problem.what} at step {problem.step}, with {', '.join(names[:2])}, ... "
+        f"(all {len(names)} on this host: {path}). To {again} with another learning rate or with clipping: "
+        "--allow-changes --optimizer.peak ... --optimizer.clip-norm ..."
+    )
+
+
+def _save_results(job: _Job, learner: Learner, state: Any, checkpoints: Checkpoints, log: Log, done: int):
+    """Saves the last and the best model, result.json and the report. Returns the results."""
+    recipe, best = job.recipe, log.best or done
+    result = {
+        "model": recipe.model.name,
+        "steps": done,
+        "epochs": recipe.epochs,
+        **log.last,
         "best_step": best,
         "best_ema_top1": log.scores[best],
-        "skipped": len(_skipped_names(workdir, accounts)),
-        "labels": list(source.labels),
+        "skipped": len(_skipped_names(job)),
+        "labels": list(job.source.labels),
         "expected_top1": recipe.expected_top1,
         "seconds": round(time.monotonic() - log.started, 1),
     }
-    if writes:
-        _save(export(recipe, classes, learner, state), f"{workdir}/model.keras")
+    if job.writes:
+        _save(export(recipe, job.classes, learner, state), f"{job.workdir}/model.keras")
         if log.scores[best] > log.scores[done]:
             if checkpoints.take(best):
-                _save(export(recipe, classes, learner, state), f"{workdir}/best.keras")
+                _save(export(recipe, job.classes, learner, state), f"{job.workdir}/best.keras")
             else:
                 log.note(f"No best.keras: the checkpoint of step {best} cannot be read")
-        cloud_files.write(result_path, json.dumps(result, indent=2) + "\n")
-    if writes and recipe.run.report:
+        cloud_files.write(f"{job.workdir}/result.json", json.dumps(result, indent=2) + "\n")
+    if job.writes and recipe.run.report:
         try:
-            html_report.write(workdir)
-        except Exception as error:  # whatever drawing and data do: the run is whole without it
+            html_report.write(job.workdir)
+        except Exception as error:  # whatever plotting or the data raises, the run is complete without a report
             log.note(f"No report: {error}")
     return result
-
-
-def _give_back() -> None:
-    """Returns freed memory to the system: glibc keeps it in pieces, some 50 MB more from one evaluation to another."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _save(model: keras.Model, path: str) -> None:
@@ -332,43 +471,9 @@ def _save(model: keras.Model, path: str) -> None:
         model.save(here)
 
 
-def _ended(code: int, told: str, log: Log | None = None) -> stops.Stopped:
-    told += ". The same command goes on"
-    if log:
-        log.note(told)
-    if log is None or log.quiet:  # so are the hosts that do not write
-        stops.say(told)
-    return stops.Stopped(code, told)
-
-
-def _non_finite(
-    problem: stops.NonFiniteError,
-    source: Source,
-    recipe: Recipe,
-    accounts: dict[str, Skipped],
-    checkpoints: Checkpoints,
-    workdir: str,
-) -> ValueError:
-    """Names the step and its batch, on this host, and where the run could go on."""
-    index, hosts = runner.place()
-    batch, host = recipe.batch_size // hosts, pipeline.Host(index, hosts)
-    names = pipeline.names(source, recipe, batch, accounts.get("train"), (problem.step - 1) * batch, host)
-    path = f"{workdir}/nonfinite-{index}.json"
-    cloud_files.write(
-        path, json.dumps({"step": problem.step, "what": problem.what, "examples": names}, indent=2) + "\n"
-    )
-    last = max(checkpoints.steps(), default=None)
-    kept = "No checkpoint was written yet" if last is None else f"The last checkpoint, of step {last}, is kept"
-    return ValueError(
-        f"Expected a finite loss. Received: {problem.what} at step {problem.step}, with {', '.join(names[:3])}, ... "
-        f"(all {len(names)} of its batch on this host: {path}). {kept}. Another learning rate, or clipping, goes on "
-        "from there: --allow-changes --optimizer.peak ... --optimizer.clip-norm ..."
-    )
-
-
-def _skipped_names(workdir: str, accounts: dict[str, Skipped]) -> set[str]:
-    found = {name for account in accounts.values() for name in account.names}
-    for path in tf.io.gfile.glob(f"{workdir}/skipped-*.jsonl"):  # the other hosts'
+def _skipped_names(job: _Job) -> set[str]:
+    found = {name for account in job.accounts.values() for name in account.names}
+    for path in tf.io.gfile.glob(f"{job.workdir}/skipped-*.jsonl"):  # of other hosts
         found |= {row["name"] for row in cloud_files.rows(path)}
     return found
 
@@ -384,42 +489,12 @@ def _check(recipe: Recipe) -> None:
 
 
 def _leave(code: int) -> None:
-    """Ends the process before JAX, at its end, waits for other hosts, which wait for this one's part of a step."""
+    """Ends the process before JAX does, which would wait for hosts that wait for this one's part of a step."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
 
 
-def _check_runner(workdir: str) -> None:
-    path = f"{workdir}/config.json"
-    told = json.loads(tf.io.gfile.GFile(path).read()) if tf.io.gfile.exists(path) else {}
-    before = told.get("resolved", {}).get("runner", "tensorflow")
-    if before != runner.NAME:
-        learned = f"{workdir}/model.keras"
-        other = f". A new run may start from what that one learned: --model.weights {learned} --model.keep-top"
-        raise ValueError(
-            f"Expected --runner {before}, whose checkpoints are in {workdir!r}. Received: {runner.NAME}"
-            + other * tf.io.gfile.exists(learned)
-        )
-
-
 def _write_config(recipe: Recipe, workdir: str, **resolved) -> None:
     cloud_files.write(f"{workdir}/config.json", to_json(recipe, **resolved))
-
-
-def _check_batches(recipe: Recipe, count: int) -> None:
-    for name, size in (("batch_size", recipe.batch_size), ("run.eval_batch", recipe.run.eval_batch or count)):
-        if size < 1 or size % count:
-            raise ValueError(f"Expected {name} as a multiple of the {count} replicas. Received: {size}")
-
-
-def _checked(results: Any, source: Source, accounts: dict[str, Skipped], machine) -> dict[str, float]:
-    """The results, if each example was counted once."""
-    skipped = machine.total(len(accounts["eval"]) if "eval" in accounts else 0)
-    if results["examples"] + skipped != source.eval_count:
-        raise ValueError(
-            f"Expected to evaluate {source.eval_count} examples. Received: {results['examples']:.0f}, and {skipped} "
-            "that cannot be read"
-        )
-    return dict(results)

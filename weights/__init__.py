@@ -1,4 +1,4 @@
-"""Where weights come from and how they become ours. Installed as `keras_effnet.weights`."""
+"""Loads, verifies, converts and exports weights. Installed as `keras_effnet.weights`."""
 
 from typing import TYPE_CHECKING
 

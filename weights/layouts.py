@@ -1,4 +1,4 @@
-"""Named layouts of arrays, invertible but for the one that drops something. No Keras."""
+"""Named array layouts, each with its inverse. No Keras."""
 
 import math
 from collections.abc import Callable
@@ -9,11 +9,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Layout:
-    """Two functions of an array, each the other's inverse.
+    """How another program stores an array: a function to our layout, and its inverse.
 
     Args:
-        to_keras: Function from the foreign array, and the shape that ours has, to ours.
-        from_keras: Function from our array to the foreign one.
+        to_keras: Function of the foreign array and the shape of ours. Returns our array.
+        from_keras: Function of our array. Returns the foreign one.
     """
 
     to_keras: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
@@ -25,7 +25,7 @@ def _transpose(*axes: int) -> Layout:
 
 
 def _rows(*axes: int) -> Layout:
-    """An expert's kernel per row, flat. `axes`: where ours has the axes of what was made flat, experts first."""
+    """A row per expert: its kernel, flattened. `axes` gives the order of our axes before flattening, experts first."""
 
     def to_keras(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         if len(shape) != len(axes) or array.shape != (shape[0], math.prod(shape[1:])):
@@ -37,8 +37,8 @@ def _rows(*axes: int) -> Layout:
 
 def _background_is_gone(array: np.ndarray) -> np.ndarray:
     raise ValueError(
-        "Expected the classifier of 1001 classes that the original has, the first of them background. Received: one of "
-        "1000, whose background class is gone. Load the original weights into a model built with classes=1001"
+        "Expected a classifier with the original's 1001 classes, the first of them background. Received: one with 1000 "
+        "classes, without background. Load the original weights into a model built with classes=1001"
     )
 
 
@@ -50,17 +50,19 @@ LAYOUTS: dict[str, Layout] = {
     "E(HWIO)->EHWIO": _rows(0, 1, 2, 3, 4),
     "E(OIHW)->EHWIO": _rows(0, 4, 3, 1, 2),
     "E(C1HW)->EHWC1": _rows(0, 3, 4, 1, 2),
-    # edgetpu/README.md:35: label 0 is background; main.py:679 says so of any original net with 1001 classes.
+    # Not invertible. edgetpu/README.md:35: label 0 is background; main.py:679: in any original net with 1001 classes.
     "drop-background-class": Layout(lambda array, shape: array[..., 1:], _background_is_gone),
 }
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """Fits a stem's kernel of 3 input channels to another number: summed for one, else repeated and rescaled.
+    """Adapts the stem's kernel from 3 input channels to another number.
+
+    For one channel the kernel is summed; for any other number it is repeated and rescaled.
 
     Args:
         kernel: Array (height, width, 3, filters).
-        channels: Integer.
+        channels: Integer. The new number of input channels.
 
     Returns:
         Array (height, width, `channels`, filters).

@@ -1,10 +1,11 @@
-"""Compares the tensors of a file with a net, and names what is missing, unexpected or wrong."""
+"""Compares the tensors of a file with a net, and names those that are missing, unexpected or wrong."""
 
 import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,24 +21,28 @@ SOURCES = {"tpu": ("tpu",), "timm": ("timm",), "lukemelas": ("lukemelas",), "ker
 
 NO_TOP = "the classifier: the model has none"
 
+SHOWN = 3  # problems that an error names
+
 Values = dict[tuple[str, str], np.ndarray]  # by (our layer, our variable)
 
-Step = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # towards our array, of that shape
+Plan = dict[tuple[str, str], Callable[[], np.ndarray]]  # by (our layer, our variable)
+
+Step = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # of an array and our shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What a file holds for a model.
+    """What a file contains for a model. Its `repr()` is one line.
 
     Args:
-        path: String, the file.
-        format: Key of `namemaps.NAMINGS`.
+        path: String. The file.
+        format: Key of `naming_tables.NAMINGS`.
         loaded: Tuple of our variables (`layer/variable`) that the file fills.
-        not_loaded: Tuple of our variables that were left alone because the caller asked for it.
-        ignored: Dict from a reason to the number of the file's tensors that are not needed for it.
+        not_loaded: Tuple of our variables that are left unchanged because the caller asked for it.
+        ignored: Dict from a reason to the number of tensors in the file that are not needed for that reason.
         problems: Tuple of strings: tensors that are missing (-), unexpected (+) or wrong (!).
         classes: Integer, classes of the file's classifier, or None.
-        model: Name of the model whose tensors `verify()` found the file to hold, or None.
+        model: Name of the model whose tensors the file contains, as found by `verify()`, or None.
     """
 
     path: str
@@ -49,32 +54,75 @@ class Report:
     classes: int | None
     model: str | None = None
 
+    # What only `repr()` needs is not a field, since `verify --json` prints all fields.
+    _call: ClassVar[str] = "verify"
+    _target: ClassVar[str] = "the model"
+
     @property
     def fits(self) -> bool:
-        """Whether all of the model's variables would be filled, and nothing is left over."""
+        """Whether the file fills all variables of the model, and nothing is left over."""
         return not self.problems
+
+    def named(self, call: str, target: str) -> "Report":
+        """Returns the same report, whose `repr()` names a call and a model.
+
+        Args:
+            call: `"load"` or `"verify"`.
+            target: String. The model's name.
+
+        Returns:
+            A `Report`.
+        """
+        report = replace(self)
+        object.__setattr__(report, "_call", call)
+        object.__setattr__(report, "_target", target)
+        return report
+
+    def __repr__(self) -> str:
+        if self.problems:
+            signs = Counter(problem[0] for problem in self.problems)
+            kinds = {"-": "missing", "+": "unexpected", "!": "wrong"}
+            counts = ", ".join(f"{signs[sign]} {kind}" for sign, kind in kinds.items() if signs[sign])
+            other = f"; it contains {self.model}" if self.model else ""
+            return f"a {self.format} file does not fit {self._target}: {counts}{other}"
+        needed = len(self.loaded) + len(self.not_loaded)
+        tensors = f"{len(self.loaded)} of {needed} tensors of a {self.format} file"
+        part = " (all but the classifier)" if self.not_loaded else ""
+        if self._call == "load":
+            return f"loaded {tensors} into {self._target}{part}"
+        return f"{tensors} fit {self._target}{part}"
 
 
 def _recognise(tensors: Tensors, path) -> tuple[str, str]:
-    """The naming of a file, and what stands in front of all its names."""
+    """Returns the key of a file's naming, and the prefix of all its names."""
     for key, naming in NAMINGS.items():
-        # A single name in front, such as the model's or a wrapper's: of "_conv_stem" and "conv_stem" only one is whole.
+        # One prefix, such as the model's name or a wrapper's. It ends at a separator, so that "conv_stem" is not found
+        # in "_conv_stem".
         marks = (naming.mark, naming.mark + naming.average) if naming.average else (naming.mark,)
         pattern = rf"(|.*[/.])({'|'.join(map(re.escape, marks))})"
         scopes = {match[1] for name in tensors if (match := re.fullmatch(pattern, name))}
         if len(scopes) > 1:
-            raise ValueError(
-                f"Expected one net. Received: {str(path)!r}, which holds {', '.join(map(repr, sorted(scopes)))}"
-            )
+            shown = ", ".join(map(repr, sorted(scopes)[:5]))
+            raise ValueError(f"Expected one net. Received: {str(path)!r}, which holds {len(scopes)}: {shown}")
         if scopes:
             return key, scopes.pop()
-    marks = "; ".join(f"{naming.title} ({naming.mark})" for naming in NAMINGS.values())
-    shown = ", ".join(list(tensors)[:3]) or "no tensor"
-    raise ValueError(f"Expected the names of an EfficientNet: {marks}. Received: {str(path)!r} with {shown[:300]}")
+    marks = ", ".join(f"{key} ({naming.mark})" for key, naming in NAMINGS.items())
+    shown = ", ".join(list(tensors)[:3])[:150] or "no tensor"
+    raise ValueError(f"Expected the names of an EfficientNet: {marks}. Received: {str(path)!r} with {shown}")
 
 
 class Contents:
-    """A file's tensors under the names of its naming, without what stands in front or behind all of them."""
+    """The tensors of a file by their names, without the prefix and the suffix that all names share.
+
+    Args:
+        tensors: Dict from name to `Stored`.
+        path: Path of the file.
+        source: See `convert.load()`.
+        raw: See `convert.load()`.
+
+    Raises:
+        ValueError: If the names are not those of one EfficientNet, or not of `source`.
+    """
 
     def __init__(self, tensors: Tensors, path, source: str, raw: bool):
         self.path = str(path)
@@ -89,11 +137,7 @@ class Contents:
         for name, stored in tensors.items():
             inside = name.startswith(self.scope)
             inner = name.removeprefix(self.scope) if inside else name
-            reason = next((why for rule, why in self.naming.ignored.items() if re.search(rule, inner)), None)
-            if reason is None and suffix and self.suffix != suffix and name.endswith(suffix):
-                reason = "the moving averages, where raw values were asked for"
-            if reason is None and self.suffix and f"{name}{suffix}" in tensors:
-                reason = "the raw values, which the moving averages stand for"
+            reason = self._why_ignored(name, inner, tensors)
             if reason is not None:
                 self.ignored[reason] += 1
             elif self.suffix and not name.endswith(suffix):
@@ -104,36 +148,68 @@ class Contents:
         self.tensors: Tensors = {keys[name]: stored for name, stored in found.items()}
         self._names = {key: name for name, key in keys.items()}
 
+    def _why_ignored(self, name: str, inner: str, tensors: Tensors) -> str | None:
+        average = self.naming.average
+        for rule, why in self.naming.ignored.items():
+            if re.search(rule, inner):
+                return why
+        if average and self.suffix != average and name.endswith(average):
+            return "the moving averages, since raw weights are requested"
+        if self.suffix and f"{name}{average}" in tensors:
+            return "the raw weights, since the file has their moving averages"
+        return None
+
     def told(self, key: str, usual: str = "") -> str:
-        """A tensor's name as it stands in the file; of one that is not there the usual name, * for a number at will."""
+        """Returns a tensor's name in the file.
+
+        Args:
+            key: String. See `Name.key`.
+            usual: String. The usual name, returned where the file lacks the tensor, with * for a number that may vary.
+
+        Returns:
+            String.
+        """
         name = self._names.get(key, usual)
         if key not in self._names and self.naming.ranked:
             name = re.sub(self.naming.ranked, r"\g<owner>*", usual)
         return f"{self.scope}{name[:-1]}" if name.endswith(" ") else f"{self.scope}{name}{self.suffix}"
 
     def shape_of(self, architecture: Architecture, layer: str, variable: str) -> tuple[int, ...] | None:
-        """Shape of one of our variables in the file, where it is there."""
+        """Returns the shape that one of our variables has in the file, or None where the file lacks it.
+
+        Args:
+            architecture: An `Architecture`.
+            layer: String. Our layer.
+            variable: String. Our variable.
+
+        Returns:
+            Tuple of integers, or None.
+        """
         key = foreign_names(architecture, self.naming)[layer, variable].key
         return self.tensors[key].shape if key in self.tensors else None
 
 
-def _as_ours(name: Name, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """A foreign shape in our order; None where the layout does not fit it."""
-    try:
-        return LAYOUTS[name.layout].to_keras(np.broadcast_to(np.float32(0), shape), name.shape).shape
-    except ValueError:
-        return None
-
-
 def match(
     contents: Contents, architecture: Architecture, channels: int, classes: int | None, include_top: bool
-) -> tuple[Report, dict[tuple[str, str], Callable[[], np.ndarray]]]:
-    """Compares a file with a net by names and shapes alone: what fits, and how to read it."""
+) -> tuple[Report, Plan]:
+    """Compares a file with a net by names and shapes alone.
+
+    Args:
+        contents: A `Contents`.
+        architecture: An `Architecture`.
+        channels: Integer. Channels of the net's input.
+        classes: Integer, or None for a net without a top.
+        include_top: Boolean, whether to compare the classifier.
+
+    Returns:
+        Tuple of a `Report`, and a dict of functions that read the tensors that fit, by (our layer, our variable).
+    """
     names = foreign_names(architecture, contents.naming, channels, classes)
-    head = foreign_names(architecture, contents.naming)  # with a classifier in any case
+    head = foreign_names(architecture, contents.naming)  # always with a classifier
     bias = contents.tensors.get(head["predictions", "bias"].key)
     file_classes = bias.shape[0] if bias and len(bias.shape) == 1 else None
-    plan: dict[tuple[str, str], Callable[[], np.ndarray]] = {}
+    background = _has_background(contents, file_classes, classes)
+    plan: Plan = {}
     problems, not_loaded, needed = [], [], set()
     ignored = Counter(contents.ignored)
     for (layer, variable), name in names.items():
@@ -146,14 +222,7 @@ def match(
             continue
         needed.add(name.key)
         stored, shape = contents.tensors[name.key], name.shape
-        found = _as_ours(name, stored.shape)
-        steps: list[Step] = [LAYOUTS[name.layout].to_keras]
-        if found != shape and layer == "predictions" and _has_background(contents, file_classes, classes):
-            steps.append(LAYOUTS["drop-background-class"].to_keras)
-            found = None if found is None else (*found[:-1], found[-1] - 1)
-        if found != shape and layer == "stem_conv" and found == (*shape[:2], 3, shape[3]):
-            steps.append(lambda kernel, shape: adapt_channels(kernel, shape[2]))
-            found = shape
+        steps, found = _steps(layer, name, stored.shape, background)
         if found != shape:
             received = found or stored.shape
             problems.append(
@@ -179,6 +248,29 @@ def match(
     return report, plan
 
 
+def _steps(
+    layer: str, name: Name, stored: tuple[int, ...], background: bool
+) -> tuple[list[Step], tuple[int, ...] | None]:
+    """Returns the steps from a foreign array to ours, and the shape after them: None where the layout does not fit."""
+    found, shape = _as_ours(name, stored), name.shape
+    steps: list[Step] = [LAYOUTS[name.layout].to_keras]
+    if found != shape and layer == "predictions" and background:
+        steps.append(LAYOUTS["drop-background-class"].to_keras)
+        found = None if found is None else (*found[:-1], found[-1] - 1)
+    if found != shape and layer == "stem_conv" and found == (*shape[:2], 3, shape[3]):
+        steps.append(lambda kernel, shape: adapt_channels(kernel, shape[2]))
+        found = shape
+    return steps, found
+
+
+def _as_ours(name: Name, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns a foreign shape in our order, or None where the layout does not fit it."""
+    try:
+        return LAYOUTS[name.layout].to_keras(np.broadcast_to(np.float32(0), shape), name.shape).shape
+    except ValueError:
+        return None
+
+
 def _has_background(contents: Contents, file_classes: int | None, classes: int | None) -> bool:
     return contents.format == "tpu" and file_classes == 1001 and classes == 1000
 
@@ -193,8 +285,22 @@ def _reader(stored: Stored, steps: list[Step], shape: tuple[int, ...]) -> Callab
     return read
 
 
-def read_values(report: Report, plan, contents: Contents, architecture: Architecture, told: str) -> Values:
-    """Reads what was matched. Raises where anything is missing, left over, of another shape or not finite."""
+def read_values(report: Report, plan: Plan, contents: Contents, architecture: Architecture, told: str) -> Values:
+    """Reads the tensors that were matched.
+
+    Args:
+        report: A `Report` of `match()`.
+        plan: The functions that `match()` returns with it.
+        contents: A `Contents`, whose file is still open.
+        architecture: An `Architecture`.
+        told: String. The model's name in errors.
+
+    Returns:
+        Dict of float32 arrays by (our layer, our variable), in the model's order.
+
+    Raises:
+        ValueError: If a tensor is missing, unexpected, of another shape, unreadable or not finite.
+    """
     values: Values = {}
     problems = list(report.problems)
     if not problems:
@@ -205,29 +311,46 @@ def read_values(report: Report, plan, contents: Contents, architecture: Architec
             except Exception as error:  # of whatever library reads the format
                 raise ValueError(
                     f"Expected {contents.naming.title}. Received: {report.path!r}, where "
-                    f"{contents.told(names[key].key)} cannot be read ({' '.join(str(error).split())[:300]})"
+                    f"{contents.told(names[key].key)} cannot be read ({' '.join(str(error).split())[:200]})"
                 ) from error
             others = np.size(values[key]) - int(np.isfinite(values[key]).sum())
             if others:
                 problems.append(f"! {contents.told(names[key].key)}: expected finite numbers, received {others} others")
     if problems:
-        shown = problems[:10] + [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
-        hint = ""
-        if all("predictions/" in problem for problem in problems):
-            hint = ". keras_effnet.weights.load(model, path, include_top=False) loads all but the classifier"
-        raise ValueError(
-            f"Expected exactly the tensors of {told!r}. Received: {report.path}, where tensors are missing (-), "
-            f"unexpected (+) or wrong (!): {'; '.join(shown)}{hint}"
-        )
+        raise _misfit(report, problems, told)
     return values
+
+
+def _misfit(report: Report, problems: list[str], model: str) -> ValueError:
+    """Returns the error for a file whose tensors are not exactly the model's."""
+    hint, more = "", len(problems) - SHOWN
+    if all("predictions/" in problem for problem in problems):
+        hint = ". To load all but the classifier: keras_effnet.weights.load(model, path, include_top=False)"
+    elif more > 0 and report.problems and model in VARIANTS:
+        hint = f" (`keras-effnet verify FILE --model {model}` lists all differences)"
+    shown = "; ".join(problems[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    return ValueError(
+        f"Expected exactly the tensors of {model!r}{hint}. Received: {report.path}, where tensors are missing (-), "
+        f"unexpected (+) or wrong (!): {shown}"
+    )
 
 
 def identify_model(
     contents: Contents, model: str | None, pruned: bool = False
 ) -> tuple[str, Architecture, int, int | None]:
-    """The model whose tensors a file holds, with its channels and classes; of several, those that differ least.
+    """Finds the model whose tensors a file contains.
 
-    If `pruned`, also one whose blocks have other channels, as many as the file has.
+    Args:
+        contents: A `Contents`.
+        model: Name of the model, or None for the one that differs least from the file.
+        pruned: Boolean, whether the blocks may have other numbers of channels, which are then read from the file.
+            Defaults to False.
+
+    Returns:
+        Tuple of the model's name, its `Architecture`, its channels, and its classes or None.
+
+    Raises:
+        ValueError: If `model` is None and the file has the tensors of no model.
     """
     found = []
     nets = [(name, resolve(VARIANTS[name])) for name in ([model] if model else VARIANTS)]
@@ -245,14 +368,14 @@ def identify_model(
     problems, name, architecture, channels, classes = min(found, key=lambda candidate: candidate[0])
     if problems and model is None:
         raise ValueError(
-            f"Expected the tensors of one of the models. Received: {contents.path!r}, in which {problems} tensors are "
-            f"other ones than those of {name}, the nearest. `keras-effnet verify` shows them"
+            f"Expected the tensors of a known model. Received: {contents.path!r}. Nearest: {name} "
+            f"(tensors that differ: {problems}). `keras-effnet verify FILE --model {name}` lists them"
         )
     return name, architecture, channels, classes
 
 
 def _with_widths_of(contents: Contents, architecture: Architecture) -> Architecture:
-    """The net with the channels that its blocks have in a file; as it is where the file has others blocks."""
+    """Returns the net with the file's channels in each block, or unchanged where the file has other blocks."""
     names = foreign_names(architecture, contents.naming)
 
     def channels(layer: str, variable: str) -> int:

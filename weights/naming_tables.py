@@ -1,10 +1,12 @@
-"""One table per foreign naming of the same tensors. Data only, no Keras.
+"""One table per program that names the same tensors differently. Data only, no Keras.
 
-A layer's template knows `{layer}` (our layer's name), `{i}` (number of the block), `{s}` and `{b}` (of its stage, and
-its place in that), all from 0, `{type}` (the layer's class in snake case), and two counters of equal names: `{n}` as
-TensorFlow and Keras number (nothing, _1, _2, ...), `{m}` from 1. Where blocks of mixed experts number their layers over
-the whole model, `{once}` is the number of one that each has once, `{thrice[0]}` to `{thrice[2]}` of those that it has
-three of, as TensorFlow numbers.
+A layer's template may contain:
+
+- `{layer}`: our layer's name; `{type}`: the layer's class in snake case.
+- `{i}`: index of the block; `{s}`: index of its stage; `{b}`: its index within the stage. All count from 0.
+- `{n}` and `{m}`: counters of equal names. `{n}` counts like TensorFlow and Keras (nothing, _1, _2, ...), `{m}` from 1.
+- `{once}` and `{thrice[0]}` to `{thrice[2]}`: where blocks of mixed experts number their layers over the whole model,
+  the number of a layer that each block has once, or three times. They count like TensorFlow.
 """
 
 from dataclasses import dataclass, field
@@ -15,18 +17,18 @@ class Naming:
     """How a program names its tensors.
 
     Args:
-        mark: String, its name of the first convolution's kernel, by which its files are recognised.
-        layers: Dict from the name of our layer, without its block, to a template. Where a block of that kind
-            (`"condconv"`, `"fused"`, or `"plain"` for one without expansion) names it otherwise, `"kind:name"` comes
-            first. `"*"` stands for all others.
+        mark: String. The name of the first convolution's kernel, by which files are recognized.
+        layers: Dict from the name of our layer, without its block, to a template. `"kind:name"` has precedence in
+            blocks of that kind: `"condconv"`, `"fused"`, or `"plain"` for one without expansion. `"*"` matches all
+            other layers.
         variables: Dict from the layer's class to a dict from our variable's name to (suffix, layout).
+        title: String. How users know these files.
         ignored: Dict from a regular expression to the reason why tensors of that name are not needed.
-        average: String, suffix of a tensor's moving average, where training keeps one.
-        counters: Dict from a layer's class to the suffix of an integer that stands beside its variables, or from
-            `""` to the name of one for the whole file. They are written as 0.
-        title: String, what a reader knows these files as.
-        ranked: Regular expression with the groups `owner` and `number`, of names whose number counts over the whole
-            model, and so depends on what was built before: only their order within the owner is compared.
+        average: String. Suffix of a tensor's moving average, where training keeps one.
+        counters: Dict from a layer's class to the suffix of an integer beside its variables. The key `""` gives the
+            name of one for the whole file. They are written as 0.
+        ranked: Regular expression with the groups `owner` and `number`, for names whose number counts over the whole
+            model and so depends on what was built before. Only their order within the owner is compared.
     """
 
     mark: str
@@ -41,7 +43,7 @@ class Naming:
 
 _NORM = ("gamma", "beta", "moving_mean", "moving_variance")
 
-# Manifests of the original code: creation order decides the numbers (tests/golden/tpu/*.json).
+# Manifests of the original code (tests/golden/tpu/*.json). The order of creation decides the numbers.
 TPU = Naming(
     mark="stem/conv2d/kernel",
     title="a TensorFlow checkpoint of the TPU repository",
@@ -50,7 +52,7 @@ TPU = Naming(
         "stem_bn": "stem/tpu_batch_normalization",
         "routing": "blocks_{i}/dense",
         "expand_conv": "blocks_{i}/conv2d{n}",
-        # The first of the three belongs to a layer that is made and not used.
+        # The first of the three belongs to a layer that is created but not used.
         "condconv:expand_conv": "model/blocks_{i}/cond_conv2d{thrice[1]}",
         "expand_bn": "blocks_{i}/tpu_batch_normalization{n}",
         "dwconv": "blocks_{i}/depthwise_conv2d",
@@ -80,7 +82,7 @@ TPU = Naming(
     },
     average="/ExponentialMovingAverage",
     counters={"": "global_step"},
-    # tensorflow/tpu condconv/condconv_layers.py: Keras layers, which live under a scope of the model's own.
+    # tensorflow/tpu condconv/condconv_layers.py: Keras layers, under a scope of their model.
     ranked=r"(?:model(?:_\d+)?/)?(?P<owner>blocks_\d+/(?:depthwise_)?cond_conv2d)(?:_(?P<number>\d{1,9}))?(?=/)",
 )
 
@@ -127,7 +129,7 @@ TIMM = Naming(
     counters={"BatchNormalization": ".num_batches_tracked"},
 )
 
-# lukemelas/EfficientNet-PyTorch and its Lite descendants.
+# lukemelas/EfficientNet-PyTorch and the Lite nets derived from it.
 LUKEMELAS = Naming(
     mark="_conv_stem.weight",
     title="a state dict of EfficientNet-PyTorch",
@@ -161,7 +163,7 @@ _KERAS_VARIABLES = {
 
 _NORMALIZATION = "statistics of the preprocessing, which is a constant here"
 
-# keras.applications, whose layer names are ours; and the files of this package's own store.
+# keras.applications, whose layer names are ours, and the files of this package's store.
 KERAS = Naming(
     mark="stem_conv/kernel",
     title="an h5 file of keras.applications",
@@ -170,8 +172,8 @@ KERAS = Naming(
     ignored={r"^normalization(_\d+)?/": _NORMALIZATION},
 )
 
-# What Keras 3 writes as .weights.h5 and inside .keras, where layers are numbered by their class (keras/src/saving/
-# saving_lib.py, 3.15.1): this package's own models and keras.applications'.
+# .weights.h5 files of Keras 3, alone or inside .keras: models of this package and of keras.applications. Layers are
+# numbered by their class (keras/src/saving/saving_lib.py, 3.15.1).
 KERAS3 = Naming(
     mark="conv2d/0",
     title="a .keras or .weights.h5 file of Keras 3",

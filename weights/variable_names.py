@@ -1,4 +1,4 @@
-"""What each variable of a net is called in the files of other programs."""
+"""Names of a net's variables in the files of other programs."""
 
 import re
 from collections import Counter
@@ -11,13 +11,13 @@ from keras_effnet.weights.naming_tables import Naming
 
 
 class Name(NamedTuple):
-    """What a variable of ours is called elsewhere.
+    """The name of one of our variables in another program.
 
     Args:
-        foreign: String.
+        foreign: String. The other program's name.
         layout: Key of `layouts.LAYOUTS`.
-        shape: Tuple of integers, ours.
-        key: String, by which it is found in a file. See `Naming.ranked`.
+        shape: Tuple of integers. Our shape.
+        key: String. Finds the tensor in a file. See `Naming.ranked`.
     """
 
     foreign: str
@@ -29,13 +29,13 @@ class Name(NamedTuple):
 def foreign_names(
     architecture: Architecture, naming: Naming, channels: int = 3, classes: int | None = 1000
 ) -> dict[tuple[str, str], Name]:
-    """What each variable of a net is called elsewhere.
+    """Returns the other program's name of each variable of a net.
 
     Args:
         architecture: An `Architecture`.
         naming: A `Naming`.
-        channels: Integer, the input's channels.
-        classes: Integer, or None without a top.
+        channels: Integer. Channels of the input. Defaults to 3.
+        classes: Integer, or None for a net without a top. Defaults to 1000.
 
     Returns:
         Dict from (our layer, our variable) to `Name`, in the model's order.
@@ -44,7 +44,7 @@ def foreign_names(
         ValueError: If the other program has no such net.
     """
     if not has_names(architecture, naming):
-        raise ValueError(f"Expected a net that {naming.title} can hold. Received: one of mixed experts")
+        raise ValueError(f"Expected a net that {naming.title} can hold. Received: a net with mixed experts")
     found = [
         (layer, variable, scope, shape, *naming.variables[kind][variable])
         for layer, scope, (kind, shapes) in scoped_layers(architecture, naming, channels, classes)
@@ -58,12 +58,31 @@ def foreign_names(
 
 
 def has_names(architecture: Architecture, naming: Naming) -> bool:
+    """Returns whether a naming covers all layers of a net. Some have none for mixed experts.
+
+    Args:
+        architecture: An `Architecture`.
+        naming: A `Naming`.
+
+    Returns:
+        Boolean.
+    """
     routed = any(block.num_experts for block in architecture.blocks)
     return not routed or bool({"routing", "*"} & naming.layers.keys())
 
 
 def keys_of(names: Iterable[str], naming: Naming) -> dict[str, str]:
-    """What is compared of each name: all of it, but of a number that counts over the whole model only the order."""
+    """Returns the keys by which names are compared.
+
+    A key is the name itself, except where `Naming.ranked` applies: there only the order of the numbers counts.
+
+    Args:
+        names: Names of a file, or of a net in another program.
+        naming: A `Naming`.
+
+    Returns:
+        Dict from name to key. A name whose key is taken already is its own key.
+    """
     matches = {name: re.match(naming.ranked, name) if naming.ranked else None for name in names}
     numbers: dict[str, set[int]] = {}
     for match in filter(None, matches.values()):
@@ -82,7 +101,17 @@ def keys_of(names: Iterable[str], naming: Naming) -> dict[str, str]:
 def scoped_layers(
     architecture: Architecture, naming: Naming, channels: int, classes
 ) -> Iterator[tuple[str, str, Layer]]:
-    """Each layer with the name under which its tensors stand elsewhere."""
+    """Yields each layer that has variables, with its name in another program.
+
+    Args:
+        architecture: An `Architecture`.
+        naming: A `Naming`.
+        channels: Integer. Channels of the input.
+        classes: Integer, or None for a net without a top.
+
+    Yields:
+        Tuple of our layer's name, its name in the other program, and the `Layer`.
+    """
     blocks = {block.name: (index, block) for index, block in enumerate(architecture.blocks)}
     seen: Counter[str] = Counter()
     routed = [block.name for block in architecture.blocks if block.num_experts]
@@ -105,5 +134,5 @@ def scoped_layers(
 
 
 def _number(count: int) -> str:
-    """As TensorFlow and Keras number equal names."""
+    """Returns the suffix by which TensorFlow and Keras number equal names."""
     return f"_{count}" if count else ""

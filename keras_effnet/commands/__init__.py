@@ -1,4 +1,4 @@
-"""`keras-effnet`: a module per group of commands. They parse and print; all work is done by the library."""
+"""`keras-effnet`: the commands, one module per group. They parse and print; the library does the work."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""`keras-effnet list`, `describe` and `plot`: which models and weights there are, and what they look like."""
+"""`keras-effnet list`, `describe` and `plot`: the models and weights, and their structure."""
 
 import click
 
@@ -70,7 +70,7 @@ def _list_weights(names: list[str], as_json: bool) -> None:
 @click.argument("name")
 @AS_JSON
 def describe_(name, as_json) -> None:
-    """Show the stages, the cost and the published weights of a model."""
+    """Show the stages, cost and published weights of a model."""
     from keras_effnet.describe import describe
 
     found = describe(name)
@@ -114,12 +114,12 @@ def describe_(name, as_json) -> None:
 @click.command("plot")
 @click.argument("names", nargs=-1, metavar="[NAME...]")
 @click.argument("out", metavar="OUT.svg|png|pdf")
-@click.option("--tradeoff", is_flag=True, help="Plot top-1 over parameters and multiply-adds of all published weights.")
+@click.option("--tradeoff", is_flag=True, help="Plot top-1 of all published weights over parameters and multiply-adds.")
 @AS_JSON
 def plot_(names, out, tradeoff, as_json) -> None:
     """Draw models side by side, one row of blocks per stage.
 
-    With --tradeoff, plot the accuracy of all published weights over their cost instead.
+    With --tradeoff, plot the accuracy of all published weights over the cost of their models instead.
     """
     from keras_effnet.plots import plot, plot_tradeoff
 

@@ -11,7 +11,9 @@ from keras_effnet.commands.output import complain, progress, quiet, show, show_j
 
 @click.command()
 @click.argument("photographs", nargs=-1, required=True, metavar="PHOTO...")
-@click.option("--model", default="efficientnet-lite0", show_default=True, help="`keras-effnet list` shows all models.")
+@click.option(
+    "--model", default="efficientnet-lite0", show_default=True, help="Name of the model. `keras-effnet list` shows all."
+)
 @WEIGHTS
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes to show per photo.")
 @RUNTIME
@@ -19,9 +21,12 @@ from keras_effnet.commands.output import complain, progress, quiet, show, show_j
 @AS_JSON
 @click.pass_context
 def predict(ctx, photographs, model, weights, top, runtime, precision, as_json) -> None:
-    """Classify photos: files or folders (subfolders are not searched).
+    """Classify photos.
 
-    The first run prepares the model for this machine and caches the result.
+    PHOTO is an image file, or a folder of them; its subfolders are not searched. The first run prepares the model for
+    this machine and caches the result.
+
+    Exit status 2 if a photo cannot be read.
     """
     from keras_effnet.images.folders import photographs as listed
     from keras_effnet.inference.classifier import Classifier
@@ -58,7 +63,12 @@ def predict(ctx, photographs, model, weights, top, runtime, precision, as_json) 
 @click.option("--format", "kind", help="savedmodel, onnx, litert or openvino. Default: from the suffix of OUT.")
 @PRECISION
 @WEIGHTS
-@click.option("--calibration", multiple=True, metavar="PHOTO|FOLDER", help="Photos for int8: 100 or more.")
+@click.option(
+    "--calibration",
+    multiple=True,
+    metavar="PHOTO|FOLDER",
+    help="Photos to calibrate int8 with: 100 or more, like those that the model will see. May be repeated.",
+)
 @click.option("--labels", metavar="FILE", help="Text file with one class name per line.")
 @click.option("--size", nargs=2, type=click.IntRange(1), help="Height and width, if the model takes any size.")
 @AS_JSON
@@ -66,7 +76,7 @@ def export(model, out, kind, precision, weights, calibration, labels, size, as_j
     """Export MODEL, a name or a .keras file, for a runtime.
 
     OUT ends in .onnx, .tflite or .xml (OpenVINO); any other name is the folder of a SavedModel. The file is saved only
-    if it computes what Keras computes.
+    if its outputs match Keras'. For int8, the difference is only reported.
     """
     choose_backend()
     from keras_effnet.inference import export as exporter
@@ -90,8 +100,9 @@ def export(model, out, kind, precision, weights, calibration, labels, size, as_j
         return
     facts = table(report["path"], "", ">")
     facts.add_row("size", f"{report['size'] / 1e6:.1f} MB")
+    images = {"random": "random pixels", "photographs": "photos"}
     for name, value in report["difference"].items():
-        facts.add_row(f"largest difference from Keras, {name}", f"{value:.1e} of the largest output")
+        facts.add_row(f"largest difference from Keras, {images[name]}", f"{value:.1e} of the largest output")
     for key, name in (("top1_agreement", "same top-1 as Keras"), ("top5_overlap", "shared top-5 classes")):
         if key in report:
             facts.add_row(name, f"{report[key]:.1%}")
@@ -104,20 +115,36 @@ def export(model, out, kind, precision, weights, calibration, labels, size, as_j
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--runtimes", callback=comma_separated, help="Comma-separated. Default: all that are installed.")
-@click.option("--precisions", callback=comma_separated, default="float32", show_default=True, help="Comma-separated.")
-@click.option("--batch-sizes", callback=comma_separated, default="1,8,32", show_default=True, help="Comma-separated.")
-@click.option("--threads", type=click.IntRange(1), help="Default: all processors.")
 @click.option(
-    "--rounds", default=5, show_default=True, type=click.IntRange(1), help="Rounds that alternate all models."
+    "--runtimes",
+    callback=comma_separated,
+    help="Comma-separated: litert, onnxruntime, openvino, keras. Default: all installed but keras.",
 )
-@click.option("--plot", metavar="OUT.png|svg|pdf", help="Also plot the results.")
+@click.option(
+    "--precisions",
+    callback=comma_separated,
+    default="float32",
+    show_default=True,
+    help="Comma-separated: float32, float16, int8.",
+)
+@click.option("--batch-sizes", callback=comma_separated, default="1,8,32", show_default=True, help="Comma-separated.")
+@click.option("--threads", type=click.IntRange(1), help="Processors to use. Default: all.")
+@click.option(
+    "--rounds",
+    default=5,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Times to measure each combination, all in turn.",
+)
+@click.option("--plot", metavar="OUT.png|svg|pdf", help="Also plot the results to this file.")
 @AS_JSON
 @click.pass_context
 def benchmark(ctx, models, runtimes, precisions, batch_sizes, threads, rounds, plot, as_json) -> None:
     """Measure the speed of models on this machine.
 
     MODEL is a name (with random weights), a .keras file or an exported file.
+
+    Exit status 2 if a runtime cannot run a model.
     """
     with contextlib.suppress(ImportError):
         choose_backend()
@@ -127,7 +154,7 @@ def benchmark(ctx, models, runtimes, precisions, batch_sizes, threads, rounds, p
     if plot:
         figure_class()  # a missing package is reported before the work
     if not all(size.isdecimal() and int(size) for size in batch_sizes):
-        raise ValueError(f"Expected batch sizes as numbers from 1. Received: {', '.join(batch_sizes)}")
+        raise ValueError(f"Expected batch sizes of at least 1. Received: {', '.join(batch_sizes)}")
     with quiet(), progress("Measuring") as tell:
         rows = benchmarks.benchmark(
             models,

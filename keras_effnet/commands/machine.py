@@ -8,7 +8,7 @@ from keras_effnet.commands.options import AS_JSON, RUNNER, need_training
 from keras_effnet.commands.output import show, show_json, table, timer
 
 
-@click.command()
+@click.command(short_help="Check this machine, and how to fix what is missing.")
 @RUNNER
 @AS_JSON
 @click.pass_context
@@ -28,7 +28,7 @@ def doctor(ctx, runner, as_json) -> None:
         strategy = next(finding.found for finding in findings if finding.what == "Strategy")
         show_json({"findings": [asdict(finding) for finding in findings], "strategy": strategy})
     else:
-        from rich.text import Text  # keras_effnet[plot] is no markup
+        from rich.text import Text  # plain, since rich reads keras_effnet[plot] as markup
 
         rows = table("", "what", "found", "verdict", "what to do")
         for finding in findings:
@@ -42,23 +42,27 @@ def doctor(ctx, runner, as_json) -> None:
 @click.option("--topology", default="v5e:2x4", show_default=True, help="TPU generation and layout of its chips.")
 @click.option("--global-batch", type=click.IntRange(1), help="Images per step on all chips. Default: the recipe's.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "mixed_bfloat16"]), help="Default: the recipe's, or mixed_bfloat16."
+    "--dtype",
+    type=click.Choice(["float32", "mixed_bfloat16"]),
+    help="Precision of the step. Default: the recipe's, or mixed_bfloat16.",
 )
 @click.option("--eval", "evaluation", is_flag=True, help="Plan an evaluation step instead of a training step.")
 @click.option("--search", is_flag=True, help="Find the largest batch that fits. Compiles 3 to 6 times.")
 @AS_JSON
-@click.option("-h", "--help", "asked", is_flag=True, help="Show this.")
-@click.argument("changes", nargs=-1, type=click.UNPROCESSED)
+@click.help_option("-h", "--help", help="Show this message and exit.")
+@click.argument("changes", nargs=-1, type=click.UNPROCESSED, metavar="[--FIELD VALUE]...")
 @click.pass_context
-def tpu_plan(ctx, recipe, topology, global_batch, dtype, evaluation, search, as_json, asked, changes) -> None:
-    """Check whether a step of RECIPE fits on Cloud TPUs, without one: memory, traffic, lower bounds on time.
+def tpu_plan(ctx, recipe, topology, global_batch, dtype, evaluation, search, as_json, changes) -> None:
+    """Check whether a step of RECIPE fits on Cloud TPUs.
 
-    RECIPE is a training recipe or the name of a model. Options change its fields as in `train`, for example
-    --run.fused layers. The TPU compiler itself answers, after some minutes. Install it with: pip install libtpu.
+    No TPU is needed. The TPU compiler reports memory, memory traffic and lower bounds on the time, after some minutes.
+    Install it with: pip install libtpu.
+
+    RECIPE is a training recipe or the name of a model. --FIELD VALUE changes a field of the recipe as in `train`, for
+    example --run.fused layers.
+
+    Exit status 1 if the step does not fit.
     """
-    if asked:
-        click.echo(ctx.get_help())
-        return
     os.environ["JAX_PLATFORMS"] = "cpu"
     need_training("jax")
     from keras_effnet.nets.variants import VARIANTS

@@ -16,7 +16,7 @@ RAW = click.option("--raw", is_flag=True, help="Load the raw weights instead of 
 RUNNER = click.option(
     "--runner",
     type=click.Choice(["tensorflow", "jax"]),
-    help="Framework to train with. Defaults to KERAS_BACKEND, or tensorflow.",
+    help="Framework to train with. Default: KERAS_BACKEND, or tensorflow.",
 )
 RUNTIME = click.option(
     "--runtime", default="auto", show_default=True, help="litert, onnxruntime, openvino or keras. auto: the fastest."
@@ -34,12 +34,12 @@ WEIGHTS = click.option(
 
 
 def comma_separated(ctx, parameter, value) -> list[str] | None:
-    """Callback of an option that takes several values."""
+    """Splits a comma-separated option: a callback for click."""
     return value and [part.strip() for part in value.split(",")]
 
 
 def choose_backend() -> None:
-    """Keeps Keras' own choice of a backend; where that one is not installed, chooses the first that is."""
+    """Keeps the backend that Keras is configured for. If that is not installed, chooses the first that is."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if "KERAS_BACKEND" in os.environ:
         return
@@ -57,7 +57,7 @@ def choose_backend() -> None:
 
 
 def need_training(runner: str | None = None) -> None:
-    """Checks that everything is installed that training needs, and sets Keras' backend."""
+    """Checks that all packages for training are installed, and sets Keras' backend."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if runner:
         os.environ["KERAS_BACKEND"] = runner

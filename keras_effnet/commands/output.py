@@ -1,4 +1,4 @@
-"""What all commands print with: tables, JSON, errors and progress."""
+"""Prints tables, JSON, errors and progress, for all commands."""
 
 import contextlib
 import io
@@ -13,17 +13,17 @@ import click
 
 
 def complain(error) -> None:
-    """Prints an error in one line on standard error."""
+    """Prints an error on standard error, in one line."""
     click.echo(f"error: {' '.join(str(error).split())}", err=True)
 
 
 def table(title, *columns: str):
-    """An empty table. A column whose name begins with > is aligned to the right."""
+    """Returns an empty table. A column whose name begins with > is aligned to the right."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    # As plain text: brackets in the name of a file are no markup.
+    # Plain text, since rich reads brackets in a file name as markup.
     title = Text(title, style="bold")
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for column in columns:
@@ -33,7 +33,7 @@ def table(title, *columns: str):
 
 
 def show(*parts) -> None:
-    """Prints tables and texts."""
+    """Prints tables and text."""
     from rich.console import Console
 
     # In a pipe or a file, each row is one line, however long, so that other programs can search it.
@@ -49,7 +49,7 @@ def show_json(value: dict) -> None:
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None = None, disable: bool = False):
-    """A progress bar on standard error. Gives a function to call with `advance`, or with `completed` and `total`."""
+    """Shows a progress bar on standard error. Yields a function to call with `advance`, or `completed` and `total`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -60,7 +60,7 @@ def progress(what: str, total: int | None = None, disable: bool = False):
 
 @contextlib.contextmanager
 def spinner(what: str):
-    """A spinner on standard error, with the libraries quiet meanwhile."""
+    """Shows a spinner on standard error, and keeps the libraries quiet meanwhile."""
     from rich.console import Console
 
     with quiet() as stderr, Console(file=stderr).status(what):
@@ -71,11 +71,11 @@ def spinner(what: str):
 def quiet():
     """Holds back what libraries print and log. If the work fails, all of it is shown.
 
-    TensorFlow, LiteRT and absl write to file descriptor 2, past `sys.stderr`. Python's own standard error stays as it
-    is, for progress, warnings and errors of this package.
+    TensorFlow, LiteRT and absl write to file descriptor 2, past `sys.stderr`. Python's own standard error is unchanged,
+    for the progress, warnings and errors of this package.
 
     Returns:
-        Context manager that gives the stream of the terminal.
+        Context manager that yields the stream of the terminal.
     """
     with tempfile.TemporaryFile() as held:
         text = io.TextIOWrapper(held, errors="replace", write_through=True)
@@ -98,12 +98,12 @@ def quiet():
 
 @contextlib.contextmanager
 def _descriptor_2_into(file):
-    if sys.stderr is not sys.__stderr__:  # as in tests, which replace it
+    if sys.stderr is not sys.__stderr__:  # replaced, as in tests
         yield sys.stderr
         return
     sys.stderr.flush()
     terminal = os.dup(2)
-    # Never closed: a library that is imported meanwhile may keep it for its log.
+    # Never closed, since a library that is imported meanwhile may keep it for its log.
     sys.stderr = stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     os.dup2(file.fileno(), 2)
     try:
@@ -117,7 +117,7 @@ def _descriptor_2_into(file):
 
 @contextlib.contextmanager
 def timer():
-    """A spinner with the elapsed time on standard error. Gives a function to call with the current step."""
+    """Shows a spinner and the elapsed time on standard error. Yields a function to call with the current step."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -1,4 +1,4 @@
-"""`keras-effnet train`, `eval` and `report`."""
+"""`keras-effnet train`, `eval` and `report`: train recipes, evaluate models, report on runs."""
 
 import atexit
 import contextlib
@@ -13,22 +13,22 @@ from keras_effnet.commands.output import progress, quiet, show, show_json, spinn
 
 @click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("recipe", required=False)
-@click.option("--data", "source", help="Short for --data.source.")
-@click.option("--workdir", help="Folder of the run, local or on Cloud Storage. A run that is in it resumes.")
+@click.option("--data", "source", help="Data to train on: short for --data.source.")
+@click.option("--workdir", help="Folder of the run, local or on Cloud Storage. A run that it holds is resumed.")
 @click.option("--allow-changes", is_flag=True, help="Resume even if the recipe has changed.")
 @RUNNER
 @AS_JSON
-@click.option("-h", "--help", "asked", is_flag=True, help="Show this. After the name of a recipe: show its fields.")
-@click.argument("changes", nargs=-1, type=click.UNPROCESSED)
+@click.option("-h", "--help", "asked", is_flag=True, help="Show this message; after RECIPE, show its fields.")
+@click.argument("changes", nargs=-1, type=click.UNPROCESSED, metavar="[--FIELD VALUE]...")
 @click.pass_context
 def train(ctx, recipe, source, workdir, allow_changes, runner, as_json, asked, changes) -> None:
-    """Train RECIPE, or resume its training. Without a recipe, list all of them.
+    """Train RECIPE, or resume its training. Without RECIPE, list all recipes.
 
-    RECIPE is a name, or the path of the config.json of a run. Options change its fields, for example
+    RECIPE is a name, or the path of the config.json of a run. --FIELD VALUE changes a field of the recipe, for example
     --batch-size 256 --optimizer.peak 0.128.
 
-    Exit status 75 after SIGTERM or when another host is lost, 130 after Ctrl-C. The state is saved: run the same
-    command again to resume.
+    Exit status 75 after SIGTERM or if another host is lost, 130 after Ctrl-C. The state is saved: run the same command
+    again to resume.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if recipe is None and asked:
@@ -60,8 +60,8 @@ def train(ctx, recipe, source, workdir, allow_changes, runner, as_json, asked, c
 def _end_without_interpreter() -> list[int]:
     """Ends the process, with the status in the returned list, as soon as all libraries have cleaned up.
 
-    A thread that calls Python while the interpreter shuts down aborts it: status 134 after a complete run. Called
-    before the libraries are imported, so that their own exit functions run first.
+    A thread that calls Python while the interpreter shuts down aborts the process: status 134 after a complete run.
+    Call this before the libraries are imported, so that their own exit functions run first.
     """
     status: list[int] = []
 
@@ -101,18 +101,18 @@ def _list_recipes(found, as_json: bool) -> None:
     )
 
 
-@click.command("eval")
+@click.command("eval", short_help="Evaluate MODEL on a data set: top-1, top-5, confusions.")
 @click.argument("model")
 @click.option("--data", "source", help="Folder, digits, or name of a TensorFlow dataset. Default: the data of the run.")
 @WEIGHTS
 @click.option("--data-dir", help="Folder in which TensorFlow Datasets keeps its files.")
-@click.option("--split", "eval_split", help="Split of a TensorFlow dataset or of TFRecords, or a folder in the folder.")
+@click.option("--split", "eval_split", help="Split of a TensorFlow dataset or of TFRecords, or a subfolder of --data.")
 @click.option("--first-label", default=1, show_default=True, help="Number of the first class in TFRecords.")
-@click.option("--eval-crop", "crop", type=float, help="Share of the shorter side to keep. Default: the weights' own.")
-@click.option("--interpolation", help="bicubic or bilinear. Default: the weights' own.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--eval-crop", "crop", type=float, help="Share of the shorter side to keep. Default: as for the weights.")
+@click.option("--interpolation", help="bicubic or bilinear. Default: as for the weights.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Images per batch.")
 @click.option("--limit", type=click.IntRange(1), help="Evaluate at most this many examples.")
-@click.option("--predictions", metavar="FILE.jsonl", help="Save one line per image: its class and the top five.")
+@click.option("--predictions", metavar="FILE.jsonl", help="Save one line per image: its class and the top 5.")
 @click.option("--all-classes", is_flag=True, help="Show all classes, not only the ten worst.")
 @AS_JSON
 def evaluate_(
@@ -120,7 +120,7 @@ def evaluate_(
 ) -> None:
     """Evaluate MODEL on a data set: top-1, top-5, each class, and the most frequent confusions.
 
-    MODEL is a name, a .keras file with an EfficientNet in it, or the folder of a training run.
+    MODEL is a name, a .keras file that contains an EfficientNet, or the folder of a training run.
     """
     need_training()
     from keras_effnet.tpu.config import Data
@@ -165,12 +165,15 @@ def evaluate_(
 
 @click.command()
 @click.argument("workdir")
-@click.option("--examples", default=2000, show_default=True, type=click.IntRange(1), help="Evaluate at most this many.")
+@click.option(
+    "--examples", default=2000, show_default=True, type=click.IntRange(1), help="Evaluate at most this many images."
+)
 @AS_JSON
 def report(workdir, examples, as_json) -> None:
-    """Write WORKDIR/report.html about a training run: finished, running or killed.
+    """Write a report about a training run to WORKDIR/report.html.
 
-    The report shows curves, accuracies, augmented images, and the mistakes with the highest confidence.
+    The run may be finished, running or killed. The report shows curves, accuracies, augmented images, and the mistakes
+    with the highest confidence.
     """
     # TensorFlow reserves all memory of a GPU, which the run itself may be using.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")

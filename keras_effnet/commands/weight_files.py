@@ -1,4 +1,4 @@
-"""`keras-effnet download`, `convert` and `verify`: files of weights."""
+"""`keras-effnet download`, `convert` and `verify`: weights files."""
 
 import click
 
@@ -12,9 +12,9 @@ from keras_effnet.commands.output import show_json, spinner
 @click.option("--no-top", is_flag=True, help="Download the file without the classifier, if there is one.")
 @AS_JSON
 def download(model, tag, no_top, as_json) -> None:
-    """Download the weights TAG of MODEL.
+    """Download the weights TAG of MODEL, and print their path.
 
-    TAG defaults to imagenet, the model's default weights.
+    TAG defaults to imagenet, the default weights of the model. `keras-effnet list --weights` shows all.
     """
     from keras_effnet.weights import registry, store
 
@@ -30,7 +30,7 @@ def download(model, tag, no_top, as_json) -> None:
 @click.argument("dst")
 @click.option("--model", help="Name of the model. Default: detected from the tensors.")
 @SOURCE
-@click.option("--to", "target", help="tpu, timm, keras or own. Default: from the suffix of DST.")
+@click.option("--to", "target", help="Format of the names in DST: tpu, timm, keras or own. Default: from its suffix.")
 @RAW
 @click.option(
     "--preprocessing",

@@ -1,1 +1,1 @@
-"""Photos: decoding, cropping and resizing as the weights expect, folders of photos, names of classes."""
+"""Photos: decoding, cropping and resizing as the weights expect, folders of photos, and class names."""

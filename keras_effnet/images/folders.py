@@ -1,4 +1,4 @@
-"""Finds photos: files and folders, or a folder per class."""
+"""Finds photos in files and folders, or in a folder per class."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -7,17 +7,21 @@ from typing import Any
 
 from keras_effnet.images.decoding import formats
 
-BUNDLED = Path(__file__).parent / "photographs"  # photos that this package brings, for int8 without own ones
+BUNDLED = Path(__file__).parent / "photographs"  # bundled photos, for int8 calibration without the user's own
+
+VALIDATION = ("val", "validation", "test")  # names of the folder beside `train`
+
+HELD_OUT = 5  # without such a folder, every fifth photo of a class is held out
 
 
 def photographs(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """Files as they are given, and the images of folders in alphabetical order.
+    """Lists files, and the images in folders in alphabetical order.
 
     Args:
         paths: Paths of files or folders.
 
     Returns:
-        List of paths. A folder without an image stays in it as it is, to be reported.
+        List of paths. A folder without images is listed itself, so that it is reported.
     """
     from PIL import Image
 
@@ -27,16 +31,11 @@ def photographs(paths: Iterable[str | os.PathLike]) -> list[Path]:
     for path in map(Path, paths):
         try:
             files = sorted(path.iterdir()) if os.path.isdir(path) else []
-        except OSError:  # told when it is opened as a photograph
+        except OSError:  # reported when it is opened as a photo
             files = []
         images = [file for file in files if file.suffix.lower() in suffixes and not file.name.startswith(".")]
         found += images or [path]
     return found
-
-
-HELD_OUT = 5  # of a folder that is not split already, each fifth photograph
-
-VALIDATION = ("val", "validation", "test")
 
 
 def _folders(place: str) -> list[str]:
@@ -52,19 +51,20 @@ def labelled(
     folders: Callable[[str], Iterable[str]] = _folders,
     files: Callable[[str], Sequence[Any]] = _photographs,
 ) -> tuple[list[str], list[tuple[Any, int]], list[tuple[Any, int]]]:
-    """Finds photographs to train and to test with.
+    """Finds photos to train and test with.
 
     Args:
-        folder: Path of a folder with one for each class; or of one with such folders `train` and `val` (or
-            `validation`, or `test`). Else each fifth photograph of a class is held out.
-        folders: Function of a folder's path to the names of the folders in it. Defaults to those of this machine.
-        files: Function of a folder's path to the photographs in it, in order. Defaults to those of this machine.
+        folder: Path of a folder with one folder per class, or of a folder with `train` and `val` (or `validation`, or
+            `test`) that each have one folder per class. In the first case, every fifth photo of a class is held out.
+        folders: Function from the path of a folder to the names of the folders in it. Defaults to local folders.
+        files: Function from the path of a folder to the photos in it, in order. Defaults to local files.
 
     Returns:
-        Tuple of the classes' names, in alphabetical order, and the two lists of pairs (path, class number).
+        Tuple of the class names in alphabetical order, and two lists of pairs (path, class number): to train and to
+        test with.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there is no folder, or photos of a class are missing.
     """
 
     def classes(place: str) -> dict[str, Sequence[Any]]:
@@ -75,7 +75,7 @@ def labelled(
     try:
         parts = set(folders(root))
     except OSError as error:
-        raise ValueError(f"Expected a folder of photographs, one folder per class. Received: {root!r}") from error
+        raise ValueError(f"Expected a folder of photos with one folder per class. Received: {root!r}") from error
     held = next((name for name in VALIDATION if name in parts), None)
     if held and "train" in parts:
         train, test = classes(f"{root}/train"), classes(f"{root}/{held}")
@@ -88,8 +88,8 @@ def labelled(
         told = f"no photograph of {', '.join(empty)}" if empty else f"{', '.join(train) or 'none'} to train on"
         told += f", {', '.join(name for name, some in test.items() if some) or 'none'} to test on"
         raise ValueError(
-            f"Expected a folder per class with photographs, or 'train' and 'val' with the same ones. Received: "
-            f"{root!r} with {told}"
+            "Expected a folder per class with photographs, or 'train' and 'val' with the same ones. "
+            f"Received: {root!r} with {told}"
         )
     pairs = [[(file, number) for number, name in enumerate(train) for file in part[name]] for part in (train, test)]
     return list(train), pairs[0], pairs[1]

@@ -1,4 +1,4 @@
-"""The original's evaluation preprocessing: center crop and resize, without TensorFlow."""
+"""Crops and resizes as the original's evaluation does, without TensorFlow."""
 
 import numpy as np
 
@@ -8,15 +8,15 @@ from keras_effnet.errors import one_of
 def crop_and_resize(
     pixels: np.ndarray, size: tuple[int, int], crop_padding: int | None = None, interpolation: str = "bicubic"
 ) -> np.ndarray:
-    """The original's evaluation preprocessing: a padded centre crop, then a resize on TensorFlow's legacy grid.
+    """Crops and resizes as the original's evaluation does: a padded center crop, then TensorFlow's legacy resize.
 
-    No antialiasing and no clipping, as there: bicubic values reach from about -27 to 288.
+    As in the original, there is no antialiasing and no clipping: bicubic values range from about -27 to 288.
 
     Args:
         pixels: Array of numbers 0-255, (height, width, channels).
         size: Pair of integers, height and width of the result.
-        crop_padding: Integer, pixels that the crop leaves away at the result's size. None: an eighth is left
-            away, as the original's newest code does.
+        crop_padding: Integer, pixels to crop away, measured at the size of the result. Defaults to None: an eighth, as
+            in the original's newest code.
         interpolation: `"bicubic"` or `"bilinear"`. Defaults to `"bicubic"`.
 
     Returns:
@@ -34,7 +34,7 @@ def crop_and_resize(
     padding = round(side * (1 / 0.875 - 1)) if crop_padding is None else crop_padding
     fraction = np.float32(side / (side + padding))
     rows, columns = pixels.shape[:2]
-    # The largest window of the result's shape, less the padding; in float32 as the original.
+    # The largest window of the result's shape, less the padding. In float32, as in the original.
     window = (min(rows, columns * height / width), min(columns, rows * width / height))
     for axis, (length, total, out) in enumerate(zip(window, (rows, columns), size, strict=True)):
         crop = max(1, int(fraction * np.float32(length)))
@@ -47,7 +47,7 @@ def crop_and_resize(
 
 
 def _bicubic_taps(length: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and weights, (out, 4), of TensorFlow's legacy bicubic resize: a = -0.75, a table of 1024 steps."""
+    """Returns indices and weights, (out, 4), of TensorFlow's legacy bicubic resize: a = -0.75, table of 1024 steps."""
     a = np.float32(-0.75)
     near = np.arange(1025, dtype="float32") / np.float32(1024)
     far = near + np.float32(1)
@@ -60,11 +60,13 @@ def _bicubic_taps(length: int, out: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bilinear_taps(length: int, out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns indices and weights, (out, 2), of TensorFlow's legacy bilinear resize."""
     place, step = _legacy_grid(length, out)
     return np.minimum(place[:, None] + np.arange(2), length - 1), np.stack([1 - step, step], axis=1)
 
 
 def _legacy_grid(length: int, out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each output pixel the input pixel before it, and its distance from that."""
     where = np.arange(out, dtype="float32") * (np.float32(length) / np.float32(out))
     place = np.floor(where)
     return place.astype(int), where - place

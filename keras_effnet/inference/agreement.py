@@ -1,4 +1,4 @@
-"""Checks an export: runs it beside Keras on the same images and measures how far they are apart."""
+"""Checks an export: runs it and Keras on the same images, and measures how far they are apart."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +9,21 @@ import numpy as np
 
 from keras_effnet.inference import runtimes
 
-# The trial
-
 
 def runner_of(path: Path, kind: str) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """Opens an exported model.
+
+    Args:
+        path: Path of the exported file, or of a SavedModel's folder.
+        kind: String. The format, see `export()`.
+
+    Returns:
+        Function from a float32 batch of images to the list of outputs.
+
+    Raises:
+        ImportError: If no runtime of the format is installed.
+        ValueError: If the runtime cannot open the file.
+    """
     if kind != "savedmodel":
         return runtimes.Pool(runtimes.of_file(path), path, runtimes.cores())
     import tensorflow as tf
@@ -22,20 +33,35 @@ def runner_of(path: Path, kind: str) -> Callable[[np.ndarray], list[np.ndarray]]
 
 
 def compare(model, path: Path, kind: str, tried: dict[str, np.ndarray]) -> dict[str, Any]:
-    """How far an export's outputs are from Keras'."""
+    """Measures how far the outputs of an export are from Keras'.
+
+    Args:
+        model: The Keras model.
+        path: Path of the export.
+        kind: String. The format of the export, see `export()`.
+        tried: Dict of float32 batches of images by name.
+
+    Returns:
+        Dict with `difference`: for each name, the largest difference of an output, relative to its largest value in
+        Keras. If the first output is (images, classes), also what `agreement()` returns for the last batch.
+
+    Raises:
+        ImportError: See `runner_of()`.
+        ValueError: If the outputs have other shapes than in Keras.
+    """
     run = runner_of(path, kind)
     difference: dict[str, float] = {}
     expected = found = np.zeros(0)
     for name, images in tried.items():
-        # A few at a time: the large nets' first maps take a gigabyte for 20 images.
+        # A few at a time: the first maps of the large models take a gigabyte for 20 images.
         parts = [model.predict_on_batch(images[place : place + 4]) for place in range(0, len(images), 4)]
         rows = [[keras.ops.convert_to_numpy(each) for each in keras.tree.flatten(part)] for part in parts]
         wanted = [np.concatenate(each).astype("float32") for each in zip(*rows, strict=True)]
         got = run(images)
         if [each.shape for each in got] != [each.shape for each in wanted]:
             raise ValueError(
-                f"Expected outputs of the shapes {[each.shape for each in wanted]}, as Keras gives them. Received: "
-                f"{[each.shape for each in got]} from the {kind} file of {model.name!r}, which was not kept"
+                f"Expected outputs of the same shapes as in Keras, {[each.shape for each in wanted]}. Received: "
+                f"{[each.shape for each in got]} from the {kind} export of {model.name!r}. Nothing was saved"
             )
         pairs = list(zip(wanted, got, strict=True))
         difference[name] = float(np.max([np.abs(a - b).max() / max(np.abs(a).max(), 1e-30) for a, b in pairs]))
@@ -47,15 +73,15 @@ def compare(model, path: Path, kind: str, tried: dict[str, np.ndarray]) -> dict[
 
 
 def agreement(expected: np.ndarray, found: np.ndarray) -> dict[str, float]:
-    """How much two nets' outputs for the same images agree.
+    """Measures how well the outputs of two models for the same images agree.
 
     Args:
         expected: Array (images, classes) of logits or probabilities.
-        found: Array likewise.
+        found: Array of the same shape.
 
     Returns:
-        Dict with `top1_agreement` and `top5_overlap`, shares from 0 to 1, and `cosine`, the mean one of the logits,
-        which probabilities are up to a constant.
+        Dict with `top1_agreement` and `top5_overlap`, shares from 0 to 1, and `cosine`, the mean cosine of the logits.
+        Logits are computed from probabilities up to a constant.
     """
     logits = [_logits(each) for each in (expected, found)]
     order = [np.argsort(-each, 1, kind="stable") for each in (expected, found)]

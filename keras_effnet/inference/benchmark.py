@@ -1,4 +1,4 @@
-"""How fast models are here: runtimes, precisions and batch sizes in turn, each in a process of its own."""
+"""Measures the speed of models by runtime, precision and batch size, each in a separate process."""
 
 import os
 import statistics
@@ -17,15 +17,15 @@ from keras_effnet.inference.predictor import Predictor
 
 
 class Worker:
-    """A process that opens a predictor and runs it when it is told to.
+    """A process that opens a `Predictor` and times it on request.
 
-    Libraries' threads get into each other's way in one process, and its memory would be everybody's.
+    In one process, the threads of the libraries would slow each other down, and their memory would add up.
 
     Args:
-        *arguments: Of `Predictor`.
+        *arguments: Arguments of `Predictor`: model, runtime, precision and threads.
     """
 
-    _predictor: Any  # in the process
+    _predictor: Any  # set in the process only
 
     def __init__(self, *arguments):
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), self._open, arguments)
@@ -48,17 +48,17 @@ class Worker:
 
     @staticmethod
     def _memory() -> int | None:
-        with suppress(OSError, StopIteration):  # of Linux; the usual call also counts what the parent held
+        with suppress(OSError, StopIteration):  # Linux only; getrusage() also counts the memory of the parent
             lines = Path("/proc/self/status").read_text().splitlines()
             return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
         return None
 
     def seconds(self, batch_size: int, least: float = 0.2) -> float:
-        """Seconds of a call, the mean of as many as fill `least` seconds, after one that is not counted."""
+        """Returns the mean seconds per call, over as many calls as fill `least` seconds, after one to warm up."""
         return self._pool.submit(self._seconds, batch_size, least).result()
 
     def memory(self) -> int | None:
-        """The most bytes that the process has held, where the system tells."""
+        """Returns the peak memory of the process in bytes, or None where the system does not report it."""
         return self._pool.submit(self._memory).result()
 
     def stop(self) -> None:
@@ -83,21 +83,21 @@ def benchmark(
     rounds: int = 5,
     on_progress: Callable[[str, int, int], Any] = lambda what, done, total: None,
 ) -> list[dict[str, Any]]:
-    """Measures latency, throughput and memory of models.
+    """Measures the latency, throughput and memory of models.
 
     Args:
-        models: Sequence of names of models, which get random weights, or paths of `.keras` or exported files.
+        models: Sequence of model names (with random weights), or paths of `.keras` or exported files.
         names: Sequence of runtimes. Defaults to None: all that are installed.
         precisions: Sequence of precisions, see `Predictor`. Defaults to `("float32",)`.
         batch_sizes: Sequence of integers. Defaults to (1, 8, 32).
-        threads: Integer. Defaults to None: all processors.
-        rounds: Integer: each is measured so often, all in turn. Defaults to 5.
-        on_progress: Function of what is done now, how much is, and of how much.
+        threads: Integer. Processors to use. Defaults to None: all.
+        rounds: Integer. Each round measures every combination once, in turn. Defaults to 5.
+        on_progress: Function, called with a description, the number of finished steps, and their total.
 
     Returns:
-        List of a dict per model, runtime, precision and batch size: `seconds` of a call (`median`, `min`, `max`),
-        `images_per_second` and `memory`, the most bytes that its process held (None where the system does not tell).
-        Where a runtime cannot run a model: `error`.
+        List of dicts, one per model, runtime, precision and batch size, with `seconds` per call (`median`, `min`,
+        `max`), `images_per_second` and `memory`: the peak of its process in bytes, or None where the system does not
+        report it. If a runtime cannot run a model, the dict has `error` instead.
 
     Raises:
         ValueError: If an argument is not valid.
@@ -117,7 +117,7 @@ def benchmark(
         for place, (model, name, precision) in enumerate(asked):
             on_progress(f"{Path(model).name} for {name}, {precision}", place, len(asked))
             try:
-                Predictor(model, name, precision, threads, weights=None)  # exports, where that is not done yet
+                Predictor(model, name, precision, threads, weights=None)  # exports the model unless it is cached
             except (ImportError, ValueError) as error:
                 rows.append({"model": model, "runtime": name, "precision": precision, "error": str(error)})
                 continue
@@ -143,18 +143,19 @@ def benchmark(
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
-    """Draws latency and throughput over the batch size.
+    """Plots latency and throughput over the batch size.
 
     Args:
-        rows: What `benchmark()` gives.
-        path: Path of an image file that matplotlib writes.
+        rows: List of dicts, as returned by `benchmark()`.
+        path: Path of an image file, in a format that matplotlib writes.
 
     Returns:
         The path.
 
     Raises:
-        ImportError: If matplotlib is missing.
+        ImportError: If matplotlib is not installed.
         OSError: If the file cannot be written.
+        ValueError: If matplotlib does not write that format.
     """
     from keras_effnet.plots import figure_class
 
@@ -168,7 +169,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
     several = [len({key[place] for key in lines}) > 1 for place in range(3)]
     figure = figure_class()(figsize=(10, 4), layout="constrained")
     for axes, place, what in zip(
-        figure.subplots(1, 2), (1, 2), ("milliseconds of a call", "images per second"), strict=True
+        figure.subplots(1, 2), (1, 2), ("milliseconds per call", "images per second"), strict=True
     ):
         for key, points in lines.items():
             label = " ".join(part for part, shown in zip(key, several, strict=True) if shown) or key[1]
@@ -184,5 +185,5 @@ def plot(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
     try:
         figure.savefig(path)
     except ValueError as error:
-        raise ValueError(f"Expected an image file that matplotlib writes. Received: {str(path)!r}") from error
+        raise ValueError(f"Expected an image format that matplotlib writes. Received: {str(path)!r}") from error
     return path

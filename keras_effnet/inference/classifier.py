@@ -1,4 +1,4 @@
-"""Classifies photos: files and folders in, named classes out."""
+"""Classifies photos: from files and folders to named classes."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -12,27 +12,30 @@ from keras_effnet.inference.predictor import Predictor
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.weights import registry
 
-BATCH = 16  # photographs that are decoded before the model sees them
+BATCH = 16  # photos to decode before the model runs on them
 
 
 class Classifier:
-    """Names what is on photographs, with a model that has its pretrained classifier.
+    """Classifies photos with a pretrained ImageNet classifier.
 
     Args:
         model: Name of a model. Defaults to `"efficientnet-lite0"`.
         weights: Tag of the weights, or path of a file. Defaults to `"imagenet"`.
-        top: Integer, classes per photograph. Defaults to 5.
+        top: Integer. Classes per photo. Defaults to 5.
         runtime: See `Predictor`.
         precision: See `Predictor`.
 
+    Call arguments:
+        paths: Paths of image files, or of folders that contain them.
+        on_progress: Function, called with 1 after each photo. Defaults to none.
+
     Returns:
-        When called with paths of image files, or of folders of them: a list of a dict per photograph, with `path`, and
-        either `predictions` (a list of dicts with `class_id`, 0-999, `wnid`, `name` and `probability`) or `error`. One
-        that cannot be read does not stop the others.
+        List of dicts, one per photo, with `path` and either `predictions` (a list of dicts with `class_id`, 0-999,
+        `wnid`, `name` and `probability`) or `error`. A photo that cannot be read does not stop the others.
 
     Raises:
-        ValueError: If model, weights or top are not valid.
-        OSError: If the weights cannot be brought.
+        ValueError: If `model`, `weights` or `top` is not valid.
+        OSError: If the weights cannot be downloaded.
 
     Example:
 
@@ -48,7 +51,7 @@ class Classifier:
         runtime: str = "auto",
         precision: str = "float32",
     ):
-        class_names.rank(np.zeros((0, 1000)), top)  # what is invalid is told before the work
+        class_names.rank(np.zeros((0, 1000)), top)  # raises for an invalid `top` before any work
         one_of("model", model, VARIANTS)
         self.top = top
         self.predictor = Predictor(model, runtime, precision, weights=weights)
@@ -57,7 +60,7 @@ class Classifier:
         else:
             try:
                 record = registry.find(model, os.fspath(weights))
-            except ValueError:  # a checkpoint's folder or prefix, which was loaded
+            except ValueError:  # no tag: the folder or prefix of a checkpoint, which `Predictor` has loaded
                 record = registry.default(model)
         self._load = loading.image_loader(model, record and record.tag, shape=self.predictor.input_shape)
 
@@ -71,7 +74,7 @@ class Classifier:
             for path, result in zip(paths[start:], batch, strict=False):
                 try:
                     if os.path.isdir(path):
-                        raise ValueError(f"Expected photographs. Received: {str(path)!r}, a folder without any")
+                        raise ValueError(f"Expected photos. Received: {str(path)!r}, a folder without photos")
                     images.append(self._load(path))
                 except (OSError, ValueError, MemoryError) as error:
                     result["error"] = str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""From a Keras model to a file for a runtime: folded, quantised if wanted, tried against Keras, with its metadata."""
+"""Exports a Keras model to a file for a runtime: folds, quantizes, checks the result against Keras, adds metadata."""
 
 import os
 import warnings
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import keras
@@ -23,7 +24,7 @@ from keras_effnet.nets.variants import VARIANTS, nearest
 
 FORMATS = {"savedmodel": "", **runtimes.FORMATS}
 
-# How far outputs may be from Keras', over their largest. What 8 bits make of them is told, not bounded.
+# Largest difference from Keras' outputs, relative to the largest of them. For int8, it is only reported.
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "mixed": 0.1, "int8": np.inf}
 
 
@@ -37,38 +38,39 @@ def export(
     labels: Sequence[str] | None = None,
     input_shape: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
-    """Writes a model for inference outside Keras, once it was seen to compute what Keras does.
+    """Exports a model for inference outside Keras, and checks that the file computes what Keras computes.
 
-    Batch normalisation and preprocessing are folded (`fold_batch_norm()`), all is float32 unless `precision` says
-    otherwise, and pixels go in as 0-255. What the file expects of a photograph, its labels and where its weights are
-    from are inside: `keras_effnet.runtimes.metadata()` reads them.
+    Batch normalization and preprocessing are folded (`fold_batch_norm()`). All is float32 unless `precision` says
+    otherwise. Inputs are pixels 0-255. The file also holds the preprocessing of photos, the labels and the source of
+    the weights: read them with `keras_effnet.inference.runtimes.metadata()`.
 
     Args:
         model: A functional or sequential model of images: of this package, of keras.applications, or built on them.
-        path: Path of the file, or of the folder for `"savedmodel"`. Replaced if it exists, but only by an export that
-            was tried.
-        format: `"savedmodel"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to None: by the path's ending, `.onnx`,
-            `.tflite` or `.xml`; none of them is a SavedModel.
+        path: Path of the file, or of the folder for `"savedmodel"`. An existing export is replaced only after the
+            new one has passed the check.
+        format: `"savedmodel"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to None: by the suffix of `path`,
+            `.onnx`, `.tflite` or `.xml`; any other suffix is a SavedModel.
         precision: `"float32"`; `"float16"` for weights of half the size, with float32 arithmetic on processors; or
             `"int8"` for weights and activations of 8 bits. Defaults to `"float32"`.
-        calibration: For `"int8"`, what activations are measured with: an array of images with pixels 0-255, or a list
-            of photographs (paths, bytes, or folders), which are cropped and resized as the weights expect. 100 or more
-            of the kind that the model will see are right. Defaults to None: crops of two photographs, with a warning.
-        labels: List of the classes' names. Defaults to None: ImageNet's where the model has its published weights.
-        input_shape: Tuple of integers, an image's shape, for a model of any size. Defaults to None: the model's own,
-            or its variant's usual one.
+        calibration: For `"int8"`, images to measure the activations with: an array with pixels 0-255, or a list of
+            photos (paths, bytes, or folders), which are cropped and resized as the weights expect. Pass 100 or more
+            images like those that the model will see. Defaults to None: crops of two bundled photos, with a warning.
+        labels: List of class names. Defaults to None: ImageNet's if the model has its published weights.
+        input_shape: Tuple of integers. The shape of an image, for a model that takes any size. Defaults to None: the
+            model's own, or the usual one of its variant.
 
     Returns:
-        Dict with `path`, `format`, `precision`, `size` in bytes, `input_shape`, and `difference`: of random pixels and
-        of photographs the largest one to Keras' outputs, over the largest of these. For images in `calibration`, or
-        the photographs, also `top1_agreement`, `top5_overlap` and `cosine` (of the logits). Of `"int8"` also
-        `float_layers`, those that stayed in float, and for LiteRT `layer_errors`: of each layer with all of them in 8
-        bits, over the root mean square of its outputs, the largest first.
+        Dict with `path`, `format`, `precision`, `size` in bytes, `input_shape`, and `difference`: for random pixels and
+        for photos, the largest difference from Keras' outputs, relative to the largest of them. For the photos in
+        `calibration` or the bundled ones, also `top1_agreement`, `top5_overlap` and `cosine` (of the logits). For
+        `"int8"`, also `float_layers`, the layers left in float, and for LiteRT `layer_errors`: the error of each layer
+        if all are in 8 bits, relative to the root mean square of its outputs, largest first.
 
     Raises:
-        ImportError: If what writes or runs the format is not installed.
+        ImportError: If a package that writes or runs the format is not installed.
         OSError: If the file cannot be written.
-        ValueError: If an argument is not valid, or the export does not compute what Keras does. The old file remains.
+        ValueError: If an argument is not valid, or the export does not compute what Keras computes. An existing file
+            is kept.
 
     Example:
 
@@ -80,20 +82,14 @@ def export(
     """
     path = Path(path)
     kind = format or next((name for name, ending in runtimes.FORMATS.items() if path.suffix == ending), "savedmodel")
-    one_of("format", kind, FORMATS)
-    one_of("precision", precision, runtimes.PRECISIONS)
-    _check_target(path, kind)
-    if FORMATS[kind] and path.suffix != FORMATS[kind]:
-        raise ValueError(f"Expected a path that ends in {FORMATS[kind]} for {kind}. Received: {str(path)!r}")
-    if kind == "savedmodel" and precision != "float32":
-        raise ValueError(f"Expected float32 for a SavedModel. Received: precision={precision!r}. Nearest: litert")
+    _check_arguments(path, kind, precision)
     shape = shape_of(model, input_shape)
     read = loading.image_loader(model, shape=shape)
     photographs = pixels_of(calibration, read, shape) if calibration is not None else _own_photographs(read, shape)
     if precision == "int8" and calibration is None:
         warnings.warn(
-            "int8 is calibrated with crops of two photographs. Pass calibration=, 100 or more images of the kind that "
-            "the model will see",
+            "int8 is calibrated with crops of two bundled photos. Pass calibration= with 100 or more images like those "
+            "that the model will see",
             stacklevel=2,
         )
     metadata = _metadata(model, shape, precision, labels)
@@ -101,99 +97,129 @@ def export(
     tried = {"random": random, "photographs": photographs[:: max(1, len(photographs) // 64)][:64]}
     with folder_beside(path) as folder:
         temporary = folder / path.name
-        try:
-            with quietly():
-                found = WRITERS[kind](model, temporary, shape, precision, photographs)
-        except (ImportError, OSError, ValueError):
-            raise
-        except Exception as error:  # each converter has its own
-            raise ValueError(
-                f"Expected a model that can be written as {kind}, {precision}. Received: {model.name!r}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            ) from error
+        found = _write(model, temporary, kind, shape, precision, photographs)
         report = compare(model, temporary, kind, tried) | found
-        worst = float(np.max(list(report["difference"].values())))  # of which NaN is one
-        bound = BOUNDS[precision]
-        if any(layer.compute_dtype != "float32" for layer in compat.all_layers(model)):  # Keras rounds more than we
-            bound = max(bound, BOUNDS["mixed"])
-        if not worst <= bound:
-            raise ValueError(
-                f"Expected outputs within {bound:g} of Keras', over their largest. Received: {worst:.2g} "
-                f"from the {kind} file of {model.name!r}, which was not kept"
-            )
-        metadata |= {"difference": report["difference"]}
-        ADD_METADATA[kind](temporary, metadata)
-        # A file that names others comes last, and its predecessor goes first: what is between works or is not there.
-        made = sorted(folder.iterdir(), key=lambda each: each == temporary)
-        for each in reversed(made):
-            old = path.with_name(each.name)
-            if os.path.lexists(old):
-                os.replace(old, folder / f"old-{each.name}")
-        for each in made:
-            os.replace(each, path.with_name(each.name))
-    files = [path, path.with_suffix(".bin")] if kind == "openvino" else [path]
-    inside = [file for each in files for file in ([each] if each.is_file() else each.rglob("*"))]
-    size = sum(file.stat().st_size for file in inside if file.is_file())
+        _check_difference(model, kind, precision, report["difference"])
+        ADD_METADATA[kind](temporary, metadata | {"difference": report["difference"]})
+        _move(temporary, path)
     return {
         "path": str(path),
         "format": kind,
         "precision": precision,
-        "size": size,
+        "size": _size_of(path, kind),
         "input_shape": list(shape),
         **report,
     }
 
 
+def _check_arguments(path: Path, kind: str, precision: str) -> None:
+    one_of("format", kind, FORMATS)
+    one_of("precision", precision, runtimes.PRECISIONS)
+    _check_target(path, kind)
+    if FORMATS[kind] and path.suffix != FORMATS[kind]:
+        raise ValueError(f"Expected a path that ends in {FORMATS[kind]} for {kind}. Received: {str(path)!r}")
+    if kind == "savedmodel" and precision != "float32":
+        raise ValueError(f"Expected float32 for a SavedModel. Received: precision={precision!r}. Nearest: litert")
+
+
 def _check_target(path: Path, kind: str) -> None:
-    """An export replaces another one, not a folder of something else."""
+    """Refuses to replace anything but an earlier export."""
     if path.name in ("", ".."):
         raise ValueError(f"Expected the path of a new file or folder. Received: {str(path)!r}")
     if path.is_dir() and not (
         kind == "savedmodel" and ((path / "saved_model.pb").is_file() or not any(path.iterdir()))
     ):
-        raise ValueError(f"Expected a new path, or that of an older export. Received: {str(path)!r}, another folder")
+        raise ValueError(f"Expected a new path, or an earlier {kind} export. Received: {str(path)!r}, another folder")
     if kind == "savedmodel" and path.exists() and not path.is_dir():
         raise ValueError(f"Expected the path of a folder for a SavedModel. Received: {str(path)!r}, a file")
 
 
+def _write(model, path: Path, kind: str, shape, precision: str, photographs: np.ndarray) -> dict[str, Any]:
+    """Writes the file without metadata. Returns what the writer reports."""
+    try:
+        with quietly():
+            return WRITERS[kind](model, path, shape, precision, photographs)
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:  # each converter raises its own types
+        raise ValueError(
+            f"Expected a model that can be exported to {kind}, {precision}. Received: {model.name!r}: "
+            f"{type(error).__name__}: {shorten(str(error), 200)}"
+        ) from error
+
+
+def _check_difference(model, kind: str, precision: str, difference: dict[str, float]) -> None:
+    worst = float(np.max(list(difference.values())))  # NaN if any is NaN
+    bound = BOUNDS[precision]
+    if any(layer.compute_dtype != "float32" for layer in compat.all_layers(model)):  # Keras rounds more than the export
+        bound = max(bound, BOUNDS["mixed"])
+    if not worst <= bound:
+        raise ValueError(
+            f"Expected outputs within {bound:g} of Keras', relative to the largest. Received: {worst:.2g} "
+            f"from the {kind} export of {model.name!r}. Nothing was saved"
+        )
+
+
+def _move(made: Path, path: Path) -> None:
+    """Moves a finished export, with the files beside it, to its path. The files that it replaces go to its old folder.
+
+    The file that refers to the others is moved last, and its predecessor is removed first. So an interruption leaves a
+    complete export or none.
+    """
+    parts = sorted(made.parent.iterdir(), key=lambda each: each == made)
+    for each in reversed(parts):
+        old = path.with_name(each.name)
+        if os.path.lexists(old):
+            os.replace(old, made.parent / f"old-{each.name}")
+    for each in parts:
+        os.replace(each, path.with_name(each.name))
+
+
+def _size_of(path: Path, kind: str) -> int:
+    """Returns the size of all files of an export, in bytes."""
+    files = [path, path.with_suffix(".bin")] if kind == "openvino" else [path]
+    inside = [file for each in files for file in ([each] if each.is_file() else each.rglob("*"))]
+    return sum(file.stat().st_size for file in inside if file.is_file())
+
+
 def shape_of(model: keras.Model, input_shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The shape of an image that a model takes.
+    """Returns the shape of an image that a model takes.
 
     Args:
         model: A functional or sequential model.
-        input_shape: Tuple of integers for what is unknown. Defaults to None: of this package's models, the variant's
-            usual size, else 224.
+        input_shape: Tuple of integers. The shape to use where the model leaves it open. Defaults to None: the usual
+            size of the variant for models of this package, else 224.
 
     Returns:
         Tuple of integers.
 
     Raises:
-        ValueError: If the model does not take one batch of images, or the two disagree.
+        ValueError: If the model does not take one batch of images, or `input_shape` contradicts its shape.
     """
     inputs = getattr(model, "inputs", None) or []
     known = tuple(inputs[0].shape[1:]) if len(inputs) == 1 else ()
     if len(known) != 3:
         raise ValueError(
             f"Expected a model of one input, a batch of images. Received: {getattr(model, 'name', model)!r} with "
-            f"{[tuple(tensor.shape) for tensor in inputs] or 'none that is known'}"
+            f"{[tuple(tensor.shape) for tensor in inputs] or 'no known input'}"
         )
     if input_shape is None:
         side = 224
-        with suppress(ValueError, KeyError):  # another package's, or no known widths
+        with suppress(ValueError, KeyError):  # a model of another package, or of unknown widths
             side = VARIANTS[nearest(inspection.find(model)[1].architecture) or ""].resolution
         return tuple(side if size is None else size for size in known)
     shape = tuple(input_shape)
     if len(shape) != 3 or any(size not in (None, given) for size, given in zip(known, shape, strict=True)):
-        raise ValueError(f"Expected input_shape like the model's, {known}. Received: input_shape={input_shape}")
+        raise ValueError(f"Expected input_shape to match the model's, {known}. Received: input_shape={input_shape}")
     return shape
 
 
 def sized(model: keras.Model, size: tuple[int, int]) -> tuple[int, ...]:
-    """An image's shape of a height and a width, wherever the model has its channels.
+    """Returns the shape of an image of a given size, with the channels last or first as in the model.
 
     Args:
         model: A functional or sequential model.
-        size: Pair of integers.
+        size: Pair of integers, height and width.
 
     Returns:
         Tuple of integers.
@@ -203,13 +229,13 @@ def sized(model: keras.Model, size: tuple[int, int]) -> tuple[int, ...]:
 
 
 def outputs_of(model: keras.Model) -> list[str] | int | None:
-    """How a model's outputs are put together.
+    """Returns the structure of a model's outputs.
 
     Args:
         model: A functional or sequential model.
 
     Returns:
-        None for one array, the names of a dict's arrays, or the number of them.
+        None for a single array, the sorted keys of a dict, or the length of a list or tuple.
     """
     structure = None if isinstance(model, keras.Sequential) else model.output
     match structure:
@@ -221,19 +247,19 @@ def outputs_of(model: keras.Model) -> list[str] | int | None:
 
 
 def pixels_of(images: Any, read: Callable[[Any], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Images as an array: they are one, or the paths or bytes of photographs.
+    """Converts images to one array, and loads them if they are photos.
 
     Args:
-        images: Array (count, *shape), or a sequence of paths of files or folders, or of bytes.
+        images: Array (count, *shape), or paths of photos or folders, or photos as bytes.
         read: Function from a path or bytes to pixels.
-        shape: Tuple of integers, an image's.
+        shape: Tuple of integers. The shape of an image.
 
     Returns:
-        float32 array.
+        float32 array (count, *shape).
 
     Raises:
         OSError: If a file cannot be read.
-        ValueError: If there is none, or they have another shape.
+        ValueError: If there are no images, or they have another shape, or contain NaN or infinity.
     """
     if isinstance(images, str | bytes | os.PathLike):
         images = [images]
@@ -247,7 +273,7 @@ def pixels_of(images: Any, read: Callable[[Any], np.ndarray], shape: tuple[int, 
 
 
 def _own_photographs(read, shape: tuple[int, ...], count: int = 100) -> np.ndarray:
-    """Two photographs of this package, and crops of them, in order of how much of them is seen."""
+    """Returns the two bundled photos and random crops of them, or random pixels if the model takes no photos."""
     if min(shape[0], shape[-1]) not in (1, 3, 4):
         return np.random.default_rng(1).uniform(0, 255, (8, *shape)).astype("float32")
     wholes = [decoding.decode_image(path, min(shape[0], shape[-1])) for path in sorted(folders.BUNDLED.glob("*.jpg"))]
@@ -268,6 +294,7 @@ def _own_photographs(read, shape: tuple[int, ...], count: int = 100) -> np.ndarr
 
 
 def _metadata(model, shape, precision: str, labels) -> dict[str, Any]:
+    """Returns what `runtimes.metadata()` reads back, except for `difference`."""
     outputs = model.outputs[0].shape[-1]
     record = getattr(model, "weights_record", None)
     if labels is None and record is not None and outputs == 1000:

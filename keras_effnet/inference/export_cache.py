@@ -1,4 +1,4 @@
-"""The exports that a `Predictor` keeps on disk: made once, found again by the content of the model."""
+"""Caches the exports of a `Predictor` on disk, under a hash of the model's content."""
 
 import hashlib
 import inspect
@@ -10,6 +10,7 @@ import warnings
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,31 @@ from keras_effnet.loading import check_file, load
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.weights import registry, store
 
-BATCH = 16  # images that Keras computes at a time
-KEPT_AS = 1  # counts up when exports change, so that what was kept before is made anew
+BATCH = 16  # images per call of Keras
+KEPT_AS = 1  # increased when exports change, which invalidates all that are cached
 
 
 class ExportCache:
-    """What a predictor is made of, and the folder in which its exports are kept."""
+    """Opens a model for a `Predictor`, with exports that it caches on disk.
+
+    The cache folder is named after a hash of the model, the weights, the calibration images, the input shape, and the
+    versions of this package and Keras. A file that is already an export is opened directly: nothing is cached.
+
+    Args:
+        model: See `Predictor`.
+        weights: See `Predictor`.
+        precision: See `Predictor`.
+        calibration: See `Predictor`.
+        input_shape: See `Predictor`.
+
+    Attributes:
+        exported: Path of the exported file that was given as `model`, or None.
+        folder: Path of the cache folder. Not set for an exported file.
+
+    Raises:
+        OSError: If a file does not exist or cannot be read.
+        ValueError: If the model or the weights are unknown, or the model is neither functional nor sequential.
+    """
 
     def __init__(self, model, weights, precision: str, calibration, input_shape):
         self.exported = None
@@ -53,14 +73,35 @@ class ExportCache:
         self.folder = store.home() / "predictor" / key
 
     def model(self) -> Any:
-        """The Keras model."""
+        """Returns the Keras model, which is loaded on first use.
+
+        Returns:
+            A `keras.Model`.
+
+        Raises:
+            OSError: If the weights cannot be downloaded.
+            ValueError: If the file is not a model.
+        """
         if not isinstance(self._model, str | os.PathLike):
             return self._model
         self._model = load(self._model, self._weights)
         return self._model
 
     def opened(self, runtime: str, threads: int) -> tuple[str, Path | None, dict[str, Any], Any]:
-        """The runtime, its file, what is known of the model, and what runs images."""
+        """Opens the model on a runtime, and exports it first unless the export is cached.
+
+        Args:
+            runtime: See `Predictor`.
+            threads: Integer. Processors to use.
+
+        Returns:
+            Tuple of the name of the runtime, the path of the export (None for Keras), a dict with at least
+            `input_shape` and `outputs`, and a function from a float32 batch of images to the list of outputs.
+
+        Raises:
+            ImportError: If the runtime, or the package that exports to it, is not installed.
+            ValueError: If the runtime is unknown, or the model cannot be exported to it in this precision.
+        """
         one_of("runtime", runtime, ["auto", *runtimes.RUNTIMES, "keras"])
         if runtime == "keras":
             return self._keras()
@@ -75,11 +116,14 @@ class ExportCache:
         return name, path, record, runtimes.Pool(name, path, threads)
 
     def _keras(self):
+        """Opens the folded model on Keras itself."""
         from keras_effnet.inference import export
         from keras_effnet.inference.folding import for_inference
 
         if self.precision != "float32":
-            raise ValueError(f"Expected float32 for Keras itself. Received: precision={self.precision!r}")
+            raise ValueError(
+                f"Expected precision='float32' for runtime='keras'. Received: precision={self.precision!r}"
+            )
         model = self.model()
         shape = export.shape_of(model, self._shape)
         lock = threading.Lock()
@@ -91,7 +135,7 @@ class ExportCache:
             rows = []
             for start in range(0, len(images), BATCH):
                 part = images[start : start + BATCH]
-                # Of one size where there are many, since each size is compiled.
+                # Pads the last batch, since Keras compiles each batch size anew.
                 missing = BATCH - len(part) if len(images) > BATCH else 0
                 part = np.concatenate([part, np.zeros((missing, *shape), "float32")]) if missing else part
                 with lock:
@@ -103,13 +147,13 @@ class ExportCache:
         return "keras", None, {"outputs": export.outputs_of(model), "input_shape": shape}, run
 
     def _places(self, name: str) -> tuple[Path, Path]:
-        """The file for a runtime, and what is known of it."""
+        """Returns the paths of the export for a runtime, and of its record."""
         kind = runtimes.RUNTIMES[name].formats[0]
         path = self.folder / f"{self.precision}{runtimes.FORMATS[kind]}"
         return path, path.with_suffix(f".{kind}.json")
 
     def _kept(self, name: str) -> dict[str, Any] | None:
-        """What is known of a runtime's file, if that is there and whole."""
+        """Returns the record of the export for a runtime, or None if the export is missing or damaged."""
         path, told = self._places(name)
         with suppress(OSError, ValueError, KeyError):
             record = json.loads(told.read_text())
@@ -118,7 +162,7 @@ class ExportCache:
         return None
 
     def _made(self, name: str) -> tuple[Path, dict[str, Any]]:
-        """The file for a runtime, made if it is not there."""
+        """Returns the path and the record of the export for a runtime. Exports the model if necessary."""
         path, told = self._places(name)
         record = self._kept(name)
         if record is not None:
@@ -148,11 +192,11 @@ class ExportCache:
         return chosen if chosen in names else None
 
     def _fastest(self, names: list[str], threads: int) -> str | None:
-        """The fastest runtime, of those that this backend exports to."""
+        """Measures all runtimes that the model can be exported to. Returns the fastest, or None if there is none."""
         if not all(self._kept(name) for name in names):
             from keras_effnet.inference import export
 
-            export.shape_of(self.model(), self._shape)  # what no runtime mends is told as it is
+            export.shape_of(self.model(), self._shape)  # an error of the model itself is raised, not collected
         pools, reasons = {}, {}
         for name in names:
             try:
@@ -161,15 +205,16 @@ class ExportCache:
             except (ImportError, ValueError) as error:
                 reasons[name] = error
         if not pools:
-            told = "; ".join(f"{name}: {' '.join(str(error).split())}" for name, error in reasons.items())
+            told = "; ".join(f"{name}: {shorten(str(error), 150)}" for name, error in reasons.items())
+            told = told or "no runtime is installed"
             if self.precision != "float32":
                 raise ValueError(
-                    f"Expected a runtime for {self.precision}. Received: {told or 'none that is installed'}. "
-                    "Bring one with: pip install 'keras_effnet[tensorflow]'"
+                    f"Expected a runtime for {self.precision}. Run: pip install 'keras_effnet[tensorflow]'. "
+                    f"Received: {told}"
                 )
             warnings.warn(
-                f"Keras itself computes, which is slower: {told or 'no runtime is installed'}. "
-                "Bring one with: pip install 'keras_effnet[tensorflow]'",
+                "Running on Keras, which is slower. For a faster runtime, run: pip install 'keras_effnet[tensorflow]'. "
+                f"Reason: {told}",
                 stacklevel=4,
             )
             return None
@@ -189,7 +234,7 @@ class ExportCache:
 
 
 def _weights_of(name: str, weights) -> Any:
-    """What tells weights from others, without bringing them."""
+    """Identifies weights without downloading them: by hash, by tag, or by the files of a checkpoint."""
     if weights is None:
         return None
     if os.path.isfile(weights):
@@ -201,7 +246,7 @@ def _weights_of(name: str, weights) -> Any:
 
         if not opening.exists(weights):
             raise
-        # A checkpoint, which is a folder or the beginning of files' names.
+        # A checkpoint: a folder, or the prefix of its files.
         path = Path(weights)
         files = sorted(path.iterdir() if path.is_dir() else path.parent.glob(f"{path.name}.*"))
         return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -209,7 +254,7 @@ def _weights_of(name: str, weights) -> Any:
 
 
 def _told(calibration) -> str:
-    """A hash of calibration images, or of their files' names and times."""
+    """Hashes calibration images, or the paths, sizes and times of their files."""
     hashed = hashlib.sha256()
     if hasattr(calibration, "shape"):
         hashed.update(np.asarray(calibration).tobytes())
@@ -228,7 +273,7 @@ _PROCESS = secrets.token_hex(16)
 
 
 def _fingerprint(model) -> str:
-    """A hash of all that a model computes with: layers, weights, and the code of layers that are a user's own."""
+    """Hashes all that a model computes with: layers, weights, and the source code of custom layers."""
     import keras
 
     if not isinstance(model, keras.Model):
@@ -246,7 +291,7 @@ def _fingerprint(model) -> str:
                 continue
             try:
                 hashed.update(inspect.getsource(own).encode())
-            except (OSError, TypeError):  # typed at a prompt: of this process alone
+            except (OSError, TypeError):  # defined at a prompt: valid in this process only
                 hashed.update(f"{_PROCESS} {id(own)}".encode())
     for weight in model.weights:
         hashed.update(np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(weight.value, "float32"))).tobytes())

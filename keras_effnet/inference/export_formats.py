@@ -1,4 +1,4 @@
-"""One writer per export format: SavedModel, ONNX, LiteRT, OpenVINO, with the metadata inside each."""
+"""Writes SavedModel, ONNX, LiteRT and OpenVINO files, with metadata inside."""
 
 import json
 import os
@@ -22,12 +22,16 @@ from keras_effnet.inference import quantization, runtimes
 from keras_effnet.inference.agreement import agreement, runner_of
 from keras_effnet.inference.folding import for_inference
 
-_PRINTING = threading.RLock()  # standard output is the process's
+_PRINTING = threading.RLock()  # all threads share standard output
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Converters print and warn on their way; what goes wrong they raise."""
+    """Suppresses what converters print and warn. Errors are raised as usual.
+
+    Returns:
+        Context manager.
+    """
     with _PRINTING, warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -38,11 +42,11 @@ def _need(*modules: str) -> None:
     if missing:
         raise ImportError(
             f"Expected {', '.join(modules)} for this export. Received: no {', '.join(missing)}. "
-            "Bring it with: pip install 'keras_effnet[export]'"
+            "Run: pip install 'keras_effnet[export]'"
         )
 
 
-# Writers: of a model, a path, an image's shape, a precision and photographs. What they found out, for the report
+# Writers: each saves a model to a path, and returns what the report of `export()` says beyond the difference.
 
 
 def _savedmodel(model, path: Path, shape, precision, photographs) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def _onnx(model, path: Path, shape, precision: str, photographs) -> dict[str, An
     import onnx
 
     def write(net) -> None:
-        if _backend() == "torch":  # Keras exports there only what was called
+        if _backend() == "torch":  # there, Keras exports only models that have been called
             net(keras.ops.zeros((1, *shape)))
         net.export(str(path), format="onnx", verbose=False)
 
@@ -78,6 +82,8 @@ def _onnx(model, path: Path, shape, precision: str, photographs) -> dict[str, An
 
 
 def _best(net, path: Path, kind: str, photographs: np.ndarray, quantise, levels: int) -> dict[str, Any]:
+    """Saves the best of the quantized versions, see `quantization.best()`. Returns its float layers."""
+
     def run(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
         path.write_bytes(content)
         runner = runner_of(path, kind)
@@ -97,7 +103,7 @@ def _best(net, path: Path, kind: str, photographs: np.ndarray, quantise, levels:
 
 
 def _halved(graph):
-    """ONNX: large constants as float16, which the runtime casts when it loads them."""
+    """Stores the large constants of an ONNX graph in float16. The runtime casts them when it loads the file."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -138,7 +144,7 @@ def _onnx_int8(path: Path, photographs: np.ndarray, pattern: str) -> None:
         per_channel=True,
         activation_type=q.QuantType.QUInt8,
         weight_type=q.QuantType.QInt8,
-        reduce_range=True,  # sums of products of two bytes saturate where a processor has no VNNI
+        reduce_range=True,  # on processors without VNNI, sums of products of two bytes saturate
         nodes_to_exclude=[
             node.name
             for node in graph.node
@@ -152,8 +158,8 @@ def _onnx_int8(path: Path, photographs: np.ndarray, pattern: str) -> None:
 def _litert(model, path: Path, shape, precision: str, photographs) -> dict[str, Any]:
     if _backend() != "tensorflow":
         raise ValueError(
-            f"Expected Keras on TensorFlow, which writes LiteRT. Received: KERAS_BACKEND={_backend()}. "
-            "Nearest: onnx; or save the model and export it there"
+            f"Expected KERAS_BACKEND=tensorflow for LiteRT. Received: KERAS_BACKEND={_backend()}. "
+            "Nearest: onnx; or save the model and export it on TensorFlow"
         )
     _need("ai_edge_litert")
     import tensorflow as tf
@@ -184,7 +190,7 @@ def _openvino(model, path: Path, shape, precision: str, photographs) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "model.onnx"
         found = _onnx(model, graph, shape, "int8" if precision == "int8" else "float32", photographs)
-        net = openvino.Core().read_model(graph)  # convert_model() would report its use to the makers
+        net = openvino.Core().read_model(graph)  # convert_model() would send telemetry
         openvino.save_model(net, path, compress_to_fp16=precision == "float16")
     return found
 
@@ -196,7 +202,7 @@ def _backend() -> str:
     return keras.backend.backend()
 
 
-# Metadata, where each format has its place for it
+# Metadata, in the place that each format has for it
 
 
 def _add_to_savedmodel(path: Path, metadata: dict[str, Any]) -> None:
@@ -211,11 +217,11 @@ def _add_to_onnx(path: Path, metadata: dict[str, Any]) -> None:
     graph = onnx.load(path)
     onnx.helper.set_model_props(graph, {"keras_effnet": json.dumps(metadata)})
     onnx.save(graph, path)
-    path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of the exporter from JAX; it is inside now
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # weights from the JAX exporter, now inside the file
 
 
 def _add_to_litert(path: Path, metadata: dict[str, Any]) -> None:
-    """As the format's own metadata library does it: a zip archive behind the model."""
+    """Appends a zip archive to the model, as the metadata library of the format does."""
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(runtimes.METADATA, json.dumps(metadata))
         if metadata["labels"]:

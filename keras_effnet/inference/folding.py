@@ -1,9 +1,10 @@
-"""From a trained model to a smaller one for inference: scales and offsets go into the convolutions beside them."""
+"""Folds batch normalization and preprocessing into the neighboring convolutions, for inference."""
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain, count
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import keras
@@ -13,7 +14,7 @@ from keras_effnet import compat
 from keras_effnet.nets import initializers
 from keras_effnet.nets.condconv import CondConv2D, DepthwiseCondConv2D
 
-# What changes nothing at inference.
+# Layers that do nothing at inference.
 _TRAINING_ONLY = (
     keras.layers.ActivityRegularization,
     keras.layers.AlphaDropout,
@@ -30,7 +31,7 @@ _TRAINING_ONLY = (
     keras.layers.SpatialDropout2D,
 )
 
-# Layers that are linear up to their activation, and how many of their kernel's last axes are their outputs.
+# Layers that are linear except for their activation, and how many of the last axes of their kernels are outputs.
 _LINEAR: dict[type, int] = {
     keras.layers.Conv2D: 1,
     keras.layers.DepthwiseConv2D: 2,
@@ -40,18 +41,18 @@ _LINEAR: dict[type, int] = {
 }
 
 
-_mapped: Any = keras.tree.map_structure  # whose annotations say that it may return None
+_mapped: Any = keras.tree.map_structure  # its annotations allow None
 
 
 class _Tensor:
-    """What flows from a step to others."""
+    """A value that flows between steps."""
 
     def __init__(self, spec):
         self.rank = len(spec.shape)
 
 
 class _Affine(NamedTuple):
-    """`x * scale + offset`: numbers along an axis, counted from the end, or (`axis` None) one for all."""
+    """`x * scale + offset`, along an axis counted from the end, or with one number for all (`axis` None)."""
 
     scale: np.ndarray
     offset: np.ndarray
@@ -66,8 +67,8 @@ class _Step:
     args: tuple
     kwargs: dict[str, Any]
     outputs: list[_Tensor]
-    affine: _Affine | None = None  # what the call does, where it is no more than that
-    changed: dict[str, np.ndarray] = field(default_factory=dict)  # arrays in place of the layer's own
+    affine: _Affine | None = None  # set if the call does nothing else
+    changed: dict[str, np.ndarray] = field(default_factory=dict)  # arrays that replace the layer's own
 
     @property
     def source(self) -> _Tensor:
@@ -89,19 +90,19 @@ class _Step:
 
 
 def fold_batch_norm(model: keras.Model) -> keras.Model:
-    """A smaller model for inference: batch normalisation and preprocessing are folded into the convolutions.
+    """Folds batch normalization and preprocessing into the convolutions, which makes a smaller model for inference.
 
-    What scales a convolution's output, or its input, becomes part of its kernel and bias. A convolution that pads with
-    zeros takes only the scale of its input, not the offset, which would be missing around the image: that remains, as
-    a Rescaling layer. Mixed experts take only the scale, since their bias would be mixed as well. Dropout and other
-    layers that act in training alone go, and models that are layers of others are dissolved into one graph.
+    A scale or offset before or after a convolution becomes part of its kernel and bias. There are two exceptions. A
+    convolution that pads with zeros takes only the scale of its input: the offset would be missing around the image, so
+    it stays, as a Rescaling layer. Mixed experts take only the scale, since their bias would be mixed as well. Dropout
+    and other layers that act only in training are removed, and nested models are merged into one graph.
 
     Args:
-        model: A functional or sequential model: of this package, of keras.applications, or one that was built on
-            them. It stays as it is.
+        model: A functional or sequential model: of this package, of keras.applications, or built on them. It is not
+            changed.
 
     Returns:
-        A functional `keras.Model` with weights of its own, which computes what the model does at inference.
+        A new functional `keras.Model` with its own weights. It computes what the model computes at inference.
 
     Raises:
         ValueError: If the model is neither functional nor sequential.
@@ -118,11 +119,11 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
 
 
 def for_inference(model: keras.Model, shape: tuple[int, ...], batch_size: int | None = None) -> keras.Model:
-    """`fold_batch_norm()` for an exporter: float32 throughout, for images of one size.
+    """Folds a model as `fold_batch_norm()` does, for an exporter: all in float32, for images of one size.
 
     Args:
-        model: See `fold_batch_norm()`. Of one input.
-        shape: Tuple of integers, the shape of an image.
+        model: See `fold_batch_norm()`. A model with one input.
+        shape: Tuple of integers. The shape of an image.
         batch_size: Integer, or None for any. Defaults to None.
 
     Returns:
@@ -135,33 +136,33 @@ def for_inference(model: keras.Model, shape: tuple[int, ...], batch_size: int | 
 
 
 def check(model) -> Any:
-    """A model, if its graph of layers can be seen.
+    """Checks that the graph of a model's layers is known.
 
     Args:
-        model: What was given as one.
+        model: The received value.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If it is neither functional nor sequential.
+        ValueError: If it is neither functional nor sequential, or has no input yet.
     """
     if not _is_graph(model) or not model.built:
         raise ValueError(
-            "Expected a functional or sequential model, whose layers can be seen, and which has an input. Received: "
+            "Expected a functional or sequential model with a defined input. Received: "
             f"{getattr(model, 'name', model)!r}, a {type(model).__name__}"
         )
     return model
 
 
 def _is_graph(layer) -> bool:
-    """Whether its layers are all that a model does. Not so for a subclass with a `call()` of its own."""
+    """Returns whether a model does no more than its layers. A subclass with its own `call()` may do more."""
     known = isinstance(layer, keras.Sequential) or compat.is_functional(layer)
     return known and type(layer).call.__module__.startswith("keras.")
 
 
 def _folded(model, given: list, dtype: str | None = None) -> keras.Model:
-    """The model on new inputs. With `dtype` all its layers compute in it."""
+    """Folds a model on new inputs. With `dtype`, all layers compute in it."""
     steps: list[_Step] = []
     inputs = [_Tensor(tensor) for tensor in model.inputs]
     structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
@@ -170,14 +171,14 @@ def _folded(model, given: list, dtype: str | None = None) -> keras.Model:
     integers = {place for place, tensor in known.items() if not keras.backend.is_float_dtype(tensor.dtype)}
     results = _call(_Folding(steps, outputs, integers).steps(), known, outputs, dtype)
     folded = keras.Model(keras.tree.pack_sequence_as(structure, given), results, name=model.name)
-    if hasattr(model, "weights_record"):  # whose photographs it expects
+    if hasattr(model, "weights_record"):  # `load_image()` reads the expected preprocessing from it
         folded.weights_record = model.weights_record
     compat.mark_called(folded)
     return folded
 
 
 def _trace(model, inputs, steps: list[_Step]):
-    """Adds the calls in a model to the list, and gives its outputs."""
+    """Appends the calls in a model to `steps`, and returns its outputs."""
 
     def call(operation, *args, **kwargs):
         training = kwargs.get("training")
@@ -186,8 +187,8 @@ def _trace(model, inputs, steps: list[_Step]):
         if _is_graph(operation) and args:
             if training:
                 raise ValueError(
-                    f"Expected layers that are called as at inference. Received: {operation.name!r}, which is called "
-                    "with training=True"
+                    f"Expected models in inference mode. Received: {operation.name!r}, which is called with "
+                    "training=True"
                 )
             return _trace(operation, args[0], steps)
         outputs = [_Tensor(tensor) for tensor in compat.first_outputs(operation)]
@@ -217,7 +218,7 @@ def _affine(layer, rank: int) -> _Affine | None:
             return _Affine(scale, offset, layer.axis if layer.axis < 0 else layer.axis - rank)
         case keras.layers.Rescaling():
             pair = np.asarray(layer.scale, "float64"), np.asarray(layer.offset, "float64")
-            # Keras places a flat scale by a global setting, and a flat offset last.
+            # Keras applies a flat scale along the axis of a global setting, but a flat offset along the last.
             if pair[0].ndim and keras.config.image_data_format() == "channels_first":
                 pair = pair[0].reshape(pair[0].shape + (1,) * (3 - pair[0].ndim)), pair[1]
         case keras.layers.Normalization() if not layer.invert and layer.mean is not None:
@@ -233,11 +234,11 @@ def _affine(layer, rank: int) -> _Affine | None:
 
 
 class _Folding:
-    """Puts as many of the affine steps into others as can be."""
+    """Folds as many affine steps as possible into other steps."""
 
     def __init__(self, steps: list[_Step], outputs, integers: set[int]):
         self._steps = steps
-        self._integers = integers  # inputs that what is left of preprocessing has to cast
+        self._integers = integers  # integer inputs, which the remaining preprocessing has to cast
         self._makers = {id(tensor): step for step in steps for tensor in step.outputs}
         self._uses = Counter(id(value) for step in steps for value in keras.tree.flatten((step.args, step.kwargs)))
         self._uses.update(id(tensor) for tensor in keras.tree.flatten(outputs))
@@ -245,7 +246,7 @@ class _Folding:
         self._gone: set[int] = set()
 
     def steps(self) -> list[_Step]:
-        """The steps that are left."""
+        """Returns the remaining steps."""
         for step in self._steps:
             if step.affine is not None:
                 self._into_what_is_before(step, step.affine)
@@ -255,11 +256,11 @@ class _Folding:
         return [step for step in self._steps if id(step) not in self._gone]
 
     def _before(self, step: _Step) -> _Step | None:
-        """What makes a step's input, if it is for that step alone."""
+        """Returns the step that makes a step's input, if nothing else uses it."""
         return self._makers.get(id(step.source)) if self._uses[id(step.source)] == 1 else None
 
     def _takes(self, step: _Step, before: bool) -> bool:
-        """Whether a scale of the step's output, or of its input, can go into its kernel."""
+        """Returns whether the kernel of a step can take a scale of its input (`before`) or of its output."""
         layer = step.operation
         if id(step) in self._gone or type(layer) not in _LINEAR or self._calls[id(layer)] > 1:
             return False
@@ -328,12 +329,12 @@ def _mixed(layer) -> bool:
 
 
 def _channels(layer) -> int:
-    """The axis of a layer's channels, from the end."""
+    """Returns the axis of a layer's channels, counted from the end."""
     return -1 if getattr(layer, "data_format", "channels_last") == "channels_last" else -3
 
 
 def _call(steps: list[_Step], known: dict[int, Any], outputs, dtype: str | None):
-    """Calls new layers on Keras tensors, which `known` has by the `id()` of what stands for them."""
+    """Calls copies of the layers on Keras tensors. `known` maps the `id()` of each `_Tensor` to its Keras tensor."""
     layers: dict[int, Any] = {}
     names = {tensor.name for tensor in known.values()}
 
@@ -351,17 +352,17 @@ def _call(steps: list[_Step], known: dict[int, Any], outputs, dtype: str | None)
         if dtype and _goes_by_rows(step.affine, known[id(step.source)]):
             known[id(step.outputs[0])] = _by_rows(step, known[id(step.source)], free)
             continue
-        # What a shared layer scales and shifts by may be other in each place.
+        # A shared affine layer may have another scale and offset in each place.
         layer = layers.get(id(old)) if step.affine is None else None
         if layer is None:
             try:
                 layer = layers[id(old)] = _copied(step, free(old.name), dtype)
                 results = layer(*args, **kwargs) if kwargs or len(args) != 1 else initializers.apply(layer, args[0])
                 _fill(layer, step)
-            except Exception as error:  # whatever a layer of somebody's own raises
+            except Exception as error:  # a custom layer may raise anything
                 raise ValueError(
-                    f"Expected layers that can be made anew from their configuration. Received: {old.name!r}, a "
-                    f"{type(old).__name__}: {' '.join(str(error).split())[:300]}"
+                    f"Expected layers that can be rebuilt from their configuration. Received: {old.name!r}, a "
+                    f"{type(old).__name__}: {shorten(str(error), 200)}"
                 ) from error
         else:
             results = layer(*args, **kwargs)
@@ -376,9 +377,9 @@ def _goes_by_rows(affine: _Affine | None, x) -> bool:
 
 
 def _by_rows(step: _Step, x, free: Callable[[str], str]):
-    """Adds a pixel's numbers to whole rows of pixels, where an image's size is known.
+    """Adds the offset of a pixel to whole rows of pixels, where the size of an image is known.
 
-    Libraries add three numbers along the last axis slowly: 1.3 ms of ONNX Runtime's 40 for B0, and so 0.1.
+    Runtimes are slow at adding three numbers along the last axis: 1.3 of ONNX Runtime's 40 ms for B0, by rows 0.1.
     """
     affine: Any = step.affine
     _, height, width, channels = x.shape
@@ -422,6 +423,7 @@ def _fill(layer, step: _Step) -> None:
                 getattr(layer, name).assign(step.value(name))
     elif isinstance(layer, keras.Layer) and type(layer) is type(old):
         for weight, value in zip(layer.weights, old.weights, strict=True):
-            weight.assign(np.array(keras.ops.convert_to_numpy(value.value)))  # JAX gives away what two models share
-    if hasattr(layer, "finalize_state"):  # of Normalization, which computes with copies
+            # A copy, since JAX may donate a buffer that two models share.
+            weight.assign(np.array(keras.ops.convert_to_numpy(value.value)))
+    if hasattr(layer, "finalize_state"):  # Normalization computes with copies of its weights
         layer.finalize_state()

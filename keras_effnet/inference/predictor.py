@@ -1,4 +1,4 @@
-"""From photographs to named classes, on the fastest library that is installed."""
+"""`Predictor`: runs a model on the fastest runtime that is installed."""
 
 import os
 from pathlib import Path
@@ -16,36 +16,37 @@ from keras_effnet.inference.export_cache import ExportCache
 
 
 class Predictor:
-    """A model for inference, on the fastest library that is installed here.
+    """Runs a model for inference, on the fastest runtime that is installed.
 
-    The model is exported once, folded (`fold_batch_norm()`) and tried against Keras, and kept on disk under what it
-    holds, so that the next time it starts without Keras' export, and without Keras where it is given by name or path.
+    The first time, the model is folded (`fold_batch_norm()`), exported and checked against Keras. The export is cached
+    on disk by the model's content. Later, the model starts without an export, and without importing Keras if it is
+    given by name or path.
 
     Args:
         model: A functional or sequential `keras.Model` of images (of this package, of keras.applications, or built on
-            them; its weights are those of now), the path of its `.keras` file, the name of a model, or the path of an
-            exported file: `.tflite`, `.onnx`, `.xml`.
+            them), with its current weights; or the name of a model; or the path of a `.keras` or an exported file
+            (`.tflite`, `.onnx`, `.xml`).
         runtime: `"litert"`, `"onnxruntime"`, `"openvino"`, or `"keras"` for Keras itself. Defaults to `"auto"`: the
-            fastest of those that are installed, by a short measurement on this machine, which is remembered.
+            fastest that is installed, by a short measurement on this machine, which is cached.
         precision: `"float32"`, `"float16"` or `"int8"`, see `export()`. Defaults to `"float32"`.
-        threads: Integer, processors to use. Defaults to None: all that this process may use.
-        weights: For the name of a model: tag of its weights, path of a file, or None for random ones. Defaults to
+        threads: Integer. Processors to use. Defaults to None: all that this process may use.
+        weights: For the name of a model: tag of its weights, path of a file, or None for random weights. Defaults to
             `"imagenet"`.
         calibration: For `"int8"`, see `export()`. Defaults to None.
-        input_shape: Tuple of integers, an image's shape, for a model of any size. Defaults to None.
+        input_shape: Tuple of integers. The shape of an image, for a model that takes any size. Defaults to None.
 
     Call arguments:
-        images: Array of pixels 0-255, uint8 or of any other numbers: one image, or any number of them. Any number of
-            threads may call at once.
+        images: Array of one or more images, with pixels 0-255 in uint8 or another numeric type. Several threads may
+            call at once.
 
     Returns:
-        What `model.predict(images)` returns: float32 arrays with a row for each image. One image alone gives one row.
+        The same as `model.predict(images)`: float32 arrays with one row per image. A single image gives one row.
 
     Raises:
-        ImportError: If the runtime, or what exports to it, is not installed.
+        ImportError: If the runtime, or the package that exports to it, is not installed.
         OSError: If a file or the weights cannot be read.
-        ValueError: If an argument is not valid, the model has layers that cannot be exported, or images have another
-            shape, are none, or hold NaN.
+        ValueError: If an argument is not valid, the model cannot be exported, or the images are an empty batch, have
+            the wrong shape, or contain NaN or infinity.
 
     Example:
 
@@ -98,10 +99,10 @@ class Predictor:
     def _checked(self, images) -> np.ndarray:
         try:
             array = np.asarray(images)
-        except ValueError as error:  # of several shapes
-            raise ValueError(f"Expected pixels as numbers, in images of one shape. Received: {error}") from error
+        except ValueError as error:  # images of different shapes
+            raise ValueError(f"Expected numeric pixels, in images of one shape. Received: {error}") from error
         if array.dtype.kind not in "uifb":
-            raise ValueError(f"Expected pixels as numbers, in images of one shape. Received: dtype {array.dtype}")
+            raise ValueError(f"Expected numeric pixels, in images of one shape. Received: dtype {array.dtype}")
         if array.ndim == 3:
             array = array[None]
         told = ", ".join(map(str, self.input_shape))

@@ -1,4 +1,4 @@
-"""Eight bits: what stays in float, and biases that make up for what rounding the kernels shifts."""
+"""Quantizes to 8 bits: chooses the layers that stay in float, and corrects the biases for the rounding of kernels."""
 
 import csv
 import io
@@ -9,28 +9,28 @@ from typing import Any
 import keras
 import numpy as np
 
-# What stays in float, from the least on. The image, whose pixels need not be whole numbers, and the first stages, whose
-# few channels are far apart in range: of Lite0's disagreement with its float net (26 % of 504 crops) they make up most,
-# and they hold a hundredth of its weights (benchmarks/inference.py --agreement).
+# Layers that stay in float, in increasing order: the image, whose pixels need not be whole numbers, and the first
+# stages, whose few channels differ widely in range. They cause most of the disagreement of Lite0 with its float model
+# (26 % of 504 crops), and hold a hundredth of its weights (benchmarks/inference.py --agreement).
 _IMAGE = r"image_|preprocessing|rescaling|normalization|stem_"
 
 FLOAT = (_IMAGE, rf"{_IMAGE}|block1", rf"{_IMAGE}|block[12]", rf"{_IMAGE}|block[123]")
 
-COSINE = 0.999  # of the calibration images' logits: less is felt in classes that are near to each other
+COSINE = 0.999  # of the logits of the calibration images; a lower one shows in similar classes
 
-_MEASURED = 64  # images that give means of activations
+_MEASURED = 64  # images to average activations over
 
 
 def candidates(net: keras.Model, images: np.ndarray, levels: int = 127) -> Iterator[tuple[str, keras.Model]]:
-    """Versions of a net to quantise, of which one after the other has more layers in float.
+    """Yields versions of a model to quantize, each with more layers in float than the one before.
 
     Args:
-        net: A folded model, whose biases are changed.
-        images: Array of images that activations are measured with.
-        levels: Integer, the largest magnitude of a quantised weight. Defaults to 127.
+        net: A folded model. Its biases are changed in place.
+        images: Array of images to measure the activations with.
+        levels: Integer. The largest magnitude of a quantized weight. Defaults to 127.
 
     Yields:
-        Pairs of a regular expression, of the names of the layers that stay in float, and the model.
+        Pairs of a regular expression, which matches the names of the float layers, and the model.
     """
     layers = [layer for layer in net.layers if _takes(layer)]
     whole = {layer.name: _numpy(layer.bias) for layer in layers}
@@ -51,7 +51,7 @@ def _numpy(value) -> np.ndarray:
 
 
 def _shifts(net, layers, images: np.ndarray, levels: int) -> Iterator[tuple[str, np.ndarray]]:
-    """What rounding a kernel adds to its outputs in the mean.
+    """Yields, for each layer, the mean shift of its outputs by the rounding of its kernel.
 
     Reference:
         Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721, section
@@ -87,18 +87,21 @@ def best(
     cosine: Callable[[np.ndarray, np.ndarray], float],
     levels: int = 127,
 ) -> tuple[Any, str]:
-    """Quantises with as few layers in float as it takes for the logits to stay.
+    """Quantizes a model with as few float layers as needed to keep the logits.
+
+    Tries the versions of `candidates()` until the cosine of the logits reaches `COSINE`, and returns the best. Models
+    without known layer names or with other outputs get the first version.
 
     Args:
         net: A folded model.
         images: Array of calibration images.
-        quantise: Function of a model and the regular expression of what stays in float.
-        run: Function of what that gives, which gives a function from images to outputs.
-        cosine: Function of the float net's outputs and the quantised one's.
+        quantise: Function that quantizes a model, given the regular expression of its float layers.
+        run: Function from a result of `quantise` to a function from images to outputs.
+        cosine: Function of the outputs of the float and of the quantized model.
         levels: See `candidates()`.
 
     Returns:
-        Tuple of what `quantise` gave, and the regular expression.
+        Tuple of the result of `quantise`, and the regular expression.
     """
     tried: list[tuple[float, Any, str]] = []
     expected = _numpy(keras.tree.flatten(net.predict_on_batch(images[:1]))[0])
@@ -116,19 +119,26 @@ def best(
 
 
 class LiteRT:
-    """TensorFlow's quantising converter, with the layers that stay in float.
+    """Quantizes with TensorFlow's converter, except for the layers that stay in float.
 
     Args:
-        converter: Function of a model, which gives a `tf.lite.TFLiteConverter`.
+        converter: Function from a model to a `tf.lite.TFLiteConverter`.
         images: Array of calibration images.
+
+    Call arguments:
+        net: A folded model.
+        pattern: Regular expression of the names of the float layers.
+
+    Returns:
+        Bytes, the content of the file.
     """
 
     def __init__(self, converter: Callable[[keras.Model], Any], images: np.ndarray):
         self._converter, self._images = converter, images
-        self.errors: dict[str, float] = {}  # of each layer with all in 8 bits, over the root mean square of its outputs
+        # Of each layer if all are in 8 bits, relative to the root mean square of its outputs.
+        self.errors: dict[str, float] = {}
 
     def __call__(self, net: keras.Model, pattern: str) -> bytes:
-        """The file's content."""
         import tensorflow as tf
 
         lite = tf.lite.experimental
@@ -146,7 +156,7 @@ class LiteRT:
         debugger.layer_statistics_dump(told)
         rows = list(csv.DictReader(io.StringIO(told.getvalue())))
         names = [row["tensor_name"] for row in rows]
-        # Probabilities of 1,000 classes are mostly below the first of 256 steps.
+        # The softmax stays in float: most probabilities of 1,000 classes are below the first of 256 steps.
         debugger.options = lite.QuantizationDebugOptions(
             denylisted_nodes=[name for name in names if re.search(rf"(^|/)({pattern})", name)],
             denylisted_ops=["SOFTMAX"],
@@ -156,7 +166,7 @@ class LiteRT:
 
 
 def _layer(tensor: str) -> str:
-    """The layer of an operation: the last part but one of its first name, less the call's number."""
+    """Returns the layer of a tensor: the last part but one of its first name, without the number of the call."""
     parts = tensor.split(";")[0].split("/")
     return re.sub(r"_\d+$", "", parts[-2] if len(parts) > 1 else parts[0])
 

@@ -1,4 +1,4 @@
-"""Exported models and the libraries that run them: LiteRT, ONNX Runtime, OpenVINO. No Keras, no TensorFlow."""
+"""Runs exported models with LiteRT, ONNX Runtime or OpenVINO, without Keras or TensorFlow."""
 
 import hashlib
 import itertools
@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -33,16 +34,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Runtime:
-    """A library that runs a file.
+    """A library that runs exported models.
 
     Args:
-        package: String, what pip calls it.
-        module: String, what Python imports.
-        formats: Tuple of strings, of the files that it runs. The first one is made for it.
-        open: Function of a path, a number of runners, and the threads of each, which gives an image's shape and the
-            runners. A runner takes a float32 batch of one image and gives the list of outputs. No two threads use one
-            at a time.
-        forks: Boolean, whether a process that was forked from one that used the library can use it, too.
+        package: String. Its name for pip.
+        module: String. Its name for `import`.
+        formats: Tuple of strings. The formats that it runs. Models are exported to the first.
+        open: Function of a path, a number of runners, and the threads of each. Returns the shape of an image and the
+            runners. A runner takes a float32 batch of one image and returns the list of outputs. Only one thread at a
+            time may use it.
+        forks: Boolean, whether the library still works in a fork of a process that has used it.
     """
 
     package: str
@@ -53,7 +54,7 @@ class Runtime:
 
     @property
     def installed(self) -> bool:
-        """Whether it can be imported."""
+        """Whether the module can be imported."""
         return find_spec(self.module) is not None
 
 
@@ -61,7 +62,7 @@ METADATA = "keras_effnet.json"
 
 PRECISIONS = ("float32", "float16", "int8")
 
-# name: its ending
+# format: suffix
 FORMATS = {"litert": ".tflite", "onnx": ".onnx", "openvino": ".xml"}
 
 
@@ -106,9 +107,13 @@ def _run(session, place: str, image: np.ndarray) -> list[np.ndarray]:
 
 
 def load_openvino():
-    """The package, imported without the report to its makers, for which it forks this process from a thread of its own.
+    """Imports OpenVINO without its telemetry.
 
-    TensorFlow and JAX have threads here that a fork does not outlive.
+    For telemetry, it forks this process from a separate thread. TensorFlow and JAX have threads that do not survive a
+    fork.
+
+    Returns:
+        The module.
     """
     reports = "openvino_telemetry"
     if "openvino" in sys.modules or reports in sys.modules:
@@ -142,7 +147,7 @@ def _openvino(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
 
 
 def _check(shape, dtype: str) -> None:
-    """Refuses what takes no batch of float images of one size, such as a file that another program wrote."""
+    """Checks that a model takes a batch of float images of one size. Files of other programs may not."""
     known = all(isinstance(side, int | np.integer) and side > 0 for side in shape[1:])
     if len(shape) != 4 or dtype != "float32" or not known:
         raise ValueError(f"Expected an input of float32 images of one size. Received: {dtype} {list(shape)}")
@@ -156,7 +161,7 @@ RUNTIMES = {
 
 
 def of_file(path: str | os.PathLike, name: str = "auto") -> str:
-    """The runtime to open a file with.
+    """Returns the runtime to open a file with.
 
     Args:
         path: Path of an exported model.
@@ -166,8 +171,8 @@ def of_file(path: str | os.PathLike, name: str = "auto") -> str:
         Key of `RUNTIMES`.
 
     Raises:
-        ImportError: If it is not installed.
-        ValueError: If it is not for files of that ending.
+        ImportError: If the runtime is not installed.
+        ValueError: If the runtime does not open files with this suffix.
     """
     kind = next((kind for kind, ending in FORMATS.items() if os.fspath(path).endswith(ending)), None)
     able = [other for other, runtime in RUNTIMES.items() if kind in runtime.formats]
@@ -184,24 +189,25 @@ def of_file(path: str | os.PathLike, name: str = "auto") -> str:
 
 
 def metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """What an export says of itself.
+    """Reads the metadata that `export()` has stored in a file.
 
     Args:
-        path: Path of an exported model. A SavedModel's is its folder.
+        path: Path of an exported file, or of a SavedModel's folder.
 
     Returns:
-        Dict with `model`, `input_shape`, `pixels`, `preprocessing`, `precision`, `weights`, `labels` and `difference`.
-        Empty for a file that another program wrote.
+        Dict with `model`, `input_shape`, `outputs`, `pixels`, `preprocessing`, `precision`, `weights`, `labels` and
+        `difference`. Empty for a file of another program.
 
     Raises:
         ImportError: If the runtime of the format is not installed.
         OSError: If the file cannot be read.
+        ValueError: If the suffix is not that of an export.
     """
     path = Path(path)
     text = None
     if path.is_dir():
-        told = path / "assets.extra" / METADATA
-        text = told.read_text() if told.is_file() else None
+        extra = path / "assets.extra" / METADATA
+        text = extra.read_text() if extra.is_file() else None
     elif path.suffix == FORMATS["litert"]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -222,16 +228,16 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def choose(name: str) -> list[str]:
-    """The runtimes that are meant by a name, as far as they are installed.
+    """Returns the runtimes that a name selects.
 
     Args:
         name: Key of `RUNTIMES`, `"keras"`, or `"auto"` for all that are installed.
 
     Returns:
-        List of keys of `RUNTIMES`, or of `"keras"`.
+        List of keys of `RUNTIMES`, or `["keras"]`.
 
     Raises:
-        ImportError: If the one that was asked for is not installed.
+        ImportError: If the named runtime is not installed.
         ValueError: If the name is unknown.
     """
     one_of("runtime", name, ["auto", *RUNTIMES, "keras"])
@@ -241,25 +247,25 @@ def choose(name: str) -> list[str]:
         return [other for other, runtime in RUNTIMES.items() if runtime.installed]
     if not RUNTIMES[name].installed:
         raise ImportError(
-            f"Expected {RUNTIMES[name].package} for runtime={name!r}. Received: none installed. "
-            f"Bring it with: pip install {RUNTIMES[name].package}"
+            f"Expected {RUNTIMES[name].package} for runtime={name!r}. Received: not installed. "
+            f"Run: pip install {RUNTIMES[name].package}"
         )
     return [name]
 
 
 class Pool:
-    """Runs a file's model on images: one with all threads, many on a core each. Any number of threads may call it.
+    """Runs an exported model: a single image on all threads, many images with one thread each.
 
-    What an image gives does not depend on the others, and no runtime has to plan for a new batch size: on two cores
-    that is also the faster way in all three (benchmarks/inference.py).
+    The result of an image does not depend on the others, and no runtime has to plan for a new batch size. On two cores,
+    this is also faster in all three (benchmarks/inference.py). Several threads may call at once.
 
     Args:
         runtime: Key of `RUNTIMES`.
         path: Path of the file.
-        threads: Integer.
+        threads: Integer. Threads to use.
 
     Raises:
-        ValueError: If the runtime does not open the file.
+        ValueError: If the runtime cannot open the file.
     """
 
     def __init__(self, runtime: str, path: str | os.PathLike, threads: int):
@@ -282,10 +288,9 @@ class Pool:
             return RUNTIMES[self._runtime].open(self._path, count, threads)
         except (ImportError, MemoryError):
             raise
-        except Exception as error:  # each library has its own
+        except Exception as error:  # each library raises its own types
             raise ValueError(
-                f"Expected a model that {self._runtime} opens. Received: {self._path!r}: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"Expected a model that {self._runtime} opens. Received: {self._path!r}: {shorten(str(error), 200)}"
             ) from error
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
@@ -296,12 +301,15 @@ class Pool:
 
         Returns:
             List of arrays, one for each output.
+
+        Raises:
+            ValueError: If the process was forked and the runtime does not survive that, or the file has changed.
         """
-        if os.getpid() != self._process:  # a fork has the memory of its parent, but not its threads
+        if os.getpid() != self._process:  # a fork has the memory of its parent, but none of its threads
             if not RUNTIMES[self._runtime].forks:
                 raise ValueError(
-                    f"Expected a Predictor that this process made, since {self._runtime} does not outlive a fork. "
-                    "Received: one of its parent. Make it after the fork, or with runtime='litert'"
+                    f"Expected a Predictor created in this process, since {self._runtime} does not survive a fork. "
+                    "Received: one of the parent process. Create it after the fork, or use runtime='litert'"
                 )
             self._start()
         if len(images) < self._threads or self._threads == 1:
@@ -315,7 +323,7 @@ class Pool:
         with self._lock:
             if self._workers is None:
                 if self._stat() != self._file:
-                    raise ValueError(f"Expected the file as it was opened. Received: {self._path!r}, which has changed")
+                    raise ValueError(f"Expected the file not to change while in use. Received: {self._path!r}, changed")
                 for run in self._open(self._threads, 1)[1]:
                     self._runners.put(run)
                 self._workers = ThreadPoolExecutor(self._threads, "keras_effnet")
@@ -336,15 +344,15 @@ class Pool:
 
 
 def seconds_each(runs: Sequence[Callable[[], Any]], rounds: int = 7, least: float = 0.02) -> list[float]:
-    """Median seconds of calls that are made in turn, each as often as `least` seconds ask for.
+    """Measures functions in turn.
 
     Args:
-        runs: Sequence of functions.
+        runs: Sequence of functions without arguments.
         rounds: Integer. Defaults to 7.
-        least: Float, seconds of a round. Defaults to 0.02.
+        least: Float. Seconds per function and round, which set how often it is called. Defaults to 0.02.
 
     Returns:
-        List of floats.
+        List of the median seconds per call of each function.
     """
     counts = []
     for run in runs:
@@ -364,7 +372,7 @@ def seconds_each(runs: Sequence[Callable[[], Any]], rounds: int = 7, least: floa
 
 @cache
 def machine() -> str:
-    """What a measurement of speed holds for: the processor, and how much of it this process may use."""
+    """Returns what a measurement of speed depends on: the processor, and how many of its cores this process may use."""
     name = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -376,23 +384,23 @@ def machine() -> str:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _release(runtime: Runtime) -> str:
-    """Of whichever package brings the module: ONNX Runtime's for GPUs has another name."""
+    """Returns the version of the package that contains the module. ONNX Runtime for GPUs is another package."""
     with suppress(PackageNotFoundError):
         return version(runtime.package)
     return " ".join(f"{name} {version(name)}" for name in packages_distributions().get(runtime.module, ()))
 
 
 def measured_on(names: Sequence[str], threads: int) -> str:
-    """The key of a remembered measurement: another processor, release or number of threads is measured again.
+    """Returns the key of a cached measurement. It depends on the processor, the releases and the number of threads.
 
     Args:
-        names: Keys of `RUNTIMES` that were compared.
-        threads: Integer.
+        names: Sequence of keys of `RUNTIMES`. The runtimes that were compared.
+        threads: Integer. Threads that each used.
 
     Returns:
         String.

@@ -1,1 +1,1 @@
-"""The networks: tables of all variants, the scaling rule, block builders, CondConv. Knows no weights."""
+"""The networks: tables of all variants, the scaling rule, block builders and CondConv layers, without weights."""

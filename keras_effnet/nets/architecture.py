@@ -1,15 +1,15 @@
-"""What a network is, in plain numbers. Standard library only.
+"""Dataclasses that describe a network in plain numbers. Standard library only.
 
-A `Variant` is a row of the table as the papers print it: stages, a width and a depth coefficient. `resolve()` turns
-it, once, into an `Architecture`: a tuple of `Block`s whose fields are final integers. Everything else (builders,
-descriptions, plots, weight names) reads the blocks and multiplies nothing.
+A `Variant` is a table row as the papers print it: stages, a width and a depth coefficient. `scaling.resolve()` converts
+it into an `Architecture`: a tuple of `Block`s whose fields are final integers. All other code (builders, descriptions,
+plots, weight names) reads the blocks and scales nothing.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 
-Widths = tuple[int, int, int]  # of a block: expand_filters, se_filters, filters_out
+Widths = tuple[int, int, int]  # (expand_filters, se_filters, filters_out) of a block
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class Stage:
     Args:
         repeats: Integer, number of blocks.
         kernel_size: Integer, side of the spatial convolution's kernel.
-        strides: Integer, strides of the first block; the others have 1.
+        strides: Integer, strides of the first block. All others have strides 1.
         expand_ratio: Integer, width inside a block over `filters_in`. 1: no expansion convolution.
-        filters_in: Integer, declared input channels. The widths inside the first block follow from this number, also
-            where the tensor that arrives has another one (EdgeTPU declares 24 behind a stem of 32).
+        filters_in: Integer, declared input channels. They set the widths inside the first block, even if its input has
+            a different number of channels (EdgeTPU declares 24 after a stem of 32).
         filters_out: Integer, output channels.
         se_ratio: Float, squeeze-and-excite width over `filters_in`. 0: none.
         operator: `"mbconv"` (depthwise) or `"fused"` (one full convolution in place of expansion and depthwise).
-        residual: Boolean, whether blocks that keep their shape have a skip connection.
-        num_experts: Integer, kernels per convolution that are mixed for each example. 0: an ordinary convolution.
+        residual: Boolean, whether blocks that keep the shape of their input have a skip connection.
+        num_experts: Integer, kernels per convolution, mixed for each example. 0: an ordinary convolution.
     """
 
     repeats: int
@@ -44,17 +44,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Block:
-    """One block after scaling; every width is the number of channels of a tensor.
+    """One block after scaling. Every width is a tensor's number of channels.
 
     Args:
-        name: String, stage and place in it as in keras.applications: `"1a"`, `"2a"`, `"2b"`, ...
+        name: String, stage and position in it, as in keras.applications: `"1a"`, `"2a"`, `"2b"`, ...
         operator: `"mbconv"` or `"fused"`.
         kernel_size: Integer, side of the spatial convolution's kernel.
         strides: Integer, 1 or 2.
-        filters_in: Integer, channels that arrive.
+        filters_in: Integer, input channels.
         expand_filters: Integer, channels of the expansion. 0: no expansion convolution.
         se_filters: Integer, squeeze-and-excite width. 0: none.
-        filters_out: Integer, channels that leave.
+        filters_out: Integer, output channels.
         residual: Boolean, whether the input is added to the output.
         num_experts: Integer, see `Stage`.
     """
@@ -72,7 +72,7 @@ class Block:
 
     @property
     def stage(self) -> int:
-        """Number of the stage that the block belongs to, from 1."""
+        """Number of the block's stage, from 1."""
         return int(self.name.rstrip("abcdefghijklmnopqrstuvwxyz"))
 
     @property
@@ -83,7 +83,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Variant:
-    """One member of the family as its paper or repository declares it.
+    """One member of the family, as declared in its paper or repository.
 
     Args:
         name: String, as the TPU repository spells it.
@@ -95,11 +95,11 @@ class Variant:
         source: String, where the numbers come from.
         activation: Name of a Keras activation.
         drop_connect_rate: Float, rate that the last block would reach if the blocks were counted from 1.
-        fixed_ends: Boolean, whether stem and head keep their width and first and last stage their depth (Lite).
-        preprocessing: String, the usual scheme of the variant's weights (a key of `preprocessing.SCHEMES`).
-        class_offset: Integer, classes before ImageNet's 1000 in the original's own checkpoints.
-        widths: Tuple of `(expand_filters, se_filters, filters_out)` per block, where a pruned net has other ones than
-            its stages say. Defaults to None.
+        fixed_ends: Boolean, whether stem and head keep their width, and the first and last stage their depth (Lite).
+        preprocessing: String, the usual scheme of the variant's weights (a key of `normalization.SCHEMES`).
+        class_offset: Integer, classes before ImageNet's 1000 in the original checkpoints.
+        widths: Tuple of `(expand_filters, se_filters, filters_out)` per block of a pruned net. Defaults to None: the
+            widths follow from the stages.
     """
 
     name: str
@@ -119,10 +119,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network's layers as final integers. See `resolve()`.
+    """A network's layers as final integers. See `scaling.resolve()`.
 
     Args:
-        name: String.
+        name: String, name of the variant or model.
         stem_filters: Integer, output channels of the first convolution.
         blocks: Tuple of `Block`.
         head_filters: Integer, output channels of the last convolution.
@@ -141,7 +141,7 @@ class Architecture:
 
     @property
     def drop_connect_rates(self) -> tuple[float, ...]:
-        """Rate of each block: it grows linearly over all blocks, counted after depth scaling.
+        """Rate of each block. It grows linearly over all blocks, counted after depth scaling.
 
         tensorflow/tpu efficientnet_model.py:656-659: block 0 never drops, the last of N drops (N - 1) / N of the rate.
         """
@@ -149,12 +149,12 @@ class Architecture:
 
     @property
     def widths(self) -> dict[str, Widths]:
-        """Channels of each block by its name: `(expand_filters, se_filters, filters_out)`."""
+        """Channels of each block by name: `(expand_filters, se_filters, filters_out)`."""
         return {block.name: (block.expand_filters, block.se_filters, block.filters_out) for block in self.blocks}
 
     @property
     def reductions(self) -> tuple[int, ...]:
-        """Index of the block behind each endpoint reduction_1, ...: the last before a stride, and the last of all."""
+        """Index of the block of each endpoint reduction_1, ...: the last before each stride, and the last of all."""
         following = [block.strides for block in self.blocks[1:]] + [2]
         return tuple(index for index, strides in enumerate(following) if strides > 1)
 
@@ -162,21 +162,23 @@ class Architecture:
 def with_widths(
     architecture: Architecture, widths: Sequence[Sequence[int]] | Mapping[str, Sequence[int]]
 ) -> Architecture:
-    """The same layers with other numbers of channels: a pruned net.
+    """Returns an architecture with the same layers and other channels, such as that of a pruned net.
 
     Args:
         architecture: An `Architecture`.
-        widths: Sequence of `(expand_filters, se_filters, filters_out)` for each block, or dict of them by the blocks'
-            names. 0 where a block has no such convolution; of one without expansion the channels that arrive will do.
+        widths: Sequence of `(expand_filters, se_filters, filters_out)` for each block, or dict of them by block name.
+            0 where a block has no such convolution. For a block without expansion, `expand_filters` may also be the
+            number of its input channels.
 
     Returns:
         An `Architecture`.
 
     Raises:
-        ValueError: If the widths are not those of such a net.
+        ValueError: If the widths do not fit the blocks.
 
     Example:
 
+    >>> from keras_effnet.nets.scaling import resolve
     >>> from keras_effnet.nets.variants import VARIANTS
     >>> b0 = resolve(VARIANTS["efficientnet-b0"])
     >>> with_widths(b0, b0.widths | {"2b": (100, 5, 24)}).blocks[2].expand_filters
@@ -185,12 +187,13 @@ def with_widths(
     names = [block.name for block in architecture.blocks]
     if isinstance(widths, Mapping):
         if set(widths) != set(names):
-            others = ", ".join(map(repr, sorted(set(names) ^ set(widths), key=str)))
-            raise ValueError(f"Expected widths of the blocks {names[0]} to {names[-1]}. Missing or too many: {others}")
+            others = sorted(set(names) ^ set(widths), key=str)
+            shown = ", ".join(map(repr, others[:5])) + ", ..." * (len(others) > 5)
+            raise ValueError(f"Expected widths for the blocks {names[0]} to {names[-1]}. Missing or unknown: {shown}")
         widths = [widths[name] for name in names]
     if len(widths) != len(names):
         raise ValueError(
-            f"Expected widths of the {len(names)} blocks of {architecture.name}. Received: {len(widths)} of them"
+            f"Expected widths for the {len(names)} blocks of {architecture.name}. Received: {len(widths)} widths"
         )
     blocks, arriving = [], architecture.stem_filters
     for block, given in zip(architecture.blocks, widths, strict=True):
@@ -203,15 +206,15 @@ def with_widths(
         expand, se, out = map(int, given if whole else (-1, -1, -1))
         if not block.expand_filters and expand == arriving:
             expand = 0
-        # A convolution stays one, and none stays none.
+        # Widths add or remove no convolution.
         if not all((new > 0) == (old > 0) and new >= 0 for new, old in zip((expand, se, out), before, strict=True)):
             raise ValueError(
-                f"Expected (expand, se, out) of block {block.name} as positive integers, 0 where it has no such "
-                f"convolution, such as {before}. Received: {given!r}"
+                f"Expected (expand, se, out) of block {block.name} to be positive integers, or 0 for a convolution "
+                f"that it does not have, such as {before}. Received: {given!r}"
             )
         if block.residual and out != arriving:
             raise ValueError(
-                f"Expected {arriving} output channels of block {block.name}, whose input is added to it. "
+                f"Expected {arriving} output channels of block {block.name}, because its input is added to its output. "
                 f"Received: {given!r}"
             )
         blocks.append(replace(block, filters_in=arriving, expand_filters=expand, se_filters=se, filters_out=out))

@@ -1,4 +1,4 @@
-"""Functional builders: stem, blocks, head and classifier."""
+"""Functional builders of stem, blocks, head and classifier."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from keras_effnet.nets.condconv import CondConv2D, DepthwiseCondConv2D
 
 @dataclass(frozen=True)
 class Style:
-    """What all layers of one net have in common.
+    """Settings shared by all layers of a net, and builders of single layers.
 
     Args:
         activation: Name of a Keras activation.
@@ -32,23 +32,59 @@ class Style:
 
     @property
     def float_dtype(self) -> str:
-        """Where a low precision costs accuracy and saves nothing: the input's arithmetic and the classifier."""
+        """Dtype of the input's arithmetic and the classifier, where low precision costs accuracy and saves nothing."""
         return self.dtype.variable_dtype
 
     def apply(self, layer_class, name: str, inputs, *args, dtype=None, **kwargs):
-        """Makes a layer in this style and applies it."""
+        """Creates a layer in this style and applies it.
+
+        Args:
+            layer_class: Class of the layer.
+            name: String, name of the layer without the prefix.
+            inputs: Keras tensor or list of them.
+            *args: Arguments of the layer.
+            dtype: Dtype or dtype policy. Defaults to the style's.
+            **kwargs: Arguments of the layer.
+
+        Returns:
+            The layer's output.
+        """
         layer = layer_class(*args, name=self.prefix + name, dtype=dtype or self.dtype, **kwargs)
         return initializers.apply(layer, inputs)
 
     def conv(self, x, filters: int, kernel_size: int, name: str, strides: int = 1, routing=None, **kwargs):
-        """A convolution, without bias unless asked for; of mixed experts if there is a routing."""
+        """Applies a convolution, by default without bias.
+
+        Args:
+            x: Keras tensor.
+            filters: Integer, output channels.
+            kernel_size: Integer.
+            name: String, name of the layer without the prefix.
+            strides: Integer. Defaults to 1.
+            routing: Keras tensor of routing weights, for a convolution that mixes experts. Defaults to None.
+            **kwargs: Further arguments of the layer.
+
+        Returns:
+            Keras tensor.
+        """
         kwargs = {"kernel_initializer": initializers.kernel(), **kwargs}
         return self._convolve(
             (layers.Conv2D, CondConv2D), name, x, routing, filters, kernel_size, strides=strides, **kwargs
         )
 
     def depthwise(self, x, kernel_size: int, name: str, strides: int = 1, routing=None):
-        """A depthwise convolution; of mixed experts if there is a routing."""
+        """Applies a depthwise convolution without bias.
+
+        Args:
+            x: Keras tensor.
+            kernel_size: Integer.
+            name: String, name of the layer without the prefix.
+            strides: Integer. Defaults to 1.
+            routing: Keras tensor of routing weights, for a convolution that mixes experts. Defaults to None.
+
+        Returns:
+            Keras tensor.
+        """
         kwargs = {"depthwise_initializer": initializers.kernel()}
         return self._convolve(
             (layers.DepthwiseConv2D, DepthwiseCondConv2D), name, x, routing, kernel_size, strides=strides, **kwargs
@@ -62,7 +98,16 @@ class Style:
         return self.apply(mixed, name, [x, routing], *args, num_experts=routing.shape[-1], **kwargs)
 
     def norm(self, x, name: str, activation_name: str | None = None):
-        """Batch normalisation, and the net's activation behind it if that has a name."""
+        """Applies batch normalization and, if its layer is given a name, the net's activation.
+
+        Args:
+            x: Keras tensor.
+            name: String, name of the batch normalization without the prefix.
+            activation_name: String, name of the activation's layer without the prefix. Defaults to None: no activation.
+
+        Returns:
+            Keras tensor.
+        """
         axis = -1 if self.data_format == "channels_last" else 1
         x = self.apply(
             layers.BatchNormalization, name, x, axis=axis, momentum=self.bn_momentum, epsilon=self.bn_epsilon
@@ -70,13 +115,23 @@ class Style:
         return x if activation_name is None else self.apply(layers.Activation, activation_name, x, self.activation)
 
     def pool(self, x, kind: str, keepdims: bool = False, name: str | None = None):
-        """A global pool of kind `"avg"` or `"max"`."""
+        """Applies a global pooling.
+
+        Args:
+            x: Keras tensor.
+            kind: `"avg"` or `"max"`.
+            keepdims: Boolean, whether height and width stay, with size 1. Defaults to False.
+            name: String, name of the layer without the prefix. Defaults to `"avg_pool"` or `"max_pool"`.
+
+        Returns:
+            Keras tensor.
+        """
         layer_class = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}[kind]
         return self.apply(layer_class, name or f"{kind}_pool", x, data_format=self.data_format, keepdims=keepdims)
 
 
 def stem(style: Style, x, filters: int, scale, offset):
-    """Preprocessing (`x * scale + offset`, a number per channel) and the first convolution.
+    """Applies preprocessing, `x * scale + offset`, and the first convolution.
 
     Args:
         style: A `Style`.
@@ -88,7 +143,7 @@ def stem(style: Style, x, filters: int, scale, offset):
     Returns:
         Keras tensor of half the height and width, rounded up.
     """
-    # Rank 3 says by itself which axis is the channels': Keras places a flat list by a global setting.
+    # Nested to rank 3, because Keras places a flat list by its global data format.
     nest = (
         (lambda row: [[list(row)]])
         if style.data_format == "channels_last"
@@ -100,7 +155,20 @@ def stem(style: Style, x, filters: int, scale, offset):
 
 
 def mbconv(style: Style, x, block: Block, name: str):
-    """Expansion, depthwise, squeeze-and-excite, projection. tensorflow/tpu efficientnet_model.py:306-396."""
+    """Applies expansion, depthwise convolution, squeeze-and-excite and projection.
+
+    Args:
+        style: A `Style`.
+        x: Keras tensor of `block.filters_in` channels.
+        block: A `Block`.
+        name: String in front of the name of each layer.
+
+    Returns:
+        Keras tensor of `block.filters_out` channels.
+
+    Reference:
+        tensorflow/tpu efficientnet_model.py:306-396.
+    """
     routing = _routing(style, x, block.num_experts, name) if block.num_experts else None
     if block.expand_filters:
         x = style.conv(x, block.expand_filters, 1, f"{name}expand_conv", routing=routing)
@@ -117,13 +185,30 @@ def mbconv(style: Style, x, block: Block, name: str):
 
 
 def _routing(style: Style, x, num_experts: int, name: str):
-    """A block's weights of its experts, from what comes in. tensorflow/tpu efficientnet_model.py:204-209, :342-353."""
+    """Computes the weights of a block's experts from its input.
+
+    Reference:
+        tensorflow/tpu efficientnet_model.py:204-209, :342-353.
+    """
     x = style.pool(x, "avg", name=f"{name}routing_pool")
     return style.apply(layers.Dense, f"{name}routing", x, num_experts, activation="sigmoid")
 
 
 def fused(style: Style, x, block: Block, name: str):
-    """One full convolution in place of expansion and depthwise. tensorflow/tpu efficientnet_model.py:399-469."""
+    """Applies one full convolution, in place of expansion and depthwise convolution, and the projection.
+
+    Args:
+        style: A `Style`.
+        x: Keras tensor of `block.filters_in` channels.
+        block: A `Block`.
+        name: String in front of the name of each layer.
+
+    Returns:
+        Keras tensor of `block.filters_out` channels.
+
+    Reference:
+        tensorflow/tpu efficientnet_model.py:399-469.
+    """
     x = style.conv(x, block.inner_filters, block.kernel_size, f"{name}expand_conv", block.strides)
     x = style.norm(x, f"{name}expand_bn", f"{name}expand_activation")
     x = style.conv(x, block.filters_out, 1, f"{name}project_conv")
@@ -134,13 +219,13 @@ OPERATORS = {"mbconv": mbconv, "fused": fused}
 
 
 def body(style: Style, x, block: Block, drop_connect_rate: float):
-    """A block with its skip connection, which drops the block's own part of single examples while training.
+    """Applies a block and its skip connection. In training, the block's part is dropped for some examples.
 
     Args:
         style: A `Style`.
         x: Keras tensor of `block.filters_in` channels.
         block: A `Block`.
-        drop_connect_rate: Float, share of the examples that are dropped.
+        drop_connect_rate: Float, share of the examples for which the block is dropped.
 
     Returns:
         Keras tensor of `block.filters_out` channels.
@@ -154,12 +239,32 @@ def body(style: Style, x, block: Block, drop_connect_rate: float):
 
 
 def head(style: Style, x, filters: int):
-    """The last convolution."""
+    """Applies the last convolution.
+
+    Args:
+        style: A `Style`.
+        x: Keras tensor.
+        filters: Integer, output channels.
+
+    Returns:
+        Keras tensor of `filters` channels.
+    """
     return style.norm(style.conv(x, filters, 1, "top_conv"), "top_bn", "top_activation")
 
 
 def classifier(style: Style, x, classes: int, dropout_rate: float, activation):
-    """Global average, dropout and the dense layer."""
+    """Applies global average pooling, dropout and the dense layer.
+
+    Args:
+        style: A `Style`.
+        x: Keras tensor.
+        classes: Integer, outputs of the dense layer.
+        dropout_rate: Float.
+        activation: Activation of the dense layer.
+
+    Returns:
+        Keras tensor, (batch, classes).
+    """
     x = style.pool(x, "avg")
     x = style.apply(layers.Dropout, "top_dropout", x, dropout_rate)
     return style.apply(

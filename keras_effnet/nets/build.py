@@ -1,4 +1,4 @@
-"""Builds a functional Keras model from an `Architecture`. Knows no weights."""
+"""Builds a functional Keras model with random weights from an `Architecture`, and checks its arguments."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -37,16 +37,16 @@ def build(
         architecture: An `Architecture`.
         inputs: Keras tensor of pixels 0-255. See `input_of()`.
         preprocessing: See `normalization.constants()`.
-        include_top: Boolean, whether the net ends in a classifier. Defaults to True.
-        pooling: `"avg"`, `"max"` or None, for a net without a top. Defaults to None.
+        include_top: Boolean, whether to include the classifier. Defaults to True.
+        pooling: `"avg"`, `"max"` or None. Used without the top only. Defaults to None.
         classes: Integer, outputs of the classifier. Defaults to 1000.
         classifier_activation: Activation of the classifier, None for logits. Defaults to `"softmax"`.
         name: String. Defaults to the name of the architecture.
-        bn_momentum: Float. Defaults to 0.99.
-        bn_epsilon: Float. Defaults to 1e-3.
+        bn_momentum: Float, momentum of batch normalization. Defaults to 0.99.
+        bn_epsilon: Float, epsilon of batch normalization. Defaults to 1e-3.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to `"channels_last"`.
         dtype: Dtype or dtype policy. Defaults to Keras' policy.
-        prefix: String in front of the name of each layer. Defaults to none.
+        prefix: String in front of the name of each layer. Defaults to `""`.
 
     Returns:
         A `keras.Model` with random weights.
@@ -84,7 +84,17 @@ def build(
 
 
 def functional(inputs, outputs, name: str) -> keras.Model:
-    """A functional model. A single input stays a tensor: Keras warns where a list of one is called with a tensor."""
+    """Creates a functional model that can be exported before it is called.
+
+    Args:
+        inputs: Keras tensor or list of them.
+        outputs: Keras tensor, or a structure of them.
+        name: String, name of the model.
+
+    Returns:
+        A `keras.Model`.
+    """
+    # Keras warns if a model with a list of one input is called with a tensor.
     if isinstance(inputs, list) and len(inputs) == 1:
         (inputs,) = inputs
     model = keras.Model(inputs, outputs, name=name)
@@ -92,21 +102,56 @@ def functional(inputs, outputs, name: str) -> keras.Model:
     return model
 
 
-def override(architecture, **rates):
+def override(architecture: Architecture, **rates: float | None) -> Architecture:
+    """Replaces rates of an architecture.
+
+    Args:
+        architecture: An `Architecture`.
+        **rates: Floats by field name, such as `dropout_rate`. None keeps the architecture's rate.
+
+    Returns:
+        An `Architecture`.
+
+    Raises:
+        ValueError: If a rate is not at least 0 and less than 1.
+    """
     given = {name: between(name, rate, None) for name, rate in rates.items() if rate is not None}
     return dataclasses.replace(architecture, **given)
 
 
 def between(name: str, value, default):
-    """A rate: at least 0, below 1."""
+    """Checks that a rate is at least 0 and less than 1.
+
+    Args:
+        name: String, name of the argument.
+        value: The received value. None for the default.
+        default: Float or None.
+
+    Returns:
+        The rate as a float, or the default.
+
+    Raises:
+        ValueError: If the rate is out of range.
+    """
     if value is None:
         return default
     if not isinstance(value, Real) or not 0 <= float(value) < 1:
-        raise ValueError(f"Expected {name} of at least 0 and less than 1. Received: {name}={value!r}")
+        raise ValueError(f"Expected {name} to be at least 0 and less than 1. Received: {name}={value!r}")
     return float(value)
 
 
 def policy(dtype) -> keras.DTypePolicy:
+    """Converts a dtype to a dtype policy.
+
+    Args:
+        dtype: Dtype or dtype policy. None for Keras' policy.
+
+    Returns:
+        A `keras.DTypePolicy`.
+
+    Raises:
+        ValueError: If it is neither a dtype nor a dtype policy.
+    """
     if dtype is None:
         dtype = keras.config.dtype_policy()
     try:
@@ -115,20 +160,33 @@ def policy(dtype) -> keras.DTypePolicy:
         return dtype if isinstance(dtype, keras.DTypePolicy) else keras.DTypePolicy(dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected a dtype or a policy, such as 'float32' or 'mixed_bfloat16'. Received: dtype={dtype!r}"
+            f"Expected a dtype or a dtype policy, such as 'float32' or 'mixed_bfloat16'. Received: dtype={dtype!r}"
         ) from error
 
 
 def check_head(include_top, pooling, classes, classifier_activation, record, variant) -> None:
+    """Checks the arguments that define the end of a net.
+
+    Args:
+        include_top: See `build()`.
+        pooling: See `build()`.
+        classes: See `build()`.
+        classifier_activation: See `build()`.
+        record: Record of the pretrained weights, or None.
+        variant: String, name of the model.
+
+    Raises:
+        ValueError: If an argument is not valid, or does not fit the pretrained top.
+    """
     if pooling is not None:
         one_of("pooling", pooling, ("avg", "max"))
     if not include_top:
         return
     if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
-        raise ValueError(f"Expected classes as a positive integer. Received: classes={classes!r}")
+        raise ValueError(f"Expected classes to be a positive integer. Received: classes={classes!r}")
     if record is not None and classes not in {1000 + file.class_offset for file in record.files}:
         raise ValueError(
-            f"Expected classes=1000, which the pretrained top of {variant} has. Received: classes={classes}. "
+            f"Expected classes=1000, as in the pretrained top of {variant}. Received: classes={classes}. "
             "Pass include_top=False and add your own classifier, or weights=None"
         )
     if record is not None and classifier_activation not in (
@@ -139,23 +197,40 @@ def check_head(include_top, pooling, classes, classifier_activation, record, var
         "linear",
     ):
         raise ValueError(
-            "Expected classifier_activation 'softmax' or None for a pretrained top. "
+            "Expected classifier_activation to be 'softmax' or None for a pretrained top. "
             f"Received: classifier_activation={classifier_activation!r}"
         )
 
 
 def input_of(input_tensor, input_shape, resolution, include_top, data_format) -> Any:
+    """Returns the Keras tensor that a net is built on.
+
+    Args:
+        input_tensor: Keras tensor, or None for a new input.
+        input_shape: Tuple of integers without the batch size. Height and width may be None. None for the default:
+            `resolution` with the top, any size without it, and 3 channels.
+        resolution: Integer, default height and width.
+        include_top: Boolean, whether the net has a classifier.
+        data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+        A Keras tensor.
+
+    Raises:
+        ValueError: If `input_tensor` is no Keras tensor or has another shape, or the shape is not valid.
+    """
     channels_last = data_format == "channels_last"
     if input_tensor is not None:
         if not keras.utils.is_keras_tensor(input_tensor):
             raise ValueError(
-                "Expected input_tensor as a Keras tensor, such as keras.Input(...). "
+                "Expected input_tensor to be a Keras tensor, such as keras.Input(...). "
                 f"Received: {type(input_tensor).__name__}"
             )
         shape = tuple(input_tensor.shape[1:])
         if input_shape is not None and tuple(input_shape) != shape:
             raise ValueError(
-                f"Expected input_shape of input_tensor, {shape}, or none. Received: input_shape={input_shape}"
+                f"Expected input_shape to be None or the shape of input_tensor, {shape}. "
+                f"Received: input_shape={input_shape}"
             )
     elif input_shape is None:
         side = resolution if include_top else None
@@ -169,13 +244,22 @@ def input_of(input_tensor, input_shape, resolution, include_top, data_format) ->
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in known):
         order = "height, width, channels" if channels_last else "channels, height, width"
         raise ValueError(
-            f"Expected input_shape as three positive numbers ({order}); height and width may be None. Received: {shape}"
+            f"Expected input_shape to be three positive numbers ({order}); height and width may be None. "
+            f"Received: {shape}"
         )
     return keras.Input(shape, name="input_layer") if input_tensor is None else input_tensor
 
 
 def free_prefix(name: str, tensor) -> str:
-    """Empty, or the model's name where the graph that a Keras tensor belongs to has layers of these names already."""
+    """Returns a prefix that keeps the names of a net's layers unique in the graph of a Keras tensor.
+
+    Args:
+        name: String, name of the model.
+        tensor: A Keras tensor.
+
+    Returns:
+        String. Empty, or made from `name` if the graph already has layers with the names of a net's layers.
+    """
     around = _names_around(tensor)
     candidates = chain(("", f"{name}_"), (f"{name}_{number}_" for number in count(1)))
     return next(start for start in candidates if not any(_is_ours(other, start) for other in around))

@@ -1,4 +1,4 @@
-"""Parameters, layers and multiply-adds of an architecture, stage by stage. No Keras."""
+"""Counts the parameters, layers and multiply-adds of an architecture, stage by stage. No Keras."""
 
 import math
 from itertools import groupby
@@ -6,47 +6,8 @@ from itertools import groupby
 from keras_effnet.nets.architecture import Architecture, Block
 
 
-def _halved(size: tuple[int, int], strides: int) -> tuple[int, int]:
-    """Height and width behind a convolution with padding "same"."""
-    return math.ceil(size[0] / strides), math.ceil(size[1] / strides)
-
-
-def _block_cost(block: Block, size: tuple[int, int]) -> tuple[int, int, int]:
-    """Kernel and bias parameters, batch-norm channels, and multiply-adds of one image of `size`."""
-    inside, pixels, out_pixels = block.inner_filters, math.prod(size), math.prod(_halved(size, block.strides))
-    taps = block.kernel_size**2
-    project = inside * block.filters_out
-    if block.operator == "fused":
-        spatial = taps * block.filters_in * inside
-        return spatial + project, inside + block.filters_out, out_pixels * (spatial + project)
-    expand = block.filters_in * block.expand_filters
-    gate = 2 * inside * block.se_filters
-    biases = block.se_filters + inside if block.se_filters else 0
-    kernels, routing = expand + taps * inside + project, block.filters_in * block.num_experts
-    params = max(block.num_experts, 1) * kernels + gate + biases + routing + block.num_experts
-    # Of mixed experts, the sums of their kernels come on top: arXiv 1904.04971, section 3.
-    mixing = block.num_experts * kernels + routing
-    macs = pixels * expand + out_pixels * (taps * inside + project) + gate + mixing
-    return params, block.expand_filters + inside + block.filters_out, macs
-
-
-def _block_layers(block: Block, drops: bool) -> tuple[int, int]:
-    """Number of layers: ours, and as keras.applications builds such a block."""
-    shared = 5 if block.operator == "fused" else 5 + 3 * bool(block.expand_filters) + 2 * bool(block.num_experts)
-    ours = shared + 4 * bool(block.se_filters) + 2 * block.residual
-    # It pads strided convolutions by a layer, reshapes in squeeze-and-excite, and has no dropout layer for a rate of 0.
-    theirs = shared + 5 * bool(block.se_filters) + block.residual * (1 + drops) + (block.strides > 1)
-    return ours, theirs
-
-
-def _operator(block: Block) -> str:
-    name = {"mbconv": "MBConv", "fused": "FusedMBConv"}[block.operator]
-    ratio = block.inner_filters / block.filters_in if block.expand_filters else 1
-    return f"{'Cond' * bool(block.num_experts)}{name}{ratio:.2g}"
-
-
 def costs(architecture: Architecture, size: tuple[int, int], channels: int, classes: int | None) -> dict[str, int]:
-    """What a network costs, as `describe()` counts it.
+    """Counts parameters and multiply-adds as `describe()` does.
 
     Args:
         architecture: An `Architecture`.
@@ -59,6 +20,8 @@ def costs(architecture: Architecture, size: tuple[int, int], channels: int, clas
 
     Example:
 
+    >>> from keras_effnet.nets.scaling import resolve
+    >>> from keras_effnet.nets.variants import VARIANTS
     >>> costs(resolve(VARIANTS["efficientnet-b0"]), (224, 224), 3, 1000)
     {'params': 5288548, 'macs': 385814752}
     """
@@ -66,14 +29,18 @@ def costs(architecture: Architecture, size: tuple[int, int], channels: int, clas
     return {"params": params + 2 * norms, "macs": macs}
 
 
-def total(stages) -> tuple[int, int, int]:
-    rows = [(stage["_params"], stage["_norms"], stage["_macs"]) for stage in stages]
-    params, norms, macs = map(sum, zip(*rows, strict=True))
-    return params, norms, macs
-
-
 def stage_rows(architecture: Architecture, size, channels: int, classes: int | None):
-    """Rows of the paper's table 1: stem, stages, head. Keys that begin with _ are summed up by `describe()`."""
+    """Yields the rows of the paper's table 1: stem, stages, head.
+
+    Args:
+        architecture: An `Architecture`.
+        size: Tuple of the input's height and width, or None if it is unknown.
+        channels: Integer, the input's channels.
+        classes: Integer, or None without a top.
+
+    Returns:
+        Iterator of dicts. Keys that begin with _ are for `total()` and `describe()` to sum up.
+    """
     known, size = size is not None, size or (0, 0)
 
     def row(stage, operator, filters, layers, kernel_size, strides, **more):
@@ -87,11 +54,11 @@ def stage_rows(architecture: Architecture, size, channels: int, classes: int | N
     size = after
     rates = iter(architecture.drop_connect_rates)
     for number, group in groupby(architecture.blocks, key=lambda block: block.stage):
-        members, leaving, costs = list(group), size, []
+        members, leaving, counts = list(group), size, []
         for block in members:
-            costs.append((*_block_cost(block, leaving), *_block_layers(block, next(rates) > 0)))
+            counts.append((*_block_cost(block, leaving), *_block_layers(block, next(rates) > 0)))
             leaving = _halved(leaving, block.strides)
-        params, norms, macs, ours, theirs = map(sum, zip(*costs, strict=True))
+        params, norms, macs, ours, theirs = map(sum, zip(*counts, strict=True))
         first = members[0]
         yield row(
             number + 1,
@@ -114,3 +81,57 @@ def stage_rows(architecture: Architecture, size, channels: int, classes: int | N
     cost = {"_params": conv + dense + (classes or 0), "_norms": filters, "_macs": math.prod(size) * conv + dense}
     operator = "Conv1x1" if classes is None else "Conv1x1 & Pooling & FC"
     yield row(last.stage + 2, operator, filters, 1, 1, 1, **cost, _layers=(3, 3))
+
+
+def total(stages) -> tuple[int, int, int]:
+    """Sums up the counts of all stages.
+
+    Args:
+        stages: Iterable of the dicts that `stage_rows()` yields.
+
+    Returns:
+        Tuple of kernel and bias parameters, batch-norm channels, and multiply-adds for one image.
+    """
+    rows = [(stage["_params"], stage["_norms"], stage["_macs"]) for stage in stages]
+    params, norms, macs = map(sum, zip(*rows, strict=True))
+    return params, norms, macs
+
+
+def _operator(block: Block) -> str:
+    name = {"mbconv": "MBConv", "fused": "FusedMBConv"}[block.operator]
+    ratio = block.inner_filters / block.filters_in if block.expand_filters else 1
+    return f"{'Cond' * bool(block.num_experts)}{name}{ratio:.2g}"
+
+
+def _block_cost(block: Block, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Counts kernel and bias parameters, batch-norm channels, and multiply-adds for one image of `size`."""
+    inside, pixels, out_pixels = block.inner_filters, math.prod(size), math.prod(_halved(size, block.strides))
+    taps = block.kernel_size**2
+    project = inside * block.filters_out
+    if block.operator == "fused":
+        spatial = taps * block.filters_in * inside
+        return spatial + project, inside + block.filters_out, out_pixels * (spatial + project)
+    expand = block.filters_in * block.expand_filters
+    gate = 2 * inside * block.se_filters
+    biases = block.se_filters + inside if block.se_filters else 0
+    kernels, routing = expand + taps * inside + project, block.filters_in * block.num_experts
+    params = max(block.num_experts, 1) * kernels + gate + biases + routing + block.num_experts
+    # Mixed experts add the sums of their kernels: arXiv 1904.04971, section 3.
+    mixing = block.num_experts * kernels + routing
+    macs = pixels * expand + out_pixels * (taps * inside + project) + gate + mixing
+    return params, block.expand_filters + inside + block.filters_out, macs
+
+
+def _block_layers(block: Block, drops: bool) -> tuple[int, int]:
+    """Counts the layers of a block: in this package and in keras.applications."""
+    shared = 5 if block.operator == "fused" else 5 + 3 * bool(block.expand_filters) + 2 * bool(block.num_experts)
+    ours = shared + 4 * bool(block.se_filters) + 2 * block.residual
+    # keras.applications has a padding layer before strided convolutions, a reshaping layer in squeeze-and-excite, and
+    # no dropout layer for a rate of 0.
+    theirs = shared + 5 * bool(block.se_filters) + block.residual * (1 + drops) + (block.strides > 1)
+    return ours, theirs
+
+
+def _halved(size: tuple[int, int], strides: int) -> tuple[int, int]:
+    """Returns height and width after a convolution with padding "same"."""
+    return math.ceil(size[0] / strides), math.ceil(size[1] / strides)

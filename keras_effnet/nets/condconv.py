@@ -1,7 +1,7 @@
-"""Conditionally parameterised convolutions (arXiv 1904.04971), on any backend and for any batch size.
+"""Conditionally parameterized convolutions (arXiv 1904.04971), on any backend and for any batch size.
 
-Each example is convolved with a kernel of its own, the sum of the experts' kernels weighted by its routing weights.
-What is computed is always that; `_mix_kernels()` and `_fold_examples()` say in which order.
+Each example is convolved with its own kernel: the sum of the experts' kernels, weighted by the example's routing
+weights. `_mix_kernels()` and `_fold_examples()` choose only the order of the computation.
 """
 
 import math
@@ -14,29 +14,29 @@ from keras_effnet import compat
 from keras_effnet.errors import one_of
 from keras_effnet.nets.initializers import per_expert
 
-ops: Any = keras.ops  # whose annotations say that each may return None
+ops: Any = keras.ops  # its annotations allow None as a result of every function
 
 PACKAGE = "keras_effnet"
 
 
 def _mix_kernels(num_experts: int, positions: int | None) -> bool:
-    """Whether to sum the experts' kernels and convolve once, or to convolve with each and sum what they give.
+    """Whether to sum the experts' kernels and convolve once, instead of convolving with each and summing the outputs.
 
-    For E experts and an output of P positions the first takes E + P multiply-adds per element of a kernel and writes a
-    kernel per example; the second takes E * P and writes E times the inputs. benchmarks/condconv.py `--plans`: for 2 to
-    8 experts the second is faster where (E - 1) * P is at most about 32, forward and backward, on all three backends.
+    For E experts and an output of P positions, the first takes E + P multiply-adds per element of a kernel and writes a
+    kernel per example. The second takes E * P and writes E times the inputs. benchmarks/condconv.py `--plans`: for 2 to
+    8 experts, the second is faster if (E - 1) * P is at most about 32, forward and backward, on all three backends.
     """
     return positions is None or (num_experts - 1) * positions > 32
 
 
 def _fold_examples(strides: tuple[int, int], dilated: bool) -> bool:
-    """Whether a depthwise convolution takes all examples' channels as those of one, or adds up shifted inputs.
+    """Whether to convolve all examples as the channels of a single one, instead of adding up shifted inputs.
 
-    benchmarks/condconv.py `--plans`, 32 examples of 14 x 14 x 672, 5 x 5: TensorFlow's and PyTorch's own convolutions
-    take a fifth of the time of 25 shifted products, each of which goes through memory. A compiler makes one loop of
-    those; XLA takes over 20 times as long for so many groups, and tens of gigabytes for their gradient. ONNX and LiteRT
-    hold no convolution with a number of groups that only the run knows, TensorFlow no depthwise one with strides that
-    differ.
+    benchmarks/condconv.py `--plans`, 32 examples of 14 x 14 x 672, 5 x 5: the depthwise convolutions of TensorFlow and
+    PyTorch take a fifth of the time of 25 shifted products, each of which goes through memory. A compiler fuses these
+    products into one loop, while XLA takes over 20 times as long for so many groups, and tens of gigabytes for their
+    gradient. ONNX and LiteRT have no convolution whose number of groups is unknown before the run. TensorFlow has no
+    depthwise convolution with two different strides.
     """
     match keras.backend.backend():
         case "tensorflow":
@@ -49,9 +49,9 @@ def _fold_examples(strides: tuple[int, int], dilated: bool) -> bool:
 
 
 class _CondConv(keras.Layer):
-    """What both layers share: arguments, variables, and mixing. `kernel` is (experts, height, width, in, out)."""
+    """Base class: arguments, variables and mixing. `kernel` has the shape (experts, height, width, in, out)."""
 
-    _ROLE = "kernel"  # as Keras begins the names of the kernel's arguments
+    _ROLE = "kernel"  # prefix of the kernel's arguments, as in Keras
 
     def __init__(
         self,
@@ -93,15 +93,15 @@ class _CondConv(keras.Layer):
         self.bias_constraint = keras.constraints.get(bias_constraint)
 
     def _outputs(self, channels: int) -> int:
-        """Number of the output's channels."""
+        """Returns the number of output channels."""
         raise NotImplementedError
 
     def _kernel_shape(self, channels: int) -> tuple[int, ...]:
-        """Shape of one expert's kernel."""
+        """Returns the shape of one expert's kernel."""
         raise NotImplementedError
 
     def _convolve(self, x, routing):
-        """The convolution alone, channels last."""
+        """Convolves, channels last, without bias and activation."""
         raise NotImplementedError
 
     def build(self, input_shape):
@@ -126,11 +126,11 @@ class _CondConv(keras.Layer):
         )
 
     def _checked(self, input_shape) -> int:
-        """The input's channels."""
+        """Checks the shapes of the inputs and returns the number of input channels."""
         shapes = [tuple(shape) for shape in input_shape] if _is_two_shapes(input_shape) else None
         if shapes is None or len(shapes[0]) != 4 or len(shapes[1]) != 2:
             raise ValueError(
-                f"Expected a list of an image of rank 4 and routing weights of rank 2, (batch, {self.num_experts}). "
+                f"Expected a list of images of rank 4 and routing weights of shape (batch, {self.num_experts}). "
                 f"Received: input_shape={input_shape}"
             )
         channels = shapes[0][-1 if self.data_format == "channels_last" else 1]
@@ -138,7 +138,7 @@ class _CondConv(keras.Layer):
             raise ValueError(f"Expected a known number of channels. Received: input_shape={input_shape}")
         if shapes[1][1] not in (None, self.num_experts):
             raise ValueError(
-                f"Expected a routing weight for each of num_experts={self.num_experts}. Received: {shapes[1][1]}"
+                f"Expected a routing weight per expert, num_experts={self.num_experts}. Received: {shapes[1][1]}"
             )
         _check_examples(shapes[0][0], shapes[1][0])
         return channels
@@ -146,7 +146,7 @@ class _CondConv(keras.Layer):
     def call(self, inputs):
         x, routing = inputs
         _check_examples(x.shape[0], routing.shape[0])
-        # Keras leaves integers as they are: pixels, or a routing that chooses one expert.
+        # Keras does not cast integers, such as pixels, or a routing that selects one expert.
         x, routing = ops.cast(x, self.compute_dtype), ops.cast(routing, self.compute_dtype)
         last = self.data_format == "channels_last"
         if not last:
@@ -159,7 +159,7 @@ class _CondConv(keras.Layer):
         return x if last else ops.transpose(x, (0, 3, 1, 2))
 
     def _padded(self, x):
-        """The part of the input that counts, with zeros around it, and the output's height and width."""
+        """Returns the part of the input that is used, padded with zeros, and the output's height and width."""
         sizes = ops.shape(x)[1:3]
         fits = [
             _fit(size, self._reach(axis), stride, self.padding)
@@ -176,9 +176,9 @@ class _CondConv(keras.Layer):
         return (self.kernel_size[axis] - 1) * self.dilation_rate[axis] + 1
 
     def _taps(self, x, size):
-        """What each element of the kernel is multiplied with, row by row: inputs of the output's size."""
+        """Yields for each element of the kernel, row by row, the inputs that it multiplies, in the output's size."""
         if self.kernel_size == self.strides == (1, 1):
-            yield x  # a slice of all of it would be a copy, and so would its gradient
+            yield x  # a full slice would be a copy, and so would its gradient
             return
         spans = [(length - 1) * stride + 1 for length, stride in zip(size, self.strides, strict=True)]
         for row in range(self.kernel_size[0]):
@@ -222,25 +222,25 @@ class _CondConv(keras.Layer):
 class CondConv2D(_CondConv):
     """2D convolution whose kernel and bias are, for each example, a weighted sum of experts.
 
-    The layer is called with a list, `layer([inputs, routing_weights])`. Weighted sums are over what `routing_weights`
-    holds, so that one routing can be shared by several layers. In the paper, it is a sigmoid of a dense layer of the
-    globally averaged input of the block.
+    The layer is called with a list, `layer([inputs, routing_weights])`. `routing_weights` are the weights of the sums,
+    and several layers can share them. In the paper, they are the sigmoid of a dense layer on the block's globally
+    averaged input.
 
     Args:
         filters: Integer, channels of the output.
         kernel_size: Integer or pair of integers, height and width of the kernels.
         num_experts: Integer, number of kernels.
         strides: Integer or pair of integers. Defaults to 1.
-        padding: `"valid"`, or `"same"` for an output of the input's size over the strides, rounded up. Defaults to
+        padding: `"valid"`, or `"same"`: the output size is the input size over the strides, rounded up. Defaults to
             `"valid"`.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to `keras.config.image_data_format()`.
         dilation_rate: Integer or pair of integers. Defaults to 1.
         activation: Activation function, or its name. Defaults to None.
-        use_bias: Boolean, whether to add a bias, which each expert has its own of. Defaults to True.
-        kernel_initializer: Initializer of each expert's kernel, as of `keras.layers.Conv2D`'s. Defaults to
+        use_bias: Boolean, whether to add a bias. Each expert has its own. Defaults to True.
+        kernel_initializer: Initializer of each expert's kernel, as in `keras.layers.Conv2D`. Defaults to
             `"glorot_uniform"`.
         bias_initializer: Initializer of each expert's bias. Defaults to `"zeros"`.
-        kernel_regularizer: Regularizer of each expert's kernel; their sum is the layer's loss. Defaults to None.
+        kernel_regularizer: Regularizer of each expert's kernel. The layer's loss is their sum. Defaults to None.
         bias_regularizer: Regularizer of each expert's bias. Defaults to None.
         activity_regularizer: Regularizer of the output. Defaults to None.
         kernel_constraint: Constraint of each expert's kernel. Defaults to None.
@@ -251,19 +251,18 @@ class CondConv2D(_CondConv):
         inputs: List of the tensor to convolve and the routing weights.
 
     Input shape:
-        [(batch, height, width, channels), (batch, num_experts)], the first with `channels_first` (batch, channels,
-        height, width). Any batch size from 1, also one that is not known before the run; height and width may be
-        unknown too.
+        [(batch, height, width, channels), (batch, num_experts)]. With `channels_first`, the first is (batch, channels,
+        height, width). The batch size is at least 1. Batch size, height and width may be unknown before the run.
 
     Output shape:
-        (batch, new_height, new_width, filters), or with `channels_first` (batch, filters, new_height, new_width).
+        (batch, new_height, new_width, filters), or (batch, filters, new_height, new_width) with `channels_first`.
 
     Returns:
         The convolved images. The layer's variables are `kernel`, (num_experts, kernel_height, kernel_width, channels,
         filters), and `bias`, (num_experts, filters).
 
     Raises:
-        ValueError: If an argument or the inputs' shapes are not as described.
+        ValueError: If an argument or the shape of an input is not valid.
 
     Example:
 
@@ -354,17 +353,17 @@ class DepthwiseCondConv2D(_CondConv):
         kernel_size: Integer or pair of integers, height and width of the kernels.
         num_experts: Integer, number of kernels.
         strides: Integer or pair of integers. Defaults to 1.
-        padding: `"valid"`, or `"same"` for an output of the input's size over the strides, rounded up. Defaults to
+        padding: `"valid"`, or `"same"`: the output size is the input size over the strides, rounded up. Defaults to
             `"valid"`.
-        depth_multiplier: Integer, channels of the output for each of the input. Defaults to 1.
+        depth_multiplier: Integer, output channels per input channel. Defaults to 1.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to `keras.config.image_data_format()`.
         dilation_rate: Integer or pair of integers. Defaults to 1.
         activation: Activation function, or its name. Defaults to None.
-        use_bias: Boolean, whether to add a bias, which each expert has its own of. Defaults to True.
-        depthwise_initializer: Initializer of each expert's kernel, as of `keras.layers.DepthwiseConv2D`'s. Defaults to
-            `"glorot_uniform"`.
+        use_bias: Boolean, whether to add a bias. Each expert has its own. Defaults to True.
+        depthwise_initializer: Initializer of each expert's kernel, as in `keras.layers.DepthwiseConv2D`. Defaults
+            to `"glorot_uniform"`.
         bias_initializer: Initializer of each expert's bias. Defaults to `"zeros"`.
-        depthwise_regularizer: Regularizer of each expert's kernel; their sum is the layer's loss. Defaults to None.
+        depthwise_regularizer: Regularizer of each expert's kernel. The layer's loss is their sum. Defaults to None.
         bias_regularizer: Regularizer of each expert's bias. Defaults to None.
         activity_regularizer: Regularizer of the output. Defaults to None.
         depthwise_constraint: Constraint of each expert's kernel. Defaults to None.
@@ -375,20 +374,19 @@ class DepthwiseCondConv2D(_CondConv):
         inputs: List of the tensor to convolve and the routing weights.
 
     Input shape:
-        [(batch, height, width, channels), (batch, num_experts)], the first with `channels_first` (batch, channels,
-        height, width). Any batch size from 1, also one that is not known before the run; height and width may be
-        unknown too.
+        [(batch, height, width, channels), (batch, num_experts)]. With `channels_first`, the first is (batch, channels,
+        height, width). The batch size is at least 1. Batch size, height and width may be unknown before the run.
 
     Output shape:
-        (batch, new_height, new_width, channels * depth_multiplier), or with `channels_first` (batch, channels *
-        depth_multiplier, new_height, new_width).
+        (batch, new_height, new_width, channels * depth_multiplier), or (batch, channels * depth_multiplier,
+        new_height, new_width) with `channels_first`.
 
     Returns:
         The convolved images. The layer's variables are `kernel`, (num_experts, kernel_height, kernel_width, channels,
         depth_multiplier), and `bias`, (num_experts, channels * depth_multiplier).
 
     Raises:
-        ValueError: If an argument or the inputs' shapes are not as described.
+        ValueError: If an argument or the shape of an input is not valid.
 
     Example:
 
@@ -463,16 +461,16 @@ class DepthwiseCondConv2D(_CondConv):
         return ops.cast(sum(products), x.dtype)
 
     def _mixed(self, routing):
-        """The examples' kernels, (taps, batch, channels)."""
+        """Returns the kernels of the examples, (taps, batch, channels)."""
         channels, taps = math.prod(self.kernel.shape[3:]), math.prod(self.kernel_size)
         experts = ops.transpose(ops.reshape(self.kernel, (self.num_experts, taps, channels)), (1, 0, 2))
         return _matmul(routing, experts)
 
     def _convolve_as_one(self, x, kernel):
-        """The depthwise convolution of one example that has all examples' channels.
+        """Convolves a single example that has the channels of all examples.
 
-        Channels come last on TensorFlow, whose convolutions on a CPU know no other layout, and first on PyTorch, which
-        takes thrice as long with channels last.
+        Channels come last on TensorFlow, whose convolutions on a CPU support no other layout, and first on PyTorch,
+        which takes three times as long with channels last.
         """
         batch, rows, columns, channels = ops.shape(x)
         if keras.backend.backend() == "torch":
@@ -490,11 +488,11 @@ class DepthwiseCondConv2D(_CondConv):
 
 
 def _depthwise(x, kernel, strides: tuple[int, int], padding: str, padded):
-    """TensorFlow's depthwise convolution of one example, with gradients that are such convolutions too.
+    """Applies TensorFlow's depthwise convolution to one example, with gradients that are depthwise convolutions too.
 
-    Its own gradient of the kernel goes through the examples in parallel, of which there is one here: for 16 examples of
-    14 x 14 x 672 and 5 x 5 it takes 127 ms, these 6. `padded` gives x with its zeros: it has them by itself where it
-    can, which saves a copy.
+    TensorFlow's own gradient of the kernel is parallel over examples, and there is only one here: for 16 examples of
+    14 x 14 x 672 and a kernel of 5 x 5 it takes 127 ms, while these gradients take 6. `padded` adds zeros to x, for the
+    gradients only: forward, the convolution pads by itself, which saves a copy.
     """
     import tensorflow as tf
 
@@ -519,7 +517,7 @@ def _depthwise(x, kernel, strides: tuple[int, int], padding: str, padded):
 
 
 def _spread(x, strides: tuple[int, int]):
-    """A map (1, height, width, channels) with zeros between its rows and columns."""
+    """Puts zeros between the rows and columns of a map (1, height, width, channels)."""
     if strides == (1, 1):
         return x
     _, height, width, channels = ops.shape(x)
@@ -530,7 +528,7 @@ def _spread(x, strides: tuple[int, int]):
 
 
 class _Experts:
-    """A function of a kernel, for each expert's own."""
+    """Applies a function of a kernel to the kernel of each expert."""
 
     def __init__(self, function, combine):
         self.function = function
@@ -541,24 +539,24 @@ class _Experts:
 
 
 def _matmul(a, b):
-    """A product of the first one's dtype: Keras' own is float32 for float64 where the backend is not TensorFlow."""
+    """Multiplies in the dtype of `a`. Keras returns float32 for float64 unless the backend is TensorFlow."""
     return ops.cast(ops.matmul(a, b), a.dtype)
 
 
 def _wide(x):
-    """At least float32, in which sums are taken."""
+    """Casts to at least float32, the dtype of sums."""
     return ops.cast(x, "float32") if keras.backend.standardize_dtype(x.dtype) in ("bfloat16", "float16") else x
 
 
 def _length(size, reach: int, stride: int, padding: str):
-    """The output's length for an input's, both integers or tensors."""
+    """Returns the output length for an input length, both integers or tensors."""
     if padding == "valid" and isinstance(size, int) and size < reach:
-        raise ValueError(f"Expected an input no smaller than the kernel, which spans {reach}. Received: {size}")
+        raise ValueError(f"Expected an input at least as large as the kernel, which spans {reach}. Received: {size}")
     return (size - reach) // stride + 1 if padding == "valid" else (size + stride - 1) // stride
 
 
 def _fit(size, reach: int, stride: int, padding: str):
-    """Zeros before and behind an axis, the part that counts of what that gives, and the output's length."""
+    """Returns the zeros before and after an axis, the part of the padded axis that is used, and the output length."""
     length = _length(size, reach, stride, padding)
     used = (length - 1) * stride + reach
     if padding == "valid":
@@ -566,18 +564,18 @@ def _fit(size, reach: int, stride: int, padding: str):
     if isinstance(size, int):
         missing = max(used - size, 0)
         return (missing // 2, missing - missing // 2), slice(0, used), length
-    # Only the run will know how many are missing: as many as there can be, and the surplus is cut off.
+    # Unknown before the run: pad with as many zeros as can be missing, and cut off the surplus.
     missing = used - size
-    if reach < stride:  # or else it is never negative; Keras' own maximum would make other integers of PyTorch's
+    if reach < stride:  # else never negative; Keras' maximum would change the type of PyTorch's integers
         missing = (missing + abs(missing)) // 2
     start = (reach - 1) // 2 - missing // 2
     return ((reach - 1) // 2, reach // 2), slice(start, start + used), length
 
 
 def _check_examples(images, routings) -> None:
-    """Numbers that are known before the run are compared."""
+    """Compares the numbers of examples if they are known before the run."""
     if isinstance(images, int) and isinstance(routings, int) and images != routings:
-        raise ValueError(f"Expected routing weights for each of {images} examples. Received: those of {routings}")
+        raise ValueError(f"Expected routing weights for each of {images} examples. Received: {routings}")
 
 
 def _is_two_shapes(shapes) -> bool:
@@ -586,14 +584,14 @@ def _is_two_shapes(shapes) -> bool:
 
 def _positive(name: str, value) -> int:
     if not _counts(value):
-        raise ValueError(f"Expected {name} as a positive integer. Received: {name}={value!r}")
+        raise ValueError(f"Expected {name} to be a positive integer. Received: {name}={value!r}")
     return int(value)
 
 
 def _pair(name: str, value) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2 or not all(map(_counts, pair)):
-        raise ValueError(f"Expected {name} as a positive integer or a pair of them. Received: {name}={value!r}")
+        raise ValueError(f"Expected {name} to be a positive integer or a pair of them. Received: {name}={value!r}")
     return int(pair[0]), int(pair[1])
 
 

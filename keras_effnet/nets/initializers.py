@@ -1,7 +1,7 @@
-"""First values of a layer's variables, drawn with NumPy: the same on every backend, and nothing to compile.
+"""Initial values of a layer's variables, drawn with NumPy: equal on every backend, and with nothing to compile.
 
-Keras draws each variable with the backend's random operations, which JAX compiles once per shape: most of the time
-that keras.applications' B0 takes to build there (benchmarks/build.py).
+Keras draws each variable with random operations of the backend. JAX compiles them once per shape, which takes most of
+the time to build keras.applications' B0 there (benchmarks/build.py).
 """
 
 from copy import copy
@@ -14,17 +14,31 @@ VarianceScaling = keras.initializers.VarianceScaling
 
 
 def kernel() -> VarianceScaling:
-    """Normal with variance 2 / fan_out, k * k for a depthwise kernel. tensorflow/tpu efficientnet_model.py:61-83."""
+    """Returns the initializer of convolutions: normal with variance 2 / fan_out. A depthwise kernel has fan_out k * k.
+
+    Returns:
+        A Keras initializer.
+
+    Reference:
+        tensorflow/tpu efficientnet_model.py:61-83.
+    """
     return VarianceScaling(2.0, "fan_out", "untruncated_normal")
 
 
 def classifier() -> VarianceScaling:
-    """Uniform within 1 / sqrt(classes), as in tensorflow/tpu efficientnet_model.py:86-103."""
+    """Returns the initializer of the classifier: uniform within 1 / sqrt(classes).
+
+    Returns:
+        A Keras initializer.
+
+    Reference:
+        tensorflow/tpu efficientnet_model.py:86-103.
+    """
     return VarianceScaling(1 / 3, "fan_out", "uniform")
 
 
 class _Drawn(keras.initializers.Initializer):
-    """Draws what `declared`, a built-in Keras initializer, stands for."""
+    """Draws with NumPy the distribution of `declared`, a built-in Keras initializer."""
 
     def __init__(self, declared: keras.initializers.Initializer):
         self.declared = declared
@@ -51,14 +65,14 @@ class _Drawn(keras.initializers.Initializer):
 
 
 def per_expert(initializer):
-    """Draws a stack of kernels, each as `initializer` would draw it by itself.
+    """Returns a function that draws a stack of kernels, each as `initializer` draws a single one.
 
     Args:
-        initializer: A Keras initializer. One with a fixed seed gives the same for the same shape, so that each expert
-            but the first has a seed of its own, made from that.
+        initializer: A Keras initializer. With a fixed seed it returns equal values for equal shapes. Each expert after
+            the first therefore gets another seed, derived from that one.
 
     Returns:
-        Function of a shape, whose first axis is the experts', and a dtype.
+        Function of a shape, whose first axis is that of the experts, and a dtype.
     """
 
     def draw(shape, dtype=None):
@@ -72,22 +86,22 @@ def _reseeded(initializer, step: int):
     if isinstance(initializer, _Drawn):
         return _Drawn(_reseeded(initializer.declared, step))
     seed = getattr(initializer, "seed", None)
-    if step == 0 or not isinstance(seed, int):  # a SeedGenerator moves on by itself
+    if step == 0 or not isinstance(seed, int):  # a SeedGenerator advances by itself
         return initializer
-    # Not the next seeds: those are what other layers are given.
+    # Not the next integers: other layers may have those as seeds.
     own = copy(initializer)
     own.seed = int(np.random.SeedSequence((seed % 2**32, step)).generate_state(1)[0] >> 1)
     return own
 
 
 def apply(layer: keras.Layer, inputs):
-    """`layer(inputs)`, with the variables of a new layer drawn by NumPy.
+    """Calls a new layer, with its variables drawn by NumPy.
 
-    The layer keeps the built-in initializers that it was made with, so that its configuration holds nothing of this
-    package and a saved model loads wherever Keras does. Seeds are Keras' own: `keras.utils.set_random_seed` holds.
+    The layer keeps its built-in initializers. Its configuration therefore holds nothing of this package, and a saved
+    model loads wherever Keras does. Seeds come from Keras: `keras.utils.set_random_seed()` applies.
 
     Args:
-        layer: A Keras layer that was not called before.
+        layer: A Keras layer that has not been called.
         inputs: Keras tensor or list of them.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The inverse of building: reads the architecture of a Keras model from its layers."""
+"""Reads the architecture of a Keras model from its layers: the inverse of building it."""
 
 import re
 from contextlib import suppress
@@ -13,17 +13,17 @@ from keras_effnet.nets.architecture import Architecture, Block
 
 @dataclass(frozen=True)
 class Reading:
-    """What `read()` finds in a model.
+    """The result of `read()`.
 
     Args:
         architecture: An `Architecture`. Its name is the model's.
-        layers: Dict of the model's layers by their names without prefix.
+        layers: Dict of the model's layers by name without prefix.
         block_ends: Tuple of the last layer of each block.
-        scale: Tuple of floats, a number per input channel.
-        offset: Tuple of floats, a number per input channel.
+        scale: Tuple of floats, one per input channel.
+        offset: Tuple of floats, one per input channel.
         size: Tuple of the input's height and width, each an integer or None.
         channels: Integer, the input's channels.
-        classes: Integer, or None for a model with no top.
+        classes: Integer, or None without a top.
     """
 
     architecture: Architecture
@@ -36,7 +36,7 @@ class Reading:
     classes: int | None
 
 
-# Names of the layers without prefix; the group of a block's layer is its block and its part.
+# Names of the layers without prefix. The groups of a block's layer are its block and its part.
 LAYER = re.compile(
     r"preprocessing|stem_(?:conv|bn|activation)|top_(?:conv|bn|activation|dropout)|(?:avg|max)_pool|predictions"
     r"|block(\d+[a-z])_((?:expand_|project_)?(?:conv|bn|activation)|dwconv|bn|activation"
@@ -45,12 +45,11 @@ LAYER = re.compile(
 
 
 def read(model: keras.Model, prefix: str | None = None) -> Reading:
-    """Reads the architecture of a model off its layers: the inverse of building it, also after saving and loading.
+    """Reads the architecture of a model from its layers, also after saving and loading it.
 
     Args:
-        model: A functional model that was built by this package, or loaded from its file. Layers around it are left
-            out.
-        prefix: String in front of the layers' names. Defaults to None: found, if there is only one.
+        model: A functional model that was built by this package, or loaded from its file. Layers around it are ignored.
+        prefix: String in front of the layers' names. Defaults to None: detected, if there is only one.
 
     Returns:
         A `Reading`.
@@ -72,9 +71,9 @@ def read(model: keras.Model, prefix: str | None = None) -> Reading:
         prefix = prefixes[0]
     if prefix not in prefixes:
         raise ValueError(
-            "Expected a model of this package, or one whose own layers hold one EfficientNet. Received: "
-            f"{getattr(model, 'name', model)!r}, which holds {len(prefixes)}. Where it is a layer of the model, pass "
-            "that layer: model.get_layer(name)"
+            "Expected a model of this package, or one whose layers include exactly one EfficientNet. Received: "
+            f"{getattr(model, 'name', model)!r} with {len(prefixes)}. If the EfficientNet is a layer of the model, "
+            "pass that layer: model.get_layer(name)"
         )
     named = {name.removeprefix(prefix): layer for name, layer in found.items() if name.startswith(prefix)}
     return _read(model, {name: layer for name, layer in named.items() if LAYER.fullmatch(name)})
@@ -87,10 +86,10 @@ def find(model: keras.Model) -> tuple[keras.Model, Reading]:
         model: A model.
 
     Returns:
-        Tuple of the model that holds the network's layers, and its `Reading`.
+        Tuple of the model that has the network's layers, and its `Reading`.
 
     Raises:
-        ValueError: If there is none, or several.
+        ValueError: If the model has no EfficientNet, or several.
     """
     try:
         return model, read(model)
@@ -132,7 +131,7 @@ def _read(model: keras.Model, named: dict) -> Reading:
             )
         )
         arriving = filters_out
-    # The last residual block has the largest rate, so the least rounding on the way back to the base rate.
+    # The last residual block has the largest rate, so the base rate computed from it has the least rounding error.
     drops = [(group["drop"].rate, index) for index, group in enumerate(groups.values()) if "drop" in group]
     rate, index = drops[-1] if drops else (0.0, 1)
     shape = rescaling.output.shape

@@ -1,4 +1,4 @@
-"""From pixels 0-255 to the numbers that a net was trained on: scale and offset per channel."""
+"""Schemes that normalize pixels 0-255 as a net was trained: scale and offset per channel."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_effnet.errors import unknown
 
-# name: (mean, standard deviation) of pixels 0-255, a number per channel.
+# name: (mean, standard deviation) of pixels 0-255, per channel.
 SCHEMES = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # efficientnet_builder.py:31-32
     "inception": ((127.5,) * 3, (127.5,) * 3),  # AdvProp, eval_ckpt_main.py:66-68; timm's mean and std of 0.5
@@ -15,12 +15,12 @@ SCHEMES = {
 
 
 def constants(preprocessing, channels: int) -> tuple[list[float], list[float]]:
-    """The numbers of a model's Rescaling layer: its output is `pixels * scale + offset`.
+    """Returns the constants of a model's Rescaling layer, whose output is `pixels * scale + offset`.
 
     Args:
-        preprocessing: A key of `SCHEMES`, a pair (scale, offset) of floats or of sequences with a float per channel,
-            or None for none.
-        channels: Integer. Where it is not 3, a scheme's mean over its channels holds for all.
+        preprocessing: A key of `SCHEMES`; a pair (scale, offset) of floats, or of sequences with one float per channel;
+            or None for no preprocessing.
+        channels: Integer. If it is not 3, all channels use the mean over the scheme's channels.
 
     Returns:
         Two lists of floats: scale and offset per channel.
@@ -50,14 +50,14 @@ def constants(preprocessing, channels: int) -> tuple[list[float], list[float]]:
             raise ValueError("a number is not finite")
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected preprocessing as one of auto, {', '.join(SCHEMES)}, a pair (scale, offset) with one number or "
+            f"Expected preprocessing to be one of auto, {', '.join(SCHEMES)}, a pair (scale, offset) of one or "
             f"{channels} numbers each, or None. Received: preprocessing={preprocessing!r}"
         ) from error
     return scale, offset
 
 
 def scheme_of(scale: Sequence[float], offset: Sequence[float]):
-    """The inverse of `constants()`.
+    """Returns the scheme of a scale and an offset: the inverse of `constants()`.
 
     Args:
         scale: Sequence of floats, one per channel.

@@ -1,4 +1,4 @@
-"""A pruning plan as data: which channels of a net stay, and its JSON file."""
+"""Pruning plans: which channels of a net stay, and the JSON file that stores them."""
 
 import dataclasses
 import json
@@ -12,25 +12,23 @@ import numpy as np
 
 from keras_effnet.nets.architecture import Architecture, Widths, with_widths
 
-# Plans
-
 
 @dataclass(frozen=True)
 class Plan:
-    """Which channels of a net go. Its file is a small JSON object.
+    """A choice of channels to remove from a net. Its file is a small JSON object.
 
     Args:
-        model: Name of the variant that the net is, or was cut from.
-        blocks: Dict from a block's name to the channels that stay, `(expand, se, out)`.
-        removed: Dict from a group's name to the tuple of its channels, from 0, that go.
+        model: Name of the net's variant, or of the variant that the net was cut from.
+        blocks: Dict from block name to the number of channels that stay, `(expand, se, out)`.
+        removed: Dict from group name to the tuple of channels to remove, counted from 0.
         before: Float, cost of the whole net.
-        after: Float, cost of the smaller one.
-        asked: Float, the share of the cost that was to be saved.
+        after: Float, cost of the pruned net.
+        asked: Float, requested reduction as a share of the cost.
         cost: `"macs"`, `"latency"` (in seconds) or `"params"`.
         solver: `"greedy"` or `"exact"`.
-        gap: Float, how much less importance stays than the fractional bound, as a share of that: no choice of the same
-            cost, summed up over the groups, has more than the bound.
-        importance: String, how the channels were judged.
+        gap: Float, difference between the fractional bound and the importance that stays, as a share of the bound. No
+            choice with the same cost, summed over the groups, keeps more importance than the bound.
+        importance: String, how the importance of the channels was measured.
     """
 
     model: str | None
@@ -46,14 +44,14 @@ class Plan:
 
     @property
     def reduction(self) -> float:
-        """Share of the cost that is saved."""
+        """Reduction as a share of the cost."""
         return 1 - self.after / self.before
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Writes the plan as JSON.
+        """Saves the plan as JSON.
 
         Args:
-            path: Path of the file. Its folder exists.
+            path: Path of the file. Its folder must exist.
 
         Returns:
             The path.
@@ -65,7 +63,7 @@ class Plan:
 
         rows = dataclasses.asdict(self)
         rows["removed"] = {name: _told(channels) for name, channels in self.removed.items()}
-        # A line per entry of a dict, and none per number.
+        # One line per entry of a dict, not one per number.
         parts = [f"  {json.dumps(key)}: {_lines(value)}" for key, value in rows.items()]
         with files.replacing(path) as temporary:
             temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
@@ -73,7 +71,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
-        """Reads what `save()` wrote.
+        """Loads a plan from a file that `save()` wrote.
 
         Args:
             path: Path of the file.
@@ -83,7 +81,7 @@ class Plan:
 
         Raises:
             OSError: If the file cannot be read.
-            ValueError: If it holds no plan.
+            ValueError: If the file is not a plan.
         """
         text = Path(path).read_bytes()
         try:
@@ -92,7 +90,7 @@ class Plan:
             rows["removed"] = {str(name): _channels(told) for name, told in rows["removed"].items()}
             plan = cls(**rows)
             if not 0 <= plan.after <= plan.before or not plan.before or not plan.blocks:
-                raise ValueError("it saves nothing that can be")
+                raise ValueError("its costs or blocks are not valid")
             return plan
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"Expected the JSON of a plan. Received: {str(path)!r} ({error})") from error
@@ -105,30 +103,31 @@ def _lines(value) -> str:
 
 
 def _told(channels: Sequence[int]) -> str:
-    """Numbers in ascending order as ranges: "0-3,7"."""
+    """Writes ascending numbers as ranges, such as "0-3,7"."""
     array = np.asarray(channels, int)
     runs = np.split(array, np.flatnonzero(np.diff(array) > 1) + 1) if len(array) else []
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _channels(told: str) -> tuple[int, ...]:
+    """Reads what `_told()` wrote."""
     ends = [run.partition("-")[::2] for run in told.split(",") if told]
     return tuple(channel for first, last in ends for channel in range(int(first), int(last or first) + 1))
 
 
 def narrowed(architecture: Architecture, plan: Any) -> Architecture:
-    """A variant with the channels of a plan.
+    """Returns the architecture of a variant with the channels of a plan.
 
     Args:
         architecture: An `Architecture`, that of a variant.
-        plan: A `Plan`, the path of its file, or widths as `arch.with_widths()` takes them.
+        plan: A `Plan`, the path of its file, or widths as in `architecture.with_widths()`.
 
     Returns:
         An `Architecture`.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the plan is of another net.
+        ValueError: If the plan is for another net.
     """
     if isinstance(plan, str | os.PathLike):
         plan = Plan.load(plan)

@@ -1,4 +1,4 @@
-"""Compound scaling: from the stages of a paper to the integers of a net. Standard library only."""
+"""Compound scaling: converts the stages of a paper into the integers of a net. Standard library only."""
 
 import math
 
@@ -12,8 +12,8 @@ def round_filters(filters: int, width: float, divisor: int = 8) -> int:
 
     Args:
         filters: Integer, channels before scaling.
-        width: Float, width coefficient. 1 leaves `filters` as a multiple of `divisor`.
-        divisor: Integer, defaults to 8.
+        width: Float, width coefficient. With 1, `filters` is still rounded to a multiple of `divisor`.
+        divisor: Integer. Defaults to 8.
 
     Returns:
         Integer, channels after scaling.

@@ -10,7 +10,7 @@ class Layer(NamedTuple):
 
     Args:
         kind: Name of the Keras layer's class.
-        shapes: Dict from the variable's name to its shape, in Keras' order.
+        shapes: Dict from variable name to shape, in Keras' order.
     """
 
     kind: str
@@ -18,7 +18,7 @@ class Layer(NamedTuple):
 
 
 def owners(architecture: Architecture, channels: int = 3, classes: int | None = 1000) -> dict[str, Layer]:
-    """The layers that own variables, in the model's order: what a file of weights has to hold.
+    """Returns the layers that own variables, in the model's order. A weights file has to contain all of them.
 
     Args:
         architecture: An `Architecture`.
@@ -26,10 +26,11 @@ def owners(architecture: Architecture, channels: int = 3, classes: int | None = 
         classes: Integer, or None without a top.
 
     Returns:
-        Dict from the layer's name (keras.applications') to a `Layer`.
+        Dict from layer name, as in keras.applications, to `Layer`.
 
     Example:
 
+    >>> from keras_effnet.nets.scaling import resolve
     >>> from keras_effnet.nets.variants import VARIANTS
     >>> owners(resolve(VARIANTS["efficientnet-b0"]))["block1a_dwconv"].shapes
     {'kernel': (3, 3, 32, 1)}

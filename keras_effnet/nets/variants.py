@@ -1,6 +1,6 @@
-"""The tables: every member of the family, a row each, with its source. No Keras.
+"""Tables of all variants, one row each, with their sources. No Keras.
 
-Lines are those of tensorflow/tpu @ 7dc921f, models/official/efficientnet.
+Line numbers refer to tensorflow/tpu @ 7dc921f, models/official/efficientnet.
 """
 
 import math
@@ -64,7 +64,7 @@ EDGETPU_STAGES = (
     Stage(repeats=2, kernel_size=5, strides=2, expand_ratio=8, filters_in=144, filters_out=192, se_ratio=0.0),
 )
 
-# condconv/efficientnet_condconv_builder.py:52-60: the last three stages' blocks mix this many experts.
+# condconv/efficientnet_condconv_builder.py:52-60: the blocks of the last three stages mix this many experts.
 CONDCONV_STAGES = {
     experts: (*B0_STAGES[:4], *(replace(stage, num_experts=experts) for stage in B0_STAGES[4:])) for experts in (4, 8)
 }
@@ -105,7 +105,7 @@ _CONDCONV = {  # condconv/efficientnet_condconv_builder.py:36-42, by the number 
     },
 }
 
-# Channels (expand, se, out) of each block, a line per stage: timm/models/_pruned/efficientnet_b*_pruned.txt, 1.0.31.
+# Channels (expand, se, out) of each block, one line per stage: timm/models/_pruned/efficientnet_b*_pruned.txt, 1.0.31.
 _PRUNED: dict[str, tuple[Widths, ...]] = {
     "efficientnet-b1": (
         *((0, 8, 16), (0, 4, 16)),
@@ -136,7 +136,7 @@ _PRUNED: dict[str, tuple[Widths, ...]] = {
     ),
 }
 
-# What the rows of a table share.
+# Each table, and the fields that its rows share.
 _FAMILIES: tuple[tuple[dict, dict], ...] = (
     (_B, {"stages": B0_STAGES, "source": "arXiv 1905.11946, table 1"}),
     (
@@ -191,7 +191,7 @@ VARIANTS |= {
 
 
 def list_models(pattern: str | None = None) -> list[str]:
-    """Names of all models that `create_model()` builds.
+    """Lists the models that `create_model()` builds.
 
     Args:
         pattern: String with the wildcards * and ?. Defaults to None: all.
@@ -200,7 +200,7 @@ def list_models(pattern: str | None = None) -> list[str]:
         List of strings.
 
     Raises:
-        ValueError: If no name is like the pattern.
+        ValueError: If no name matches the pattern.
 
     Example:
 
@@ -216,26 +216,26 @@ def list_models(pattern: str | None = None) -> list[str]:
 
 @cache
 def identify(blocks: tuple[Block, ...]) -> str | None:
-    """Name of the variant that has these blocks.
+    """Returns the name of the variant with these blocks.
 
     Args:
         blocks: Tuple of `Block`.
 
     Returns:
-        String, or None where no variant has them.
+        String, or None if no variant has these blocks.
     """
     return next((name for name, row in VARIANTS.items() if resolve(row).blocks == blocks), None)
 
 
 @cache
 def nearest(architecture: Architecture) -> str | None:
-    """Name of the variant with the same layers, whatever channels its blocks have: what a pruned net was cut from.
+    """Returns the variant with the same layers, whatever their channels: the one that a pruned net was cut from.
 
     Args:
         architecture: An `Architecture`.
 
     Returns:
-        String, of several the one whose channels differ least, or None.
+        String, or None. If several variants match, the one whose channels differ least.
     """
     exact = identify(architecture.blocks)
     if exact:

@@ -1,8 +1,8 @@
-"""Knapsack pruning: the channels of a trained net that stay within a budget, and the smaller net without the others.
+"""Knapsack pruning: keeps the most important channels of a trained network within a budget and removes the others.
 
-Method: arXiv 2002.08258 and its code (yoniaflalo/knapsack_pruning @ 375abf9, external/utils_pruning.py). Three things
-differ: the budget is that of the whole net, the cost of a channel includes what the next layers save, and no group
-of channels vanishes.
+Method: arXiv 2002.08258 and its code (yoniaflalo/knapsack_pruning @ 375abf9, external/utils_pruning.py). Three
+differences: the budget covers the whole network, the cost of a channel includes the savings in the next layers, and
+every group keeps at least one channel.
 """
 
 import lazy_loader

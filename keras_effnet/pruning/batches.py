@@ -1,4 +1,4 @@
-"""Batches of photos and class numbers that `fit` takes."""
+"""Batches of photos and labels for `fit()`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ import numpy as np
 
 
 class Photographs(keras.utils.PyDataset):
-    """Batches of (pixels, class numbers) from files, decoded, cropped and resized as the model's weights expect.
+    """Loads photos from files, in batches of (pixels, class numbers).
 
     Args:
         files: Sequence of pairs of a path and a class number.
-        load: Function from a path to pixels, see `preprocessing.image_loader()`.
+        load: Function from a path to pixels, see `images.loading.image_loader()`.
         batch_size: Integer.
-        shuffle: Boolean, whether each epoch has an order of its own.
+        shuffle: Boolean, whether to draw a new order for each epoch. Defaults to False.
     """
 
     def __init__(self, files: Sequence[tuple[Path, int]], load: Callable, batch_size: int, shuffle: bool = False):
@@ -27,7 +27,7 @@ class Photographs(keras.utils.PyDataset):
         return -(-len(self.files) // self.batch_size)
 
     def on_epoch_end(self):
-        """Draws the next epoch's order."""
+        """Draws the order of the next epoch."""
         count = len(self.files)
         self._order = self._random.permutation(count) if self.shuffle else np.arange(count)
 
@@ -37,5 +37,5 @@ class Photographs(keras.utils.PyDataset):
 
     @staticmethod
     def labels(files) -> np.ndarray:
-        """Class numbers of files."""
+        """Returns the class numbers of files."""
         return np.array([label for _, label in files], "int32")

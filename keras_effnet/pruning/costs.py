@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds, parameters, or measured latency."""
+"""The cost of a model: multiply-adds, parameters or measured latency."""
 
 import dataclasses
 import math
@@ -19,52 +19,71 @@ from keras_effnet.nets.complexity import costs
 from keras_effnet.nets.variants import VARIANTS, nearest
 from keras_effnet.pruning.fitting import first
 
-# Costs
+Price = Callable[[Architecture], float]  # cost of a network with other widths
+
+
+def cost(model: keras.Model, kind: str = "macs", dataset: Any = None) -> float:
+    """Returns the cost of a model, including the layers around the network.
+
+    Args:
+        model: See `importance()`.
+        kind: `"macs"`, `"params"` or `"latency"`. See `plan()`. Defaults to `"macs"`.
+        dataset: Data to take the image size from, if the model accepts any size. Defaults to None.
+
+    Returns:
+        Number: multiply-adds, parameters or seconds.
+
+    Raises:
+        ValueError: If the kind is unknown, or the model contains no EfficientNet.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> cost(ke.EfficientNetB0(weights=None))
+    385814752
+    """
+    one_of("cost", kind, COSTS)
+    _, reading = inspection.find(model)
+    return COSTS[kind](model, reading, image_size(model, reading, dataset))(reading.architecture)
 
 
 def image_size(model: keras.Model, reading: inspection.Reading, dataset) -> tuple[int, int]:
-    """Height and width of the images: the model's, else the data's, else the usual ones."""
+    """Returns the size of the images: the model's input size, else that of the data.
+
+    Args:
+        model: A model.
+        reading: The `Reading` of the network in it.
+        dataset: See `importance()`, or None.
+
+    Returns:
+        Tuple of height and width.
+
+    Raises:
+        ValueError: If neither is known.
+    """
     channels_last = reading.layers["stem_conv"].data_format == "channels_last"
     shapes = [model.input_shape, () if dataset is None else first(dataset)[0].shape]
     for shape in shapes:
         size = tuple(shape[1:3] if channels_last else shape[2:4])
         if len(size) == 2 and None not in size:
             return size
-    raise ValueError(f"Expected a model of known input size, or data. Received: {model.name!r} of {model.input_shape}")
-
-
-def _around(model: keras.Model, reading: inspection.Reading) -> dict[str, int]:
-    """What the layers of the user's own, around the network, cost."""
-    ours = {id(layer) for layer in reading.layers.values()}
-    macs = params = 0
-    for layer in compat.all_layers(model):
-        if isinstance(layer, keras.Model) or id(layer) in ours:
-            continue
-        no_parameters = {"moving_mean", "moving_variance", "mean", "variance", "count"}
-        params += sum(math.prod(weight.shape) for weight in layer.weights if weight.name not in no_parameters)
-        kernel = getattr(layer, "kernel", None)
-        if kernel is not None:
-            outputs = math.prod(side or 1 for side in layer.output.shape[1:])
-            macs += outputs // getattr(layer, "filters", kernel.shape[-1]) * math.prod(kernel.shape)
-    return {"macs": macs, "params": params}
-
-
-def _counted(model, reading: inspection.Reading, size, key: str) -> Callable[[Architecture], int]:
-    around = _around(model, reading)[key]
-    return lambda net: costs(net, size, reading.channels, reading.classes)[key] + around
+    raise ValueError(
+        f"Expected a model with a known input size, or a dataset. Received: {model.name!r} with input shape "
+        f"{model.input_shape}"
+    )
 
 
 def latency(models: Sequence[keras.Model], batch_size: int = 1, rounds: int = 20, size=None) -> list[float]:
-    """Measures the time that models take to predict a batch, in turn.
+    """Measures how long models take to predict a batch. The models take turns.
 
     Args:
-        models: Models of one input.
-        batch_size: Integer, images at a time. Defaults to 1.
-        rounds: Integer, times that each is measured. Defaults to 20.
-        size: Tuple of height and width, for models of any size. Defaults to None.
+        models: Sequence of models with one input.
+        batch_size: Integer, images per batch. Defaults to 1.
+        rounds: Integer, measurements per model. Defaults to 20.
+        size: Tuple of height and width, for models that accept any size. Defaults to None.
 
     Returns:
-        List of the median seconds of each.
+        List of the median seconds of each model.
 
     Example:
 
@@ -81,11 +100,12 @@ def latency(models: Sequence[keras.Model], batch_size: int = 1, rounds: int = 20
 
 
 def known_shape(model: keras.Model, size: tuple[int, int] | None = None) -> tuple[int, ...]:
-    """Shape of one image that a model takes.
+    """Returns the shape of one input image of a model.
 
     Args:
-        model: A model of one input, which holds an EfficientNet.
-        size: Tuple of height and width, for a model of any size. Defaults to those of the nearest variant.
+        model: A model with one input that contains an EfficientNet.
+        size: Tuple of height and width, for a model that accepts any size. Defaults to None: the size of the nearest
+            variant.
 
     Returns:
         Tuple of integers.
@@ -105,7 +125,15 @@ def known_shape(model: keras.Model, size: tuple[int, int] | None = None) -> tupl
 
 
 def timed(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """Median seconds of calls that are made in turn, after two that warm up."""
+    """Measures functions that take turns, after two calls each to warm up.
+
+    Args:
+        runs: Sequence of functions without arguments.
+        rounds: Integer, measurements per function.
+
+    Returns:
+        List of the median seconds of each function.
+    """
     for run in runs:
         run()
         run()
@@ -118,11 +146,34 @@ def timed(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     return [statistics.median(seconds) for seconds in times]
 
 
-def _timed(model, reading: inspection.Reading, size) -> Callable[[Architecture], float]:
-    """Seconds for one image: those of the whole model, less what each missing channel was measured to save.
+def _counted(model, reading: inspection.Reading, size, key: str) -> Price:
+    """Returns a function that counts the cost of the model with other widths."""
+    around = _around(model, reading)[key]
+    return lambda net: costs(net, size, reading.channels, reading.classes)[key] + around
 
-    Each kind of block is measured whole and with half of the channels inside, at its input and at its output. Between
-    that the time is taken to be linear, and blocks to add up.
+
+def _around(model: keras.Model, reading: inspection.Reading) -> dict[str, int]:
+    """Returns the cost of the user's layers around the network."""
+    ours = {id(layer) for layer in reading.layers.values()}
+    macs = params = 0
+    for layer in compat.all_layers(model):
+        if isinstance(layer, keras.Model) or id(layer) in ours:
+            continue
+        no_parameters = {"moving_mean", "moving_variance", "mean", "variance", "count"}
+        params += sum(math.prod(weight.shape) for weight in layer.weights if weight.name not in no_parameters)
+        kernel = getattr(layer, "kernel", None)
+        if kernel is not None:
+            outputs = math.prod(side or 1 for side in layer.output.shape[1:])
+            macs += outputs // getattr(layer, "filters", kernel.shape[-1]) * math.prod(kernel.shape)
+    return {"macs": macs, "params": params}
+
+
+def _timed(model, reading: inspection.Reading, size) -> Price:
+    """Returns a function that estimates the seconds for one image with other widths.
+
+    The estimate is the time of the whole model, minus the saving measured for each removed channel. Each kind of block
+    is measured whole, and with half of its inner, input or output channels. This assumes that time is linear in
+    between, and that the savings of blocks add up.
     """
     (whole,) = latency([model], size=size)
     net = reading.architecture
@@ -155,7 +206,7 @@ def _timed(model, reading: inspection.Reading, size) -> Callable[[Architecture],
 
 
 def _saved_per_channel(style: blocks.Style, block: architecture.Block, size: tuple[int, int]) -> dict[str, float]:
-    """Seconds that a block takes less for each channel less."""
+    """Returns the seconds that a block saves per removed channel, by the name of the width."""
 
     def model(**widths):
         other = dataclasses.replace(block, **widths)
@@ -174,10 +225,12 @@ def _saved_per_channel(style: blocks.Style, block: architecture.Block, size: tup
 
 
 def _shape(style: blocks.Style, size, channels: int) -> tuple[int, ...]:
+    """Returns the shape of one image in the data format of a style."""
     return (*size, channels) if style.data_format == "channels_last" else (channels, *size)
 
 
 def _style(reading: inspection.Reading) -> blocks.Style:
+    """Returns the style to build single blocks like those of a model."""
     conv, norm = reading.layers["stem_conv"], reading.layers["stem_bn"]
     return blocks.Style(
         activation=reading.architecture.activation,
@@ -188,33 +241,8 @@ def _style(reading: inspection.Reading) -> blocks.Style:
     )
 
 
-COSTS: dict[str, Callable[..., Callable[[Architecture], float]]] = {
+COSTS: dict[str, Callable[..., Price]] = {
     "macs": partial(_counted, key="macs"),
     "params": partial(_counted, key="params"),
     "latency": _timed,
 }
-
-
-def cost(model: keras.Model, kind: str = "macs", dataset: Any = None) -> float:
-    """What a model costs, with the dense layers around the network.
-
-    Args:
-        model: See `importance()`.
-        kind: `"macs"`, `"params"` or `"latency"`, see `plan()`.
-        dataset: Data, for the size of the images where the model takes any. Defaults to None.
-
-    Returns:
-        Number.
-
-    Raises:
-        ValueError: If the kind is unknown, or the model holds no EfficientNet.
-
-    Example:
-
-    >>> import keras_effnet as ke
-    >>> cost(ke.EfficientNetB0(weights=None))
-    385814752
-    """
-    one_of("cost", kind, COSTS)
-    _, reading = inspection.find(model)
-    return COSTS[kind](model, reading, image_size(model, reading, dataset))(reading.architecture)

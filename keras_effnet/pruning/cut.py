@@ -1,4 +1,4 @@
-"""Cuts channels out of a model: the smaller net with the remaining weights."""
+"""Cuts channels out of a model and keeps the remaining weights."""
 
 import os
 from typing import Any
@@ -13,30 +13,30 @@ from keras_effnet.nets.architecture import Architecture
 from keras_effnet.nets.pruning_plan import Plan
 from keras_effnet.pruning.groups import CHANNELS, groups, with_sizes
 
-# The smaller model
-
 
 def copied(model: keras.Model, holder: keras.Model, configs: dict[str, dict], cut=lambda layer, weights: weights):
-    """A model with layers of its own, some of other widths.
+    """Copies a model, with new layers, some of which may have other widths.
 
     Args:
         model: A functional or sequential model.
-        holder: The model in it whose layers are changed.
-        configs: Dict from a layer's name to what is other in its configuration.
-        cut: Function of a layer and its list of arrays, which gives those of the new layer.
+        holder: The model whose layers `configs` changes: `model`, or a model nested in it.
+        configs: Dict from a layer's name to the changed entries of its configuration.
+        cut: Function of a layer and the list of its weights as arrays, which returns the arrays of the new layer.
+            Defaults to a function that returns them unchanged.
 
     Returns:
-        A `keras.Model` of the same structure.
+        A `keras.Model` of the same structure, not compiled.
     """
     pairs: list[tuple[Any, Any]] = []
 
     def new(inside: keras.Model):
         def layer_of(layer):
-            if isinstance(layer, keras.Sequential) or compat.is_functional(layer):  # a graph of layers
+            if isinstance(layer, keras.Sequential) or compat.is_functional(layer):
                 return new(layer)
             config = layer.get_config() | (configs.get(layer.name, {}) if inside is holder else {})
             fresh = layer.__class__.from_config(config)
-            pairs.append((layer, fresh))
+            if isinstance(layer, keras.Layer):  # bare operations, such as `keras.ops.relu`, have no weights
+                pairs.append((layer, fresh))
             return fresh
 
         def call(layer, *args, **kwargs):
@@ -45,7 +45,7 @@ def copied(model: keras.Model, holder: keras.Model, configs: dict[str, dict], cu
             return initializers.apply(layer, args[0])
 
         calls: Any = {} if isinstance(inside, keras.Sequential) else {"call_function": call}
-        # Keras would compile the copy, from names that it may not know, such as a loss of the user's own.
+        # Keras would compile the copy too, and fail if it cannot look up a custom loss by name.
         compiled, inside.compiled = inside.compiled, False
         try:
             clone = keras.models.clone_model(inside, clone_function=layer_of, **calls)
@@ -61,27 +61,27 @@ def copied(model: keras.Model, holder: keras.Model, configs: dict[str, dict], cu
         values = cut(old, [np.asarray(keras.ops.convert_to_numpy(weight.value)) for weight in old.weights])
         for weight, value in zip(fresh.weights, values, strict=True):
             weight.assign(value)
-        if hasattr(fresh, "finalize_state"):  # of Normalization, which computes with copies
+        if hasattr(fresh, "finalize_state"):  # Normalization computes with copies of its weights
             fresh.finalize_state()
     return copy
 
 
 def apply(model: keras.Model, plan: "Plan | str | os.PathLike") -> keras.Model:
-    """The smaller model: without the channels that a plan removes, with the weights of the others.
+    """Returns a smaller model: without the channels that a plan removes, with the weights of the others.
 
     It computes what the whole model computes with those channels set to zero.
 
     Args:
-        model: The model that was planned for, or one with the same layers. It stays as it is.
+        model: The model that the plan was made for, or one with the same layers. It stays unchanged.
         plan: A `Plan`, or the path of its file.
 
     Returns:
-        A `keras.Model` of the same structure, with all that the user built around the network, not compiled. It can be
-        trained, saved and exported as any other.
+        A `keras.Model` of the same structure, not compiled. Custom layers around the network are kept. It can be
+        trained, saved and exported like any other model.
 
     Raises:
         OSError: If the plan's file cannot be read.
-        ValueError: If the plan is of another net.
+        ValueError: If the plan was made for another network.
 
     Example:
 
@@ -97,31 +97,9 @@ def apply(model: keras.Model, plan: "Plan | str | os.PathLike") -> keras.Model:
     if not isinstance(plan, Plan):
         raise ValueError(f"Expected a Plan, or the path of one. Received: {type(plan).__name__}")
     holder, reading = inspection.find(model)
-    architecture = reading.architecture
-    parts = {group.name: group for group in groups(architecture)}
-    kept: dict[tuple[int, str], np.ndarray] = {}
-    for name, channels in plan.removed.items():
-        if name not in parts:
-            raise unknown("group of channels", name, parts)
-        group = parts[name]
-        wrong = [channel for channel in channels if not 0 <= channel < group.size]
-        if wrong or len(set(channels)) >= group.size:
-            raise ValueError(
-                f"Expected fewer than {group.size} channels of {name} to go, numbers from 0. Received: "
-                f"{len(set(channels))} of them, from {min(channels)} to {max(channels)}"
-            )
-        for index in group.blocks:
-            kept[index, group.width] = np.setdiff1d(np.arange(group.size), channels)
-    sizes = {group: group.size - len(set(plan.removed.get(name, ()))) for name, group in parts.items()}
-    smaller = with_sizes(architecture, sizes)
-    if smaller.widths != plan.blocks:
-        wrong = [name for name, row in smaller.widths.items() if plan.blocks.get(name) != row]
-        name = wrong[0] if wrong else next(name for name in plan.blocks if name not in smaller.widths)
-        raise ValueError(
-            f"Expected a plan that was made for {model.name!r}, whose block {name} keeps {smaller.widths.get(name)} "
-            f"without the channels that it removes. Received: {plan.blocks.get(name)}, of {plan.model or 'another'}"
-        )
-    by_layer, configs = _cuts(reading, kept, smaller)
+    kept = _kept_channels(reading.architecture, plan)
+    _check_widths(model, reading.architecture, plan)
+    by_layer, configs = _cuts(reading, kept)
 
     def cut(layer, values: list[np.ndarray]) -> list[np.ndarray]:
         arriving, leaving = by_layer.get(id(layer), (None, None))
@@ -133,13 +111,58 @@ def apply(model: keras.Model, plan: "Plan | str | os.PathLike") -> keras.Model:
 
     smaller_model = copied(model, holder, configs, cut)
     for whole, part in ((model, smaller_model), (holder, inspection.find(smaller_model)[0])):
-        if hasattr(whole, "weights_record"):  # whose photographs it expects
+        if hasattr(whole, "weights_record"):  # says how to crop and resize photos
             part.weights_record = whole.weights_record
     return smaller_model
 
 
-def _cuts(reading: inspection.Reading, kept: dict, smaller: Architecture) -> tuple[dict[int, tuple], dict[str, dict]]:
-    """Of each layer the channels that stay, where they arrive and where they leave; and its new number of filters."""
+def _kept_channels(architecture: Architecture, plan: Plan) -> dict[tuple[int, str], np.ndarray]:
+    """Returns the channels that a plan keeps, by index of the block and name of the width.
+
+    Raises a `ValueError` if the plan removes a channel that does not exist, or all channels of a group.
+    """
+    parts = {group.name: group for group in groups(architecture)}
+    kept: dict[tuple[int, str], np.ndarray] = {}
+    for name, channels in plan.removed.items():
+        if name not in parts:
+            raise unknown("group of channels", name, parts)
+        group = parts[name]
+        wrong = [channel for channel in channels if not 0 <= channel < group.size]
+        if wrong or len(set(channels)) >= group.size:
+            raise ValueError(
+                f"Expected the plan to remove fewer than {group.size} channels of {name}, counted from 0. Received: "
+                f"{len(set(channels))} channels, from {min(channels)} to {max(channels)}"
+            )
+        for index in group.blocks:
+            kept[index, group.width] = np.setdiff1d(np.arange(group.size), channels)
+    return kept
+
+
+def _check_widths(model: keras.Model, architecture: Architecture, plan: Plan) -> None:
+    """Raises a `ValueError` if the channels that a plan keeps are not those that it leaves of this network."""
+    sizes = {group: group.size - len(set(plan.removed.get(group.name, ()))) for group in groups(architecture)}
+    widths = with_sizes(architecture, sizes).widths
+    if widths == plan.blocks:
+        return
+    wrong = [name for name, row in widths.items() if plan.blocks.get(name) != row]
+    name = wrong[0] if wrong else next(name for name in plan.blocks if name not in widths)
+    raise ValueError(
+        f"Expected a plan made for {model.name!r}, whose block {name} keeps {widths.get(name)} channels (expand, se, "
+        f"out) after the removal. Received: {plan.blocks.get(name)}, in a plan for {plan.model or 'another model'}"
+    )
+
+
+def _cuts(reading: inspection.Reading, kept: dict) -> tuple[dict[int, tuple], dict[str, dict]]:
+    """Returns what changes in each layer.
+
+    Args:
+        reading: The `Reading` of the whole model.
+        kept: See `_kept_channels()`.
+
+    Returns:
+        Tuple of two dicts: from the id of a layer to the input and output channels that it keeps, None for all; and
+        from the name of a layer to the changed entries of its configuration.
+    """
     by_layer: dict[int, tuple] = {}
     configs: dict[str, dict] = {}
     arriving = None
@@ -163,9 +186,8 @@ def _cuts(reading: inspection.Reading, kept: dict, smaller: Architecture) -> tup
 
 
 def _check_variables(layer) -> None:
+    """Raises a `ValueError` if a layer has other variables than those it was built with, as after quantization."""
     known = {"kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"}
     if not {weight.name for weight in layer.weights} <= known or "int" in str(layer.weights[0].dtype):
         kinds = ", ".join(f"{weight.name} ({weight.dtype})" for weight in layer.weights)
-        raise ValueError(
-            f"Expected layers as they were built. Received: {layer.name} with {kinds}, as of a quantized net"
-        )
+        raise ValueError(f"Expected layers as built. Received: {layer.name} with {kinds}, as in a quantized model")

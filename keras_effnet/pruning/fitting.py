@@ -1,4 +1,4 @@
-"""Datasets and losses that `fit` takes: the first batch, and the loss that suits a classifier."""
+"""What `fit()` needs from a dataset and a classifier: the first batch, and a suitable loss."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,11 +7,9 @@ import keras
 
 from keras_effnet import compat
 
-# What the trainers here are given
-
 
 def first(dataset: Any) -> tuple[Any, Any]:
-    """Pixels and labels of a dataset's first batch.
+    """Returns the pixels and labels of a dataset's first batch.
 
     Args:
         dataset: What `keras.Model.fit()` takes: an iterable of batches, or a pair of arrays.
@@ -20,7 +18,7 @@ def first(dataset: Any) -> tuple[Any, Any]:
         Tuple of two arrays or tensors.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If the dataset has no batch of pixels and labels, or can be iterated only once.
     """
     if isinstance(dataset, tuple | list) and not any(isinstance(part, tuple | list) for part in dataset[:1]):
         batch = [part[:1] for part in dataset]
@@ -30,8 +28,8 @@ def first(dataset: Any) -> tuple[Any, Any]:
         batch = next(iter(dataset), None)
     else:
         raise ValueError(
-            "Expected a pair of arrays (pixels, labels), or a dataset of batches of them that can be gone through "
-            f"again. Received: {type(dataset).__name__}"
+            "Expected a pair of arrays (pixels, labels), or a dataset of such batches that can be iterated more than "
+            f"once. Received: {type(dataset).__name__}"
         )
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         raise ValueError(f"Expected batches of (pixels, labels). Received: {type(batch).__name__}")
@@ -39,7 +37,7 @@ def first(dataset: Any) -> tuple[Any, Any]:
 
 
 def fit(runner: keras.Model, dataset: Any, batch_size: int, **kwargs) -> keras.callbacks.History:
-    """`runner.fit()` on arrays or on batches."""
+    """Calls `runner.fit()` with arrays or with batches."""
     first(dataset)
     if isinstance(dataset, tuple | list):
         arrays = dict(zip(("x", "y", "sample_weight"), dataset, strict=False))
@@ -48,12 +46,12 @@ def fit(runner: keras.Model, dataset: Any, batch_size: int, **kwargs) -> keras.c
 
 
 def loss_of(model: keras.Model, dataset: Any, loss: Any = None) -> Any:
-    """What was asked for, or what the model is compiled with, or the cross-entropy that suits its output and labels.
+    """Returns the given loss, else the model's own, else the cross-entropy that suits its output and labels.
 
     Args:
         model: A classifier.
         dataset: See `first()`.
-        loss: A Keras loss, or None.
+        loss: A Keras loss. Defaults to None.
 
     Returns:
         A Keras loss, or its name.
@@ -73,7 +71,10 @@ def loss_of(model: keras.Model, dataset: Any, loss: Any = None) -> Any:
 
 
 def last_operation(model: keras.Model):
-    """The operation that puts a model's output out, inside of models that stand last, and its input."""
+    """Returns the operation that computes a model's output, and its input.
+
+    If the last layer is itself a model, looks inside it.
+    """
     output = model.outputs[0]
     operation = compat.producer(output)
     if isinstance(operation, keras.Model):
@@ -82,9 +83,7 @@ def last_operation(model: keras.Model):
 
 
 def ends_in_activation(model: keras.Model) -> bool:
+    """Returns whether a model's output passes through an activation, such as softmax."""
     operation, _ = last_operation(model)
     softmax = isinstance(operation, keras.layers.Softmax) or type(operation).__name__ == "Softmax"
-    return softmax or getattr(operation, "activation", None) not in (
-        None,
-        keras.activations.linear,
-    )
+    return softmax or getattr(operation, "activation", None) not in (None, keras.activations.linear)

@@ -1,4 +1,4 @@
-"""Which channels of a net can be removed, and which of them only together."""
+"""Groups of channels that pruning can narrow, and the layers that each group passes through."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,15 +7,28 @@ from typing import Any, NamedTuple
 from keras_effnet.nets import inspection
 from keras_effnet.nets.architecture import Architecture, with_widths
 
+# Layers of a block, with the width on the second to last axis of their kernels (input) and on the last (output).
+CHANNELS = {
+    "routing": ("arriving", ""),
+    "expand_conv": ("arriving", "expand_filters"),
+    "expand_bn": ("", "expand_filters"),
+    "dwconv": ("expand_filters", ""),
+    "bn": ("", "expand_filters"),
+    "se_reduce": ("expand_filters", "se_filters"),
+    "se_expand": ("se_filters", "expand_filters"),
+    "project_conv": ("expand_filters", "filters_out"),
+    "project_bn": ("", "filters_out"),
+}
+
 
 class Group(NamedTuple):
-    """Channels that can go one by one, each together with what belongs to it in other layers.
+    """Channels that can be removed one by one, each from all layers that share it.
 
     Args:
-        name: String, that of the first layer which puts the channels out, without `_conv`.
-        width: Name of the `Block` field that counts them.
-        blocks: Tuple of the indices of the blocks that share them.
-        size: Integer, their number.
+        name: String, name of the first layer that outputs the channels, without `_conv`.
+        width: String, name of the `Block` field that holds their number.
+        blocks: Tuple of integers, indices of the blocks that share the channels.
+        size: Integer, number of channels.
     """
 
     name: str
@@ -25,11 +38,11 @@ class Group(NamedTuple):
 
 
 def groups(architecture: Architecture) -> tuple[Group, ...]:
-    """The groups of channels of a net that pruning may narrow.
+    """Returns the groups of channels that pruning may narrow.
 
-    A block's expansion, with depthwise convolution and gate; its squeeze-and-excite width; and the projections that
-    residual connections add up. Stem, first stage and head stay whole, as in the published nets (utils_pruning.py
-    :437-472).
+    They are the expansion of a block, with its depthwise convolution and gate; its squeeze-and-excite width; and the
+    projections that residual connections add up. Stem, first stage and head stay whole, as in the published nets
+    (utils_pruning.py:437-472).
 
     Args:
         architecture: An `Architecture`.
@@ -39,8 +52,9 @@ def groups(architecture: Architecture) -> tuple[Group, ...]:
 
     Example:
 
+    >>> from keras_effnet.nets.scaling import resolve
     >>> from keras_effnet.nets.variants import VARIANTS
-    >>> b0 = arch.resolve(VARIANTS["efficientnet-b0"])
+    >>> b0 = resolve(VARIANTS["efficientnet-b0"])
     >>> [(group.name, group.blocks, group.size) for group in groups(b0)][:3]
     [('block2a_expand', (1,), 96), ('block2a_se_reduce', (1,), 4), ('block2a_project', (1, 2), 24)]
     """
@@ -57,14 +71,22 @@ def groups(architecture: Architecture) -> tuple[Group, ...]:
             while last + 1 < len(net) and net[last + 1].residual:
                 last += 1
             chain = tuple(range(index, last + 1))
-            # The depthwise convolution of a block without expansion has the channels that arrive.
+            # Without expansion, a block's depthwise convolution works on the incoming channels directly.
             if all(follower.expand_filters for follower in net[index + 1 : last + 2]):
                 found.append(Group(f"block{block.name}_project", "filters_out", chain, block.filters_out))
     return tuple(found)
 
 
 def with_sizes(architecture: Architecture, sizes: Mapping[Group, int]) -> Architecture:
-    """The net whose groups have other sizes."""
+    """Returns the architecture with new group sizes.
+
+    Args:
+        architecture: An `Architecture`.
+        sizes: Mapping from a `Group` to its number of channels. Other groups keep theirs.
+
+    Returns:
+        An `Architecture`.
+    """
     rows: list[dict[str, int]] = [{} for _ in architecture.blocks]
     for group, size in sizes.items():
         for index in group.blocks:
@@ -76,27 +98,15 @@ def with_sizes(architecture: Architecture, sizes: Mapping[Group, int]) -> Archit
     return with_widths(architecture, narrow.widths)
 
 
-# The layers of a block: what arrives on the last but one axis of their kernels and what leaves on the last.
-CHANNELS = {
-    "routing": ("arriving", ""),
-    "expand_conv": ("arriving", "expand_filters"),
-    "expand_bn": ("", "expand_filters"),
-    "dwconv": ("expand_filters", ""),
-    "bn": ("", "expand_filters"),
-    "se_reduce": ("expand_filters", "se_filters"),
-    "se_expand": ("se_filters", "expand_filters"),
-    "project_conv": ("expand_filters", "filters_out"),
-    "project_bn": ("", "filters_out"),
-}
-
-
-def _outer(block_layer: str) -> int:
-    """Axis of a kernel's output channels; a depthwise kernel has them before its multiplier."""
-    return -2 if block_layer == "dwconv" else -1
-
-
 def kernels_of(reading: inspection.Reading) -> dict[str, list[tuple[Any, int]]]:
-    """Of each group the layers whose kernels put its channels out, with their axis."""
+    """Returns the layers whose kernels output the channels of each group.
+
+    Args:
+        reading: The `Reading` of a model.
+
+    Returns:
+        Dict from a group's name to a list of pairs: a layer, and the axis of the channels in its kernel.
+    """
     found: dict[str, list[tuple[Any, int]]] = {}
     for group in groups(reading.architecture):
         members = found.setdefault(group.name, [])
@@ -107,3 +117,8 @@ def kernels_of(reading: inspection.Reading) -> dict[str, list[tuple[Any, int]]]:
                 if layer is not None and hasattr(layer, "kernel") and group.width == channels[_outer(name)]:
                     members.append((layer, _outer(name)))
     return found
+
+
+def _outer(block_layer: str) -> int:
+    """Returns the axis of a kernel's output channels. In a depthwise kernel, they precede the multiplier."""
+    return -2 if block_layer == "dwconv" else -1

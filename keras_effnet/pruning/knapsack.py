@@ -1,4 +1,4 @@
-"""The 0/1 knapsack: which items to keep within a capacity. NumPy only."""
+"""Solvers of the 0/1 knapsack problem: which items to keep within a capacity. Uses NumPy only."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ class Solution:
     Args:
         chosen: Array of booleans, one per item.
         value: Float, sum of the chosen items' values.
-        bound: Float, what no choice exceeds: the optimum if items could be divided.
+        bound: Float, upper bound on the value of any choice: the optimum if items could be divided.
     """
 
     chosen: np.ndarray
@@ -23,23 +23,23 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """Share of the bound that the choice may lack."""
+        """Share of the bound by which the choice may fall short of the best one."""
         return max(0.0, 1 - self.value / self.bound) if self.bound > 0 else 0.0
 
 
 def greedy(values, weights, capacity: float) -> Solution:
-    """Takes the items in the order of value per weight, each that still fits.
+    """Goes through the items by descending value per weight and takes each that still fits.
 
     Args:
         values: Array of floats, at least 0.
         weights: Array of integers or floats, at least 0.
-        capacity: Number, what the chosen items' weights may add up to.
+        capacity: Number, largest total weight of the chosen items.
 
     Returns:
-        A `Solution`. Its value is at least the bound less the value of one item.
+        A `Solution`. Its value is at least the bound minus the value of one item.
 
     Raises:
-        ValueError: If a weight above 0 is so small that its value per weight is beyond a float.
+        ValueError: If a weight above 0 is so small that its value per weight overflows.
 
     Example:
 
@@ -57,7 +57,7 @@ def greedy(values, weights, capacity: float) -> Solution:
     bound = float(values[chosen].sum())
     if whole < len(order):
         bound += float(left / weights[order[whole]] * values[order[whole]])
-        lightest = np.minimum.accumulate(weights[order][::-1])[::-1]  # of an item and all behind it
+        lightest = np.minimum.accumulate(weights[order][::-1])[::-1]  # of an item and all after it
         for place in range(whole + 1, len(order)):
             if lightest[place] > left:
                 break
@@ -69,13 +69,13 @@ def greedy(values, weights, capacity: float) -> Solution:
 
 
 def _whole_items(values: np.ndarray, weights: np.ndarray, capacity: float) -> tuple[np.ndarray, int, float]:
-    """The items by falling value per weight, how many of these fit one after the other, and the capacity left."""
+    """Returns the items by descending value per weight, how many of the first ones fit, and the capacity left."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         density = np.where(weights > 0, values / weights, np.inf)
-    if np.isinf(density[weights > 0]).any():  # infinities have no order
+    if np.isinf(density[weights > 0]).any():  # infinities cannot be ranked
         raise ValueError(
-            "Expected weights that are 0, or large enough for their values to be divided by. Received: "
-            f"{np.min(weights[weights > 0])} among the weights"
+            "Expected weights that are 0 or large enough to divide their values by. Received: a weight of "
+            f"{np.min(weights[weights > 0])}"
         )
     order = np.argsort(-density, kind="stable")
     total = np.cumsum(weights[order])
@@ -83,14 +83,14 @@ def _whole_items(values: np.ndarray, weights: np.ndarray, capacity: float) -> tu
     return order, whole, capacity - (total[whole - 1] if whole else 0)
 
 
-STATES = 5_000_000  # of the exact solver at once: about a gigabyte
+STATES = 5_000_000  # limit of the exact solver's states at a time: about a gigabyte
 
 
 def exact(values, weights, capacity: float) -> Solution:
-    """Finds a best choice: dynamic programming over the items that the greedy choice leaves in doubt.
+    """Finds an optimal choice, by dynamic programming over the items on which the greedy choice may be wrong.
 
-    A general solver of integer programmes (SciPy's HiGHS) takes minutes where thousands of items are nearly worth
-    their price, as channels are; this takes a tenth of a second.
+    With thousands of items of almost equal value per weight, as channels are, a general solver of integer programs
+    (SciPy's HiGHS) takes minutes. This one takes a tenth of a second.
 
     Args:
         values: See `greedy()`.
@@ -101,7 +101,7 @@ def exact(values, weights, capacity: float) -> Solution:
         A `Solution`.
 
     Raises:
-        RuntimeError: If too many choices are alike.
+        RuntimeError: If too many choices are almost equally good.
         ValueError: See `greedy()`.
 
     Example:
@@ -120,10 +120,10 @@ def exact(values, weights, capacity: float) -> Solution:
     price = values[order[whole]] / weights[order[whole]]
     chosen = np.zeros(len(values), bool)
     chosen[order[:whole]] = True
-    # To choose an item otherwise than by its price costs the bound this much: of a choice these losses add up.
+    # Choosing an item against its price lowers the bound by this much. The losses of a choice add up.
     loss = np.abs(values - price * weights)
     limit, end = best.bound - best.value, None
-    # A state is what the changes so far weigh and lose. `steps` remembers how each came about.
+    # A state is the weight and the loss of the changes so far. `steps` records how each state was reached.
     weight, lost = np.zeros(1, weights.dtype), np.zeros(1)
     steps: list[tuple[int, np.ndarray, np.ndarray]] = []
     for item in np.argsort(loss, kind="stable"):
@@ -135,11 +135,13 @@ def exact(values, weights, capacity: float) -> Solution:
         weight, lost = np.append(weight, weight + change), np.append(lost, lost + loss[item])
         alive = np.flatnonzero(lost < limit)
         alive = alive[np.lexsort((lost[alive], weight[alive]))]
-        # One that weighs no less and is worth no more than another leads nowhere.
+        # Drop a state that weighs at least as much as another without being worth more.
         worth = price * weight[alive] - lost[alive]
         alive = alive[np.append(True, worth[1:] > np.maximum.accumulate(worth)[:-1])]
         if len(alive) > STATES:
-            raise RuntimeError("Expected items that differ more. Received: too many equal choices. Use 'greedy'")
+            raise RuntimeError(
+                f"Expected items that differ more. Received: more than {STATES} almost equal choices. Nearest: 'greedy'"
+            )
         weight, lost = weight[alive], lost[alive]
         steps.append((int(item), origin[alive], turned[alive]))
         total = np.where(weight <= room, lost + price * (room - weight), np.inf)
@@ -157,11 +159,11 @@ def exact(values, weights, capacity: float) -> Solution:
 
 
 class Items:
-    """Items in groups, of each of which the first ones are taken first.
+    """Items in groups. The items of a group are taken in order.
 
     Args:
-        values: List of an array of floats per group.
-        weights: List of an array of numbers per group.
+        values: List of arrays of floats, one per group.
+        weights: List of arrays of numbers, one per group.
     """
 
     def __init__(self, values: list[np.ndarray], weights: list[np.ndarray]):
@@ -172,24 +174,24 @@ class Items:
         self._start = np.cumsum([0, *self.sizes])
 
     def counts(self, solution: Solution) -> np.ndarray:
-        """How many items of each group a solution takes."""
+        """Returns the number of items that a solution takes of each group."""
         return np.bincount(self._owner[solution.chosen], minlength=len(self.sizes))
 
     def solution(self, counts: np.ndarray) -> Solution:
-        """The solution that takes so many items of each group, with the bound at what they weigh."""
+        """Returns the solution with these numbers of items, with the bound for a capacity equal to their weight."""
         chosen = self._place < counts[self._owner]
         bound = greedy(self.values, self.weights, self.weights[chosen].sum()).bound
         return Solution(chosen, float(self.values[chosen].sum()), bound)
 
     def filled(self, counts: np.ndarray, fits: Callable[[np.ndarray], bool]) -> np.ndarray:
-        """Drops the items of the least value per weight until all fit, then takes the best ones that still do.
+        """Drops items of the lowest value per weight until the rest fits, then adds the best items that still fit.
 
         Args:
-            counts: Array of integers, items of each group that are taken.
-            fits: Function of such an array, which is true of none.
+            counts: Array of integers, number of items taken of each group.
+            fits: Function of such an array that returns whether these items fit. No items at all always fit.
 
         Returns:
-            Array of integers.
+            Array of integers, the new counts.
         """
 
         def density(group: int, place: int) -> float:

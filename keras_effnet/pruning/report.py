@@ -1,11 +1,20 @@
-"""The report of a pruned model as Markdown."""
+"""Writes the report of a pruned model as Markdown."""
 
 from pathlib import Path
 from typing import Any
 
+_COSTS = {"macs": "multiply-adds", "params": "parameters", "latency": "latency"}
+
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a page."""
+    """Returns a report as a Markdown page.
+
+    Args:
+        report: Dict, as returned by `workflow.prune()`.
+
+    Returns:
+        String.
+    """
     plan, accuracy = report["plan"], report["accuracy"]
 
     def row(name: str, key: str, scale: float, unit: str) -> str:
@@ -15,8 +24,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# {Path(report['model']).name}, pruned",
         "",
-        f"{plan['reduction']:.1%} of the {plan['cost']} less ({plan['asked']:.1%} asked; importance "
-        f"{plan['importance']}, solver {plan['solver']}, gap to the fractional bound {plan['gap']:.2e}).",
+        f"Pruning removed {plan['reduction']:.1%} of the {_COSTS[plan['cost']]} (target: {plan['asked']:.1%}). "
+        f"Importance: {plan['importance']}. Solver: {plan['solver']}, gap to the fractional bound {plan['gap']:.2e}.",
         "",
         "| | whole | pruned | ratio |",
         "|---|---|---|---|",
@@ -29,11 +38,11 @@ def markdown(report: dict[str, Any]) -> str:
     counted = report["photographs"]
     lines += [
         "",
-        f"| model | accuracy on {counted['test']} photographs of {len(counted['classes'])} classes |",
+        f"| model | accuracy on {counted['test']} photos of {len(counted['classes'])} classes |",
         "|---|---|",
         *(f"| {name} | {value:.2%} |" for name, value in accuracy.items()),
         "",
-        "![channels that are kept per block](channels.png)",
+        "![channels kept per block](channels.png)",
         "",
         "| block | expand | squeeze-and-excite | out |",
         "|---|---|---|---|",

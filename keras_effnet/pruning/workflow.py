@@ -1,4 +1,4 @@
-"""`keras-effnet prune`: from a trained model and a folder of photos to a pruned model and a report."""
+"""Runs `keras-effnet prune`: from a trained model and a folder of photos to a pruned model and a report."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -22,6 +22,22 @@ from keras_effnet.pruning.batches import Photographs
 from keras_effnet.pruning.distillation import distill
 from keras_effnet.pruning.report import markdown
 from keras_effnet.weights import registry
+
+
+class _Photos(NamedTuple):
+    """The photos of a folder, in batches.
+
+    Args:
+        classes: List of the names of the classes.
+        training: Batches to distill with, shuffled.
+        testing: Batches to evaluate on.
+        calibration: Batches of training photos to compute the importance from.
+    """
+
+    classes: list[str]
+    training: Photographs
+    testing: Photographs
+    calibration: Photographs
 
 
 def prune(
@@ -45,38 +61,82 @@ def prune(
 ) -> dict[str, Any]:
     """Plans, prunes, distills and evaluates.
 
-    The folder `out` then holds `pruned.keras`, `plan.json`, `report.json`, `report.md` and `channels.png`. The same
-    call goes on where an earlier one was interrupted: with its plan, and after the last epoch that was finished.
+    Saves `pruned.keras`, `plan.json`, `report.json`, `report.md` and `channels.png` to the folder `out`. The same call
+    resumes an interrupted run, with the same plan and after the last finished epoch.
 
     Args:
         path: Path of a trained classifier as a `.keras` file.
-        data: Path of a folder of photographs, see `labelled()`. The classes' alphabetical order is the model's.
-        out: Path of the folder to write to. Made where it does not exist.
+        data: Path of a folder of photos. See `labelled()`. The model's outputs are the classes in alphabetical order.
+        out: Path of the folder to save to. It is created if it does not exist.
         reduction: See `pruning.plan()`.
         cost: See `pruning.plan()`.
         solver: See `pruning.plan()`.
-        importance: `"gradient"`, `"taylor"` or `"magnitude"`, see `pruning.importance()`.
+        importance: `"gradient"`, `"taylor"` or `"magnitude"`. See `pruning.importance()`.
         divisor: See `pruning.plan()`.
-        calibration: Integer, photographs that the importance is computed from. Defaults to 1000.
-        epochs: Integer, of distillation. Defaults to 10.
+        calibration: Integer, number of photos to compute the importance from. Defaults to 1000.
+        epochs: Integer, epochs of distillation. Defaults to 10.
         gamma: See `distill()`.
         learning_rate: See `distill()`.
         batch_size: Integer. Defaults to 32.
-        crop: Boolean, whether photographs are cropped as `load_image()` does for the published weights. Defaults to
-            False: the largest window of the model's shape. As the model was trained is right.
-        verbose: As in `keras.Model.fit()`.
-        on_step: Function that is called with each step's name.
+        crop: Boolean, whether to crop photos as `load_image()` does for the published weights. Choose what the model
+            was trained with. Defaults to False: the largest window with the shape of the model's input.
+        verbose: See `keras.Model.fit()`.
+        on_step: Function to call with a message before each step.
 
     Returns:
         Dict, the content of `report.json`.
 
     Raises:
-        ImportError: If matplotlib is missing.
+        ImportError: If matplotlib is not installed.
         OSError: If a file cannot be read or written.
-        ValueError: If an argument is not valid, or the model and the folder have other numbers of classes.
+        ValueError: If an argument is not valid, or the model and the folder differ in their number of classes.
     """
     out = Path(out)
-    figure_class()  # what is missing is told before the work
+    figure_class()  # fails before the work if matplotlib is not installed
+    teacher, photos = _inputs(path, data, calibration, batch_size, crop)
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"reduction": reduction, "cost": cost, "solver": solver, "importance": importance, "divisor": divisor}
+    distillation = {"epochs": epochs, "gamma": gamma, "learning_rate": learning_rate}
+    asked = settings | distillation | {"calibration": calibration, "batch_size": batch_size, "crop": crop}
+    used = (*photos.training.files, *photos.testing.files)
+    asked |= {"model": registry.digest(path, "sha256"), "photographs": [str(file) for file, _ in used]}
+
+    state = out / ".training"
+    if not _can_resume(state, asked):
+        on_step(f"Computing the importance of the channels from {len(photos.calibration.files)} photos")
+        plan = choose.plan(
+            teacher, photos.calibration, reduction, cost, solver, importance, divisor=divisor, verbose=verbose
+        )
+        _start(state, asked, plan, out / "plan.json")
+    plan = pruning_plan.Plan.load(out / "plan.json")
+    student = cut.apply(teacher, plan)
+    accuracies = _distill(teacher, student, photos, distillation, state / "backup", verbose, on_step)
+    with files.replacing(out / "pruned.keras") as temporary:
+        student.save(temporary)
+    on_step("Measuring the latency")
+    report = {
+        "model": os.fspath(path),
+        "photographs": {
+            "train": len(photos.training.files),
+            "test": len(photos.testing.files),
+            "calibration": len(photos.calibration.files),
+            "classes": photos.classes,
+        },
+        "plan": settings | {"asked": reduction, "reduction": plan.reduction, "gap": plan.gap, "variant": plan.model},
+        "distillation": distillation,
+        "accuracy": accuracies,
+        "macs": _both(teacher, student, photos.calibration, "macs"),
+        "params": _both(teacher, student, photos.calibration, "params"),
+        "latency": _latencies(teacher, student, on_step),
+        "blocks": {"whole": inspection.find(teacher)[1].architecture.widths, "pruned": plan.blocks},
+    }
+    _save_report(report, out)
+    shutil.rmtree(state)
+    return report
+
+
+def _inputs(path, data, calibration: int, batch_size: int, crop: bool) -> tuple[Any, _Photos]:
+    """Loads the model and finds the photos. Raises an error if they do not exist or do not match."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"Expected a .keras file. Received: {os.fspath(path)!r}, which does not exist")
     names, train, test = labelled(data)
@@ -84,102 +144,91 @@ def prune(
     inspection.find(teacher)
     if len(teacher.outputs) != 1 or teacher.output_shape != (None, len(names)):
         raise ValueError(
-            f"Expected a model of the {len(names)} classes of {os.fspath(data)!r}. Received: {teacher.name!r}, whose "
+            f"Expected a model with {len(names)} classes, as in {os.fspath(data)!r}. Received: {teacher.name!r}, whose "
             f"output has the shape {teacher.output_shape}"
         )
     load = image_loader(teacher, crop=crop)
     chosen = np.random.default_rng(0).permutation(len(train))[:calibration]
-    calibrating = Photographs([train[place] for place in chosen], load, batch_size)
-    training, testing = Photographs(train, load, batch_size, shuffle=True), Photographs(test, load, batch_size)
-    out.mkdir(parents=True, exist_ok=True)
+    return teacher, _Photos(
+        classes=names,
+        training=Photographs(train, load, batch_size, shuffle=True),
+        testing=Photographs(test, load, batch_size),
+        calibration=Photographs([train[place] for place in chosen], load, batch_size),
+    )
 
-    settings = {"reduction": reduction, "cost": cost, "solver": solver, "importance": importance, "divisor": divisor}
-    distillation = {"epochs": epochs, "gamma": gamma, "learning_rate": learning_rate}
-    # An interrupted call goes on only where all is as it was.
-    state = out / ".training"
-    asked = settings | distillation | {"calibration": calibration, "batch_size": batch_size, "crop": crop}
-    asked |= {"model": registry.digest(path, "sha256"), "photographs": [str(file) for file, _ in (*train, *test)]}
-    going_on = (state / "settings.json").is_file() and json.loads((state / "settings.json").read_text()) == asked
-    if not going_on:
-        on_step(f"Importance of the channels, from {len(chosen)} photographs")
-        plan = choose.plan(teacher, calibrating, reduction, cost, solver, importance, divisor=divisor, verbose=verbose)
-        shutil.rmtree(state, ignore_errors=True)  # of another call, whose work a wrong argument does not lose
-        plan.save(out / "plan.json")
-        state.mkdir()
-        (state / "settings.json").write_text(json.dumps(asked))
-    plan = pruning_plan.Plan.load(out / "plan.json")
-    student = cut.apply(teacher, plan)
+
+def _can_resume(state: Path, asked: dict[str, Any]) -> bool:
+    """Returns whether an interrupted call had the same arguments, model and photos."""
+    settings = state / "settings.json"
+    return settings.is_file() and json.loads(settings.read_text()) == asked
+
+
+def _start(state: Path, asked: dict[str, Any], plan: pruning_plan.Plan, plan_file: Path) -> None:
+    """Saves the plan and what it was asked for. Discards the state of another interrupted call."""
+    shutil.rmtree(state, ignore_errors=True)  # only once there is a plan, so that a wrong argument loses no work
+    plan.save(plan_file)
+    state.mkdir()
+    (state / "settings.json").write_text(json.dumps(asked))
+
+
+def _distill(
+    teacher, student, photos: _Photos, distillation: dict[str, Any], backup: Path, verbose: int, on_step
+) -> dict[str, float]:
+    """Distills the teacher into the student, if for any epochs. Returns the accuracies of all models."""
 
     def accuracy(model) -> float:
-        found = model.predict(testing, verbose=verbose)
-        return float(np.mean(np.argmax(found, -1) == testing.labels(testing.files)))
+        found = model.predict(photos.testing, verbose=verbose)
+        return float(np.mean(np.argmax(found, -1) == photos.testing.labels(photos.testing.files)))
 
-    on_step(f"Accuracy of the whole and of the pruned model, on {len(test)} photographs")
+    on_step(f"Evaluating the whole and the pruned model on {len(photos.testing.files)} photos")
     accuracies = {"whole": accuracy(teacher), "pruned": accuracy(student)}
-    if epochs:
-        on_step(f"Distillation, {epochs} epochs of {len(train)} photographs")
-        for layer in compat.all_layers(student):  # what was frozen cannot make up for what it lost
+    if distillation["epochs"]:
+        on_step(f"Distilling for {distillation['epochs']} epochs of {len(photos.training.files)} photos")
+        for layer in compat.all_layers(student):  # frozen layers could not make up for the removed channels
             layer.trainable = True
-        distill(
-            student,
-            teacher,
-            training,
-            **distillation,
-            backup_dir=state / "backup",
-            verbose=verbose,
-        )
-        on_step("Accuracy after distillation")
+        distill(student, teacher, photos.training, **distillation, backup_dir=backup, verbose=verbose)
+        on_step("Evaluating the distilled model")
         accuracies["distilled"] = accuracy(student)
-    with files.replacing(out / "pruned.keras") as temporary:
-        student.save(temporary)
-    on_step("Latency")
-    report = {
-        "model": os.fspath(path),
-        "photographs": {"train": len(train), "test": len(test), "calibration": len(chosen), "classes": names},
-        "plan": settings | {"asked": reduction, "reduction": plan.reduction, "gap": plan.gap, "variant": plan.model},
-        "distillation": distillation,
-        "accuracy": accuracies,
-        "macs": _both(teacher, student, calibrating, "macs"),
-        "params": _both(teacher, student, calibrating, "params"),
-        "latency": _latencies(teacher, student, on_step),
-        "blocks": {"whole": inspection.find(teacher)[1].architecture.widths, "pruned": plan.blocks},
-    }
-    plot_channels(report["blocks"]["whole"], plan.blocks, out / "channels.png")
+    return accuracies
+
+
+def _save_report(report: dict[str, Any], out: Path) -> None:
+    """Saves a report as a picture, JSON and Markdown."""
+    plot_channels(report["blocks"]["whole"], report["blocks"]["pruned"], out / "channels.png")
     with files.replacing(out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     with files.replacing(out / "report.md") as temporary:
         temporary.write_text(markdown(report))
-    shutil.rmtree(state)
-    return report
 
 
 def _both(teacher, student, data, cost: str) -> dict[str, float]:
+    """Returns the cost of both models."""
     return dict(zip(("whole", "pruned"), (costs.cost(model, cost, data) for model in (teacher, student)), strict=True))
 
 
 def _latencies(teacher, student, on_step) -> dict[str, dict[str, float]]:
-    """Median seconds for a batch, each model with the other in turn: in Keras, and in the fastest runtime here."""
+    """Returns the median seconds of both models for a batch, in Keras and in the fastest runtime on this machine."""
     runs = {f"keras, batch {size}": costs.latency([teacher, student], size) for size in (1, 32)}
     try:
         runs["predictor, batch 1"] = predictor_latency([teacher, student])
-    except (ImportError, ValueError) as error:  # a layer of a user's own that cannot be exported
-        on_step(f"No latency in a Predictor: {' '.join(str(error).split())[:200]}")
+    except (ImportError, ValueError) as error:  # a custom layer that cannot be exported
+        on_step(f"Skipping the latency in a Predictor: {' '.join(str(error).split())[:200]}")
     return {name: dict(zip(("whole", "pruned"), times, strict=True)) for name, times in runs.items()}
 
 
 def predictor_latency(models: Sequence[keras.Model], runtime: str = "auto", rounds: int = 50) -> list[float]:
-    """Measures what models take for one image in a `Predictor`, in turn.
+    """Measures how long models take for one image in a `Predictor`. The models take turns.
 
     Args:
-        models: Models of one input.
-        runtime: See `Predictor`. Defaults to `"auto"`: the first model's fastest, for all of them.
-        rounds: Integer, times that each is measured. Defaults to 50.
+        models: Sequence of models with one input.
+        runtime: See `Predictor`. Defaults to `"auto"`: the runtime that is fastest for the first model.
+        rounds: Integer, measurements per model. Defaults to 50.
 
     Returns:
-        List of the median seconds of each.
+        List of the median seconds of each model.
 
     Raises:
-        ImportError: If the runtime is missing.
+        ImportError: If the runtime is not installed.
         ValueError: If a model cannot be exported.
     """
     runs = []

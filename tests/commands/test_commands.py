@@ -1,4 +1,4 @@
-"""The commands as a user types them: real processes, real files."""
+"""The commands work as a user types them, in real processes on real files."""
 
 import json
 import os
@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from helpers import BACKEND, ROOT, command, lite0_package, same_weights
 from PIL import Image
 
 import keras_effnet as ke
+from keras_effnet.commands import main
 from keras_effnet.inference import runtimes
 
 CAT, COFFEE = (str(ROOT / "docs" / name) for name in ("cat.png", "coffee.png"))
@@ -41,7 +43,7 @@ def test_predict_as_json_is_one_object_and_equals_the_library():
 
 
 def test_predict_goes_on_behind_bad_photographs_and_exits_2(tmp_path):
-    (tmp_path / "text.jpg").write_text("no photograph")
+    (tmp_path / "text.jpg").write_text("no photo")
     jpeg = tmp_path / "cut.jpg"
     Image.open(CAT).convert("RGB").save(jpeg)
     jpeg.write_bytes(jpeg.read_bytes()[:-3000])
@@ -67,7 +69,7 @@ def test_predict_takes_folders_and_shows_progress_from_8_photographs_on(tmp_path
     names = [row["predictions"][0]["name"] for row in rows]
     assert len(rows) == 17 and names[1:] == ["espresso"] * 16 and names[0] != "espresso"
     assert "17/17" in result.stderr
-    assert "Photographs" not in command("predict", CAT, "--json").stderr
+    assert "Photos" in result.stderr and "Photos" not in command("predict", CAT, "--json").stderr
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
@@ -76,7 +78,7 @@ def test_export_and_benchmark(tmp_path):
     net.save(tmp_path / "mine.keras")
     (tmp_path / "labels.txt").write_text("cat\ncoffee\n")
     result = command("export", "mine.keras", "mine.onnx", "--labels", "labels.txt", cwd=tmp_path)
-    assert result.returncode == 0 and "largest difference to Keras, photographs" in result.stdout, result.stderr
+    assert result.returncode == 0 and "largest difference from Keras, photos" in result.stdout, result.stderr
     assert runtimes.metadata(tmp_path / "mine.onnx")["labels"] == ["cat", "coffee"]
     line = [
         "benchmark",
@@ -101,7 +103,7 @@ def test_export_and_benchmark(tmp_path):
     with Image.open(tmp_path / "speed.png") as picture:
         assert picture.size > (600, 200)
     told = command("benchmark", "mine.onnx", "--batch-sizes", "0", cwd=tmp_path)
-    assert told.returncode == 2 and "Expected batch sizes as numbers from 1" in told.stderr
+    assert told.returncode == 2 and "Expected batch sizes of at least 1" in told.stderr
 
 
 def test_list_describe_and_plot(tmp_path):
@@ -178,8 +180,17 @@ def test_wrong_input_is_told_in_one_line(arguments, told):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("name", main.commands)
+def test_each_command_explains_itself(name):
+    result = CliRunner().invoke(main, [name, "--help"])
+    assert result.exit_code == 0 and "Show this message" in result.output
+    summaries = CliRunner().invoke(main, ["--help"]).output.splitlines()
+    (summary,) = (line for line in summaries if line.startswith(f"  {name} "))
+    assert summary.endswith(".") and not summary.endswith("...")
+
+
 def test_predict_uses_the_backend_that_is_installed(tmp_path):
-    """Without a configured backend, and with TensorFlow hidden, the command finds another."""
+    """If no backend is configured and TensorFlow is hidden, the command finds another."""
     if BACKEND != "tensorflow":
         pytest.skip("one run is enough")
     code = (

@@ -1,4 +1,4 @@
-"""Pixels as the original computes them, images as a viewer shows them, names offline."""
+"""Photos are decoded as viewers show them, and cropped and resized as in the original; class names need no network."""
 
 import io
 import struct
@@ -27,7 +27,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **kwargs) -> bytes:
 
 
 def colours(mode: str = "RGB", size=(8, 6)) -> Image.Image:
-    """Left red, right a blue; big areas, so that JPEG keeps them."""
+    """Returns an image, red on the left and blue on the right: large areas, which survive JPEG."""
     image = Image.new("RGB", size, (200, 30, 30))
     image.paste((30, 30, 200), (size[0] // 2, 0, *size))
     return image.convert(mode)
@@ -56,7 +56,7 @@ def test_equals_the_originals_evaluation(photograph, interpolation):
         name = {224: "efficientnet-b0", 240: "efficientnet-b1", 300: "efficientnet-b3"}[size]
         if interpolation == "bicubic":
             assert np.array_equal(ke.load_image(encoded(Image.fromarray(pixels)), name), found)
-    # Decoders differ by a few grey levels.
+    # Decoders differ by a few gray levels.
     assert np.abs(decode_image(path).astype(int) - pixels).mean() < 3
 
 
@@ -156,7 +156,7 @@ def test_images_are_taken_as_a_viewer_shows_them(kind):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     upright = colours(size=(64, 32))
-    # The stored image is the one that the orientation turns upright.
+    # The orientation turns the stored image upright.
     exif = Image.Exif()
     exif[0x0112] = orientation
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
@@ -175,7 +175,7 @@ def test_broken_exif_does_not_hide_a_photograph():
 
 
 def png_header(width, height) -> bytes:
-    """A PNG of 100 bytes that declares a huge picture."""
+    """Returns a PNG of 100 bytes that declares a huge image."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -185,11 +185,11 @@ def png_header(width, height) -> bytes:
 
 
 DAMAGED = {
-    "text": (b"no photograph at all", "content is none"),
-    "empty": (b"", "content is none"),
+    "text": (b"no photograph at all", "is not an image"),
+    "empty": (b"", "is not an image"),
     "truncated JPEG": (encoded(colours(size=(640, 480)), "JPEG")[:-900], "damaged"),
     "truncated PNG": (encoded(colours(size=(640, 480)))[:-500], "damaged"),
-    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "content is none"),
+    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not an image"),
     "bomb": (png_header(60_000, 60_000), "decompression bomb"),
 }
 
@@ -224,7 +224,7 @@ def test_random_damage_gives_an_image_or_a_value_error(data):
         (lambda: decode_image("nowhere.jpg"), "does not exist"),
         (lambda: decode_image("."), "is a folder"),
         (lambda: decode_image(3), "path of an image or its bytes"),
-        (lambda: decode_image(encoded(colours()), channels=2), "1, 3 or 4 channels"),
+        (lambda: decode_image(encoded(colours()), channels=2), "channels to be 1, 3 or 4"),
         (lambda: ke.load_image(encoded(colours()), "efficientnet-b"), "Nearest"),
         (lambda: ke.load_image(encoded(colours()), "efficientnet-b0", weights="aa"), "Unknown weights"),
         (lambda: crop_and_resize(np.zeros((4, 4, 3)), (2, 2), interpolation="cubic"), "Nearest: 'bicubic'"),

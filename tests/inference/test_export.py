@@ -1,4 +1,4 @@
-"""Saving and exporting: the same numbers in a fresh process, and in the runtimes that people deploy with."""
+"""Saved and exported models compute the same in a fresh process, and in the runtimes that people deploy with."""
 
 import json
 import subprocess
@@ -13,10 +13,10 @@ from helpers import BACKEND, ROOT, fill, run, trained
 import keras_effnet as ke
 from keras_effnet.inference import export, runtimes
 
-# Converters use what TensorFlow, JAX, PyTorch and NumPy have deprecated; their warnings are not ours to end.
+# Converters use deprecated parts of TensorFlow, JAX, PyTorch and NumPy. We cannot fix their warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TOLERANCE = 2e-5  # of the largest output
+TOLERANCE = 2e-5  # relative to the largest output
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def swish():
-    """B0 has squeeze-and-excite, which Lite has not. Logits, since these weights' probabilities are all alike."""
+    """B0, with squeeze-and-excite, unlike Lite. It returns logits: with these weights, all probabilities are alike."""
     return fill(ke.EfficientNetB0(weights=None, input_shape=(64, 64, 3), classifier_activation=None))
 
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Convolutions of mixed experts, which no export format has."""
+    """A CondConv model: no export format has convolutions of mixed experts."""
     return fill(ke.EfficientNetCondConvB0x4(weights=None, input_shape=(64, 64, 3), classifier_activation=None))
 
 
@@ -43,7 +43,7 @@ def pixels(model):
 
 FRESH = """
 import json, sys, numpy as np, keras
-sys.modules["keras_effnet"] = None  # plain Keras is all that a saved model needs
+sys.modules["keras_effnet"] = None  # a saved model needs only plain Keras
 path, images, config = sys.argv[1:4]
 if path.endswith(".keras"):
     model = keras.saving.load_model(path)
@@ -72,7 +72,7 @@ def test_the_configuration_is_plain(model):
 @pytest.mark.long
 @pytest.mark.parametrize("which", ["swish", "mixed"])
 @pytest.mark.skipif(
-    BACKEND == "torch", reason="Keras 3.15.1 on torch exports no SavedModel, keras.applications' neither"
+    BACKEND == "torch", reason="Keras 3.15.1 on torch exports no SavedModel, nor one of keras.applications"
 )
 def test_saved_model(which, request, pixels, tmp_path):
     import tensorflow as tf
@@ -177,21 +177,21 @@ def test_float16_is_half_the_size(kind, small, tmp_path):
 def test_what_does_not_compute_the_same_is_not_kept(small, tmp_path):
     class Odd(keras.layers.Layer):
         def call(self, x):
-            return keras.ops.add(x, np.random.default_rng().uniform(0, 100))  # no trace can know it
+            return keras.ops.add(x, np.random.default_rng().uniform(0, 100))  # different in every trace
 
     inputs = keras.Input((48, 48, 3))
     odd = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(Odd()(inputs)))
     path = tmp_path / "mine.tflite"
     ke.export(small, path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"Expected outputs within 0.0001 of Keras'.*not kept"):
+    with pytest.raises(ValueError, match=r"Expected outputs within 0.0001 of Keras'.*Nothing was saved"):
         ke.export(odd, path)
     for arguments, told in [
         ({"format": "tflite"}, "Unknown format"),
         ({"format": "onnx"}, "a path that ends in .onnx"),
         ({"precision": "int4"}, "Unknown precision"),
         ({"labels": ["a"]}, "a label for each of the model's 3 outputs"),
-        ({"input_shape": (32, 32, 3)}, "Expected input_shape like the model's"),
+        ({"input_shape": (32, 32, 3)}, "Expected input_shape to match the model's"),
         ({"precision": "int8", "calibration": np.zeros((4, 32, 32, 3))}, r"Expected images of shape \(count, 48"),
     ]:
         with pytest.raises(ValueError, match=told):

@@ -1,4 +1,4 @@
-"""A folded model computes what the whole one does, and holds what cannot be folded exactly."""
+"""A folded model computes what the original computes, and keeps the layers that cannot be folded exactly."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ import keras_effnet as ke
 from keras_effnet.inference.folding import for_inference
 
 layers = keras.layers
-SHAPE = (65, 65, 3)  # odd, so that the padding of strides is not the same on both sides
+SHAPE = (65, 65, 3)  # odd, so that strided convolutions pad both sides differently
 NETS = ["b0", "lite0", "edgetpu-s", "condconv-b0-4e", "condconv-b0-8e-depth", "b1-pruned"]
 REST = ["b1", "b2", "b3", "b4", "b5", "lite1", "lite2", "lite3", "lite4", "edgetpu-m", "edgetpu-l", "condconv-b0-8e"]
 
@@ -33,16 +33,16 @@ def check(model, shape=SHAPE, tolerance=1e-5):
 @pytest.mark.parametrize("name", [*NETS, *(pytest.param(name, marks=pytest.mark.long) for name in REST)])
 def test_every_variant_folds_exactly(name):
     model = trained(ke.create_model(f"efficientnet-{name}", weights=None, input_shape=SHAPE, classes=10))
-    # Sums of experts' kernels grow without bound in random nets: what they show of rounding is in float64's terms.
+    # In random models, sums of experts' kernels grow without bound, and rounding errors with them.
     folded = check(model, tolerance=1e-4 if "condconv" in name else 1e-5)
     assert len(folded.layers) < 0.85 * len(model.layers) or "condconv" in name
     left = kinds(folded)
     assert ("BatchNormalization" in left) == ("condconv" in name)
-    assert "Dropout" not in left and left.count("Rescaling") == 1  # all their first convolutions pad
+    assert "Dropout" not in left and left.count("Rescaling") == 1  # all first convolutions pad
     (rescaling,) = (layer for layer in folded.layers if isinstance(layer, layers.Rescaling))
     assert np.all(np.asarray(rescaling.scale) == 1)
     assert folded.count_params() < model.count_params()
-    # For an exporter: of one size, in float32, with the offset in rows of pixels.
+    # For an exporter: one size, float32, and the offset added to rows of pixels.
     x = pixels(SHAPE)
     assert run(for_inference(model, SHAPE), x) == pytest.approx(run(folded, x), rel=1e-4, abs=1e-6)
 
@@ -65,7 +65,7 @@ def test_a_net_that_was_built_on_is_one_graph():
             body,
             layers.Dropout(0.2),
             layers.BatchNormalization(),
-            layers.Dense(5, name="stem_conv"),  # a name of the body's
+            layers.Dense(5, name="stem_conv"),  # a layer of the body has the same name
         ]
     )
     folded = check(trained(model))
@@ -75,7 +75,7 @@ def test_a_net_that_was_built_on_is_one_graph():
 
 
 def test_the_border_is_as_it_was():
-    """An offset before a convolution that pads is what a wrong fold would lose around the image."""
+    """A wrong fold of an offset into a convolution that pads would change the border of the image."""
     inputs = keras.Input((8, 8, 3))
     x = layers.Rescaling([[[0.1, 0.2, 0.3]]], [[[5.0, -6.0, 7.0]]])(inputs)
     valid = check(keras.Model(inputs, layers.Conv2D(4, 3)(x)), (8, 8, 3))
@@ -175,7 +175,7 @@ def test_what_others_use_too_is_left_alone():
 @pytest.mark.parametrize(
     ("layer", "left"),
     [
-        (lambda: layers.Conv2D(6, 3, groups=2, use_bias=False), 1),  # its output's scale, not its input's
+        (lambda: layers.Conv2D(6, 3, groups=2, use_bias=False), 1),  # takes the scale of its output, not of its input
         (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2, dilation_rate=2), 0),
         (lambda: layers.Conv2D(6, 1, padding="same"), 0),
         (lambda: layers.Dense(6), 0),

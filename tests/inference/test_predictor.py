@@ -1,4 +1,4 @@
-"""Predictor: what `predict()` gives, on every runtime, from any number of threads, without Keras once it is known."""
+"""`Predictor` returns what `predict()` returns: on every runtime, from many threads, without Keras once cached."""
 
 import json
 import os
@@ -18,18 +18,18 @@ from keras_effnet.images.resizing import crop_and_resize
 from keras_effnet.inference import runtimes
 from keras_effnet.inference.agreement import agreement
 
-# Converters use what TensorFlow, JAX, PyTorch and NumPy have deprecated; their warnings are not ours to end.
+# Converters use deprecated parts of TensorFlow, JAX, PyTorch and NumPy. We cannot fix their warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SHAPE = (48, 40, 3)
 RUNTIMES = [*runtimes.choose("auto"), "keras"]
 if BACKEND != "tensorflow":
-    RUNTIMES.remove("litert")  # which only TensorFlow writes
+    RUNTIMES.remove("litert")  # Keras exports it on TensorFlow only
 
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory):
-    """Exports of this module alone."""
+    """A cache of exports for this module only."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_EFFNET_HOME", str(folder))
@@ -38,7 +38,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    """A user's: built on a body, with a head of its own."""
+    """A user's model: a body with another head."""
     body = ke.EfficientNetLite0(include_top=False, weights=None, pooling="avg", input_shape=SHAPE)
     head = [keras.layers.Dropout(0.3), keras.layers.Dense(4, activation="softmax")]
     return trained(keras.Sequential([keras.Input(SHAPE), body, *head]))
@@ -77,7 +77,7 @@ def test_auto_takes_the_fastest_and_remembers_it(model, images, expected, home):
     (measured,) = told.values()
     assert set(measured["seconds"]) == set(RUNTIMES) - {"keras"}
     assert predictor.runtime == measured["chosen"] == min(measured["seconds"], key=measured["seconds"].get)
-    # What is remembered is not measured again: another answer on disk is believed.
+    # A cached choice is not measured again: a different one on disk is used.
     other = max(measured["seconds"], key=measured["seconds"].get)
     (key,) = told
     (predictor.path.parent / "float32.fastest.json").write_text(json.dumps({key: {"chosen": other}}))
@@ -95,10 +95,10 @@ def test_a_damaged_export_is_made_again(model, images, expected):
     assert abs(path.stat().st_size - len(content)) < 1000
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="of systems that fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
 @pytest.mark.parametrize("runtime", [name for name in RUNTIMES if name != "keras"])
 def test_a_fork_opens_its_own(runtime, model, images, tmp_path):
-    """As servers do that load a model before they start their workers."""
+    """Some servers load a model before they fork their workers."""
     np.save(tmp_path / "x.npy", images)
     path = ke.Predictor(model, runtime).path
     code = (
@@ -107,11 +107,11 @@ def test_a_fork_opens_its_own(runtime, model, images, tmp_path):
         "x = np.load(sys.argv[2]); p = ke.Predictor(sys.argv[1], sys.argv[3]); before = p(x); child = os.fork()\n"
         "if not child:\n"
         "    try: os._exit(0 if np.array_equal(p(x), before) else 3)\n"
-        "    except ValueError as error: os._exit(4 if 'outlive a fork' in str(error) else 5)\n"
+        "    except ValueError as error: os._exit(4 if 'survive a fork' in str(error) else 5)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(forks))"
     )
     command = [sys.executable, "-c", code, str(path), str(tmp_path / "x.npy"), runtime]
-    reporting = {name: value for name, value in os.environ.items() if name != "CI"}  # as OpenVINO does elsewhere
+    reporting = {name: value for name, value in os.environ.items() if name != "CI"}  # OpenVINO sends no telemetry in CI
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=reporting)
     assert result.stdout.split() == ["0" if runtimes.RUNTIMES[runtime].forks else "4", "1"], result.stderr
 
@@ -166,7 +166,7 @@ def test_threads_get_equal_results_and_memory_does_not_grow(runtime, model, imag
                 if not np.array_equal(predictor(images[:count]), wanted[count]):
                     wrong.append((number, turn, count))
 
-    # What libraries set up at first is no growth; then 2,000 predictions (of Keras itself, which is slower, 400).
+    # The first round is not counted, since libraries still allocate. Then 2,000 predictions (400 on slower Keras).
     for turns in (5, 25) if runtime == "keras" else (25, 125):
         threads = [threading.Thread(target=work, args=(number, turns)) for number in range(8)]
         for thread in threads:
@@ -186,7 +186,7 @@ def test_threads_get_equal_results_and_memory_does_not_grow(runtime, model, imag
         (lambda x: x[:0], "an empty batch"),
         (lambda x: np.where(np.arange(9)[:, None, None, None] == 4, np.nan, x), "NaN or infinity in image 4 of 9"),
         (lambda x: x * 1e39, "NaN or infinity in image 0"),
-        (lambda x: x.astype(str), "as numbers"),
+        (lambda x: x.astype(str), "numeric pixels"),
         (lambda x: [x[0], x[0, :9]], "images of one shape"),
     ],
 )
@@ -199,7 +199,7 @@ def test_bad_images_are_refused(wrong, told, model, images):
 def test_bad_arguments_are_refused(model, tmp_path):
     class Odd(keras.layers.Layer):
         def call(self, x):
-            return keras.ops.add(x, np.random.default_rng().uniform(0, 100))  # no trace can know it
+            return keras.ops.add(x, np.random.default_rng().uniform(0, 100))  # different in every trace
 
     class Mine(keras.Model):
         def call(self, inputs):
@@ -214,7 +214,7 @@ def test_bad_arguments_are_refused(model, tmp_path):
         ((model, "tensorrt"), "Unknown runtime"),
         ((model, "auto", "int4"), "Unknown precision"),
         ((model, "auto", "float32", 0), "positive integer"),
-        ((model, "keras", "int8"), "Expected float32 for Keras itself"),
+        ((model, "keras", "int8"), "Expected precision='float32' for runtime='keras'"),
         (("efficientnet-b9",), "Unknown model.*Nearest: 'efficientnet-b"),
         (("b0.tfl",), "a file that ends in"),
         ((tmp_path / "bad.tflite",), "Expected a model that litert opens"),
@@ -257,7 +257,7 @@ def test_a_model_of_any_size_takes_the_one_that_is_asked_for():
     predictor = ke.Predictor(net, RUNTIMES[-2], input_shape=(40, 56, 3))
     x = np.random.default_rng(0).uniform(0, 255, (2, 40, 56, 3)).astype("float32")
     assert np.abs(predictor(x) - net.predict(x, verbose=0)).max() < 1e-4
-    with pytest.raises(ValueError, match="Expected input_shape like the model's"):
+    with pytest.raises(ValueError, match="Expected input_shape to match the model's"):
         ke.Predictor(net, "keras", input_shape=(40, 56, 4))
 
 
@@ -283,7 +283,7 @@ def test_int8_runs_and_tells_what_it_left_in_float(model, images, expected):
     errors = told["layer_errors"]
     assert any(name.startswith("block7a") for name in errors)
     assert list(errors.values()) == sorted(errors.values(), reverse=True) and max(errors.values()) > 0.01
-    # Other images, other ranges.
+    # Other images give other ranges, and another cache entry.
     other = ke.Predictor(model, "litert", "int8", calibration=images[:4] // 2)
     assert other.path != predictor.path
 
@@ -292,7 +292,7 @@ def test_int8_runs_and_tells_what_it_left_in_float(model, images, expected):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
 @pytest.mark.parametrize(("runtime", "top1"), [("litert", 0.9), ("onnxruntime", 0.85)])
 def test_int8_keeps_lite0s_classes(runtime, top1):
-    """Crops of photographs that calibration did not see."""
+    """Calibration and test use crops of different photos."""
     recorded = np.load(GOLDEN / "lite_real" / "lite0_logits.npz")
     wholes = [recorded[name].astype("float32") for name in recorded if name.endswith("pixels_uint8")]
 

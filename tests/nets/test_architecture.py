@@ -1,4 +1,4 @@
-"""The resolution of tables into integers: published numbers, the original's own blocks, properties."""
+"""Variants resolve into the published parameters and multiply-adds, and into the blocks of the original and of timm."""
 
 import pytest
 from helpers import golden
@@ -53,7 +53,7 @@ def test_blocks_are_the_originals(file):
         )
         assert block.inner_filters == row["input_filters"] * row["expand_ratio"]
         assert block.num_experts == (reference["condconv_num_experts"] if row["condconv"] else 0)
-        # The original leaves a rate out where there is no skip connection to drop.
+        # The original has no rate for a block without a skip connection.
         assert 1 - rate == pytest.approx(row["survival_prob"], abs=1e-12)
     assert {f"reduction_{n + 1}": index for n, index in enumerate(architecture.reductions)} == reference[
         "reduction_endpoint_block"
@@ -74,9 +74,9 @@ def test_multiply_adds_are_those_that_timm_counts():
     [("4e", 13_314_116, 402e6), ("8e", 24_013_284, 413e6), ("8e-depth", 39_715_968, 614e6)],
 )
 def test_mixed_experts_cost_what_was_published(name, params, macs):
-    """Parameters of timm 1.0.31's nets; multiply-adds of tensorflow/tpu condconv/README.md:30-36, in round millions.
+    """Parameters of timm 1.0.31's nets, and multiply-adds of tensorflow/tpu condconv/README.md:30-36, in millions.
 
-    The paper's plain B0 has 391 M, of which 5 M are not convolutions or the classifier: 1.4 %.
+    The paper's plain B0 has 391 M, of which 5 M (1.4 %) are neither convolutions nor the classifier.
     """
     described = describe(f"efficientnet-condconv-b0-{name}")
     assert described["params"] == params
@@ -90,7 +90,7 @@ def test_mixed_experts_cost_what_was_published(name, params, macs):
     [("b1", 6_331_916, 391_208_019), ("b2", 8_309_737, 715_749_145), ("b3", 9_855_020, 1_020_257_090)],
 )
 def test_pruned_nets_have_timms_channels(name, params, macs):
-    """Channels of its state dicts; parameters and multiply-adds as they are counted from timm 1.0.31's modules."""
+    """Channels of timm 1.0.31's state dicts, and parameters and multiply-adds counted from its modules."""
     table = golden("timm/pruned_channels.json")[f"efficientnet_{name}_pruned"]
     described = describe(f"efficientnet-{name}-pruned")
     assert (described["params"], described["macs"]) == (params, macs) == (table["params"], macs)
@@ -108,13 +108,13 @@ def test_pruned_nets_have_timms_channels(name, params, macs):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda rows: rows[1:], "16 blocks of efficientnet-b0. Received: 15"),
+        (lambda rows: rows[1:], "16 blocks of efficientnet-b0. Received: 15 widths"),
         (lambda rows: [(96, 4, 24, 1), *rows[1:]], r"block 1a .*such as \(0, 8, 16\). Received: \(96, 4, 24, 1\)"),
-        (lambda rows: [*rows[:1], (0, 4, 24), *rows[2:]], "block 2a as positive"),
-        (lambda rows: [*rows[:1], (96, 0, 24), *rows[2:]], "block 2a as positive"),
-        (lambda rows: [*rows[:1], (96, 4.0, 24), *rows[2:]], "block 2a as positive"),
+        (lambda rows: [*rows[:1], (0, 4, 24), *rows[2:]], "block 2a to be positive"),
+        (lambda rows: [*rows[:1], (96, 0, 24), *rows[2:]], "block 2a to be positive"),
+        (lambda rows: [*rows[:1], (96, 4.0, 24), *rows[2:]], "block 2a to be positive"),
         (lambda rows: [*rows[:2], (144, 6, 23), *rows[3:]], "Expected 24 output channels of block 2b"),
-        (lambda rows: {"1a": (0, 8, 16)}, "Missing or too many: '2a', "),
+        (lambda rows: {"1a": (0, 8, 16)}, "Missing or unknown: '2a', "),
     ],
 )
 def test_widths_that_are_no_net_are_told(change, problem):

@@ -1,4 +1,4 @@
-"""The conditionally parameterised layers against a plain loop over examples and positions in float64."""
+"""CondConv layers compute what a plain loop over examples and positions computes in float64."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def make(kind: str, case: dict, **kwargs):
 
 
 def loop(kind: str, case: dict, x, routing, kernel, bias, upstream=None):
-    """The output and, for what comes from behind, the gradients of x, routing, kernel and bias. All channels last."""
+    """Returns the output and, given `upstream`, the gradients of x, routing, kernel and bias. All channels last."""
     x, routing, kernel, bias = (np.asarray(value, np.float64) for value in (x, routing, kernel, bias))
     size, strides, dilation = case["kernel_size"], case["strides"], case["dilation_rate"]
     reach = [(n - 1) * d + 1 for n, d in zip(size, dilation, strict=True)]
@@ -67,7 +67,7 @@ def loop(kind: str, case: dict, x, routing, kernel, bias, upstream=None):
 
 
 def differentiate(function, values, upstream, mode: str):
-    """A function's output and its gradients, by the backend, compiled as `mode` says."""
+    """Returns a function's output and its gradients from the backend, compiled as in `mode`."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -128,7 +128,7 @@ def cases(draw):
 
 
 def drawn(kind: str, case: dict):
-    """Random values of x, routing weights, kernel, bias, and what comes from behind."""
+    """Draws x, routing weights, kernel and bias, and the upstream gradient."""
     generator = np.random.default_rng(0)
     inside = (case["channels"], case["width"])
     shapes = [
@@ -147,7 +147,7 @@ def drawn(kind: str, case: dict):
 
 def compare(kind: str, case: dict, mode: str, dtype: str = "float32", tolerance: float = 1e-5):
     values, upstream = drawn(kind, case)
-    if dtype != "float32":  # what the layer's precision cannot hold is not its error
+    if dtype != "float32":  # rounding to the layer's precision is not its error
         rounded = [ops.convert_to_numpy(ops.cast(ops.cast(value, dtype), "float32")) for value in values]
         values = [np.array(value) for value in rounded]
     layer = make(kind, case, dtype="float32" if dtype == "float32" else f"mixed_{dtype}")
@@ -159,7 +159,7 @@ def compare(kind: str, case: dict, mode: str, dtype: str = "float32", tolerance:
 
     y, gradients = differentiate(function, used, upstream, mode)
     expected, towards = loop(kind, case, *values, upstream)
-    # All are sums of products: what the sizes of the products add up to is the scale of rounding.
+    # All are sums of products. The sum of the products' magnitudes is the scale of rounding.
     scale, scales = loop(kind, case, *map(np.abs, values), np.abs(upstream))
     for found, right, size in zip((y, *gradients), (expected, *towards), (scale, *scales), strict=False):
         found = ops.convert_to_numpy(ops.cast(found, "float32"))
@@ -188,7 +188,7 @@ def test_output_and_gradients_are_those_of_the_loop(kind, mode, case):
 @settings(SETTINGS, max_examples=10)
 @given(case=cases())
 def test_bfloat16_is_right_to_its_precision(kind, mode, case):
-    # Half a unit of 8 bits for the kernel, one for the product's sum, one for what comes from behind, and a reserve.
+    # Half a unit of 8 bits for the kernel, one for the sum of products, one for the upstream gradient, and a reserve.
     compare(kind, case, mode, "bfloat16", tolerance=4 * 2**-8)
 
 
@@ -207,7 +207,7 @@ CASE = {
 }
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="JAX has no float64 unless its process is told")
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has no float64 unless its process enables it")
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64(kind):
     values, _ = drawn(kind, CASE)
@@ -217,14 +217,14 @@ def test_float64(kind):
     y = layer([ops.convert_to_tensor(value, "float64") for value in values[:2]])
     expected = loop(kind, CASE, *values)[0]
     assert keras.backend.standardize_dtype(y.dtype) == "float64"
-    # Keras' matrix product is one of float32 on PyTorch.
+    # On PyTorch, Keras multiplies matrices in float32.
     bound = 1e-12 if BACKEND == "tensorflow" else 1e-6
     assert np.abs(ops.convert_to_numpy(y) - expected).max() < bound * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_integers_count_as_numbers(kind):
-    """Pixels as they are read, and a routing that chooses one expert."""
+    """Pixels as they are decoded, and a routing that selects one expert."""
     (_, _, *variables), _ = drawn(kind, CASE)
     x = np.random.default_rng(0).integers(0, 256, (4, 9, 8, 4), "uint8")
     routing = np.eye(3, dtype="int32")[[0, 2, 1, 1]]
@@ -254,7 +254,7 @@ def test_channels_first_computes_the_same(kind):
 @pytest.mark.parametrize(("side", "channels", "width"), [(1, 4, 2), (12, 4, 2), (14, 480, None)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_examples_are_independent(kind, side, channels, width):
-    """To 1e-6: in another order, among other neighbours, and alone; also as large as in the published nets."""
+    """To 1e-6: in another order, among other examples, and alone. Also at the size of the published nets."""
     case = CASE | {"batch": 7, "size": (side, side), "strides": (1, 1), "channels": channels}
     if width is None:
         case |= {"kernel_size": (1, 1), "width": 80} if kind == "conv" else {"kernel_size": (5, 5), "width": 1}
@@ -294,7 +294,7 @@ def test_one_expert_of_weight_1_is_the_ordinary_layer(kind):
 
 
 def routed(**kwargs) -> keras.Model:
-    """A user's own functional model: any size, one routing for two layers."""
+    """Builds a user's functional model: any size, one routing for two layers."""
     inputs = keras.Input((None, None, 3))
     routing = keras.layers.Dense(4, activation="sigmoid")(keras.layers.GlobalAveragePooling2D()(inputs))
     x = ke.CondConv2D(8, 3, num_experts=4, padding="same", activation="relu", **kwargs)([inputs, routing])
@@ -327,7 +327,7 @@ def test_a_users_model_learns_and_is_saved(dtype, tmp_path):
     layer = next(layer for layer in body.layers if isinstance(layer, ke.CondConv2D))
     assert layer.kernel.dtype == "float32" and layer.compute_dtype == dtype.removeprefix("mixed_")
     norms = np.sqrt((np.square(ops.convert_to_numpy(layer.kernel))).sum((1, 2, 3)))
-    assert norms.shape == (4, 8) and norms.max() <= 1 + 1e-6  # of each expert's each filter
+    assert norms.shape == (4, 8) and norms.max() <= 1 + 1e-6  # for every filter of every expert
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     assert np.array_equal(run(again, x), run(model, x))
@@ -371,7 +371,7 @@ def test_each_expert_is_drawn_as_its_own_kernel(drawn_by, seed):
 
 def test_experts_of_neighbouring_seeds_differ():
     kernels = []
-    for seed in (0, 1, 2) if BACKEND == "jax" else (-1, 0, 1):  # JAX takes none below 0, for no layer
+    for seed in (0, 1, 2) if BACKEND == "jax" else (-1, 0, 1):  # JAX accepts no negative seeds
         layer = ke.CondConv2D(4, 3, num_experts=3, kernel_initializer=keras.initializers.GlorotUniform(seed))
         layer.build([(1, 8, 8, 2), (1, 3)])
         kernels += list(ops.convert_to_numpy(layer.kernel))
@@ -427,7 +427,7 @@ def test_a_fresh_process_loads_a_model_with_these_layers(imports, tmp_path):
     assert np.abs(np.load(tmp_path / "y.npy") - run(model, x)).max() < 1e-6
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="JAX has one way only")
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has only one order of computation")
 def test_second_derivatives_do_not_depend_on_the_way(monkeypatch):
     case = CASE | {"strides": (2, 2), "use_bias": False}
     (x, routing, kernel, _), upstream = drawn("depthwise", case)
@@ -435,7 +435,7 @@ def test_second_derivatives_do_not_depend_on_the_way(monkeypatch):
     layer.build([x.shape, routing.shape])
 
     def penalty(x, kernel):
-        """Squared gradient of the input, as a gradient penalty has it, differentiated by the kernel."""
+        """Returns the gradient, by the kernel, of the squared gradient of the input, as in a gradient penalty."""
         if BACKEND == "tensorflow":
             import tensorflow as tf
 
@@ -468,7 +468,7 @@ def test_a_replicas_training_step_compiles_under_xla_with_static_shapes():
     import tensorflow as tf
 
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    with strategy.scope():  # in float64, so that batch norm over few values does not blow up what is rounding
+    with strategy.scope():  # in float64, since batch norm over few values magnifies rounding
         rates = {"drop_connect_rate": 0, "dropout_rate": 0, "dtype": "float64"}
         model = fill(ke.EfficientNetCondConvB0x4(weights=None, input_shape=(32, 32, 3), classes=10, **rates))
     x, y = tf.constant(image(32, 4), "float64"), tf.constant([0, 1, 2, 3])
@@ -481,16 +481,16 @@ def test_a_replicas_training_step_compiles_under_xla_with_static_shapes():
     compiled = tf.function(lambda x, y: strategy.run(step, (x, y)), jit_compile=True)
     loss, gradients = compiled(x, y)
     entry = compiled.experimental_get_compiler_ir(x, y)(stage="hlo").split("ENTRY")[1].split("\n")[0]
-    assert "f64[4,32,32,3]" in entry and "<=" not in entry  # "<=" stands before a bound of a size that is not static
+    assert "f64[4,32,32,3]" in entry and "<=" not in entry  # "<=" marks the bound of a dynamic size
     expected_loss, expected = tf.function(lambda x, y: strategy.run(step, (x, y)))(x, y)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-9)
-    # Batch normalisation takes a shift in front of the next one away: those gradients are others' rounding, of 1e3.
+    # A shift before the next batch normalization has no effect. Its gradient is rounding of others, of 1e3.
     rounding = 1e-15 * max(np.abs(right).max() for right in expected)
     for found, right in zip(gradients, expected, strict=True):
         assert np.abs(found - right).max() <= 1e-8 * np.abs(right).max() + rounding
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="XLA is what compiles on the others")
+@pytest.mark.skipif(BACKEND != "torch", reason="the other backends compile with XLA")
 def test_a_compiled_layer_computes_the_same():
     import torch
 
@@ -514,23 +514,23 @@ def test_a_built_layer_refuses_other_inputs():
 
 
 WRONG = {
-    "filters": (lambda: ke.CondConv2D(0, 3, 4), "filters as a positive integer"),
-    "kernel size": (lambda: ke.CondConv2D(8, (3, 3, 3), 4), "kernel_size as a positive integer or a pair"),
-    "strides": (lambda: ke.DepthwiseCondConv2D(3, 4, strides=0), "strides as a positive"),
-    "experts": (lambda: ke.DepthwiseCondConv2D(3, 2.5), "num_experts as a positive integer"),
+    "filters": (lambda: ke.CondConv2D(0, 3, 4), "filters to be a positive integer"),
+    "kernel size": (lambda: ke.CondConv2D(8, (3, 3, 3), 4), "kernel_size to be a positive integer or a pair"),
+    "strides": (lambda: ke.DepthwiseCondConv2D(3, 4, strides=0), "strides to be a positive"),
+    "experts": (lambda: ke.DepthwiseCondConv2D(3, 2.5), "num_experts to be a positive integer"),
     "padding": (lambda: ke.CondConv2D(8, 3, 4, padding="sane"), "Nearest: 'same'"),
     "data format": (lambda: ke.CondConv2D(8, 3, 4, data_format="NHWC"), "channels_last, channels_first"),
-    "no routing": (lambda: ke.CondConv2D(8, 3, 4)(np.ones((1, 8, 8, 3))), "a list of an image of rank 4 and routing"),
+    "no routing": (lambda: ke.CondConv2D(8, 3, 4)(np.ones((1, 8, 8, 3))), "a list of images of rank 4 and routing"),
     "routing": (lambda: ke.CondConv2D(8, 3, 4)([np.ones((1, 8, 8, 3)), np.ones((1, 5))]), "num_experts=4. Received: 5"),
     "rank": (lambda: ke.CondConv2D(8, 3, 4)([np.ones((1, 8, 3)), np.ones((1, 4))]), "rank 4"),
     "channels": (lambda: ke.CondConv2D(8, 3, 4)([keras.Input((8, 8, None)), keras.Input((4,))]), "number of channels"),
     "examples": (
         lambda: ke.CondConv2D(8, 3, 4)([np.ones((2, 8, 8, 3)), np.ones((1, 4))]),
-        "2 examples. Received: those",
+        "2 examples. Received: 1",
     ),
     "symbolic examples": (
         lambda: ke.CondConv2D(8, 3, 4)([keras.Input((8, 8, 3), batch_size=2), keras.Input((4,), batch_size=3)]),
-        "2 examples. Received: those of 3",
+        "2 examples. Received: 3",
     ),
     "too small": (lambda: ke.CondConv2D(8, 3, 4)([np.ones((1, 2, 8, 3)), np.ones((1, 4))]), "spans 3. Received: 2"),
 }

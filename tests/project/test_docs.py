@@ -1,6 +1,7 @@
-"""Examples in docstrings and the README run; public names are documented."""
+"""The documentation is true: examples run, tables and pictures follow from the code, public names are documented."""
 
 import doctest
+import importlib.util
 import inspect
 import os
 import pickle
@@ -14,11 +15,15 @@ from helpers import BACKEND, ROOT, modules
 import keras_effnet as ke
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+once = pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+@once
 @pytest.mark.parametrize(
-    "module",  # the README distills too
+    "module",  # the pages distill too
     [pytest.param(name, marks=pytest.mark.long) if name.endswith(".distillation") else name for name in modules()],
 )
 def test_examples_run(module, monkeypatch, tmp_path):
@@ -26,6 +31,16 @@ def test_examples_run(module, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert not result.failed
+
+
+@once
+@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if BLOCK.search(path.read_text())])
+def test_the_python_of_the_pages_runs(page, monkeypatch, tmp_path):
+    os.symlink(ROOT / "docs", tmp_path / "docs")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in BLOCK.findall(PAGES[page].read_text()):
+        exec(compile(block, page, "exec"), names)
 
 
 @pytest.mark.parametrize("name", [name for name in dir(ke) if not name.startswith("_") and callable(getattr(ke, name))])
@@ -53,17 +68,49 @@ def test_the_functions_for_weights_are_documented(name):
         assert section in text
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
-def test_the_readmes_python_runs(monkeypatch, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    os.symlink(ROOT / "docs", tmp_path / "docs")
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+def test_the_readme_is_one_page_that_starts_with_the_two_commands():
+    assert len(README.splitlines()) <= 150
+    first, second, *_ = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    assert first == 'pip install ".[tensorflow,lite]"\nkeras-effnet predict docs/cat.png docs/coffee.png\n'
+    assert second == 'pip install -e ".[all]"\npytest -n 2\n'
 
 
-def test_the_readmes_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "tests/README.md"])
+def test_links_outside_the_site_lead_somewhere(page):  # those inside are checked by `mkdocs build --strict`
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        name, _, anchor = target.partition("#")
+        if name.startswith("http"):
+            continue
+        assert (path.parent / name).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (path.parent / name).read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], target
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_models_are_those_of_the_registry():
+    page = (ROOT / "docs" / "models.md").read_text()
+    assert page.count("| `efficientnet-") > 100
+    assert script("tables").filled(page) == page, "run: python docs/tables.py"
+
+
+def test_the_drawing_shows_the_imports_and_none_runs_back_up():
+    draw = script("draw_architecture")
+    drawn = set(re.findall(r"<title>([\w.]+)&#45;&gt;([\w.]+)</title>", (ROOT / "docs/architecture.svg").read_text()))
+    wanted = set()
+    for title, package, floors in (
+        ("keras_effnet", "keras_effnet", draw.FLOORS),
+        ("tpu", "keras_effnet.tpu", draw.TPU_FLOORS),
+    ):
+        height = {room: number for number, floor in enumerate(floors) for room in floor}
+        found = draw.arrows(package, list(height))
+        assert all(height[one] < height[other] for one, other in found)
+        wanted |= {(f"{title}.{one}", f"{title}.{other}") for one, other in draw.shortest(found)}
+    assert drawn == wanted, "run: python docs/draw_architecture.py"

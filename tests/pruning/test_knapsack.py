@@ -1,4 +1,4 @@
-"""The solvers against all choices, and against each other."""
+"""Tests the knapsack solvers against all choices, SciPy and each other."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from keras_effnet.pruning import knapsack
 
-# Costs are counted or measured: nothing, or some sensible part of the largest.
+# Costs are counts or measurements: 0, or not too small a fraction of the largest.
 NUMBERS = st.integers(0, 60) | st.floats(1e-9, 60)
 
 
@@ -27,7 +27,7 @@ def test_solvers_against_all_choices(items, share, whole):
         assert solution.value == pytest.approx(values[solution.chosen].sum())
         assert solution.bound >= best * (1 - 1e-12)
         assert solution.gap == pytest.approx(max(0, 1 - solution.value / solution.bound) if solution.bound else 0)
-        # Of the best value it lacks at most what it reports, and the exact one nothing.
+        # A solution is at most its reported gap below the best value. The exact solver reaches it.
         assert best * (1 - 1e-12) - solution.value <= solution.gap * solution.bound + 1e-9
         if name == "exact":
             assert solution.value == pytest.approx(best, rel=1e-12, abs=1e-12)
@@ -36,7 +36,7 @@ def test_solvers_against_all_choices(items, share, whole):
 
 @pytest.mark.parametrize("name", knapsack.SOLVERS)
 def test_weights_too_small_to_divide_by_are_refused(name):
-    with pytest.raises(ValueError, match=r"large enough for their values to be divided by. Received: 2"):
+    with pytest.raises(ValueError, match=r"0 or large enough to divide their values by. Received: a weight of 2"):
         knapsack.SOLVERS[name]([4, 60], [2.3e-308, 2.4e-308], 2.5e-308)
 
 
@@ -69,7 +69,7 @@ def test_the_exact_solver_against_a_general_one():
 
 
 def test_the_exact_solver_gains_where_greedy_stops_short():
-    """A heavy tail of values in few sizes, as channels have: thousands are nearly worth their price."""
+    """As with channels, values have a heavy tail and few sizes, so that thousands of items are almost equally good."""
     generator = np.random.default_rng(0)
     weights = np.repeat(generator.integers(1_000, 100_000, 16), 500)
     values = generator.lognormal(0, 3, len(weights))

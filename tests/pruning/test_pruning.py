@@ -1,4 +1,4 @@
-"""Pruned models compute what masked ones compute, cost what their plan says, and learn from their teacher."""
+"""Tests that pruned models compute what masked ones compute, cost what their plan says, and learn from a teacher."""
 
 import json
 import os
@@ -13,20 +13,20 @@ import pytest
 from helpers import BACKEND, ROOT, fill, image, run, same_weights
 
 import keras_effnet as ke
-from keras_effnet import pruning
+from keras_effnet import compat, pruning
 from keras_effnet.nets import inspection
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.pruning import costs, groups
 
 SMALL = {"weights": None, "classes": 3, "input_shape": (32, 32, 3)}
-# Each kind of block; the others are longer.
+# One variant for each kind of block. The others only have more blocks.
 KINDS = ("efficientnet-b0", "efficientnet-lite0", "efficientnet-edgetpu-s", "efficientnet-condconv-b0-4e")
 LARGE = [name for name in VARIANTS if name not in KINDS]
 
 
 @pytest.fixture(scope="module")
 def digits():
-    """Real pixels and labels, small and few."""
+    """Returns a few small real images and their labels."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -35,11 +35,11 @@ def digits():
 
 
 def lively(model, project=0.2):
-    """Filled so that every channel matters: no normalisation is near its first values."""
+    """Fills a model so that every channel matters: no normalization is near its initial values."""
     generator = np.random.default_rng(0)
-    for layer in model._flatten_layers():
+    for layer in compat.all_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
-            # What a block adds is small beside what it is added to: rounding does not grow over L2's 88 blocks.
+            # A block adds little to its input, so that rounding errors do not grow over the 88 blocks of L2.
             scale = project if "project" in layer.name else 1
             layer.gamma.assign(scale * generator.uniform(0.5, 1.5, layer.gamma.shape))
             layer.beta.assign(generator.normal(0, 0.3, layer.beta.shape))
@@ -48,7 +48,7 @@ def lively(model, project=0.2):
 
 
 def random_plan(model, seed: int) -> pruning.Plan:
-    """A plan whose importance is random, for a random reduction."""
+    """Returns a plan for random importance scores and a random reduction."""
     generator = np.random.default_rng(seed)
     architecture = inspection.find(model)[1].architecture
     scores = {group.name: generator.lognormal(0, 2, group.size) for group in groups.groups(architecture)}
@@ -57,9 +57,9 @@ def random_plan(model, seed: int) -> pruning.Plan:
 
 
 def masked(model, plan):
-    """A copy of the whole model in which the removed channels are zero behind every layer: by its variables.
+    """Returns a copy of the whole model whose variables make the removed channels zero after every layer.
 
-    A channel is zero behind a normalisation without gamma and beta, and stays so behind its activation.
+    A channel is zero after a normalization whose gamma and beta are zero, and its activation keeps it zero.
     """
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
@@ -88,7 +88,7 @@ def masked(model, plan):
 
 
 def check(model, plan, folder):
-    """The pruned model against the masked one, its plan, and its files."""
+    """Checks the pruned model against the masked one, its plan and its files. Returns the pruned model."""
     _, reading = inspection.find(model)
     whole = reading.architecture.widths
     smaller = pruning.apply(model, plan)
@@ -120,7 +120,7 @@ def check(model, plan, folder):
 def test_pruned_is_masked(name, seed, tmp_path):
     model = lively(ke.create_model(name, classifier_activation=None, **SMALL))
     smaller = check(model, random_plan(model, seed), tmp_path)
-    # There and back by timm's names, without a word of the widths.
+    # The round trip through timm's names finds the widths from the weights alone.
     ke.weights.export(smaller, tmp_path / "pruned.safetensors")
     assert ke.weights.convert_file(tmp_path / "pruned.safetensors", tmp_path / "again.keras") == name
     assert same_weights(keras.models.load_model(tmp_path / "again.keras"), smaller)
@@ -177,14 +177,14 @@ def test_channels_first_and_prefix():
 
 
 def test_taylor_importance_is_the_slope_of_the_loss(digits):
-    """The sum of w * dL/dw over a channel is how the loss moves where the channel's kernel is scaled."""
+    """The sum of w * dL/dw over a channel is the slope of the loss in the scale of the channel's kernel."""
     model = lively(ke.EfficientNetB0(**SMALL), project=1)
     before = model.get_weights()
     data = digits[0][:8], digits[1][:8]
     found = pruning.importance(model, data, "taylor", batch_size=4, verbose=0)
     assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), before, strict=True))
     assert found.keys() == {group.name for group in groups.groups(inspection.read(model).architecture)}
-    layer = model.get_layer("block5b_se_reduce")  # whose channels have no other kernel
+    layer = model.get_layer("block5b_se_reduce")  # no other kernel outputs its channels
     kernel = np.array(keras.ops.convert_to_numpy(layer.kernel))
     for channel in np.argsort(-found[layer.name])[:3]:
         losses = []
@@ -261,7 +261,7 @@ def test_a_plan_meets_its_budget(cost, solver):
     model = ke.EfficientNetB0(**SMALL)
     for reduction in (0.05, 0.4, 0.8):
         plan = pruning.plan(model, None, reduction, cost, solver, "magnitude")
-        # Within a hundredth, or a channel: of a chain of residual blocks one costs up to a thousandth here.
+        # Within a hundredth, or one channel: in a chain of residual blocks, one costs up to a thousandth here.
         assert reduction <= plan.reduction <= max(1.01 * reduction, reduction + 0.001)
         assert plan.after == costs.cost(pruning.apply(model, plan), cost)
         assert 0 <= plan.gap < 1e-2 and (plan.cost, plan.solver) == (cost, solver)
@@ -333,7 +333,7 @@ def test_wrong_plans_are_told(tmp_path):
     model = ke.EfficientNetB0(**SMALL)
     plan = random_plan(model, 0)
     with pytest.raises(
-        ValueError, match=r"Expected a plan that was made for .*, whose block .* keeps \(.*Received: None, of"
+        ValueError, match=r"Expected a plan made for .*, whose block .* keeps \(.*\) channels .*Received: None, in a"
     ):
         pruning.apply(ke.EfficientNetB1(**SMALL), plan)
     with pytest.raises(ValueError, match=r"Expected a plan for 'efficientnet-b1'\. Received: one for"):
@@ -342,7 +342,7 @@ def test_wrong_plans_are_told(tmp_path):
         ke.EfficientNetB0(blocks=plan, classes=3)
     with pytest.raises(ValueError, match=r"Expected a Plan, the path of one.*Received: int 5"):
         ke.EfficientNetB0(blocks=5, **SMALL)
-    with pytest.raises(ValueError, match="Expected fewer than 96 channels of block2a_expand"):
+    with pytest.raises(ValueError, match="Expected the plan to remove fewer than 96 channels of block2a_expand"):
         pruning.apply(model, replace(plan, removed={"block2a_expand": tuple(range(96))}))
     with pytest.raises(ValueError, match="Nearest: 'block2a_expand'"):
         pruning.apply(model, replace(plan, removed={"block2a_expnd": (1,)}))
@@ -357,7 +357,7 @@ def test_wrong_plans_are_told(tmp_path):
 
 
 def test_what_a_model_is_judged_by(digits):
-    """The loss that suits labels and output, where the model has none of its own."""
+    """Chooses a loss that suits the labels and the output if the model is not compiled with one."""
     from keras_effnet.pruning.fitting import loss_of
 
     def head(units, activation):
@@ -437,7 +437,7 @@ def taught(digits, **kwargs):
 
 
 def test_distillation_is_the_tasks_loss_and_the_modules_differences(digits):
-    """One step that moves nothing: the terms against the two models' own outputs."""
+    """Compares the terms with the outputs of both models, without training."""
     teacher = lively(ke.EfficientNetB0(dropout_rate=0, drop_connect_rate=0, bn_momentum=0.5, **SMALL))
     student = pruning.apply(teacher, random_plan(teacher, 4))
     distiller = pruning.Distiller(student, teacher, gamma=0.3)
@@ -462,10 +462,10 @@ def test_distillation_is_the_tasks_loss_and_the_modules_differences(digits):
 
     assert terms["top_conv"] == pytest.approx(difference("top_conv"), rel=1e-3)
     assert terms["avg_pool"] == pytest.approx(difference("avg_pool"), rel=1e-3)
-    # The logits: what comes before the softmax, which only their differences within an example tell.
+    # The logits come before the softmax, whose output determines them only up to a constant per example.
     logs_of = [np.log(run(model, data[0])) for model in (student, teacher)]
-    centred = [values - values.mean(-1, keepdims=True) for values in logs_of]
-    assert terms["logits"] >= np.mean((centred[0] - centred[1]) ** 2) * 0.999
+    centered = [values - values.mean(-1, keepdims=True) for values in logs_of]
+    assert terms["logits"] >= np.mean((centered[0] - centered[1]) ** 2) * 0.999
     # A stage whose width was pruned is compared through its projection.
     assert set(distiller.projections) == {
         f"stage{number}"
@@ -523,7 +523,7 @@ def test_a_model_with_a_head_of_ones_own_is_distilled(digits):
 
 @pytest.mark.slow
 def test_a_killed_distillation_goes_on(tmp_path):
-    """A real process, killed in its second epoch; the next one ends where one that was not killed ends."""
+    """Kills a process at the start of its third epoch. The next one ends with the weights of an uninterrupted run."""
     script = f"""
 import sys
 sys.path[:0] = {[str(ROOT / "tests"), str(ROOT / "tests" / "pruning")]!r}

@@ -1,4 +1,4 @@
-"""From a user's model and photographs to a pruned model and a report: real files, a real process, really killed."""
+"""Tests `keras-effnet prune`, from a user's model and photos to a report, in a process that is killed on the way."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ from keras_effnet.pruning.batches import Photographs
 
 
 def write_digits(folder: Path, side: int) -> tuple:
-    """scikit-learn's digits as photographs, 360 of them in `test`, the others in `train`; and as arrays."""
+    """Saves scikit-learn's digits as photos, 360 of them in `test`, the others in `train`. Returns them as arrays."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -41,7 +41,7 @@ def write_digits(folder: Path, side: int) -> tuple:
 @pytest.mark.long
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="minutes of training; the parts run on every backend")
 def test_the_command_prunes_a_users_model(tmp_path):
-    """Fine-tuned to 97 % and more, 40 % of its multiply-adds removed, distilled to within a point; killed between."""
+    """Fine-tunes to 97 % or more, removes 40 % of the multiply-adds, is killed, resumes, distills to within a point."""
     side, epochs = 48, 6
     train, _ = write_digits(tmp_path / "digits", side)
     keras.utils.set_random_seed(0)
@@ -60,19 +60,22 @@ def test_the_command_prunes_a_users_model(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
+    printed = ""
     with first:
         for line in first.stderr:
+            printed += line
             if "Epoch 3/" in line:
                 first.send_signal(signal.SIGKILL)
                 break
     assert first.returncode == -signal.SIGKILL
+    assert "Computing the importance of the channels from 1000 photos" in printed
     assert not (tmp_path / "out" / "report.json").exists()
     plan = (tmp_path / "out" / "plan.json").read_text()
 
     result = command(*arguments)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "Epoch 3/" in result.stderr and "Epoch 2/" not in result.stderr  # it went on
-    assert "Importance" not in result.stderr and (tmp_path / "out" / "plan.json").read_text() == plan
+    assert "Epoch 3/" in result.stderr and "Epoch 2/" not in result.stderr  # resumed
+    assert "Computing the importance" not in result.stderr and (tmp_path / "out" / "plan.json").read_text() == plan
     report = json.loads(result.stdout)
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     accuracy = report["accuracy"]
@@ -108,7 +111,7 @@ def test_folders_of_classes(tmp_path):
     (plain / "x" / "notes.txt").write_text("no photograph")
     _, train, test = folders.labelled(plain)
     assert len(train) == 16 and len(test) == 4 and not set(train) & set(test)
-    # A batch has the model's pixels: the largest window of its shape, or the weights' crop.
+    # The images have the size of the model's input, with and without the weights' crop.
     model = ke.EfficientNetLite0(weights=None, input_shape=(32, 48, 3))
     for crop in (False, True):
         batches = Photographs(train, image_loader(model, crop=crop), 10, shuffle=True)
@@ -127,7 +130,7 @@ def test_what_does_not_fit_is_told_before_the_work(tmp_path):
     folder = photographs(tmp_path / "data", *(f"{name}/{number}.png" for name in "xy" for number in range(5)))
     model = ke.EfficientNetLite0(weights=None, classes=3, input_shape=(32, 32, 3))
     model.save(tmp_path / "three.keras")
-    with pytest.raises(ValueError, match="Expected a model of the 2 classes"):
+    with pytest.raises(ValueError, match="Expected a model with 2 classes, as in"):
         workflow.prune(tmp_path / "three.keras", folder, tmp_path / "out")
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(tmp_path / "other.keras")
     with pytest.raises(ValueError, match="Expected a model of this package"):
@@ -139,7 +142,7 @@ def test_what_does_not_fit_is_told_before_the_work(tmp_path):
     ke.EfficientNetLite0(weights=None, classes=2, input_shape=(32, 32, 3)).save(tmp_path / "two.keras")
     with pytest.raises(ValueError, match="Nearest: 'exact'"):
         workflow.prune(tmp_path / "two.keras", folder, tmp_path / "other", solver="exakt")
-    assert state.read_text() == "{}"  # an interrupted call's work
+    assert state.read_text() == "{}"  # the state of an interrupted call
     result = command("prune", tmp_path / "no.keras", "--data", folder, "--out", tmp_path / "out")
     assert result.returncode == 2 and result.stderr.startswith("error: Expected a .keras file")
     assert len(result.stderr.splitlines()) == 1
@@ -149,7 +152,7 @@ def test_load_image_knows_a_model_with_a_head_of_ones_own(photograph):
     body = ke.EfficientNetB1(weights=None, include_top=False, pooling="avg", input_shape=(240, 240, 3))
     mine = keras.Sequential([body, keras.layers.Dense(2)])
     assert np.array_equal(ke.load_image(photograph, mine), ke.load_image(photograph, body))
-    # A pruned net expects what the whole one does.
+    # A pruned model expects the same photos as the whole one.
     whole = ke.EfficientNetB1(weights=None)
     del whole.weights_record
     smaller = pruning.apply(whole, pruning.plan(whole, None, importance="magnitude"))

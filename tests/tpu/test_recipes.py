@@ -1,4 +1,4 @@
-"""The recipes, and how their fields are changed."""
+"""Protects the recipes, their published numbers, and how the command line changes their fields."""
 
 import importlib
 import inspect
@@ -82,7 +82,7 @@ def test_the_command_lists_and_explains(tmp_path):
     for arguments, told in (
         (["digit_demo", "--workdir", str(tmp_path)], "Nearest: 'digits_demo'"),
         (["digits_demo"], "Expected a folder for the run: --workdir DIR"),
-        (["--batch-size", "8", "digits_demo"], "Expected the recipe's name first. Received: --batch-size"),
+        (["--batch-size", "8", "digits_demo"], "Expected the name of the recipe first. Received: --batch-size"),
         (["digits_demo", "--workdir", str(tmp_path), "--batch_size", "x"], "invalid literal for int"),
     ):
         result = run(main, ["train", *arguments])

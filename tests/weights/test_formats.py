@@ -1,4 +1,4 @@
-"""Files of every format: what is read, and what no damage and no malice achieves. Real files, real damage."""
+"""Files of every format are read exactly, and no damaged or hostile file runs code or changes a model."""
 
 import collections
 import io
@@ -71,7 +71,7 @@ def test_the_torch_reader_follows_views_and_dtypes(legacy, tmp_path):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_timms_training_checkpoints_give_their_average(legacy, tmp_path):
-    """Under the keys that its trainer writes, and those that its loader also knows."""
+    """Reads the keys that timm's trainer writes, and the others that its loader accepts."""
     torch = pytest.importorskip("torch")
     module = torch.nn.Linear(2, 3)
     optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
@@ -106,7 +106,7 @@ class Hostile:
 
 
 def torch_bytes(state) -> bytes:
-    """A file of torch's legacy format with the pickle of `state` in its place."""
+    """Returns a file of torch's legacy format with a pickle of `state`."""
     file = io.BytesIO()
     for part in (torch_file.MAGIC, 1001, {"little_endian": True}, state, []):
         pickle.dump(part, file, protocol=2)
@@ -114,14 +114,14 @@ def torch_bytes(state) -> bytes:
 
 
 def torch_zip(pickled: bytes, path) -> None:
-    """A file of torch's present format around a pickle."""
+    """Writes a file of torch's current format around a pickle."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", pickled)
         archive.writestr("x/data/0", bytes(16))
 
 
-# The state's place in a file of torch's format, filled by hand. A real unpickler ends the process with the first, never
-# ends with the second, and takes gigabytes for others.
+# Pickles written by hand, in place of the state in a torch file. In a real unpickler, the first crashes the process,
+# the second never ends, and others take gigabytes.
 BOMBS = {
     "deep": b"\x80\x02})" + b"\x85" * 2_000_000 + b"Ns.",
     "exponential hash": b"\x80\x02})" + b"2\x86" * 60 + b"Ns.",
@@ -162,7 +162,7 @@ def test_a_bomb_as_a_size_or_in_the_list_of_storages(place, tmp_path):
     path.write_bytes(start + state + keys + struct.pack("<Qf", 1, 1.0))
     code = "import sys; from keras_effnet.weights.formats.torch_file import read_torch; read_torch(sys.argv[1])"
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
-    told = "a tensor's size is none" if place == "size" else "lists a storage that no tensor has"
+    told = "a tensor's size is invalid" if place == "size" else "lists a storage that no tensor has"
     assert told in result.stderr, result.stderr[-500:]
 
 
@@ -257,7 +257,7 @@ def test_archives_with_traps_are_refused(fault, mode, tmp_path):
             header = tarfile.TarInfo("x.data-00000-of-00001")
             header.size = 100 << 30
             archive.fileobj.write(header.tobuf())  # and none of its zeros
-    with pytest.raises(ValueError, match=r"leaves its folder|no plain file|declares 107,374,182,400 bytes|twice"):
+    with pytest.raises(ValueError, match=r"leaves its folder|not a plain file|declares 107,374,182,400 bytes|twice"):
         read_all(path)
     assert not flag.exists()
 
@@ -280,7 +280,7 @@ def test_a_safetensors_header_is_bounded(length, tmp_path):
 
 
 def sealed(index: bytes, change) -> bytes:
-    """An index with a changed block and a checksum that says that nothing was changed."""
+    """Returns an index with a changed block and a valid checksum."""
     for size in range(4, len(index) - 5):
         crc = google_crc32c.value(index[: size + 1])
         if struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF) == index[size + 1 : size + 5]:
@@ -295,7 +295,7 @@ def sealed(index: bytes, change) -> bytes:
 
 
 def test_a_forged_index_of_a_checkpoint_is_refused(tmp_path):
-    """Where the checksums are right and the rest is not, TensorFlow's own reader ends the process."""
+    """If the checksums are valid and the rest is not, TensorFlow's own reader aborts the process."""
     name, chance = b"net/stem/conv2d/kernel", random.Random(0)
     prefix = save_checkpoint(tmp_path / "x", {name.decode(): np.ones((3, 3, 3, 8), np.float32)})
     index, refused = Path(f"{prefix}.index"), 0
@@ -361,7 +361,7 @@ def test_folders_of_checkpoints(tmp_path):
 
 
 def written(kind: str, folder: Path) -> tuple[Path, list[Path]]:
-    """A small model in a file of this kind: what to load, and the files that it is made of."""
+    """Saves a small model in a file of this kind. Returns the path to load, and the files that it consists of."""
     model = fill(ke.EfficientNetLite0(**SMALL))
     if kind in ("tpu", "tar.gz"):
         prefix = ke.weights.export(model, folder / "x.ckpt", target="tpu")
@@ -390,7 +390,7 @@ def written(kind: str, folder: Path) -> tuple[Path, list[Path]]:
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
-    """A copy that is cut short, or has some bits or bytes turned: anywhere, or where a format keeps its structure."""
+    """Returns a copy cut short, or with bits or bytes changed: anywhere, or where a format keeps its structure."""
     if chance.random() < 0.2:
         return data[: chance.randrange(len(data))]
     copy, reach = bytearray(data), chance.choice([len(data), min(len(data), 4096), min(len(data), 65536)])
@@ -406,7 +406,7 @@ KINDS = ("tpu", "tar.gz", "safetensors", "legacy.pth", "zip.pth", "h5", "weights
 CHECKED = ("tpu", "tar.gz", "zip.pth", "keras")  # formats that carry checksums of their numbers
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="files are read alike whatever the backend")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="reading files does not depend on the backend")
 @pytest.mark.parametrize("times", [20, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_change_nothing(kind, times, tmp_path):

@@ -1,4 +1,4 @@
-"""The records: published addresses, hashes and figures, and what is refused."""
+"""The registry has the published URLs, hashes and accuracies, and refuses weights of other nets."""
 
 import collections
 import re
@@ -23,7 +23,7 @@ def test_records_are_unique_and_their_defaults_too():
     defaults = collections.Counter(record.model for record in registry.RECORDS if record.default)
     assert set(defaults.values()) == {1}
     assert set(VARIANTS) - set(defaults) == {"efficientnet-l2"}
-    # Those of keras.applications: the same hosts' files and md5s as in the installed Keras.
+    # keras.applications: the same URLs and md5s as in the installed Keras.
     from keras.src.applications import efficientnet
 
     for short, hashes in efficientnet.WEIGHTS_HASHES.items():
@@ -33,7 +33,7 @@ def test_records_are_unique_and_their_defaults_too():
 
 
 def test_timm_records_are_timms():
-    """Against its own table of 50 tags: addresses, hash, normalisation, interpolation, size and crop."""
+    """Compares with timm's table of 50 tags: URLs, hash, normalization, interpolation, size and crop."""
     records = {record.tag: record for record in registry.RECORDS}
     published = golden("timm/pretrained_cfgs.json")
     refused = [tag for tag in published if tag not in records]
@@ -42,8 +42,8 @@ def test_timm_records_are_timms():
         model = tag.split(".")[0]
         if tag in refused:
             for name in (tag, tag.split(".")[1], f"timm/{tag}"):
-                if tag != "tf_efficientnetv2_s.in1k" or name != "in1k":  # a tag that B0 has, too
-                    with pytest.raises(ValueError, match=r"other numbers|another network"):
+                if tag != "tf_efficientnetv2_s.in1k" or name != "in1k":  # a tag that B0 has as well
+                    with pytest.raises(ValueError, match=r"wrong outputs here|another network"):
                         registry.find("efficientnet-b0", name)
             continue
         record = records[tag]
@@ -107,7 +107,7 @@ def test_timms_own_nets_are_refused_by_their_hash(tmp_path, monkeypatch):
 
 def test_wrong_kinds_of_weights_are_told():
     for weights in (5, b"x", ["imagenet"]):
-        with pytest.raises(ValueError, match="Expected weights as a tag"):
+        with pytest.raises(ValueError, match="Expected weights to be a tag"):
             ke.EfficientNetB0(weights=weights)
         with pytest.raises(ValueError, match="Expected the path"):
             ke.weights.verify(weights, "efficientnet-b0")

@@ -1,4 +1,4 @@
-"""The store, against a real server that misbehaves, and processes that are really killed."""
+"""Downloads are complete and checked, whatever the network does: a real server misbehaves, processes are killed."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 class Server:
-    """A server on this machine. `behaviour` maps a path to what the next requests get; `files` to what they hold."""
+    """A local server. `files` maps a path to its content, `behaviour` to how the next requests are answered."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
@@ -133,10 +133,10 @@ def test_what_cannot_be_brought_is_told_and_not_kept(behaviour, hashed, told, re
         del server.files["/x.h5"]
     with pytest.raises(OSError, match=told) as caught:
         store.locate(file)
-    for part in (file.url, str(home / "x.h5"), "by hand", "KERAS_EFFNET_MIRROR"):
+    for part in (file.url, str(home / "x.h5"), "a copy of your own", "KERAS_EFFNET_MIRROR"):
         assert part in str(caught.value)
     assert len(server.requests) == requests and not list(home.rglob("*.h5"))
-    (home / "x.h5").write_bytes(BODY)  # brought by hand
+    (home / "x.h5").write_bytes(BODY)  # the user's copy
     assert store.locate(file) == home / "x.h5"
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_file_is_brought_again(server, home):
     assert store.locate(file).read_bytes() == BODY and len(server.requests) == 2
     store.place(file).write_bytes(b"by hand, and wrong")
     del server.files["/x.h5"]
-    with pytest.raises(OSError, match=r"At its place is a file with sha256:.* where sha256:.* is published"):
+    with pytest.raises(OSError, match=r"The existing file has sha256:.*, but sha256:.* is published"):
         store.locate(file)
 
 
@@ -179,7 +179,7 @@ def test_a_login_page_for_the_original_leaves_its_port(mirror, loaded, server, m
     path = ke.weights.export(usual, store.home().parent / "es.safetensors", target="timm")
     server.files[f"/{hub.url.removeprefix('https://huggingface.co/')}"] = path.read_bytes()
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", server.url)
-    with pytest.warns(UserWarning, match="In its place"):
+    with pytest.warns(UserWarning, match="Using the timm file of the same weights instead"):
         assert loaded(ke.EfficientNetEdgeTPUS())
 
 
@@ -262,7 +262,7 @@ def test_a_changed_package_is_refused():
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory) -> tuple[Path, object]:
-    """A folder as the publishers lay it out, with both files of one set, and the model that they were made from."""
+    """Returns a folder with a set's original file under its published path, and the model that it was made from."""
     folder = tmp_path_factory.mktemp("mirror")
     model = fill(ke.create_model(MODEL, weights=None, classes=1001))
     original, *_ = registry.find(MODEL, "baseline").files
@@ -278,7 +278,7 @@ def mirror(tmp_path_factory) -> tuple[Path, object]:
 
 @pytest.fixture
 def loaded(mirror):
-    """Whether a model has the mirror's weights."""
+    """Returns a function that checks whether a model has the mirror's weights."""
 
     def check(model) -> bool:
         *body, kernel, bias = mirror[1].get_weights()
@@ -297,14 +297,14 @@ def test_weights_by_name_from_the_original_checkpoint(mirror, loaded, home, monk
     assert loaded(ke.EfficientNetEdgeTPUS(classes=1001))
     body = ke.EfficientNetEdgeTPUS(include_top=False, classes=7)
     assert all(map(np.array_equal, body.get_weights(), model.get_weights()))
-    # From now on without the mirror.
+    # From here on without the mirror.
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(folder / "gone"))
     (kept,) = home.rglob("*.safetensors")
     assert loaded(ke.EfficientNetEdgeTPUS())
     data = bytearray(kept.read_bytes())
     data[-1] ^= 1
     kept.write_bytes(data)
-    with pytest.raises(OSError, match="gone is no folder"):
+    with pytest.raises(OSError, match="gone is not a folder"):
         ke.EfficientNetEdgeTPUS()
     assert not kept.exists()
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(folder))
@@ -334,7 +334,7 @@ def test_a_mirror_may_hold_files_by_their_bare_names(mirror, loaded, server, tmp
     server.files[f"/{archive.name}"] = archive.read_bytes()
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", server.url)
     assert loaded(ke.EfficientNetEdgeTPUS())
-    for tag in ("baseline", "autoaugment", "advprop"):  # whose files are all called alike
+    for tag in ("baseline", "autoaugment", "advprop"):  # whose files have the same name
         original = next(file for file in registry.find("efficientnet-b0", tag).files if file.format == "tpu")
         (flat / "efficientnet-b0.tar.gz").write_bytes(b"")
         monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(flat))
@@ -351,8 +351,8 @@ def test_a_port_stands_in_and_says_so(mirror, loaded, tmp_path, monkeypatch):
     usual.set_weights([*model.get_weights()[:-2], *(value[..., 1:] for value in model.get_weights()[-2:])])
     ke.weights.export(usual, path, target="timm")
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(tmp_path / "mirror"))
-    for _ in range(2):  # downloaded, then kept
-        with pytest.warns(UserWarning, match=r"edgetpu-S\.tar\.gz.*In its place: the port of timm"):
+    for _ in range(2):  # downloaded, then cached
+        with pytest.warns(UserWarning, match=r"edgetpu-S\.tar\.gz.*Using the timm file of the same weights instead"):
             assert loaded(ke.EfficientNetEdgeTPUS())
     assert loaded(ke.EfficientNetEdgeTPUS(weights="tf_efficientnet_es.in1k", preprocessing=None))
 
@@ -376,7 +376,7 @@ def test_what_is_no_checkpoint_is_not_kept(content, home, tmp_path, server, monk
     by_hand.write_bytes(content)
     with pytest.raises(ValueError, match=r"Expected (weights as|a checkpoint in)"):
         ke.EfficientNetEdgeTPUS()
-    assert by_hand.read_bytes() == content  # not ours to remove
+    assert by_hand.read_bytes() == content  # the user's file is not deleted
 
 
 def test_everything_missing_is_one_error(tmp_path, monkeypatch, home):
@@ -385,21 +385,21 @@ def test_everything_missing_is_one_error(tmp_path, monkeypatch, home):
         ke.EfficientNetB3(weights="noisy-student")
     told = str(caught.value)
     assert str(home / "cloud-tpu-checkpoints/efficientnet/noisystudent") in told
-    assert "sought in vain" not in told  # in a folder
+    assert "Also tried" not in told  # in a folder
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", "http://127.0.0.1:9")
-    with pytest.raises(OSError, match=r"no connection to 127\.0\.0\.1:9\. To bring.*sought in vain at https://github"):
+    with pytest.raises(OSError, match=r"no connection to 127\.0\.0\.1:9\. Also tried: https://github.*To use a copy"):
         ke.EfficientNetB3(weights="noisy-student")
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(tmp_path / "none"))
-    with pytest.raises(OSError, match="is no folder"):
+    with pytest.raises(OSError, match="is not a folder"):
         ke.EfficientNetB3(weights="noisy-student")
     (tmp_path / "file").touch()
     monkeypatch.setenv("KERAS_EFFNET_HOME", str(tmp_path / "file"))
     monkeypatch.delenv("KERAS_EFFNET_MIRROR")
-    with pytest.raises(OSError, match=r"that can be written to.*KERAS_EFFNET_HOME="):
+    with pytest.raises(OSError, match=r"Expected a writable folder.*KERAS_EFFNET_HOME="):
         ke.EfficientNetB3(weights="noisy-student")
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="the command is the same whatever the backend")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the command does not depend on the backend")
 def test_the_download_command(mirror, home):
     environment = {**os.environ, "KERAS_EFFNET_MIRROR": str(mirror[0])}
     command = [str(Path(sys.executable).parent / "keras-effnet"), "download", MODEL, "--json"]
@@ -411,6 +411,6 @@ def test_the_download_command(mirror, home):
     failed = subprocess.run([*command[:2], "efficientnet-b0"], capture_output=True, text=True, env=environment)
     assert (
         failed.returncode == 2
-        and failed.stderr.startswith("error: Expected to bring https://")
+        and failed.stderr.startswith("error: Could not download https://")
         and "\n" not in (failed.stderr.strip())
     )

@@ -1,7 +1,7 @@
-"""What runs on this machine, what would be trained on, and what to do about what does not run."""
+"""Runs all checks of `keras-effnet doctor` and lists their findings."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,29 +21,28 @@ from keras_effnet.tpu.doctor.devices import (
     gpu_finding,
     jax_devices,
     nvidia_gpus,
-    strategy_of_jax,
-    strategy_of_tensorflow,
     tpu_finding,
     who_holds,
 )
 from keras_effnet.tpu.doctor.finding import Finding
 from keras_effnet.tpu.doctor.hosts import hosts
 from keras_effnet.tpu.doctor.memory import disk, memory, processors
+from keras_effnet.tpu.doctor.strategies import strategy_of_jax, strategy_of_tensorflow
 from keras_effnet.tpu.doctor.versions import ROWS, compare, extras, installed
 from keras_effnet.weights import store
 
 
 def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Finding]:
-    """Looks at this machine.
+    """Checks this machine: versions, backends, devices, hosts, memory and disks.
 
-    What has to be imported is asked in processes of their own, and no TPU is used that another process holds.
+    TensorFlow, Keras and JAX are imported in separate processes. A TPU that another process holds is left alone.
 
     Args:
-        run: `Run`, how it would be trained. Defaults to None, a recipe's own.
-        devices: Patterns of the TPU's files. Defaults to those of Cloud TPU.
+        run: `Run`, how training would run. Defaults to None: `Run()`.
+        devices: Patterns of the TPU's device files. Defaults to those of Cloud TPU.
 
     Returns:
-        List of `Finding`. That called Strategy tells what would be trained on.
+        List of `Finding`. The one named Strategy says which devices training would use.
 
     Example:
 
@@ -56,10 +55,7 @@ def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Fi
     holders = who_holds(chips)
     backend, told_by = keras_backend()
     here = [name for name in IMPORTED if is_here(name)]
-    keras = ["keras"] if "keras" in here and is_here(backend) else []
-    subjects = [["tensorflow", *keras] if backend == "tensorflow" else ["tensorflow"]] if "tensorflow" in here else []
-    subjects += [keras] if keras and backend != "tensorflow" else []
-    subjects += [["jax"]] if "jax" in here else []
+    subjects = _by_process(here, backend)
     with ThreadPoolExecutor() as pool:
         smi = pool.submit(nvidia_gpus)
         group = pool.submit(hosts, backend)
@@ -69,22 +65,16 @@ def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Fi
     workers, config = group.result()
 
     packages = {row.what: row for row in compare(versions, requires, bool(chips), backend)}
-    for name, row in IMPORTED.items():
-        if name not in here and packages[row].found != "not installed":
-            answers[name] = {"error": "its files are not there"}
-    if "error" in answers.get(backend, {}):
-        answers.pop("keras", None)  # it fails for the same reason
-    for name, row in IMPORTED.items():
-        if name in answers:
-            distribution = next((known for known in ROWS[row] if known in versions), name)
-            needed = name != "jax" or backend == "jax"
-            packages[row] = started(packages[row], answers[name], distribution, needed)
-    gpus = answers.get("tensorflow", {}).get("gpus") if backend == "tensorflow" else None
+    answers = _with_missing_files(answers, packages, here, backend)
+    packages = _with_answers(packages, answers, versions, backend)
+    tensorflow, jax = answers.get("tensorflow", {}), answers.get("jax", {})
+    gpus = tensorflow.get("gpus") if backend == "tensorflow" else None
+    on_tpu = "tensorflow-tpu" in versions
     broken = [name for name in dict.fromkeys(("tensorflow", backend)) if "error" in answers.get(name, {})]
-    training = training_finding(backend, broken, "tensorflow-tpu" in versions)
-    sees = jax_devices(answers.get("jax", {}), bool(chips), bool(holders), "tensorflow-tpu" in versions)
+    training = training_finding(backend, broken, on_tpu)
+    sees = jax_devices(jax, bool(chips), bool(holders), on_tpu)
     if backend == "jax":
-        chosen = strategy_of_jax(run, answers.get("jax", {}).get("devices", []), bool(chips), sees, workers, training)
+        chosen = strategy_of_jax(run, jax.get("devices", []), bool(chips), sees, workers, training)
     else:
         chosen = strategy_of_tensorflow(run, bool(chips), gpus, workers, training)
     return [
@@ -97,9 +87,42 @@ def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Fi
         sees,
         Finding("Processors", str(processors()), "ok"),
         memory(),
-        disk("Disk, this folder", Path.cwd(), "Change to a folder with room, or make some"),
-        disk("Disk, weights", store.home(), "Make room, or set KERAS_EFFNET_HOME to another folder"),
+        disk("Disk, this folder", Path.cwd(), "Free up space, or change to another folder"),
+        disk("Disk, weights", store.home(), "Free up space, or set KERAS_EFFNET_HOME to another folder"),
         config,
         training,
         chosen,
     ]
+
+
+def _by_process(here: Sequence[str], backend: str) -> list[list[str]]:
+    """Returns the modules to import in each process. Keras joins TensorFlow if that is its backend."""
+    keras = ["keras"] if "keras" in here and is_here(backend) else []
+    subjects = [["tensorflow", *keras] if backend == "tensorflow" else ["tensorflow"]] if "tensorflow" in here else []
+    subjects += [keras] if keras and backend != "tensorflow" else []
+    subjects += [["jax"]] if "jax" in here else []
+    return subjects
+
+
+def _with_missing_files(
+    answers: Mapping[str, dict], packages: Mapping[str, Finding], here: Sequence[str], backend: str
+) -> dict[str, dict]:
+    """Adds an error for each package that has metadata but no module."""
+    missing = [name for name, row in IMPORTED.items() if name not in here and packages[row].found != "not installed"]
+    answers = {**answers, **{name: {"error": "its files are missing"} for name in missing}}
+    if "error" in answers.get(backend, {}):
+        answers.pop("keras", None)  # it fails for the same reason
+    return answers
+
+
+def _with_answers(
+    packages: Mapping[str, Finding], answers: Mapping[str, dict], versions: Mapping[str, str], backend: str
+) -> dict[str, Finding]:
+    """Replaces the findings of the packages that were imported."""
+    found = dict(packages)
+    for name, row in IMPORTED.items():
+        if name in answers:
+            distribution = next((known for known in ROWS[row] if known in versions), name)
+            needed = name != "jax" or backend == "jax"
+            found[row] = started(found[row], answers[name], distribution, needed)
+    return found

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        what: String, its name.
-        found: String: its version, number or state.
-        verdict: `"ok"`, `"warning"`, `"problem"` (training does not start, or not on what is there) or `"none"` (it is
-            not here and need not be).
+        what: String, the name of what was checked.
+        found: String, its version, number or state.
+        verdict: `"ok"`, `"warning"`, `"problem"` (training does not start, or does not use the devices) or `"none"`
+            (not installed or not present, and not needed).
         advice: String, what to do. Defaults to `""`.
     """
 

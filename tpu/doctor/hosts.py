@@ -1,4 +1,4 @@
-"""The other hosts of a run: TF_CONFIG and KERAS_DISTRIBUTION, and whether those hosts answer."""
+"""Checks the other hosts of a run: TF_CONFIG, KERAS_DISTRIBUTION, and whether those hosts answer."""
 
 import errno
 import json
@@ -11,41 +11,67 @@ from collections.abc import Collection
 from keras_effnet.tpu.doctor.finding import Finding
 from keras_effnet.tpu.environment import processes
 
-PATIENCE = 2.0  # seconds for another worker's port
+PATIENCE = 2.0  # seconds to wait for another host
+
+
+def hosts(backend: str) -> tuple[int, Finding]:
+    """Checks the environment variables that name the hosts of a run, and whether those hosts answer.
+
+    Args:
+        backend: String, Keras' backend.
+
+    Returns:
+        Tuple of the number of processes, and a `Finding`.
+    """
+    if backend != "jax":
+        return cluster(os.environ.get("TF_CONFIG", ""))
+    what = "KERAS_DISTRIBUTION"
+    try:
+        named = processes()
+    except ValueError as error:
+        return 1, Finding(what, "set", "problem", f"Correct its variables. {error}")
+    if named is None:
+        return 1, Finding(what, "not set", "none")
+    first, index, count = named
+    found, silent = f"{count} processes, this is {index}", _silent([first]) if index else {}
+    if not silent:
+        return count, Finding(what, found, "ok")
+    found += f"; no answer from {first} ({silent[first]})"
+    return count, Finding(what, found, "warning", "Start the same command there, or correct the address")
 
 
 def cluster(text: str) -> tuple[int, Finding]:
-    """What TF_CONFIG says, and whether the other workers answer.
+    """Checks TF_CONFIG, and whether the other workers answer.
 
     Args:
-        text: String, the variable's value; empty if it is not set.
+        text: String, the value of the variable. `""` if it is not set.
 
     Returns:
-        The number of workers, and a `Finding`.
+        Tuple of the number of workers, and a `Finding`.
 
     Example:
 
     >>> cluster("")
     (1, Finding(what='TF_CONFIG', found='not set', verdict='none', advice=''))
     >>> cluster('{"cluster": {"worker": ["one:2222", "two:2222"]}, "task": {"type": "worker", "index": 2}}')[1].advice
-    'Expected task.index from 0 to 1. Received: 2'
+    'Correct it. Expected task.index from 0 to 1. Received: 2'
     """
     if not text.strip():
         return 1, Finding("TF_CONFIG", "not set", "none")
     try:
         workers, own, place = _parse(text)
     except ValueError as error:
-        return 1, Finding("TF_CONFIG", "set", "problem", str(error))
+        return 1, Finding("TF_CONFIG", "set", "problem", f"Correct it. {error}")
     found = f"{len(workers)} workers, this is {place}" if len(workers) > 1 else "1 worker"
     silent = _silent([address for address in workers if address != own])
     if not silent:
         return len(workers), Finding("TF_CONFIG", found, "ok")
-    # A worker that was not started refuses; one that cannot be reached does not even do that.
+    # A host without a worker refuses the connection; an unreachable one does not answer at all.
     waiting = all(reason == "refused" for reason in silent.values())
-    told = ", ".join(f"{address} ({reason})" for address, reason in silent.items())
+    listed = ", ".join(f"{address} ({reason})" for address, reason in silent.items())
     advice = "Start the same command there" if waiting else "Correct the address, or open the port between the machines"
     return len(workers), Finding(
-        "TF_CONFIG", f"{found}; no answer of {told}", "warning" if waiting else "problem", advice
+        "TF_CONFIG", f"{found}; no answer from {listed}", "warning" if waiting else "problem", advice
     )
 
 
@@ -54,7 +80,7 @@ def _parse(text: str) -> tuple[list[str], str, str]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"Expected JSON such as {shape}. Received: {text[:200]} ({error})") from error
+        raise ValueError(f"Expected JSON such as {shape}. Received: {text[:100]} ({error})") from error
     groups, task = (value.get(name) for name in ("cluster", "task")) if isinstance(value, dict) else (None, None)
     if not isinstance(groups, dict) or not isinstance(task, dict) or not groups:
         raise ValueError(f"Expected {shape}. Received: {text[:200]}")
@@ -73,7 +99,7 @@ def _parse(text: str) -> tuple[list[str], str, str]:
 
 
 def _silent(addresses: Collection[str]) -> dict[str, str]:
-    reasons = dict.fromkeys(addresses, f"nothing in {PATIENCE:g} s")
+    reasons = dict.fromkeys(addresses, f"timeout after {PATIENCE:g} s")
 
     def knock(address: str) -> None:
         host, port = address.rsplit(":", 1)
@@ -86,28 +112,10 @@ def _silent(addresses: Collection[str]) -> dict[str, str]:
             refused = getattr(error, "errno", None) == errno.ECONNREFUSED
             reasons[address] = "refused" if refused else str(error)
 
-    # Daemons: looking a name up takes no time limit.
+    # Daemon threads, because resolving a name has no timeout.
     threads = [threading.Thread(target=knock, args=(address,), daemon=True) for address in addresses]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE + 0.5)
     return dict(reasons)
-
-
-def hosts(backend: str) -> tuple[int, Finding]:
-    if backend != "jax":
-        return cluster(os.environ.get("TF_CONFIG", ""))
-    what = "KERAS_DISTRIBUTION"
-    try:
-        told = processes()
-    except ValueError as error:
-        return 1, Finding(what, "set", "problem", str(error))
-    if told is None:
-        return 1, Finding(what, "not set", "none")
-    first, index, count = told
-    found, silent = f"{count} processes, this is {index}", _silent([first]) if index else {}
-    if not silent:
-        return count, Finding(what, found, "ok")
-    found += f"; no answer of {first} ({silent[first]})"
-    return count, Finding(what, found, "warning", "Start the same command there, or correct the address")

@@ -1,4 +1,4 @@
-"""AutoAugment and RandAugment inside a tf.data map, bit for bit as the original's."""
+"""AutoAugment, RandAugment and random erasing for a tf.data map. The first two match the original bit for bit."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _MEAN, _STD = SCHEMES["imagenet"]
 
 RANDAUGMENT_OPS = tuple(OPS)
 
-# tensorflow/tpu autoaugment.py:36-68: two ops each, with probability and level.
+# tensorflow/tpu autoaugment.py:36-68: two ops per row, each with its probability and level.
 POLICY_V0 = (
     (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)),
     (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
@@ -47,14 +47,14 @@ _POLICY_OPS = tuple(sorted({name for steps in POLICY_V0 for name, _, _ in steps}
 
 
 class Steps(NamedTuple):
-    """What was drawn for one image: each member is a tensor with a row per step.
+    """The ops drawn for one image. Each field is a tensor with one row per step.
 
     Args:
-        op: int32, (steps,), indices into the names that were drawn from.
+        op: int32, (steps,), indices into the list of op names.
         level: float64, (steps,).
         sign: float64, (steps,), 1 or -1.
-        applied: bool, (steps,). An op that is not applied leaves the image alone.
-        place: float32, (steps, 2), Cutout's centre as shares of height and width, 0-1.
+        applied: bool, (steps,). An op that is not applied leaves the image unchanged.
+        place: float32, (steps, 2), Cutout's center as fractions of height and width, 0-1.
 
     Example:
 
@@ -70,7 +70,16 @@ class Steps(NamedTuple):
 
 
 def split_seed(seed, count: int) -> list[Any]:
-    # Of int64 alone, since an int32 seed of the same value would give others.
+    """Splits a seed into independent seeds.
+
+    Args:
+        seed: int32 or int64 tensor, (2,).
+        count: Integer, how many seeds to return.
+
+    Returns:
+        List of tensors, (2,).
+    """
+    # Cast first: an int32 seed of the same value splits into different seeds.
     return tf.unstack(tf.random.split(tf.cast(seed, tf.int64), count))
 
 
@@ -86,13 +95,13 @@ def _draw(seed, op, level, probability) -> Steps:
 
 
 def draw_policy(seed) -> Steps:
-    """Draws what `auto_augment()` does: one of the 25 rows of `POLICY_V0`, and which of its two ops are applied.
+    """Draws the steps of `auto_augment()`: one of the 25 rows of `POLICY_V0`, and which of its two ops to apply.
 
     Args:
         seed: int32 or int64 tensor, (2,).
 
     Returns:
-        `Steps` of 2 steps, whose ops are indices into the sorted names of the policy's ops.
+        `Steps` with 2 steps. Their ops are indices into the sorted names of the policy's ops.
 
     Example:
 
@@ -116,7 +125,7 @@ def draw_ops(
     probability: float = 1.0,
     count: int = 16,
 ) -> Steps:
-    """Draws what `rand_augment()` does.
+    """Draws the steps of `rand_augment()`.
 
     Args:
         seed: int32 or int64 tensor, (2,).
@@ -124,10 +133,10 @@ def draw_ops(
         magnitude: See `rand_augment()`.
         magnitude_std: See `rand_augment()`.
         probability: See `rand_augment()`.
-        count: Integer, how many ops there are to pick from. Defaults to the 16 of `RANDAUGMENT_OPS`.
+        count: Integer, number of ops to draw from. Defaults to the 16 of `RANDAUGMENT_OPS`.
 
     Returns:
-        `Steps` of `layers` steps.
+        `Steps` with `layers` steps.
 
     Example:
 
@@ -144,7 +153,7 @@ def draw_ops(
 
 
 def _run(image, steps: Steps, names: Sequence[str], hparams: Hparams):
-    """One switch over all ops per step, to which level and sign come as tensors: a graph with each op once per step."""
+    """Applies the steps. One switch over all ops per step keeps the graph small: it holds each op once per step."""
     size = tf.cast(tf.shape(image)[:2], tf.float32)
     for op, level, sign, applied, place in zip(*map(tf.unstack, steps), strict=True):
         center = tf.cast(place * size, tf.int32)
@@ -158,7 +167,7 @@ def _run(image, steps: Steps, names: Sequence[str], hparams: Hparams):
 
 
 def auto_augment(image, seed):
-    """AutoAugment's policy for ImageNet, "v0": one of 25 pairs of ops, each op with its own probability.
+    """Applies AutoAugment's ImageNet policy "v0": one of 25 pairs of ops, each op with its own probability.
 
     Args:
         image: uint8 tensor, (height, width, 3), at least 3 pixels high and wide.
@@ -189,23 +198,23 @@ def rand_augment(
     probability: float = 1.0,
     ops: Sequence[str] = RANDAUGMENT_OPS,
 ):
-    """RandAugment: ops that are picked uniformly, one after the other, all with the same level.
+    """Applies RandAugment: uniformly drawn ops, one after the other, all with the same level.
 
     Args:
         image: uint8 tensor, (height, width, 3), at least 3 pixels high and wide.
         seed: int32 or int64 tensor, (2,).
-        layers: Integer, how many ops. Defaults to 2.
-        magnitude: Float, their level, from 0. Defaults to 10. The published recipes have 17 and 28.
-        magnitude_std: Float, standard deviation of the level, which is drawn anew for each op and is at least 0.
+        layers: Integer, number of ops. Defaults to 2.
+        magnitude: Float, level of the ops, at least 0. The published recipes use 17 and 28. Defaults to 10.
+        magnitude_std: Float, standard deviation of the level, which is drawn for each op and clipped at 0.
             Defaults to 0.
-        probability: Float from 0 to 1, of each op being applied. Defaults to 1, as in the original.
-        ops: Keys of `OPS` to pick from. Defaults to the original's 16.
+        probability: Float from 0 to 1, probability that an op is applied. Defaults to 1, as in the original.
+        ops: Keys of `OPS` to draw from. Defaults to the original's 16.
 
     Returns:
         uint8 tensor, (height, width, 3).
 
     Raises:
-        ValueError: If an op is unknown, there are none, or a number is out of range.
+        ValueError: If `ops` is empty, an op is unknown, or a number is out of range.
 
     Example:
 
@@ -220,9 +229,9 @@ def rand_augment(
         one_of("op", name, OPS)
     require("at least one op", len(ops) > 0, ops=ops)
     require("at least one layer", layers > 0, layers=layers)
-    require("a magnitude from 0", magnitude >= 0, magnitude=magnitude)
-    require("a standard deviation from 0", magnitude_std >= 0, magnitude_std=magnitude_std)
-    require("a probability", 0 <= probability <= 1, probability=probability)
+    require("a magnitude of at least 0", magnitude >= 0, magnitude=magnitude)
+    require("a standard deviation of at least 0", magnitude_std >= 0, magnitude_std=magnitude_std)
+    require("a probability from 0 to 1", 0 <= probability <= 1, probability=probability)
     image = tf.convert_to_tensor(image)
     steps = draw_ops(seed, layers, magnitude, magnitude_std, probability, len(ops))
     return _run(image, steps, ops, RANDAUGMENT)
@@ -244,17 +253,17 @@ def erase(
     Args:
         image: uint8 tensor, (height, width, 3).
         seed: int32 or int64 tensor, (2,).
-        probability: Float from 0 to 1, of erasing at all.
-        min_area: Float, the rectangle's least share of the image. Defaults to 0.02.
-        max_area: Float, its largest share. Defaults to 1/3.
-        min_aspect: Float, the least ratio of height to width; the largest is its inverse. Defaults to 0.3.
-        mode: `"pixel"`: each number is drawn from a normal distribution and clipped. `"const"`: all pixels are the
-            mean. Defaults to `"pixel"`.
+        probability: Float from 0 to 1, probability of erasing anything.
+        min_area: Float, smallest area of the rectangle as a fraction of the image. Defaults to 0.02.
+        max_area: Float, largest area as a fraction of the image. Defaults to 1/3.
+        min_aspect: Float, smallest ratio of height to width. The largest is its inverse. Defaults to 0.3.
+        mode: `"pixel"` fills with values drawn from a normal distribution and clipped, `"const"` with the mean.
+            Defaults to `"pixel"`.
         mean: 3 floats, in pixels 0-255. Defaults to ImageNet's.
         std: 3 floats, in pixels 0-255. Defaults to ImageNet's.
 
     Returns:
-        uint8 tensor, (height, width, 3). If none of 10 rectangles fits into the image, it stays as it is.
+        uint8 tensor, (height, width, 3), unchanged if none of 10 rectangles fits into the image.
 
     Raises:
         ValueError: If `mode` is unknown, or a number is out of range.
@@ -267,17 +276,17 @@ def erase(
     array([124, 116, 104], dtype=uint8)
 
     Reference:
-        arXiv 1708.04896; timm/data/random_erasing.py, whose images are normalised: 0 is the mean there.
+        arXiv 1708.04896; timm/data/random_erasing.py, whose images are normalized, so that 0 is the mean.
     """
     one_of("mode", mode, ("pixel", "const"))
-    require("a probability", 0 <= probability <= 1, probability=probability)
-    require("shares 0 < min_area <= max_area <= 1", 0 < min_area <= max_area <= 1, min_area=min_area, max_area=max_area)
+    require("a probability from 0 to 1", 0 <= probability <= 1, probability=probability)
+    require("areas 0 < min_area <= max_area <= 1", 0 < min_area <= max_area <= 1, min_area=min_area, max_area=max_area)
     require("an aspect ratio 0 < min_aspect <= 1", 0 < min_aspect <= 1, min_aspect=min_aspect)
     image = tf.convert_to_tensor(image)
     whether, where, what = split_seed(seed, 3)
 
     def erased():
-        # timm tries up to 10 times; here the 10 are drawn at once, and the first that fits is taken.
+        # timm tries up to 10 times. Here all 10 are drawn at once, and the first that fits is used.
         area, aspect, *place = tf.unstack(tf.random.stateless_uniform([4, 10], where))
         limits = tf.shape(image)[:2]
         pixels = tf.cast(limits[0] * limits[1], tf.float32) * (min_area + (max_area - min_area) * area)
@@ -298,6 +307,16 @@ def erase(
 
 
 def require(what: str, holds: bool, **received) -> None:
+    """Checks a condition on arguments.
+
+    Args:
+        what: String, the expectation.
+        holds: Boolean, whether the condition holds.
+        **received: The arguments by name, for the error.
+
+    Raises:
+        ValueError: If the condition does not hold.
+    """
     if not holds:
         values = ", ".join(f"{name}={value!r}" for name, value in received.items())
         raise ValueError(f"Expected {what}. Received: {values}")

@@ -1,4 +1,4 @@
-"""The part of an image that a network sees: random crops for training, the center for evaluation."""
+"""Crops and resizes an image: random crops for training, the center for evaluation."""
 
 import tensorflow as tf
 
@@ -6,15 +6,15 @@ from keras_effnet.tpu.config import Augment, Data
 
 
 def eval_image(encoded, size: int, data: Data):
-    """The middle of an image as the network is evaluated on it, like the original's to the last bit.
+    """Returns the center crop that the network is evaluated on, equal to the original's bit for bit.
 
     Args:
         encoded: Bytes of a JPEG, PNG, GIF or BMP file; or pixels, uint8 (height, width, 3).
-        size: Integer, pixels of a side.
+        size: Integer, side of the result in pixels.
         data: `Data`, for the crop and the interpolation.
 
     Returns:
-        Float32 tensor (size, size, 3) of pixels 0-255, which bicubic interpolation oversteps a little.
+        Float32 tensor (size, size, 3) of pixels 0-255. Bicubic interpolation slightly exceeds this range.
 
     Reference:
         tensorflow/tpu efficientnet preprocessing.py:88-137.
@@ -24,17 +24,17 @@ def eval_image(encoded, size: int, data: Data):
 
 
 def train_crop(encoded, size: int, data: Data, how: Augment, key):
-    """The part of an image that the network is trained on this time.
+    """Returns a crop to train on, random if `how.crop` says so.
 
     Args:
         encoded: Bytes of a JPEG, PNG, GIF or BMP file; or pixels, uint8 (height, width, 3).
-        size: Integer, pixels of a side.
-        data: `Data`, for the interpolation.
+        size: Integer, side of the result in pixels.
+        data: `Data`, for the center crop and the interpolation.
         how: `Augment`.
         key: Integers (2,), seed.
 
     Returns:
-        Float32 tensor (size, size, 3) of pixels 0-255, which bicubic interpolation oversteps a little.
+        Float32 tensor (size, size, 3) of pixels 0-255. Bicubic interpolation slightly exceeds this range.
 
     Reference:
         tensorflow/tpu efficientnet preprocessing.py:40-118.
@@ -74,7 +74,7 @@ def _random_window(shape, middle, min_area: float, key):
         use_image_if_no_bounding_boxes=True,
     )
     window = tf.concat([begin[:2], extent[:2]], 0)
-    # Nothing was found, or all of it: the original takes the middle, preprocessing.py:107-113.
+    # If no window was found, or only the whole image, the original uses the center: preprocessing.py:107-113.
     return tf.where(tf.reduce_all(extent[:2] == shape[:2]), middle, window)
 
 

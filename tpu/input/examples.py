@@ -1,4 +1,4 @@
-"""Examples that a pipeline reads in any order: files, pixels in memory, or records."""
+"""Examples that a pipeline reads: files or pixels in any order, or records from files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# A permutation's value at an index, without the permutation.
+# Computes one element of a random permutation without building the permutation.
 SHUFFLED: Any = tf.random.experimental.index_shuffle  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -17,24 +17,24 @@ def _key(seed: int, epoch):
 
 @dataclass(frozen=True)
 class Items:
-    """Examples that are read in any order: files, or pixels in memory.
+    """Examples that can be read in any order: files, or pixels in memory.
 
     Args:
         images: Array of paths, strings; or of pixels, uint8 (examples, height, width, 3).
-        labels: Integers (examples,).
+        labels: Integer array (examples,).
     """
 
     images: np.ndarray
     labels: np.ndarray
 
     def count(self, host: int, hosts: int) -> int:
-        """Examples of one host in an epoch of training: the same for all hosts."""
+        """Returns the number of examples of one host in a training epoch, the same for all hosts."""
         return len(self.labels) // hosts
 
     def train(self, seed: int, start: int, host: int, hosts: int, batch: int) -> tf.data.Dataset:
-        """One host's examples without end, from number `start` on, each epoch in an order of its own.
+        """Returns one host's examples from number `start` on, endlessly. Each epoch has its own order.
 
-        All hosts' batches, of `batch` images each, are one after the other what a single host's are.
+        The hosts' batches of `batch` images, interleaved, are the batches that a single host would read.
         """
         everything = len(self.labels)
 
@@ -47,15 +47,15 @@ class Items:
         return tf.data.Dataset.range(start, np.iinfo(np.int64).max).map(example)
 
     def evaluated(self, host: int, hosts: int) -> int:
-        """Examples of one host in an evaluation."""
+        """Returns the number of examples of one host in an evaluation."""
         return len(range(host, len(self.labels), hosts))
 
     def evaluate(self, host: int, hosts: int) -> tf.data.Dataset:
-        """One host's examples, once."""
+        """Returns one host's examples, each once."""
         return self._once(tf.data.Dataset.range(host, len(self.labels), hosts))
 
     def sample(self, count: int) -> tf.data.Dataset:
-        """So many examples, once, from all over: a folder's come class by class."""
+        """Returns at most `count` examples, evenly spaced, because folders are sorted by class."""
         chosen = np.linspace(0, len(self.labels), min(count, len(self.labels)), endpoint=False)
         return self._once(tf.data.Dataset.from_tensor_slices(chosen.astype("int64")))
 
@@ -70,12 +70,12 @@ class Items:
         return {"ordinal": ordinal, "epoch": epoch, "id": index, "name": name, "image": image, "label": label}
 
     def probe(self, name: str) -> None:
-        """Reads what an example is in, for the error that there is if it cannot be reached."""
+        """Reads an example's file and raises the storage's error if it cannot be reached."""
         if self.images.dtype == object:
             tf.io.read_file(name)
 
     def load(self, image):
-        """What is decoded: the bytes of a file, or pixels."""
+        """Returns the bytes of a file, or the pixels."""
         return tf.io.read_file(image) if image.dtype == tf.string else image
 
 
@@ -89,7 +89,13 @@ def _mixed(window, key) -> tf.data.Dataset:
 
 @dataclass(frozen=True)
 class Part:
-    """Some records of a file, from `skip` on."""
+    """A range of records in a file.
+
+    Args:
+        path: String.
+        skip: Integer, number of records before the range.
+        count: Integer, number of records in the range.
+    """
 
     path: str
     skip: int
@@ -98,12 +104,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Records:
-    """Examples in files of records, which are read from front to back and shuffled as they come.
+    """Examples in files of records, which are read in order and shuffled in a buffer.
 
     Args:
         parts: Sequence of `Part`. Each host reads its own.
-        parse: Function of a record to the bytes of its image and its label, int32.
-        buffer: Integer, records that are shuffled among.
+        parse: Function of a record that returns the bytes of its image and its label, int32.
+        buffer: Integer, number of records to shuffle at a time.
     """
 
     parts: Sequence[Part]
@@ -118,12 +124,12 @@ class Records:
         return list(self.parts[host::hosts])
 
     def count(self, host: int, hosts: int) -> int:
-        """Examples of one host in an epoch of training."""
+        """Returns the number of examples of one host in a training epoch."""
         return sum(part.count for part in self._parts(host, hosts))
 
     def train(self, seed: int, start: int, host: int, hosts: int, batch: int) -> tf.data.Dataset:
-        """One host's examples without end, from number `start` on, each epoch in an order of its own."""
-        del batch  # each host has files of its own
+        """Returns one host's examples from number `start` on, endlessly. Each epoch has its own order."""
+        del batch  # each host has its own files
         count, first = self.count(host, hosts), start // self.count(host, hosts)
 
         def one(epoch):
@@ -131,7 +137,7 @@ class Records:
             last = tf.constant(len(self._parts(host, hosts)) - 1, tf.int64)
             order = tf.data.Dataset.range(last + 1).map(lambda place: SHUFFLED(place, key, last))
             examples = self._read(order, host, hosts)
-            # Dataset.shuffle takes the process' global seed into its own, and none that is a tensor.
+            # Not Dataset.shuffle: it mixes the process' global seed into its own, and takes no tensor as a seed.
             windows: Any = examples.batch(self.buffer).enumerate()
             examples = windows.flat_map(lambda number, window: _mixed(window, tf.random.fold_in(key, number)))
             skip = tf.where(epoch == first, tf.constant(start - first * count, tf.int64), tf.constant(0, tf.int64))
@@ -140,11 +146,11 @@ class Records:
         return tf.data.Dataset.range(first, np.iinfo(np.int64).max).flat_map(one)
 
     def evaluated(self, host: int, hosts: int) -> int:
-        """Examples of one host in an evaluation."""
+        """Returns the number of examples of one host in an evaluation."""
         return self.count(host, hosts)
 
     def evaluate(self, host: int, hosts: int) -> tf.data.Dataset:
-        """One host's examples, once."""
+        """Returns one host's examples, each once."""
         order = tf.data.Dataset.range(len(self._parts(host, hosts)))
         zero = tf.constant(0, tf.int64)
         return (
@@ -154,7 +160,7 @@ class Records:
         )
 
     def sample(self, count: int) -> tf.data.Dataset:
-        """So many examples, once: the first of each file."""
+        """Returns at most `count` examples, the first of each file."""
         return self.evaluate(0, 1).take(count)
 
     def _read(self, order: tf.data.Dataset, host: int, hosts: int) -> tf.data.Dataset:
@@ -180,10 +186,10 @@ class Records:
         )
 
     def probe(self, name: str) -> None:
-        """Reads what an example is in, for the error that there is if it cannot be reached."""
+        """Reads from an example's file and raises the storage's error if it cannot be reached."""
         with tf.io.gfile.GFile(name.rpartition(":")[0], "rb") as file:
             file.read(1)
 
     def load(self, image):
-        """What is decoded: the bytes of a file."""
+        """Returns the bytes of an image file."""
         return image

@@ -1,4 +1,4 @@
-"""The operations of AutoAugment and RandAugment, bit for bit as the original's."""
+"""The ops of AutoAugment and RandAugment. They match the original bit for bit."""
 
 import math
 from collections.abc import Callable
@@ -8,15 +8,15 @@ import tensorflow as tf
 
 from keras_effnet.errors import one_of
 
-_FILL = 128  # what lies beyond the image's edge, and in a cutout; autoaugment.py:611, :692
+_FILL = 128  # gray beyond the image's edge and inside a cutout: autoaugment.py:611, :692
 
 
 class Hparams(NamedTuple):
-    """What a level of 10 means for two ops.
+    """The strength of Cutout and the translations at level 10.
 
     Args:
-        cutout_const: Integer, half of the side that Cutout covers, in pixels.
-        translate_const: Integer, how far TranslateX and TranslateY move the image, in pixels.
+        cutout_const: Integer, half the side of Cutout's square, in pixels.
+        translate_const: Integer, distance of TranslateX and TranslateY, in pixels.
 
     Example:
 
@@ -34,22 +34,33 @@ RANDAUGMENT = Hparams(cutout_const=40, translate_const=100)  # autoaugment.py:69
 
 
 def paste(image, patch, top, left):
-    """The image with a rectangle replaced. Concatenation copies memory; tf.where takes 10 times as long."""
+    """Returns the image with a rectangle replaced.
+
+    Args:
+        image: Tensor (height, width, channels).
+        patch: Tensor of the same type, the rectangle's pixels. It fits into the image.
+        top: Integer scalar, first row to replace.
+        left: Integer scalar, first column to replace.
+
+    Returns:
+        Tensor like `image`.
+    """
+    # By concatenation, which copies memory. tf.where takes 10 times as long.
     bottom, right = top + tf.shape(patch)[0], left + tf.shape(patch)[1]
     rows = image[top:bottom]
     return tf.concat([image[:top], tf.concat([rows[:, :left], patch, rows[:, right:]], 1), image[bottom:]], 0)
 
 
 def _blend(degenerate, image, factor):
-    # The original clips only if it extrapolates; if it does not, clipping changes nothing. It truncates.
+    # The original clips only where it extrapolates; elsewhere clipping changes nothing. It truncates.
     degenerate, image = tf.cast(degenerate, tf.float32), tf.cast(image, tf.float32)
     blended = degenerate + tf.cast(factor, tf.float32) * (image - degenerate)
     return tf.cast(tf.clip_by_value(blended, 0.0, 255.0), tf.uint8)
 
 
 def _project(image, *rows):
-    """Maps each pixel (x, y) of the result to (a x + b y + c, d x + e y + f) of the image, the nearest pixel."""
-    # One kernel that fills with grey itself. The original marks the holes in a fourth channel: 2-3 times as long.
+    """Fills each pixel (x, y) of the result with the image's pixel nearest to (a x + b y + c, d x + e y + f)."""
+    # This kernel fills holes with gray. The original marks them in a fourth channel, which takes 2-3 times as long.
     return tf.raw_ops.ImageProjectiveTransformV3(
         images=image[None],
         transforms=tf.stack([tf.cast(value, tf.float32) for value in (*rows, 0.0, 0.0)])[None],
@@ -61,7 +72,7 @@ def _project(image, *rows):
 
 
 def _autocontrast(image):
-    # 1.5 times as fast as official's, since rows of 3 * width numbers vectorise and channels of 3 do not.
+    # 1.5 times as fast as official's: rows of 3 * width numbers vectorize, channels of 3 do not.
     width = tf.shape(image)[1]
     rows = tf.reshape(image, [-1, width * 3])
     low, high = (
@@ -76,13 +87,13 @@ def _autocontrast(image):
 
 
 def _equalize(image):
-    # 1.5 times as fast as official's: one histogram and one look-up for the three channels, which are told apart by
-    # adding 0, 256, 512, and again in rows of 3 * width numbers.
+    # 1.5 times as fast as official's: one histogram and one lookup for the three channels, offset by 0, 256 and 512 to
+    # keep them apart, in rows of 3 * width numbers.
     rows = tf.cast(tf.reshape(image, [-1, tf.shape(image)[1] * 3]), tf.int32)
     rows += tf.tile(tf.constant([0, 256, 512]), tf.shape(image)[1][None])
     histogram = tf.reshape(tf.histogram_fixed_width(rows, [0, 767], 768), [3, 256])
     below = tf.cumsum(histogram, axis=1, exclusive=True)
-    # The original's sum without the last bin that is not empty.
+    # The original's sum leaves out the last nonempty bin.
     step = tf.reduce_max(tf.where(histogram > 0, below, 0), axis=1, keepdims=True) // 255
     table = tf.minimum((below + step // 2) // tf.maximum(step, 1), 255)
     table = tf.cast(tf.where(step == 0, tf.range(256), table), tf.uint8)
@@ -99,13 +110,13 @@ def _rotate(image, degrees):
 
 
 def _posterize(image, bits):
-    # More than 8 bits shift by 256 less, and TensorFlow takes any shift above 7 as 7. Twice as fast as official's.
+    # Above 8 bits the shift wraps modulo 256, and TensorFlow treats shifts above 7 as 7. Twice as fast as official's.
     shift = tf.cast(8 - bits, tf.uint8)
     return tf.bitwise.bitwise_and(image, tf.bitwise.left_shift(tf.constant(255, tf.uint8), shift))
 
 
 def _solarize(image, threshold):
-    # A threshold wraps modulo 256, as it does where the original makes it a uint8. 5 times as fast as official's.
+    # The threshold wraps modulo 256, as in the original's cast to uint8. 5 times as fast as official's.
     bright = tf.cast(image >= tf.cast(threshold, tf.uint8), tf.uint8)
     return tf.bitwise.bitwise_xor(image, bright * 255)
 
@@ -121,7 +132,7 @@ def _color(image, factor):
 
 
 def _contrast(image, factor):
-    # What the original takes for the mean grey is the number of pixels / 256: autoaugment.py:208-210.
+    # The original's "mean" is the number of pixels / 256: autoaugment.py:208-210.
     mean = tf.minimum(tf.shape(image)[0] * tf.shape(image)[1] // 256, 255)
     return _blend(mean, image, factor)
 
@@ -131,8 +142,8 @@ def _brightness(image, factor):
 
 
 def _sharpness(image, factor):
-    # Each term is rounded, row by row. A convolution of oneDNN does not round in between, and tf.add_n's terms are
-    # reordered in a graph: after either, some numbers in a thousand are truncated to others.
+    # Each term is rounded, in row order. A oneDNN convolution does not round in between, and a graph reorders the terms
+    # of tf.add_n: with either, a few pixels in a thousand differ after truncation.
     height, width = tf.shape(image)[0] - 2, tf.shape(image)[1] - 2
     pixels = tf.cast(image, tf.float32)
     edge, middle = (pixels * (tf.constant(weight) / 13.0) for weight in (1.0, 5.0))
@@ -170,14 +181,15 @@ def _distance(level, hparams):
 
 
 class Op(NamedTuple):
-    """One op.
+    """An augmentation op.
 
     Args:
-        function: Function of an image and the argument, if there is one.
-        argument: Function of a level and `Hparams`, to the number that `function` takes. None: it takes none. A
-            Python number gives a Python number, a float64 tensor the tensor of the same value.
-        signed: Boolean, whether the number also comes negative. Defaults to False.
-        placed: Boolean, whether `function` takes a place in the image, too. Defaults to False.
+        function: Function of an image, then the number from `argument`, then a center, as the op needs them.
+        argument: Function of a level and `Hparams` that returns the number for `function`, or None if `function`
+            takes no number. For a Python level it returns a Python number, for a float64 tensor a tensor of the same
+            value. Defaults to None.
+        signed: Boolean, whether the number may be negated. Defaults to False.
+        placed: Boolean, whether `function` takes a center. Defaults to False.
 
     Example:
 
@@ -191,8 +203,8 @@ class Op(NamedTuple):
     placed: bool = False
 
 
-# autoaugment.py:450-532, in the order of RandAugment's list, :696-699. Ours, and not those of tf-models-official:
-# tests/test_augment.py says for each whether its pixels differ from the original's, or how much slower it is.
+# autoaugment.py:450-532, in the order of RandAugment's list, :696-699. tests/tpu/input/test_augment.py gives the reason
+# for not using each op of tf-models-official ("official"): different pixels than the original's, less speed, or others.
 OPS = {
     "AutoContrast": Op(_autocontrast),
     "Equalize": Op(_equalize),
@@ -214,16 +226,16 @@ OPS = {
 
 
 def apply_op(name: str, image, level, sign=1, hparams: Hparams = AUTOAUGMENT, center=None):
-    """Applies one op, without chance.
+    """Applies one op, without randomness.
 
     Args:
         name: Key of `OPS`.
         image: uint8 tensor, (height, width, 3), at least 3 pixels high and wide.
-        level: Number from 0 up, or float64 tensor, (). The original's are 0-10, and RandAugment's beyond.
-        sign: 1 or -1, or float64 tensor, (): the direction of Rotate, ShearX, ShearY, TranslateX and TranslateY; the
-            other ops have none. Defaults to 1.
+        level: Number of at least 0, or float64 tensor, (). The original uses 0-10, and more for RandAugment.
+        sign: 1 or -1, or float64 tensor, (), the direction of Rotate, ShearX, ShearY, TranslateX and TranslateY. Other
+            ops ignore it. Defaults to 1.
         hparams: `Hparams`. Defaults to `AUTOAUGMENT`.
-        center: int32 tensor, (2,), row and column of Cutout's centre. Defaults to the image's.
+        center: int32 tensor, (2,), row and column of Cutout's center. Defaults to the image's center.
 
     Returns:
         uint8 tensor, (height, width, 3).

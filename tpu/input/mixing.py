@@ -1,4 +1,4 @@
-"""Mixup and cutmix, inside a tf.data map."""
+"""Mixup and CutMix for a tf.data map."""
 
 import tensorflow as tf
 
@@ -7,15 +7,15 @@ from keras_effnet.tpu.input.image_ops import paste
 
 
 def mix(images, labels, seeds, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0):
-    """Mixes each example of a batch with another: the first with the last, the second with the last but one, ...
+    """Mixes each example of a batch with a partner: the first with the last, the second with the second to last, ...
 
     Args:
-        images: Tensor of any type of number, (batch, height, width, channels).
+        images: Tensor of any numeric type, (batch, height, width, channels).
         labels: float32 tensor, one-hot or smoothed, (batch, classes).
-        seeds: int32 or int64 tensor, (batch, 2). What is drawn for an example depends on its own alone.
-        mixup_alpha: Float, alpha of mixup's Beta distribution. Defaults to 0: no mixup.
-        cutmix_alpha: Float, alpha of CutMix's Beta distribution. Defaults to 0: no CutMix. If both are given, one of
-            the two is drawn for each example.
+        seeds: int32 or int64 tensor, (batch, 2). The draw for an example depends only on its own seed.
+        mixup_alpha: Float, alpha of mixup's Beta distribution. Defaults to 0 (no mixup).
+        cutmix_alpha: Float, alpha of CutMix's Beta distribution. If both alphas are given, one of the two methods is
+            drawn for each example. Defaults to 0 (no CutMix).
 
     Returns:
         Pair of images and labels, of the same types and shapes. Integers are rounded.
@@ -31,18 +31,18 @@ def mix(images, labels, seeds, mixup_alpha: float = 0.0, cutmix_alpha: float = 0
     TensorShape([4, 4])
 
     Reference:
-        arXiv 1710.09412; arXiv 1905.04899; tensorflow/tpu
-        models/official/efficientnet/imagenet_input.py:134-160, whose partner and max(weight, 1 - weight) are mixup's.
+        arXiv 1710.09412; arXiv 1905.04899; tensorflow/tpu models/official/efficientnet/imagenet_input.py:134-160, for
+        the partner and for mixup's max(weight, 1 - weight).
     """
-    require("a mixup_alpha from 0", mixup_alpha >= 0, mixup_alpha=mixup_alpha)
-    require("a cutmix_alpha from 0", cutmix_alpha >= 0, cutmix_alpha=cutmix_alpha)
+    require("a mixup_alpha of at least 0", mixup_alpha >= 0, mixup_alpha=mixup_alpha)
+    require("a cutmix_alpha of at least 0", cutmix_alpha >= 0, cutmix_alpha=cutmix_alpha)
     images, labels = tf.convert_to_tensor(images), tf.convert_to_tensor(labels)
     if not mixup_alpha and not cutmix_alpha:
         return images, labels
     size = tf.shape(images)[1:3]
     partners = tf.shape(images)[0] - 1
 
-    # Example by example: its numbers stay in the cache, which takes half the time of passes over the whole batch.
+    # Example by example: the data stays in the cache, which takes half the time of passes over the whole batch.
     def one(place):
         first, second, third = split_seed(seeds[place], 3)
         which, *center = tf.unstack(tf.random.stateless_uniform([3], third))
@@ -78,4 +78,4 @@ def _weighted(own, other, weight):
 
 def _beta(seed, alpha: float):
     one, other = tf.unstack(tf.random.stateless_gamma([2], seed, tf.constant(alpha)))
-    return tf.math.divide_no_nan(one, one + other)  # at a tiny alpha both may underflow
+    return tf.math.divide_no_nan(one, one + other)  # for a tiny alpha both may underflow

@@ -1,4 +1,4 @@
-"""From a source's examples to batches: decoding, cropping, augmentation, and an account of what cannot be read."""
+"""Turns a source's examples into batches: decodes, crops, augments, and records what cannot be read."""
 
 import itertools
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from keras_effnet.tpu.input.crops import eval_image, train_crop
 from keras_effnet.tpu.input.skipped import Skipped
 from keras_effnet.tpu.input.sources import Source
 
-NAMED = 64  # of images one after the other that cannot be read, so many are named
+NAMED = 64  # at most this many consecutive unreadable images are named
 
 
 @dataclass(frozen=True)
 class Host:
-    """One of the machines that read.
+    """One of the machines that read the data.
 
     Args:
-        index: Integer. Defaults to 0.
-        count: Integer. Defaults to 1.
+        index: Integer, number of this host, from 0. Defaults to 0.
+        count: Integer, number of hosts. Defaults to 1.
     """
 
     index: int = 0
@@ -40,24 +40,25 @@ def training(
     start: int = 0,
     host: Host | None = None,
 ) -> tf.data.Dataset:
-    """Batches of one host to train on, without end.
+    """Returns one host's training batches, endlessly.
 
-    Every example's randomness follows from the recipe's seed, the epoch and the example alone.
+    The randomness of an example depends only on the recipe's seed, the epoch and the example.
 
     Args:
         source: `Source`.
         recipe: `Recipe`.
-        size: Integer, pixels of an image's side.
-        batch: Integer, images of a batch, on this host.
-        skipped: `Skipped`, what cannot be read is told to it. None, for a host where no Python runs: what cannot be
-            read is an error that names it.
-        parts: Integer, replicas of this host: each batch comes in so many parts, one after the other. Defaults to 1.
-        start: Integer, examples on this host that were trained on already. Defaults to 0.
-        host: `Host`. Defaults to the only one.
+        size: Integer, side of an image in pixels.
+        batch: Integer, images per batch on this host.
+        skipped: `Skipped`, which records unreadable images; or None for a host that runs no Python, where an unreadable
+            image raises an error that names it.
+        parts: Integer, number of replicas on this host. Each batch is split into as many consecutive parts.
+            Defaults to 1.
+        start: Integer, number of examples that this host has already trained on. Defaults to 0.
+        host: `Host`. Defaults to a single host.
 
     Returns:
-        A `tf.data.Dataset` of images, uint8 or float32 (part, size, size, 3), and labels, int32 (part,); with mixup
-        or cutmix float32 (part, classes).
+        A `tf.data.Dataset` of images, uint8 or float32 (part, size, size, 3), and labels, int32 (part,). With mixup
+        or CutMix the labels are float32 (part, classes).
 
     Example:
 
@@ -73,9 +74,8 @@ def training(
     host = host or Host()
     examples, data, seed = source.train, recipe.data, recipe.run.seed
     first = start if skipped is None else skipped.position(start)
-    mixes = recipe.augment.mixup or recipe.augment.cutmix
     classes = recipe.data.classes or source.classes
-    if skipped is not None:  # an account with nothing in it is false
+    if skipped is not None:  # an empty `Skipped` is false
         skipped.probe = examples.probe
 
     def read(example):
@@ -91,32 +91,34 @@ def training(
 
     dataset = _checked(examples.train(seed, first, host.index, host.count, batch), read, first, skipped)
     dataset = dataset.map(finish, num_parallel_calls=tf.data.AUTOTUNE)
-    if not mixes:
-        dataset = dataset.map(lambda x: (x["image"], x["label"])).batch(batch // parts, drop_remainder=True)
-    else:
-
-        def mix(x):
-            labels = tf.one_hot(x["label"], classes)
-            return mixing.mix(
-                x["image"], labels, x["key"], mixup_alpha=recipe.augment.mixup, cutmix_alpha=recipe.augment.cutmix
-            )
-
-        # Mixed before it is divided: partners do not depend on the number of replicas.
-        dataset = dataset.batch(batch, drop_remainder=True).map(mix, num_parallel_calls=tf.data.AUTOTUNE)
-        dataset = dataset.rebatch(batch // parts, drop_remainder=True)
+    dataset = _batches(dataset, recipe.augment, classes, batch, parts)
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(_options(recipe))
 
 
+def _batches(dataset: tf.data.Dataset, how: Augment, classes: int, batch: int, parts: int) -> tf.data.Dataset:
+    """Batches of images and labels, mixed if `how` says so, in as many parts as the host has replicas."""
+    if not (how.mixup or how.cutmix):
+        return dataset.map(lambda x: (x["image"], x["label"])).batch(batch // parts, drop_remainder=True)
+
+    def mix(x):
+        labels = tf.one_hot(x["label"], classes)
+        return mixing.mix(x["image"], labels, x["key"], mixup_alpha=how.mixup, cutmix_alpha=how.cutmix)
+
+    # Mix before splitting, so that partners do not depend on the number of replicas.
+    dataset = dataset.batch(batch, drop_remainder=True).map(mix, num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.rebatch(batch // parts, drop_remainder=True)
+
+
 def keys(seed: int, epoch, number) -> list[Any]:
-    """What the randomness of an example follows from.
+    """Returns the seeds of an example's randomness.
 
     Args:
-        seed: Integer.
+        seed: Integer, seed of the run.
         epoch: Integer scalar.
-        number: Integer scalar, the example's.
+        number: Integer scalar, number of the example.
 
     Returns:
-        List of three seeds: of its crop, of what else is done to it, and of the mixing of its batch.
+        List of three seeds: for the crop, for the other augmentation, and for mixup or CutMix.
     """
     key: Any = tf.constant([seed, 0], tf.int64)
     for part in (epoch, number):
@@ -125,18 +127,18 @@ def keys(seed: int, epoch, number) -> list[Any]:
 
 
 def names(source: Source, recipe: Recipe, batch: int, skipped: Skipped | None, start: int, host: Host) -> list[str]:
-    """What is in a batch of `training()`.
+    """Returns the names of the examples in a batch of `training()`.
 
     Args:
         source: `Source`.
         recipe: `Recipe`.
-        batch: Integer, images of a batch, on this host.
+        batch: Integer, images per batch on this host.
         skipped: See `training()`.
-        start: Integer, examples on this host that come before it.
+        start: Integer, number of examples on this host before the batch.
         host: `Host`.
 
     Returns:
-        List of the examples' names.
+        List of strings.
     """
     first = start if skipped is None else skipped.position(start)
     examples = source.train.train(recipe.run.seed, first, host.index, host.count, batch)
@@ -154,24 +156,25 @@ def evaluation(
     parts: int = 1,
     host: Host | None = None,
 ) -> tf.data.Dataset:
-    """Batches of one host to evaluate on, each example once; the last ones are filled up.
+    """Returns one host's evaluation batches. Each example occurs once, and the last batches are padded.
 
     Args:
         source: `Source`.
         recipe: `Recipe`.
-        size: Integer, pixels of an image's side.
-        batch: Integer, images of a batch, on this host.
+        size: Integer, side of an image in pixels.
+        batch: Integer, images per batch on this host.
         skipped: See `training()`.
-        parts: Integer, replicas of this host: each batch comes in so many parts, one after the other. Defaults to 1.
-        host: `Host`. Defaults to the only one.
+        parts: Integer, number of replicas on this host. Each batch is split into as many consecutive parts.
+            Defaults to 1.
+        host: `Host`. Defaults to a single host.
 
     Returns:
         A `tf.data.Dataset` of images, float32 (part, size, size, 3), labels, int32 (part,), and weights, float32
-        (part,), which are 0 for what only fills the batch. All hosts have as many batches.
+        (part,), which are 0 for padding. All hosts have the same number of batches.
     """
     host = host or Host()
     examples = source.evaluate
-    if skipped is not None:  # an account with nothing in it is false
+    if skipped is not None:  # an empty `Skipped` is false
         skipped.probe = examples.probe
     counts = [examples.evaluated(index, host.count) for index in range(host.count)]
     mine = counts[host.index]
@@ -185,7 +188,7 @@ def evaluation(
         return {**_told(example), "image": image}
 
     raw = examples.evaluate(host.index, host.count)
-    # One more, behind the last: what is missing is seen by the one that follows.
+    # One extra example at the end: a missing example is noticed at the next one.
     end = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), raw.element_spec)
     end["ordinal"] = tf.constant(mine, tf.int64)
     dataset = _checked(raw.concatenate(tf.data.Dataset.from_tensors(end)), read, 0, skipped)
@@ -209,8 +212,8 @@ def _options(recipe: Recipe) -> tf.data.Options:
 
 def _labelled(example, classes: int):
     label = example["label"]
-    told = "Expected labels from 0 to classes - 1 (data.classes, data.first_label). Received, of this example:"
-    check = tf.debugging.Assert((label >= 0) & (label < classes), [told, label, example["name"]])
+    problem = "Expected labels from 0 to classes - 1 (data.classes, data.first_label). Received this label and example:"
+    check = tf.debugging.Assert((label >= 0) & (label < classes), [problem, label, example["name"]])
     with tf.control_dependencies([check]):
         return {**example, "label": tf.identity(label)}
 
@@ -220,36 +223,37 @@ def _told(example) -> dict[str, Any]:
 
 
 def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped | None) -> tf.data.Dataset:
-    """Examples that could be read. Numbers that are missing could not; each example knows the names before its own.
+    """Returns the readable examples, and reports the others: a gap in the ordinals shows that some are missing.
 
-    An exception inside a map can only be dropped, and a `try` for each example costs more than a tenth of the speed.
+    Each example carries the names of those before it, because a map can only drop an example that raises. A `try` for
+    each example costs more than a tenth of the speed.
     """
 
     def remember(state, example):
         names, last, lost = state
-        # What was never read has no number: only the next epoch's first one shows that some are missing.
+        # A truncated file yields no ordinals: only the first example of the next epoch shows the gap.
         lost += example["ordinal"] - last - 1
         names_now = tf.concat([names[1:], example["name"][None]], 0)
         return (names_now, example["ordinal"], lost), {**example, "before": names, "lost": lost}
 
     def compare(expected, example):
         ordinal, before = example["ordinal"], example["before"]
-        fewer = "Expected as many records as were counted, so far. Received fewer: a file was not read to its end, by:"
+        fewer = "Expected all records that were counted. Received fewer: a file was not read to its end. Missing:"
         whole = tf.debugging.Assert(example["lost"] == 0, [fewer, example["lost"]])
         with tf.control_dependencies([whole]):
             if skipped is None:
                 missing = before[-tf.cast(tf.clip_by_value(ordinal - expected, 1, NAMED), tf.int32) :]
-                told = tf.debugging.Assert(
+                report = tf.debugging.Assert(
                     ordinal == expected,
                     ["Expected images that can be read. Received:", tf.strings.reduce_join(missing, separator=", ")],
                 )
             else:
-                told = tf.cond(
+                report = tf.cond(
                     ordinal > expected,
                     lambda: tf.numpy_function(skipped, [expected, ordinal - expected, before], tf.int64),
                     lambda: tf.constant(0, tf.int64),
                 )
-        with tf.control_dependencies([told]):
+        with tf.control_dependencies([report]):
             return ordinal + 1, {**example, "ordinal": tf.identity(ordinal)}
 
     last = tf.constant(first - 1, tf.int64)
@@ -259,7 +263,7 @@ def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped 
 
 
 def changed(image, data: Data, how: Augment, key):
-    """An image flipped, augmented, and in the type in which it leaves the host.
+    """Flips and augments an image, and casts it to the type in which it leaves the host.
 
     Args:
         image: Float32 tensor (size, size, 3) of pixels 0-255.
@@ -268,7 +272,7 @@ def changed(image, data: Data, how: Augment, key):
         key: Integers (2,), seed.
 
     Returns:
-        Tensor (size, size, 3) of pixels 0-255, uint8; or float32 where `data.transfer` says so.
+        Tensor (size, size, 3) of pixels 0-255, of the type `data.transfer`.
 
     Reference:
         tensorflow/tpu efficientnet preprocessing.py:160-198.

@@ -1,4 +1,4 @@
-"""The examples that a host could not read: counted, named, and kept for a resumed run."""
+"""Counts and names the examples that a host could not read, and stores them for a resumed run."""
 
 import json
 import logging
@@ -11,12 +11,12 @@ from keras_effnet.tpu.resume import cloud_files
 
 
 class Skipped:
-    """What one host could not read, kept in a file: where a run goes on follows from it.
+    """The examples that one host could not read. A resumed run needs them to find its position.
 
     Args:
-        path: Path of a file of JSON lines. None: only in memory.
-        per_epoch: Integer, examples of an epoch on this host.
-        most: Float, share of an epoch's examples from which on the run stops. Defaults to 1.
+        path: Path of a file of JSON lines, or None to keep them in memory only.
+        per_epoch: Integer, examples per epoch on this host.
+        most: Float, the run stops if more than this fraction of an epoch's examples is unreadable. Defaults to 1.
 
     Example:
 
@@ -34,20 +34,20 @@ class Skipped:
         self._found: dict[int, str] = {}
         if path and tf.io.gfile.exists(path):
             self._found = {row["ordinal"]: row["name"] for row in cloud_files.rows(path)}
-            cloud_files.write(path, self._lines(self._found))  # without a last line that is half written
+            cloud_files.write(path, self._lines(self._found))  # drops a half-written last line
 
     def __call__(self, first, count, names) -> np.int64:
-        """Takes note of examples, from number `first` on, with the names of the last of them."""
-        if self.problem:  # the run stops; what is read ahead is no longer looked at
+        """Records `count` unreadable examples from number `first` on. `names` holds the names of the last of them."""
+        if self.problem:  # the run is stopping: ignore what was read ahead
             raise ValueError(self.problem)
         first, count = int(first), int(count)
-        told = [name.decode() for name in names][-count:]
-        told = ["?"] * (count - len(told)) + told
-        new = {first + place: name for place, name in enumerate(told) if first + place not in self._found}
+        known = [name.decode() for name in names][-count:]
+        every = ["?"] * (count - len(known)) + known
+        new = {first + place: name for place, name in enumerate(every) if first + place not in self._found}
         self._try(new.values())
         self._found |= new
         for name in new.values():
-            logging.getLogger("keras_effnet").warning("Skipped an image that cannot be read: %s", name)
+            logging.getLogger("keras_effnet").warning("Skipped unreadable image: %s", name)
         if self.path and new:
             with tf.io.gfile.GFile(self.path, "a") as file:
                 file.write(self._lines(new))
@@ -62,7 +62,7 @@ class Skipped:
         return np.int64(0)
 
     def _try(self, names) -> None:
-        """A storage that does not answer is no photograph's fault."""
+        """Stops the run if the storage does not answer: then no image is at fault."""
         for name in names:
             try:
                 if self.probe and name != "?":
@@ -76,7 +76,7 @@ class Skipped:
         return "".join(json.dumps({"ordinal": number, "name": name}) + "\n" for number, name in found.items())
 
     def forget(self) -> None:
-        """Begins anew, for another look at the same examples."""
+        """Clears the record, to read the same examples again."""
         self._found.clear()
 
     def __len__(self) -> int:
@@ -87,11 +87,11 @@ class Skipped:
 
     @property
     def names(self) -> list[str]:
-        """The names of what was skipped, each once."""
+        """The names of the skipped examples, each once."""
         return list(dict.fromkeys(self._found.values()))
 
     def position(self, examples: int) -> int:
-        """The number of the next example, after so many that could be read."""
+        """Returns the number of the next example after `examples` readable ones."""
         for number in sorted(self._found):
             examples += number <= examples
         return examples

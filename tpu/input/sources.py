@@ -1,4 +1,4 @@
-"""Where examples come from: folders, the original's TFRecords, TensorFlow datasets, scikit-learn's digits."""
+"""Opens data sets: image folders, the original's TFRecords, TensorFlow datasets, scikit-learn's digits."""
 
 import difflib
 import json
@@ -16,6 +16,8 @@ from keras_effnet.tpu.resume import cloud_files
 
 EVALUATED = ("validation", "val", "test")  # names of splits
 
+_FEW = 8  # names in an error
+
 
 @dataclass(frozen=True)
 class Source:
@@ -24,10 +26,10 @@ class Source:
     Args:
         train: `Items` or `Records` to train on.
         evaluate: `Items` or `Records` to evaluate on.
-        train_count: Integer, examples to train on, on all hosts.
-        eval_count: Integer, examples to evaluate on, on all hosts.
-        classes: Integer.
-        labels: List of the classes' names, empty where nothing says.
+        train_count: Integer, number of training examples on all hosts.
+        eval_count: Integer, number of evaluation examples on all hosts.
+        classes: Integer, number of classes.
+        labels: List of class names, empty if unknown.
     """
 
     train: Items | Records
@@ -44,9 +46,9 @@ class Evaluated:
 
     Args:
         examples: `Items` or `Records`.
-        count: Integer, how many they are.
-        classes: Integer, or None where nothing says.
-        labels: List of the classes' names, empty where nothing says.
+        count: Integer, number of examples.
+        classes: Integer, number of classes, or None if unknown.
+        labels: List of class names, empty if unknown.
     """
 
     examples: Items | Records
@@ -56,18 +58,18 @@ class Evaluated:
 
 
 def open_source(data: Data, cache: str | None = None) -> Source:
-    """Finds out what `data.source` is, and what is in it.
+    """Opens the data set that `data.source` names.
 
     Args:
         data: `Data`.
-        cache: Path of a file where the numbers of records are kept, which take a reading of all files to count.
+        cache: Path of a JSON file that caches the number of records per file. Counting them reads every file.
             Defaults to None.
 
     Returns:
         A `Source`.
 
     Raises:
-        ValueError: If there is nothing of the kind.
+        ValueError: If there is no such data set, or it cannot be read.
 
     Example:
 
@@ -85,25 +87,25 @@ def open_source(data: Data, cache: str | None = None) -> Source:
         _only(data, "TFRecords", "holdout_shards")
         return _tfrecords(data, cache)
     if kind == "folder":
-        _only(data, "a folder of photographs")
+        _only(data, "a folder of photos")
         return _folder(data)
     _only(data, "a TensorFlow dataset", "data_dir", "train_split", "eval_split")
     return _tensorflow_dataset(data)
 
 
 def open_evaluation(data: Data) -> Evaluated:
-    """Finds what a model is evaluated on, where nothing to train on has to be.
+    """Opens only the part of a data set to evaluate on. The data set may lack a training part.
 
     Args:
-        data: `Data`. Its `eval_split` is a split of a TensorFlow dataset, what the names of TFRecords begin with (by
-            default `validation`), or the name of a folder in a folder. By default a folder's `val`, `validation` or
-            `test` is evaluated, and all that is in a folder without.
+        data: `Data`. Its `eval_split` is a split of a TensorFlow dataset, the prefix of TFRecord file names (by default
+            `validation`), or the name of a subfolder. By default, the subfolder `val`, `validation` or `test` is used,
+            or the whole folder if it has none of them.
 
     Returns:
         An `Evaluated`.
 
     Raises:
-        ValueError: If there is nothing of the kind.
+        ValueError: If there is no such data set, or it cannot be read.
 
     Example:
 
@@ -124,12 +126,12 @@ def open_evaluation(data: Data) -> Evaluated:
             paths = sorted(tf.io.gfile.glob(f"{data.source}/train-*"))[: data.holdout_shards]
         if not paths:
             raise ValueError(
-                f"Expected files {data.eval_split or 'validation'}-*, or another split. Received: none in "
+                f"Expected files {data.eval_split or 'validation'}-*, or another data.eval_split. Received: none in "
                 f"{data.source!r}"
             )
         return Evaluated(*_records(data, paths, _count(paths, None)), data.classes)
     if kind == "folder":
-        _only(data, "a folder of photographs", "eval_split")
+        _only(data, "a folder of photos", "eval_split")
         return _evaluated_folder(data)
     _only(data, "a TensorFlow dataset", "data_dir", "eval_split")
     dataset = _prepared(data)
@@ -137,7 +139,7 @@ def open_evaluation(data: Data) -> Evaluated:
 
 
 def _kind(data: Data, *parts: str) -> str:
-    """What a source is: digits, records, folder or dataset. Files that begin with a part's name are records."""
+    """Returns "digits", "records", "folder" or "dataset". Files whose names begin with one of `parts` are records."""
     if data.source == "digits":
         return "digits"
     if tf.io.gfile.isdir(data.source):
@@ -149,10 +151,14 @@ def _kind(data: Data, *parts: str) -> str:
 
 
 def _only(data: Data, kind: str, *fields: str) -> None:
-    """A field that would do nothing is a mistake."""
+    """Raises if a field is set that has no effect on this kind of source."""
     for name in ("holdout_shards", "data_dir", "train_split", "eval_split"):
         if getattr(data, name) and name not in fields:
             raise ValueError(f"Expected no data.{name} for {kind}. Received: {getattr(data, name)!r}")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_FEW]) + ", ..." * (len(names) > _FEW)
 
 
 def _digits() -> Source:
@@ -174,7 +180,7 @@ def _folders(place: str) -> list[str]:
 
 
 def _files(place: str) -> list[str]:
-    # Whatever its name ends in: what is no photograph is named and counted as it is read.
+    # With any extension: files that are not images are counted and named when they are read.
     return [f"{place}/{name}" for name in _names(place) if not name.endswith("/")]
 
 
@@ -192,29 +198,33 @@ def _evaluated_folder(data: Data) -> Evaluated:
     root = data.source.rstrip("/")
     parts = _folders(root)
     if data.eval_split and data.eval_split not in parts:
-        raise ValueError(f"Expected a split made of {parts}. Received: {data.eval_split!r}")
-    # A class may be called test: then no classes are in it.
+        raise ValueError(
+            f"Expected a split made of {parts[:_FEW]}{' ...' * (len(parts) > _FEW)}. Received: {data.eval_split!r}"
+        )
+    # A class may be called "test". Then it contains no folders.
     divided = (name for name in VALIDATION if name in parts and ("train" in parts or _folders(f"{root}/{name}")))
     split = data.eval_split or next(divided, None)
     place = f"{root}/{split}" if split else root
     found = _folders(place)
-    # The numbers of the classes are those that a training on this folder would have given them.
+    # Number the classes as training on this folder does.
     labels = _folders(f"{root}/train") if split and "train" in parts else found
     pairs = [(file, labels.index(name)) for name in found if name in labels for file in _files(f"{place}/{name}")]
     if not pairs or not set(found) <= set(labels):
-        told = f"{', '.join(labels)} to train on, and " if labels != found else ""
+        trained = f"{_few(labels)} to train on, and " if labels != found else ""
+        if len(found) > _FEW:  # first those that are not in train
+            found.sort(key=lambda name: name in labels)
         raise ValueError(
-            f"Expected a folder per class with photographs. Received: {place!r} with {told}{', '.join(found) or 'none'}"
+            f"Expected a folder of photos per class. Received: {place!r} with {trained}{_few(found) or 'none'}"
         )
     examples = _items(pairs)
     return Evaluated(examples, len(examples.labels), data.classes or len(labels), labels)
 
 
 def _tfrecords(data: Data, cache: str | None) -> Source:
-    """The layout of tensorflow/tpu tools/datasets/imagenet_to_gcs.py; hold-out as imagenet_input.py:388-406."""
+    """Opens files in the layout of tensorflow/tpu tools/datasets/imagenet_to_gcs.py."""
     train = sorted(tf.io.gfile.glob(f"{data.source}/train-*"))
     test = sorted(tf.io.gfile.glob(f"{data.source}/validation-*"))
-    if data.holdout_shards:
+    if data.holdout_shards:  # as imagenet_input.py:388-406
         train, test = train[data.holdout_shards :], train[: data.holdout_shards]
     if not train or not test:
         raise ValueError(
@@ -263,8 +273,8 @@ def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
         try:
             counts |= {path: int(number) for path, number in zip(todo, numbers, strict=True)}
         except tf.errors.OpError as error:
-            broken = ", ".join(path for path in todo if not _is_whole(path))
-            raise ValueError(f"Expected whole files of records. Received: {broken}. {error.message}") from error
+            broken = _few([path for path in todo if not _is_whole(path)])
+            raise ValueError(f"Expected complete TFRecord files. Received: {broken}. {error.message}") from error
         if cache:
             cloud_files.write(cache, json.dumps(counts))
     return counts
@@ -272,7 +282,7 @@ def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A TensorFlow dataset that is on this machine."""
+    """A TensorFlow dataset on this machine."""
 
     parse: Callable
     splits: Any
@@ -280,14 +290,16 @@ class _Prepared:
     labels: Sequence[str]
 
     def test(self, data: Data) -> str:
-        """Name of the split to evaluate on."""
+        """Returns the name of the split to evaluate on."""
         test = data.eval_split or next((name for name in EVALUATED if name in self.splits), None)
         if test is None:
-            raise ValueError(f"Expected data.eval_split, such as train[90%:]. Received: none, and {list(self.splits)}")
+            raise ValueError(
+                f"Expected data.eval_split, such as train[90%:]. Received: none, with the splits {list(self.splits)}"
+            )
         return test
 
     def records(self, data: Data, split: str) -> tuple[Records, int]:
-        """A split's records, and how many they are."""
+        """Returns a split's records and their number."""
         try:
             steps = self.splits[split].file_instructions
         except (KeyError, ValueError) as error:
@@ -313,15 +325,15 @@ def _prepared(data: Data) -> _Prepared:
     except tfds.core.DatasetNotFoundError as error:
         near = difflib.get_close_matches(data.source, ["digits", *tfds.list_builders()], n=3)
         raise ValueError(
-            f"Expected --data as a folder, as digits, or as the name of a TensorFlow dataset{' such as ' * bool(near)}"
-            f"{', '.join(near)}. Received: {data.source!r}"
+            f"Expected --data as a folder, digits, or the name of a TensorFlow dataset. Received: {data.source!r}"
+            f"{'. Nearest: ' * bool(near)}{', '.join(map(repr, near))}"
         ) from error
     try:
         builder.download_and_prepare()
     except Exception as error:  # whatever a data set's own code raises
         raise ValueError(
-            f"Expected a TensorFlow dataset that is prepared in data.data_dir, or that can be. Received: "
-            f"{data.source!r}, and {type(error).__name__}: {error}"
+            f"Expected a TensorFlow dataset that can be prepared in data.data_dir. Received: {data.source!r}, with "
+            f"{type(error).__name__}: {error}"
         ) from error
     if builder.info.file_format.value != "tfrecord":
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What a program that was compiled for a TPU moves through memory, read off its text.
+"""Computes the memory traffic of a program compiled for a TPU from its text.
 
-The compiler's own "bytes accessed" counts a prefetch into the chip's memory three or four times, and arrays that never
-leave the chip; see benchmarks/tpu_traffic.md.
+The compiler's own "bytes accessed" counts a prefetch into the chip's memory three or four times, and also counts arrays
+that never leave the chip: docs/tpu.md.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-_BITS = {"pred": 8, "s4": 4, "u4": 4}  # the others tell their size by their name
+_BITS = {"pred": 8, "s4": 4, "u4": 4}  # the names of the others contain their size
 
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?|c64|c128)\[([\d,]*)\](\{[^{}]*\})?")
 
@@ -20,23 +20,23 @@ _TRIPS = re.compile(r'known_trip_count[^\d}]*"?n"?:?"?(\d+)')
 
 _CALLED = re.compile(r"\b(?:to_apply|body|branch_computations|true_computation|false_computation)=\{?(%[^,}\s]+)")
 
-# Names for a place in memory, and what is said of an operation that runs meanwhile.
+# Operations that only name a place in memory or order others.
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id"}
 
-_KERNEL = 'custom_call_target="tpu_custom_call"'  # of Pallas; what else is called so moves nothing
+_KERNEL = 'custom_call_target="tpu_custom_call"'  # a Pallas kernel; other custom calls move nothing
 
 _VMEM = "S(1)"  # in an array's layout: memory on the chip
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a program moves, in bytes per device.
+    """The memory traffic of a program, in bytes per device.
 
     Args:
-        fusion: Float, operands and results of all that computes, wherever they are.
-        hbm: Float, of these and of copies what crosses the border of the chip.
-        reductions: Integer, operations in which devices exchange sums.
-        reduced: Float, bytes that these reduce.
+        fusion: Float, bytes of the operands and results of all computations, on or off the chip.
+        hbm: Float, bytes that these and copies move between HBM and the chip.
+        reductions: Integer, number of operations in which devices exchange data.
+        reduced: Float, bytes of their operands.
     """
 
     fusion: float = 0.0
@@ -62,7 +62,7 @@ class _Instruction(NamedTuple):
 
 
 def read(text: str) -> Traffic:
-    """Reads what a compiled program moves.
+    """Computes the memory traffic of a compiled program.
 
     Args:
         text: String, `compiled.as_text()`.
@@ -71,7 +71,7 @@ def read(text: str) -> Traffic:
         `Traffic`.
 
     Raises:
-        ValueError: If the text is not that of a program.
+        ValueError: If `text` is not a compiled program.
 
     Example:
 
@@ -100,7 +100,7 @@ def read(text: str) -> Traffic:
 
 
 def _total(name: str, computations: dict[str, list[str]]) -> Traffic:
-    """Of a computation, with those that it calls. What a fusion does inside moves nothing."""
+    """The traffic of a computation and those it calls. Operations inside a fusion move nothing."""
     total, kinds = Traffic(), {}
     for one in _parsed(computations[name]):
         kinds[one.name] = one.kind
@@ -121,10 +121,10 @@ def _moved(one: _Instruction, kinds: dict[str, str]) -> Traffic:
     operands = [array for name in one.operands for array in _arrays(kinds.get(name, ""))]
     results = _arrays(one.kind)
     match one.operation:
-        case "copy-start":  # its type: what is written, what is read, and a mark
+        case "copy-start":  # its type: result, operand, context
             borders = [not near for _, near in (results[0], operands[0])]
             return Traffic(hbm=operands[0][0] * sum(borders))
-        case "slice-start":  # the same, after all that is read
+        case "slice-start":  # its type: operands, result, context
             size, near = results[len(operands)]
             return Traffic(hbm=size * sum((not near, not operands[0][1])))
     moved = Traffic(
@@ -149,7 +149,7 @@ def _parsed(lines: list[str]) -> Iterator[_Instruction]:
 
 
 def _closed(text: str) -> int:
-    """Behind the bracket that closes the first one."""
+    """Index after the bracket that closes the first one."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -159,7 +159,7 @@ def _closed(text: str) -> int:
 
 
 def _arrays(kind: str) -> list[tuple[float, bool]]:
-    """Bytes of each array of a type, and whether it is on the chip."""
+    """Bytes of each array in a type, and whether it is on the chip."""
     return [
         (_bits(name) / 8 * math.prod(int(size) for size in sizes.split(",") if size), _VMEM in layout)
         for name, sizes, layout in _ARRAY.findall(kind)

@@ -1,4 +1,4 @@
-"""What a run takes on TPUs that are not here: their compiler is asked, which needs none."""
+"""Plans a training or evaluation step for TPUs with the TPU compiler, which needs no TPU."""
 
 import contextlib
 import dataclasses
@@ -29,21 +29,21 @@ from keras_effnet.tpu.environment import without_tpu
 from keras_effnet.tpu.from_recipe import build, make_learner, policy
 from keras_effnet.tpu.input.sources import open_source
 from keras_effnet.tpu.planning import memory_traffic
-from keras_effnet.tpu.runners import jax_runner
+from keras_effnet.tpu.runners import jax_runner, jax_step
 from keras_effnet.tpu.step import replicas
 from keras_effnet.weights import store
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A generation of TPUs; all figures are of a chip.
+    """A generation of TPUs. All figures are per chip.
 
     Args:
-        flops: Float, multiplications and additions in bfloat16 per second, at most.
+        flops: Float, peak bfloat16 multiplications and additions per second.
         hbm: Integer, bytes of memory.
-        bandwidth: Float, bytes per second between that and the chip.
-        shapes: Tuple of strings, the topologies that are rented.
-        options: Dict, what else the compiler is told. Defaults to nothing.
+        bandwidth: Float, bytes per second between the memory and the chip.
+        shapes: Tuple of strings, the topologies for rent.
+        options: Dict, further options of the compiler. Defaults to none.
     """
 
     flops: float
@@ -58,7 +58,7 @@ _FLAT = ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 # docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e}, read in November 2026; v2: the table in JAX 0.10.2,
-# jax/_src/pallas/mosaic/tpu_info.py. Both cores of a v4 are one device there, as JAX has it on the machines.
+# jax/_src/pallas/mosaic/tpu_info.py. With megacore both cores of a v4 are one device, as in JAX on such machines.
 CHIPS = {
     "v2": Chip(46e12, 16 * 2**30, 716e9, _FLAT),
     "v3": Chip(123e12, 32 * 2**30, 900e9, (*_FLAT, "16x32", "32x32")),
@@ -68,11 +68,10 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * 2**30, 1638e9, ("1x1", "2x2", "2x4", *_FLAT[1:])),
 }
 
-# The compiler's effort: with less it takes half the time. For keras.applications' B0 the figures are the same
-# (benchmarks/tpu_traffic.md).
+# Less effort halves the compilation time. For keras.applications' B0 the figures are the same (docs/tpu.md).
 _OPTIONS = {"exec_time_optimization_effort": -1.0}
 
-# What a compiler says of a program for which there is no room: what it takes, of what there is.
+# In the compiler's error for a program that does not fit: the memory used, and the memory available.
 _SIZE = r"([\d.]+)([KMGT]?)"
 
 _USED = re.compile(rf"{_SIZE}\)? (?:exceeds available HBM \(|of ){_SIZE}(?:\)| hbm)", re.IGNORECASE)
@@ -81,17 +80,17 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def topology(name: str) -> list[Any]:
-    """The devices of a slice of TPUs, to compile for.
+    """Returns the devices of a TPU slice, to compile for.
 
     Args:
-        name: String such as `"v5e:2x4"`: the generation, and how its chips are laid out.
+        name: String such as `"v5e:2x4"`, the generation and the layout of its chips.
 
     Returns:
-        List of JAX devices that nothing can be computed on.
+        List of JAX devices. Nothing can run on them.
 
     Raises:
         ImportError: If libtpu, the compiler, is not installed.
-        ValueError: If the compiler knows no such slice.
+        ValueError: If the compiler does not know the slice.
 
     Example:
 
@@ -100,28 +99,29 @@ def topology(name: str) -> list[Any]:
     8
     """
     if not find_spec("libtpu"):
-        raise ImportError("Expected libtpu, which has the TPUs' compiler. Bring it with: pip install libtpu")
+        raise ImportError("Expected libtpu, the TPU compiler. Install it with: pip install libtpu")
     without_tpu()
     generation, _, shape = name.partition(":")
-    problem = "no such generation"
-    if generation in CHIPS:
-        options = dict(CHIPS[generation].options)
-        if shape == "1x1":
-            options["chips_per_host_bounds"] = [1, 1, 1]
-        try:
-            return list(topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices)
-        except jax.errors.JaxRuntimeError as error:
-            problem = str(error).splitlines()[0]
-    known = ", ".join(f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.shapes)
-    raise ValueError(f"Expected a topology, such as one of: {known}. Received: {name!r} ({problem})")
+    if generation not in CHIPS:
+        raise ValueError(f"Expected a topology of {', '.join(CHIPS)}, such as v5e:2x4. Received: {name!r}")
+    chip = CHIPS[generation]
+    options = dict(chip.options)
+    if shape == "1x1":
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        return list(topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        known = ", ".join(f"{generation}:{shape}" for shape in chip.shapes)
+        problem = str(error).splitlines()[0]
+        raise ValueError(f"Expected a topology, such as one of: {known}. Received: {name!r} ({problem})") from error
 
 
 @dataclass(frozen=True)
 class Program:
-    """A step, and what it is of."""
+    """A lowered step and its configuration."""
 
     lowered: Any
-    steps: int | None  # of the whole recipe
+    steps: int | None  # in the whole recipe
     size: int
     precision: str
 
@@ -129,12 +129,27 @@ class Program:
 def lowered(
     recipe: Recipe, devices: list[Any], evaluation: bool = False, fused: str | Collection[str] | None = None
 ) -> Program:
-    """The runner's own step, for devices that are not here; which units are fused, if not as the recipe says."""
+    """Lowers the JAX runner's step for devices of `topology()`.
+
+    Args:
+        recipe: `Recipe`.
+        devices: List of JAX devices.
+        evaluation: Boolean, whether to lower the evaluation step. Defaults to False, the training step.
+        fused: As in `jax_runner.Devices.adapted()`. Defaults to `recipe.run.fused`.
+
+    Returns:
+        `Program`.
+
+    Raises:
+        ValueError: If the devices cannot share the batch evenly.
+    """
     count, size = len(devices), recipe.model.image_size or VARIANTS[recipe.model.name].resolution
     if recipe.batch_size < 1 or recipe.batch_size % count:
-        raise ValueError(f"Expected a global batch that the {count} devices share. Received: {recipe.batch_size}")
+        raise ValueError(
+            f"Expected a global batch that is a multiple of the {count} devices. Received: {recipe.batch_size}"
+        )
     group = replicas.group_size(count, recipe.run.batch_norm_group)
-    machine = jax_runner.Devices(jax_runner.make_mesh(devices, group), 1)
+    machine = jax_runner.Devices(jax_step.make_mesh(devices, group), 1)
     classes, examples = _data(recipe)
     steps_per_epoch = (examples or 1_000_000) / recipe.batch_size
     total = int(recipe.epochs * steps_per_epoch)
@@ -145,27 +160,27 @@ def lowered(
         learner = make_learner(model, recipe, steps_per_epoch, max(total, 1))
         state = jax.eval_shape(learner.start)
 
-    def told(shape, dtype, of=jax_runner.EACH):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(machine.mesh, of))
+    def array(shape, dtype, spec=jax_step.EACH):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(machine.mesh, spec))
 
     batch = recipe.batch_size
-    state = jax.tree.map(lambda value: told(value.shape, value.dtype, jax_runner.ALL), state)
-    shared = recipe.augment.mixup or recipe.augment.cutmix
-    labels = told((batch, classes), "float32") if shared and not evaluation else told((batch,), "int32")
-    images = told((batch, size, size, 3), "float32" if evaluation else recipe.data.transfer)
-    stop = told((count,), "float32")
+    state = jax.tree.map(lambda value: array(value.shape, value.dtype, jax_step.ALL), state)
+    mixed = recipe.augment.mixup or recipe.augment.cutmix
+    labels = array((batch, classes), "float32") if mixed and not evaluation else array((batch,), "int32")
+    images = array((batch, size, size, 3), "float32" if evaluation else recipe.data.transfer)
+    stop = array((count,), "float32")
     if evaluation:
-        step = jax_runner.score_step(learner, machine.mesh, raw=False)
-        weights = told((batch,), "float32")
+        step = jax_step.score_step(learner, machine.mesh, raw=False)
+        weights = array((batch,), "float32")
         lowered = step.lower(state.trainable, state.moving, state.averages, images, labels, weights, stop)
     else:
-        step = jax_runner.train_step(learner, machine.mesh, batch)
-        lowered = step.lower(state, images, labels, told((), "int32", jax_runner.ALL), stop)
+        step = jax_step.train_step(learner, machine.mesh, batch)
+        lowered = step.lower(state, images, labels, array((), "int32", jax_step.ALL), stop)
     return Program(lowered, total if examples else None, size, precision)
 
 
 def _data(recipe: Recipe) -> tuple[int, int | None]:
-    """Classes, and training images where the data is here, or ImageNet."""
+    """Returns the numbers of classes and of training images, None if the data is neither ImageNet nor available."""
     if recipe.data.source == "imagenet2012":
         return recipe.data.classes or 1000, 1_281_167  # tensorflow/tpu efficientnet main.py: NUM_TRAIN_IMAGES
     try:
@@ -177,7 +192,7 @@ def _data(recipe: Recipe) -> tuple[int, int | None]:
 
 @contextlib.contextmanager
 def _interruptible():
-    """The compiler does not look up for minutes: Ctrl-C ends the process."""
+    """Lets Ctrl-C end the process. The compiler does not return to Python for minutes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -189,14 +204,14 @@ def _interruptible():
 
 
 def compiled(lowered) -> dict[str, Any]:
-    """What the compiler says of a step.
+    """Compiles a step and returns what the compiler reports.
 
     Args:
         lowered: `jax.stages.Lowered`, for devices of `topology()`.
 
     Returns:
-        Dict of `fits`, and per device `peak`, `limit`, `arguments`, `temporaries` (bytes), `flop`, `fusion` and `hbm`
-        (bytes), `reductions` and `reduced`, as of `Traffic`. Where it does not fit, what is not known is None.
+        Dict of `fits`, `compile_seconds`, and per device `peak`, `limit`, `arguments`, `temporaries` (bytes), `flop`,
+        and the fields of `Traffic`. Unknown values are None, as for a step that does not fit.
     """
     names = ("peak", "limit", "arguments", "temporaries", "flop", "fusion", "hbm", "reductions", "reduced")
     found: dict[str, Any] = {"fits": False} | dict.fromkeys(names)
@@ -215,7 +230,7 @@ def compiled(lowered) -> dict[str, Any]:
         moved = memory_traffic.read(program.as_text())
         found |= {
             "fits": True,
-            # What has to be there at once: the place of all temporary arrays, with the holes between them.
+            # All that is in memory at once, including the holes between temporary arrays.
             "peak": int(
                 memory.argument_size_in_bytes
                 + memory.output_size_in_bytes
@@ -232,10 +247,10 @@ def compiled(lowered) -> dict[str, Any]:
 
 
 def _remembered(lowered, name: str) -> dict[str, Any]:
-    """`compiled()`, once for each program and compiler."""
+    """Returns `compiled()`, cached for each program and compiler."""
     versions = [f"{package} {importlib.metadata.version(package)}" for package in ("jaxlib", "libtpu")]
-    told = json.dumps([name, versions, _OPTIONS, lowered.as_text()])
-    path = store.home() / "plans" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+    key = json.dumps([name, versions, _OPTIONS, lowered.as_text()])
+    path = store.home() / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text()) | {"compile_seconds": 0.0}
     found = compiled(lowered)
@@ -250,25 +265,25 @@ def plan(
     recipe: Recipe,
     where: str = "v5e:2x4",
     evaluation: bool = False,
-    tell: Callable[[str], object] = lambda told: None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """What a step of a recipe takes on a slice of TPUs, by their compiler.
+    """Plans a step of a recipe on a TPU slice: memory, traffic and lower bounds on the time.
 
-    Nothing runs: the times are bounds that the chip's arithmetic and memory set, from what the compiled program
-    computes and moves. They leave out the vector unit, waiting for other chips, and the input.
+    Nothing runs. The bounds follow from the arithmetic and the memory traffic of the compiled program. They ignore the
+    vector unit, waiting for other chips, and the input.
 
     Args:
         recipe: `Recipe`. Its `batch_size` is that of all chips together.
         where: String, see `topology()`. Defaults to `"v5e:2x4"`.
-        evaluation: Boolean, whether the step is that of an evaluation. Defaults to False: of the training.
-        tell: Function that is called with what is done now. Defaults to none.
+        evaluation: Boolean, whether to plan an evaluation step. Defaults to False, a training step.
+        tell: Function that is called with a line of progress. Defaults to none.
 
     Returns:
-        Dict of what stands in the table of `keras-effnet tpu-plan`, with the fields of its `--json`.
+        Dict, the fields of `keras-effnet tpu-plan --json`.
 
     Raises:
         ImportError: If libtpu is not installed.
-        ValueError: If the compiler knows no such slice, or its devices cannot share the batch.
+        ValueError: If the compiler does not know the slice, or its devices cannot share the batch evenly.
 
     Example:
 
@@ -278,7 +293,7 @@ def plan(
     True
 
     Reference:
-        benchmarks/tpu_traffic.md.
+        docs/tpu.md.
     """
     devices = topology(where)
     chip = CHIPS[where.partition(":")[0]]
@@ -288,15 +303,9 @@ def plan(
     program = lowered(recipe, devices, evaluation)
     tell(f"Compiling {_what(recipe, where)}")
     found = _remembered(program.lowered, where)
-    on_chip = len(devices) // chips  # of a chip without megacore each core is a device
-
-    def of_chip(name: str):
-        return None if found[name] is None else int(found[name] * on_chip)
-
-    def of_image(name: str):
-        return None if found[name] is None else found[name] * on_chip / per_chip
-
-    result: dict[str, Any] = {
+    on_chip = len(devices) // chips  # without megacore, each core of a chip is a device
+    steps = None if evaluation else program.steps
+    return {
         "model": recipe.model.name,
         "step": "evaluation" if evaluation else "training",
         "topology": where,
@@ -307,6 +316,24 @@ def plan(
         "image_size": program.size,
         "precision": program.precision,
         "fused": recipe.run.fused,
+        **_takes(found, chip, on_chip, per_chip),
+        **_bounds(found, chip, on_chip, per_chip, steps),
+        "compile_seconds": found["compile_seconds"],
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+
+
+def _takes(found: dict[str, Any], chip: Chip, on_chip: int, per_chip: float) -> dict[str, Any]:
+    """Memory, arithmetic and traffic, per chip and per image; `on_chip` devices share a chip's `per_chip` images."""
+
+    def of_chip(name: str):
+        return None if found[name] is None else int(found[name] * on_chip)
+
+    def of_image(name: str):
+        return None if found[name] is None else found[name] * on_chip / per_chip
+
+    return {
         "fits": found["fits"],
         "peak_hbm_bytes_per_chip": of_chip("peak"),
         "hbm_bytes_of_chip": of_chip("limit") or chip.hbm,
@@ -317,17 +344,18 @@ def plan(
         "hbm_bytes_per_image": of_image("hbm"),
         "reductions_per_step": found["reductions"],
     }
+
+
+def _bounds(found: dict[str, Any], chip: Chip, on_chip: int, per_chip: float, steps: int | None) -> dict[str, Any]:
+    """Bounds on time from the chip's arithmetic and memory; hours only where the number of steps is known."""
     limits = {"arithmetic": (found["flop"], chip.flops), "memory": (found["hbm"], chip.bandwidth)}
     seconds = {name: value * on_chip / rate for name, (value, rate) in limits.items() if value is not None}
     step = max(seconds.values(), default=None)
-    return result | {
+    return {
         "roofline_seconds_per_step": step,
         "bound": max(seconds, key=lambda name: seconds[name], default=None),
         "images_per_second_per_chip": step and per_chip / step,
-        "hours": None if evaluation or not step or program.steps is None else program.steps * step / 3600,
-        "compile_seconds": found["compile_seconds"],
-        "jax": jax.__version__,
-        "libtpu": importlib.metadata.version("libtpu"),
+        "hours": None if not step or steps is None else steps * step / 3600,
     }
 
 
@@ -339,9 +367,9 @@ def plan_apart(
     recipe: Recipe,
     where: str = "v5e:2x4",
     evaluation: bool = False,
-    tell: Callable[[str], object] = lambda told: None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """`plan()`, in a process of its own: the compiler gives its memory back at a process' end only.
+    """Runs `plan()` in a separate process, because the compiler frees its memory only when its process ends.
 
     Five batches of B7 in one process took 15 GB.
 
@@ -349,14 +377,14 @@ def plan_apart(
         recipe: `Recipe`, see `plan()`.
         where: String, see `topology()`. Defaults to `"v5e:2x4"`.
         evaluation: Boolean, see `plan()`. Defaults to False.
-        tell: Function that is called with what is done now. Defaults to none.
+        tell: Function that is called with a line of progress. Defaults to none.
 
     Returns:
         Dict, see `plan()`.
 
     Raises:
         ImportError: See `plan()`.
-        OSError: If the process is killed, as where memory runs out.
+        OSError: If the process is killed, for example because memory runs out.
         ValueError: See `plan()`.
     """
     tell(f"Compiling {_what(recipe, where)}")
@@ -365,27 +393,27 @@ def plan_apart(
         try:
             return process.submit(plan, recipe, where, evaluation).result()
         except BrokenProcessPool as error:
-            told = "its process was killed, as where this machine's memory runs out"
-            raise OSError(f"Expected to compile {_what(recipe, where)}. Received: {told}") from error
+            problem = "the compiler's process was killed, as happens when this machine's memory runs out"
+            raise OSError(f"Expected to compile {_what(recipe, where)}. Received: {problem}") from error
 
 
 def largest(
     recipe: Recipe,
     where: str = "v5e:2x4",
     evaluation: bool = False,
-    tell: Callable[[str], object] = lambda told: None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """The plan with the largest batch that fits, in steps of 8 images per device; below 8 of 1.
+    """Searches the largest batch that fits, in steps of 8 images per device, below 8 in steps of 1.
 
     Args:
-        recipe: `Recipe`. Its `batch_size` is where the search begins.
+        recipe: `Recipe`. The search begins at its `batch_size`.
         where: String, see `topology()`. Defaults to `"v5e:2x4"`.
         evaluation: Boolean, see `plan()`. Defaults to False.
-        tell: Function that is called with what is done now. Defaults to none.
+        tell: Function that is called with a line of progress. Defaults to none.
 
     Returns:
-        Dict, see `plan()`, with `tried`: a list of pairs of batches and whether they fit. If not even an image per
-        device fits, that of one.
+        Dict, see `plan()`, with `tried`, a list of pairs of a batch and whether it fits. If not even one image per
+        device fits, the plan for one.
 
     Raises:
         ImportError: See `plan()`.
@@ -415,10 +443,11 @@ def largest(
 
 
 def _next(tried: dict[int, dict[str, Any]], good: int, bad: int | None, unit: int, capacity: int) -> int:
-    """Where a straight line through what is known comes to the memory's end, between what fits and what does not.
+    """Returns the next number of images per device to try, between `good`, which fits, and `bad`, which does not.
 
-    Near the end the compiler computes again what it has no room for, and the line is too low: then twice the last step
-    or a quarter more, and halves of what is left.
+    The guess is where a straight line through the known values reaches the memory limit. Near the limit the compiler
+    recomputes what it cannot store, so the line is too low: the guess then adds at least twice the last step or a
+    quarter, whichever is less, and at most half of the interval.
     """
     rows = {n: one["peak_hbm_bytes_per_chip"] for n, one in tried.items()}
     limit = min([capacity, *(one["hbm_bytes_of_chip"] for one in tried.values())])

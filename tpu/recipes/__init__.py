@@ -1,4 +1,4 @@
-"""The recipes: a file each, with a row per model. A file's docstring tells command, hardware, top-1 and source."""
+"""Recipes, one file each with a row per model. Each file's docstring names command, hardware, top-1 and source."""
 
 import importlib
 import pkgutil
@@ -8,10 +8,10 @@ from keras_effnet.tpu import config
 
 
 def every() -> dict[str, config.Recipe]:
-    """All recipes.
+    """Returns all recipes.
 
     Returns:
-        Dict from a recipe's name to a `keras_effnet.tpu.config.Recipe`.
+        Dict from the name of a recipe to its `keras_effnet.tpu.config.Recipe`.
 
     Example:
 
@@ -26,16 +26,16 @@ def every() -> dict[str, config.Recipe]:
 
 
 def find(name: str) -> config.Recipe:
-    """A recipe.
+    """Returns a recipe by its name, or reads the one of a run.
 
     Args:
-        name: String, its name; or the path of a config.json that a run has written.
+        name: String, name of a recipe, or path of the config.json of a run.
 
     Returns:
         A `keras_effnet.tpu.config.Recipe`.
 
     Raises:
-        ValueError: If there is none, with the nearest names.
+        ValueError: If there is no such recipe. The message names the nearest ones.
 
     Example:
 

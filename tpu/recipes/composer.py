@@ -1,10 +1,10 @@
-"""MosaicML Composer's B0: NVIDIA's numbers, weight decay on batch normalisation too, PyTorch's batch normalisation.
+"""MosaicML Composer's B0: NVIDIA's numbers, PyTorch's batch normalization, and weight decay on that too.
 
 Command: `keras-effnet train b0_composer --data PATH --workdir DIR`
-Hardware: 8 GPUs, 23.3 hours on 3080s by Composer's README. Not run by us.
-Top-1: 77.22. Label smoothing is named beside that number without a value; 0.1 is NVIDIA's. Composer's own architecture
-is not rebuilt: its activation behind the first block's projection, and its symmetric padding. Momentum 0.1 in PyTorch
-is 0.9 here. There is no moving average, there and here: average_decay is 0.
+Hardware: 8 GPUs; 23.3 hours on 3080s, says Composer's README. Not run by us.
+Top-1: 77.22. Composer names label smoothing beside that number, without a value; 0.1 is NVIDIA's. Not rebuilt here:
+its activation after the first block's projection, and its symmetric padding. Momentum 0.1 in PyTorch is 0.9 here.
+Neither Composer nor this recipe has a moving average: average_decay is 0.
 Source: Composer @ 0acac4ca, composer/yamls/models/efficientnetb0.yaml:1-41; efficientnets.py:68-69.
 """
 

@@ -1,9 +1,9 @@
-"""CondConv: B0 with 4 and with 8 experts, and with 8 experts and B1's depth.
+"""CondConv B0 with 4 experts, with 8, and with 8 and B1's depth.
 
 Command: `keras-effnet train condconv_b0_4e --data gs://BUCKET/imagenet --workdir gs://BUCKET/condconv_b0_4e`
-Hardware: a Cloud TPU slice that holds 2048 images a step; fewer with --batch_size, the learning rate follows. Not run
-by us.
-Top-1: 77.8, 78.3 and 79.5. The README names no augmentation; none is taken here.
+Hardware: a Cloud TPU slice with memory for 2048 images per step. With a smaller --batch_size, the learning rate
+follows. Not run by us.
+Top-1: 77.8, 78.3 and 79.5. The README names no augmentation, so there is none here.
 Source: tensorflow/tpu models/official/efficientnet @ 7dc921f, condconv/README.md:30-36.
 """
 

@@ -1,8 +1,8 @@
-"""Lite0 from random values on scikit-learn's digits: the whole path in a few minutes.
+"""Lite0 trained from random values on scikit-learn's digits: a complete run in a few minutes.
 
 Command: `keras-effnet train digits_demo --workdir runs/digits`
-Hardware: a laptop's two cores.
-Top-1: of 360 digits that are kept for it, see the README.
+Hardware: two cores of a laptop.
+Top-1: see the README; on 360 digits that are held out.
 Source: ours.
 """
 

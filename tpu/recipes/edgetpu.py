@@ -1,10 +1,10 @@
 """EdgeTPU-S, M and L.
 
 Command: `keras-effnet train edgetpu_s --data gs://BUCKET/imagenet --workdir gs://BUCKET/edgetpu_s`
-Hardware: a Cloud TPU slice that holds 2048 images a step; fewer with --batch_size, the learning rate follows. Not run
-by us.
-Top-1: 77.23 (S), 78.69 (M), 80.62 (L). The original has a class more, 0 for background, which no image belongs to:
---data.classes 1001 --data.first_label 0. The README names no augmentation; none is taken here.
+Hardware: a Cloud TPU slice with memory for 2048 images per step. With a smaller --batch_size, the learning rate
+follows. Not run by us.
+Top-1: 77.23 (S), 78.69 (M), 80.62 (L). The original has one more class, 0 for background, without images. To keep it:
+--data.classes 1001 --data.first_label 0. The README names no augmentation, so there is none here.
 Source: tensorflow/tpu models/official/efficientnet @ 7dc921f, edgetpu/README.md:20-35 and :62-64.
 """
 

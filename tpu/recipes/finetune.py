@@ -1,10 +1,10 @@
-"""Fine-tuning on your own photographs, from Lite0's ImageNet weights.
+"""Fine-tuning on your own photos, from Lite0's ImageNet weights.
 
 Command: `keras-effnet train finetune --data FOLDER --workdir runs/mine` (another model: --model.name efficientnet-b0;
 other weights: --model.weights noisy-student, or the path of a file)
 Hardware: a laptop.
-Top-1: that of your data; on scikit-learn's digits see the README. Small steps, a moving average that is short enough
-for short runs, and a momentum of batch normalisation that follows in so few steps.
+Top-1: depends on your data; for scikit-learn's digits, see the README. The steps are small, and the moving average and
+the batch-norm momentum are short enough for a short run.
 Source: ours.
 """
 

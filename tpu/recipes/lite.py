@@ -1,10 +1,10 @@
-"""Lite0-Lite4: no squeeze-and-excite, relu6, a stem and a head that do not grow.
+"""Lite0-Lite4: relu6, no squeeze-and-excite, and the same stem and head in all sizes.
 
 Command: `keras-effnet train lite0 --data gs://BUCKET/imagenet --workdir gs://BUCKET/lite0`
-Hardware: a Cloud TPU slice that holds 2048 images a step; fewer with --batch_size, the learning rate follows. Not run
-by us.
-Top-1: 75.1 (Lite0), 76.7, 77.6, 79.8, 81.5 (Lite4). The README names no augmentation; none is taken here. Bicubic, as
-the original does from TFRecords whatever its flag says (imagenet_input.py:344-355).
+Hardware: a Cloud TPU slice with memory for 2048 images per step. With a smaller --batch_size, the learning rate
+follows. Not run by us.
+Top-1: 75.1 (Lite0), 76.7, 77.6, 79.8, 81.5 (Lite4). The README names no augmentation, so there is none here. Resizing
+is bicubic: with TFRecords the original ignores its flag (imagenet_input.py:344-355).
 Source: tensorflow/tpu models/official/efficientnet @ 7dc921f, lite/README.md:16-20.
 """
 

@@ -1,12 +1,12 @@
-"""NVIDIA's B0, as its PyTorch and its TensorFlow repositories train it.
+"""NVIDIA's B0, as trained in its PyTorch and its TensorFlow repository.
 
 Command: `keras-effnet train b0_nvidia_pytorch --data PATH --workdir DIR` (or b0_nvidia_tensorflow)
-Hardware: 8 A100; 11 hours (PyTorch) and 8.5 hours (TensorFlow) by NVIDIA's READMEs. Not run by us.
+Hardware: 8 A100; 11 hours (PyTorch) and 8.5 hours (TensorFlow), say NVIDIA's READMEs. Not run by us.
 Top-1: 77.42 (PyTorch, mixed precision) and 77.59 (TensorFlow, mixed precision).
-PyTorch's has no moving average and no drop connect; its momentum 0.01 of batch normalisation is 0.99 here. Its
-symmetric padding is not rebuilt. TensorFlow's weight decay of 5e-6 is 1e-5 times half the sum of squares here, and its
-batch normalisation is of all replicas; its cosine is taken to end with the last epoch. mixup is the original's: a
-weight for each image, at least 1/2 its own. Initial values are the original's.
+The PyTorch recipe has no moving average and no drop connect. Its batch-norm momentum of 0.01 is 0.99 here; its
+symmetric padding is not rebuilt. The TensorFlow recipe's weight decay of 5e-6 is 1e-5 times half the sum of squares
+here, and all replicas share batch statistics; we assume that its cosine ends with the last epoch. mixup is the
+original's: one weight per image, at least 1/2 for the image itself. Initial values are the original's.
 Source: NVIDIA DeepLearningExamples @ 729963dd, PyTorch/Classification/ConvNets configs.yml:99-125 and
 efficientnet/README.md:555-568; TensorFlow2/Classification/ConvNets config/defaults.py:231-330 and
 efficientnet_v1/README.md:393-404.

@@ -1,11 +1,11 @@
-"""B0-B8 with RandAugment of two operations.
+"""B0-B8 with RandAugment, two operations per image.
 
 Command: `keras-effnet train b5_randaugment --data gs://BUCKET/imagenet --workdir gs://BUCKET/b5_randaugment`
-Hardware: a Cloud TPU slice that holds 2048 images a step; fewer with --batch_size, the learning rate follows. Not run
-by us.
-Top-1: 83.7 (B5, magnitude 17) and 84.7 (B7, magnitude 28); these two magnitudes and B8's, 28, are the published ones.
-B0's, 9, is that of timm's recipe (`b0_timm`). Between them nothing is published: the magnitudes of B1-B4 and of B6 lie
-on the lines between their neighbours, and no accuracy is known.
+Hardware: a Cloud TPU slice with memory for 2048 images per step. With a smaller --batch_size, the learning rate
+follows. Not run by us.
+Top-1: 83.7 (B5, magnitude 17) and 84.7 (B7, magnitude 28). Only these two magnitudes and B8's, 28, are published. B0's,
+9, is that of timm's recipe (`b0_timm`). Those of B1-B4 and B6 are interpolated linearly, and no accuracy is known for
+them.
 Source: tensorflow/tpu models/official/efficientnet @ 7dc921f, README.md:66 and :76.
 """
 

@@ -2,10 +2,10 @@
 
 Command: `keras-effnet train b0_timm --data PATH --workdir DIR`
 Hardware: 2 GPUs with 384 images each. Not run by us.
-Top-1: 77.7. The operations of RandAugment are those of the TPU code, with timm's magnitude 9, deviation 0.5 and
-probability 0.5; timm draws them with Pillow, and has Cutout not among them. Weight decay is of kernels alone, as timm
-does. The moving average's share grows to 0.9999 as in the original. The command does not name the length of the warm-
-up: 5 epochs are what timm takes today.
+Top-1: 77.7. RandAugment's operations are those of the TPU code, with timm's magnitude 9, deviation 0.5 and probability
+0.5; timm computes them with Pillow, and without Cutout. Weight decay applies to kernels only, as in timm. The decay of
+the moving average grows to 0.9999, as in the original. The command does not say how long the warm-up is; 5 epochs is
+timm's current default.
 Source: timm's documentation, training_script.mdx:68-73.
 """
 

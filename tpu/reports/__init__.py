@@ -1,1 +1,1 @@
-"""What a run reports: progress, evaluation, and the HTML report."""
+"""Reports on a run: progress, evaluation, and the HTML report."""

@@ -1,4 +1,4 @@
-"""How well a classifier does on a data set: published weights, a saved model, or what a run has come to."""
+"""Evaluates a classifier on a data set: a published model, a saved one, or that of a training run."""
 
 import json
 import os
@@ -36,33 +36,33 @@ def evaluate(
     predictions: str | os.PathLike | None = None,
     on_progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Evaluates a classifier, with the crop, interpolation and normalisation that its weights are published with.
+    """Evaluates a classifier with the crop, interpolation and normalization of its published weights.
 
     Args:
         model: Name of a model; path of a `.keras` file with an EfficientNet in it; path of a training run's folder,
-            which is evaluated as the run itself does it, to the last image; or a `keras.Model`.
-        data: `Data`: `source`, `data_dir`, `eval_split`, `first_label`, `holdout_shards` and `classes` are used. Of a
-            1000-class model, folders that are called by WordNet ids may be any of ImageNet's classes. Defaults to a
-            run's own.
-        weights: Of a model's name: tag of a published set, or path of a file. Of a `.keras` file: tag of the set
-            whose crop and interpolation hold, by default those of the variant's usual one.
-        crop: Float, share of the shorter side that is evaluated. Defaults to what the weights expect.
+            which is evaluated exactly as the run evaluates itself; or a `keras.Model`.
+        data: `Data`. Only `source`, `data_dir`, `eval_split`, `first_label`, `holdout_shards` and `classes` are used.
+            For a 1000-class model, folders named by WordNet ids may hold any of the ImageNet classes. Defaults to the
+            data of the run.
+        weights: With the name of a model: tag of a published set, or path of a file. With a `.keras` file: tag of the
+            set whose crop and interpolation to use, by default the variant's usual one. Defaults to `"imagenet"`.
+        crop: Float, share of the shorter side to keep. Defaults to what the weights expect.
         interpolation: `"bicubic"` or `"bilinear"`. Defaults to what the weights expect.
         batch_size: Integer. Defaults to 32.
-        limit: Integer, most examples to evaluate, which are taken from all over a folder, or from the beginning of
-            records. Defaults to None: all.
-        predictions: Path of a file to write: an object a line with an example's `name`, `label` and five most
-            probable classes. Defaults to None.
-        on_progress: Function that is called with the number of examples that are done, and of all.
+        limit: Integer, maximum number of examples, taken from all over a folder or from the beginning of records.
+            Defaults to None: all.
+        predictions: Path of a file to write, with one JSON object per line: the `name`, `label` and five most
+            probable classes of an example. Defaults to None.
+        on_progress: Function of two integers: the number of examples done, and of all examples.
 
     Returns:
-        Dict: `top1` and `top5` (shares), `examples`, `skipped` (names of what could not be read), `published` and the
+        Dict: `top1` and `top5` (shares), `examples`, `skipped` (names of unreadable examples), `published` and the
         `difference` from it in points, `preprocessing`, `classes` (a dict each: `class`, `name`, `examples`, `top1`),
         `confusions` (`true`, `predicted`, `count`), `seconds`, `images_per_second`.
 
     Raises:
         OSError: If a file cannot be read or written.
-        ValueError: If an argument is not valid, there is no such data, or its classes are not the model's.
+        ValueError: If an argument is not valid, the data does not exist, or its classes are not the model's.
 
     Example:
 
@@ -73,6 +73,79 @@ def evaluate(
     Reference:
         tensorflow/tpu efficientnet eval_ckpt_main.py.
     """
+    _check_arguments(crop, interpolation, batch_size, limit)
+    subject = _subject(model, weights, crop, interpolation)
+    found, place = _open_data(model, data, subject)
+    numbers, names = _classes(found, subject, place)
+
+    began = time.monotonic()
+    total = min(found.count, limit or found.count)
+    with files.replacing(predictions) if predictions else nullcontext() as temporary:
+        scores = score(
+            subject.net,
+            found.examples.sample(total) if limit else found.examples.evaluate(0, 1),
+            found.examples,
+            subject.read,
+            numbers,
+            batch_size=batch_size,
+            on_progress=lambda done: on_progress(done, total),
+        )
+        _check_complete(scores, total, place)
+        if temporary:
+            with open(temporary, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in _rows(scores, names))
+    seconds = time.monotonic() - began
+
+    record = subject.record
+    return {
+        "model": model.name if isinstance(model, keras.Model) else os.fspath(model),
+        "weights": record.tag if record else (subject.run.origin if subject.run else None),
+        "data": place,
+        **_summary(scores, names, subject),
+        "seconds": round(seconds, 2),
+        "images_per_second": round(len(scores.names) / seconds, 2),
+    }
+
+
+def evaluate_run(workdir, source: Source, examples: int, keep: int) -> tuple[Scores, list[str], str]:
+    """Evaluates a run's model on the run's evaluation data and keeps the images of some mistakes.
+
+    Args:
+        workdir: Path of the run's folder.
+        source: `Source` of `open_run()`.
+        examples: Integer, maximum number of examples.
+        keep: Integer, number of most confident mistakes whose pixels are kept.
+
+    Returns:
+        Tuple of the `Scores`, the class names, and the name of the file that holds the model's weights.
+
+    Raises:
+        ValueError: If there is no model yet, or the data has changed.
+    """
+    subject = _subject(workdir, "imagenet", None, None)
+    how, part = subject.run.recipe, source.evaluate
+    numbers, names = _classes(_evaluated(source), subject, how.data.source)
+    rows = part.sample(examples) if examples < source.eval_count else part.evaluate(0, 1)
+    scores = score(subject.net, rows, part, subject.read, numbers, keep=keep)
+    if not scores.names:
+        raise ValueError(f"Expected readable images. Received: none in {how.data.source!r}")
+    return scores, names, subject.run.origin
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model to evaluate, with its preprocessing and origin."""
+
+    net: Any
+    outputs: int
+    read: Callable[[bytes], np.ndarray]
+    used: dict[str, Any]
+    record: Any = None
+    run: Any = None
+    labels: Sequence[str] = ()
+
+
+def _check_arguments(crop, interpolation, batch_size: int, limit: int | None) -> None:
     for name, value in (("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise ValueError(f"Expected {name} of at least 1. Received: {value}")
@@ -80,98 +153,46 @@ def evaluate(
         raise ValueError(f"Expected a crop above 0 and up to 1. Received: {crop}")
     if interpolation is not None:
         one_of("interpolation", interpolation, ("bicubic", "bilinear"))
-    subject = _subject(model, weights, crop, interpolation)
-    if data is not None:
-        found, place = open_evaluation(data), data.source
-    elif subject.run:
-        source, place = open_run(model, subject.run.recipe), subject.run.recipe.data.source
-        found = Evaluated(source.evaluate, source.eval_count, None, source.labels)
-    else:
-        raise ValueError("Expected data. Received: none")
-    numbers, names = _classes(found, subject, place)
-    examples, record = found.examples, subject.record
 
-    began = time.monotonic()
-    total = min(found.count, limit or found.count)
-    with files.replacing(predictions) if predictions else nullcontext() as temporary:
-        scores = score(
-            subject.net,
-            examples.sample(total) if limit else examples.evaluate(0, 1),
-            examples,
-            subject.read,
-            numbers,
-            batch_size=batch_size,
-            on_progress=lambda done: on_progress(done, total),
+
+def _subject(model, weights, crop, interpolation) -> _Subject:
+    folder = "" if isinstance(model, keras.Model) else os.fspath(model).rstrip("/")
+    if not folder or not tf.io.gfile.exists(f"{folder}/config.json"):
+        return _subject_of_model(_network(model, weights), weights, crop, interpolation)
+    if crop or interpolation:
+        raise ValueError(
+            "Expected no crop and no interpolation with the folder of a run, which has its own. "
+            f"Received: crop={crop}, interpolation={interpolation!r}"
         )
-        if len(scores.names) + len(scores.skipped) != total:
-            raise ValueError(
-                f"Expected {total} examples. Received: {len(scores.names)}, and {len(scores.skipped)} that cannot be "
-                "read"
-            )
-        if not scores.names:
-            raise ValueError(f"Expected images that can be read. Received: none of {total} in {place!r}")
-        if temporary:
-            with open(temporary, "w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in _rows(scores, names))
-    seconds = time.monotonic() - began
-    return {
-        "model": model.name if isinstance(model, keras.Model) else os.fspath(model),
-        "weights": record.tag if record else (subject.run.origin if subject.run else None),
-        "data": place,
-        "examples": len(scores.names),
-        "skipped": scores.skipped,
-        "top1": scores.top1,
-        "top5": scores.top5,
-        "published": record and {"top1": record.top1, "top5": record.top5, "source": record.source},
-        "difference": round(100 * scores.top1 - record.top1, 3) if record else None,
-        "preprocessing": subject.used,
-        "classes": [
-            {"class": label, "name": names[label], "examples": examples, "top1": top1}
-            for label, examples, top1 in scores.per_class()
-        ],
-        "confusions": [
-            {"true": names[true], "predicted": names[said], "count": often} for true, said, often in scores.confusions()
-        ],
-        "seconds": round(seconds, 2),
-        "images_per_second": round(len(scores.names) / seconds, 2),
-    }
+    return _subject_of_run(folder)
 
 
-def evaluate_run(workdir, source: Source, examples: int, keep: int) -> tuple[Scores, list[str], str]:
-    """What a run's model says of its own evaluation data, for those who want to see the images.
-
-    Args:
-        workdir: Path of the run's folder.
-        source: `Source` of `open_run()`.
-        examples: Integer, most examples to look at.
-        keep: Integer, the most confident mistakes whose pixels are kept.
-
-    Returns:
-        Tuple of the `Scores`, the names of the classes, and the file that the model's values are from.
-
-    Raises:
-        ValueError: If there is no model yet, or the data is not as it was.
-    """
-    subject = _subject(workdir, "imagenet", None, None)
-    how, part = subject.run.recipe, source.evaluate
-    numbers, names = _classes(Evaluated(part, source.eval_count, None, source.labels), subject, how.data.source)
-    rows = part.sample(examples) if examples < source.eval_count else part.evaluate(0, 1)
-    scores = score(subject.net, rows, part, subject.read, numbers, keep=keep)
-    if not scores.names:
-        raise ValueError(f"Expected images that can be read. Received: none in {how.data.source!r}")
-    return scores, names, subject.run.origin
+def _subject_of_run(folder: str) -> _Subject:
+    run = trained(folder)
+    how, size = run.recipe.data, run.size
+    used = {"size": [size, size], "crop": round(how.eval_crop or size / (size + 32), 4)}
+    used["interpolation"] = how.interpolation
+    return _Subject(run.net, _outputs(run.net), run.read(), used, run=run, labels=labels_of(folder))
 
 
-def _rows(scores: Scores, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for place, name in enumerate(scores.names):
-        best = zip(scores.classes[place].tolist(), scores.probabilities[place].tolist(), strict=True)
-        label = int(scores.labels[place])
-        yield {
-            "name": name,
-            "label": label,
-            "label_name": names[label],
-            "predictions": [{"class": one, "name": names[one], "probability": share} for one, share in best],
-        }
+def _subject_of_model(net, weights, crop, interpolation) -> _Subject:
+    outputs = _outputs(net)
+    # A model that does not record its weights gets the preprocessing of its variant's usual ones, or of `weights`.
+    known = hasattr(net, "weights_record") or weights == "imagenet" or os.path.isfile(weights)
+    size, channels, channels_last, rules = loading.expected_by(net, "auto" if known else weights)
+    side = min(size)
+    share = crop or (None if rules else 0.875)
+    padding = rules.crop_padding if share is None else round(side * (1 / share - 1))
+    interpolation = interpolation or (rules.interpolation if rules else "bicubic")
+
+    # Like images.loading.image_loader(), but crop and interpolation may differ from the weights' own.
+    def read(encoded):
+        pixels = decoding.decode_image(encoded, channels)
+        pixels = resizing.crop_and_resize(pixels, size, padding, interpolation)
+        return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    used = {"size": list(size), "crop": round(side / (side + padding), 4), "interpolation": interpolation}
+    return _Subject(net, outputs, read, used, getattr(net, "weights_record", None))
 
 
 def _network(model, weights) -> Any:
@@ -187,7 +208,8 @@ def _network(model, weights) -> Any:
         return models.create_model(name, weights=weights, classes=classes)
     if not os.path.isfile(name):
         raise FileNotFoundError(
-            f"Expected the name of a model, a .keras file, or the folder of a run. Received: {name!r}, which is none"
+            f"Expected the name of a model, a .keras file, or the folder of a run. Received: {name!r}, which is none "
+            "of these"
         )
     return keras.models.load_model(name, compile=False)
 
@@ -196,57 +218,27 @@ def _outputs(net) -> int:
     inspection.find(net)
     if len(net.inputs) != 1 or len(net.outputs) != 1 or len(net.output_shape) != 2 or not net.output_shape[-1]:
         raise ValueError(
-            f"Expected a classifier, with one input and an output of (batch, classes). Received: {net.name!r}, whose "
-            f"output has the shape {net.output_shape}"
+            f"Expected a classifier with one input and one output of shape (batch, classes). Received: {net.name!r} "
+            f"with output shape {net.output_shape}"
         )
     return net.output_shape[-1]
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is evaluated: a model, how it sees images, and where it is from."""
-
-    net: Any
-    outputs: int
-    read: Callable[[bytes], np.ndarray]
-    used: dict[str, Any]
-    record: Any = None
-    run: Any = None
-    labels: Sequence[str] = ()
+def _open_data(model, data: Data | None, subject: _Subject) -> tuple[Evaluated, str]:
+    if data is not None:
+        return open_evaluation(data), data.source
+    if not subject.run:
+        raise ValueError("Expected data: only the folder of a run has its own. Received: none")
+    recipe = subject.run.recipe
+    return _evaluated(open_run(model, recipe)), recipe.data.source
 
 
-def _subject(model, weights, crop, interpolation) -> _Subject:
-    folder = "" if isinstance(model, keras.Model) else os.fspath(model).rstrip("/")
-    if folder and tf.io.gfile.exists(f"{folder}/config.json"):
-        if crop or interpolation:
-            raise ValueError("Expected no crop and no interpolation for the folder of a run, whose own hold")
-        run = trained(folder)
-        how, size = run.recipe.data, run.size
-        used = {"size": [size, size], "crop": round(how.eval_crop or size / (size + 32), 4)}
-        used["interpolation"] = how.interpolation
-        return _Subject(run.net, _outputs(run.net), run.read(), used, run=run, labels=labels_of(folder))
-    net = _network(model, weights)
-    outputs = _outputs(net)
-    # A model that does not know its weights is seen as its variant's usual ones, or as those that are named.
-    known = hasattr(net, "weights_record") or weights == "imagenet" or os.path.isfile(weights)
-    size, channels, channels_last, rules = loading.expected_by(net, "auto" if known else weights)
-    side = min(size)
-    share = crop or (None if rules else 0.875)
-    padding = rules.crop_padding if share is None else round(side * (1 / share - 1))
-    interpolation = interpolation or (rules.interpolation if rules else "bicubic")
-
-    # preprocessing.image_loader(), with a crop and an interpolation that may be others than the weights'.
-    def read(encoded):
-        pixels = decoding.decode_image(encoded, channels)
-        pixels = resizing.crop_and_resize(pixels, size, padding, interpolation)
-        return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-    used = {"size": list(size), "crop": round(side / (side + padding), 4), "interpolation": interpolation}
-    return _Subject(net, outputs, read, used, getattr(net, "weights_record", None))
+def _evaluated(source: Source) -> Evaluated:
+    return Evaluated(source.evaluate, source.eval_count, None, source.labels)
 
 
 def _classes(found: Evaluated, subject: _Subject, source: str) -> tuple[np.ndarray, list[str]]:
-    """The model's class of each of the data's, and the names of the model's classes."""
+    """Returns the model's class number of each class of the data, and the names of the model's classes."""
     labels, outputs = found.labels, subject.outputs
     wnids = dict(class_names.classes()) if outputs == 1000 else {}
     by_wnid = bool(wnids and labels and set(labels) <= wnids.keys())
@@ -256,17 +248,57 @@ def _classes(found: Evaluated, subject: _Subject, source: str) -> tuple[np.ndarr
     if labels and known:
         missing = [name for name in labels if name not in known]
         if missing:
-            raise ValueError(f"Expected classes of the model: {_few(known)}. Received: {source!r} with {_few(missing)}")
+            raise ValueError(f"Expected classes of the model: {_few(known)}. Received: {_few(missing)} in {source!r}")
         return np.array([known.index(name) for name in labels]), names
     classes = found.classes or outputs
     if classes != outputs:
         raise ValueError(
-            f"Expected data of the model's {outputs} classes"
-            f"{', or folders that are called by WordNet ids' * bool(wnids)}. Received: {classes} classes in "
-            f"{source!r}{': ' * bool(labels)}{_few(labels)}"
+            f"Expected data with the model's {outputs} classes{', or folders named by WordNet ids' * bool(wnids)}. "
+            f"Received: {classes} classes in {source!r}{': ' * bool(labels)}{_few(labels)}"
         )
     return np.arange(outputs), names
 
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:TOP]) + ", ..." * (len(names) > TOP)
+
+
+def _check_complete(scores: Scores, total: int, place: str) -> None:
+    if len(scores.names) + len(scores.skipped) != total:
+        raise ValueError(
+            f"Expected {total} examples. Received: {len(scores.names)} readable and {len(scores.skipped)} unreadable"
+        )
+    if not scores.names:
+        raise ValueError(f"Expected readable images. Received: none of {total} in {place!r}")
+
+
+def _rows(scores: Scores, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for place, name in enumerate(scores.names):
+        best = zip(scores.classes[place].tolist(), scores.probabilities[place].tolist(), strict=True)
+        label = int(scores.labels[place])
+        yield {
+            "name": name,
+            "label": label,
+            "label_name": names[label],
+            "predictions": [{"class": one, "name": names[one], "probability": share} for one, share in best],
+        }
+
+
+def _summary(scores: Scores, names: Sequence[str], subject: _Subject) -> dict[str, Any]:
+    record = subject.record
+    return {
+        "examples": len(scores.names),
+        "skipped": scores.skipped,
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "published": record and {"top1": record.top1, "top5": record.top5, "source": record.source},
+        "difference": round(100 * scores.top1 - record.top1, 3) if record else None,
+        "preprocessing": subject.used,
+        "classes": [
+            {"class": label, "name": names[label], "examples": examples, "top1": top1}
+            for label, examples, top1 in scores.per_class()
+        ],
+        "confusions": [
+            {"true": names[true], "predicted": names[said], "count": often} for true, said, often in scores.confusions()
+        ],
+    }

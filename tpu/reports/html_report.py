@@ -1,4 +1,4 @@
-"""A training run as one page, all in one file: how it went, what the network saw, and what it gets wrong."""
+"""Writes a training run as one HTML file: curves, accuracy, augmented images and mistakes."""
 
 import base64
 import io
@@ -25,28 +25,24 @@ from keras_effnet.tpu.reports.run_folder import configuration, open_run
 from keras_effnet.tpu.reports.scoring import Scores, png
 from keras_effnet.tpu.resume import cloud_files
 
-MISTAKES = 24  # pictures
-
+MISTAKES = 24  # images
 SKIPPED = 20  # names
-
-ORIGINALS, EPOCHS, MIXED = 4, 5, 2  # rows and columns of the augmentation's pictures
-
+ORIGINALS, EPOCHS, MIXED = 4, 5, 2  # rows and columns of the grid of augmented images
 POINTS = 1500  # of a curve
+SIDE = 192  # pixels of an image on the page
 
-SIDE = 192  # pixels of a picture in the page
-
-_COLOURS = {"train": "#8a8f98", "raw": "#d97706", "average": "#2f81c7"}  # seen on white as on black
+_COLORS = {"train": "#8a8f98", "raw": "#d97706", "average": "#2f81c7"}  # readable on white and on black
 
 
 def write(workdir: str | os.PathLike, examples: int = 2000) -> str:
-    """Writes the report of a run: of one that has ended, goes on, or was killed. Nothing else in its folder is touched.
+    """Writes the report of a run, finished, running or killed. Changes nothing else in its folder.
 
     Args:
         workdir: Path of the run's folder, which may be on Cloud Storage (`gs://`).
-        examples: Integer, most examples of the evaluation that are looked at for mistakes. Defaults to 2000.
+        examples: Integer, maximum number of evaluation examples to search for mistakes. Defaults to 2000.
 
     Returns:
-        Path of the page, `report.html` in the folder.
+        String, path of the report: `report.html` in the folder.
 
     Raises:
         ValueError: If the folder is not that of a run.
@@ -68,7 +64,7 @@ def write(workdir: str | os.PathLike, examples: int = 2000) -> str:
     try:
         cloud_files.write(path, page)
     except tf.errors.OpError as error:
-        raise OSError(f"Expected to write {path!r}. Received: {error.message}") from error
+        raise OSError(f"Could not write {path!r}: {error.message}") from error
     return path
 
 
@@ -82,7 +78,7 @@ def _body(workdir: str, recipe: Recipe, resolved: dict, rows: list[dict], exampl
             opened.append(open_run(workdir, recipe))
         return opened[0]
 
-    yield _section("What it is trained on", lambda: _augmented(source(), recipe, size, resolved.get("classes")))
+    yield _section("Training images", lambda: _augmented(source(), recipe, size, resolved.get("classes")))
     scored: list[tuple[Scores, list[str], str]] = []
 
     def mistakes() -> str:
@@ -90,10 +86,10 @@ def _body(workdir: str, recipe: Recipe, resolved: dict, rows: list[dict], exampl
         scores, names, origin = scored[0]
         return _mistakes(scores, names, origin, source().eval_count)
 
-    yield _section("Wrong and sure of it", mistakes)
+    yield _section("Most confident mistakes", mistakes)
     if scored:
         yield _section("Classes", lambda: _classes(scored[0][0], scored[0][1]))
-    yield _section("Not read", lambda: _skipped(workdir, scored[0][0].skipped if scored else []))
+    yield _section("Unreadable images", lambda: _skipped(workdir, scored[0][0].skipped if scored else []))
     text = escape(tf.io.gfile.GFile(f"{workdir}/config.json").read())
     yield f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
 
@@ -101,9 +97,9 @@ def _body(workdir: str, recipe: Recipe, resolved: dict, rows: list[dict], exampl
 def _section(title: str, make: Callable[[], str]) -> str:
     try:
         inside = make()
-    except Exception as error:  # whatever libraries and data do: the page tells what it lacks, and has the rest
-        told = re.sub(r"{{.*?}} *", "", str(getattr(error, "message", error)))  # TensorFlow's names of its graphs
-        inside = f'<p class="lacking">{escape(" ".join(told.split())[:600] or type(error).__name__)}</p>'
+    except Exception as error:  # whatever libraries raise: the page shows why this section is missing, and the others
+        reason = re.sub(r"{{.*?}} *", "", str(getattr(error, "message", error)))  # TensorFlow's names of its graphs
+        inside = f'<p class="lacking">{escape(" ".join(reason.split())[:600] or type(error).__name__)}</p>'
     return f"<section><h2>{escape(title)}</h2>{inside}</section>"
 
 
@@ -127,16 +123,16 @@ def _head(workdir: str, recipe: Recipe, resolved: dict, rows: list[dict]) -> str
     state = "Finished" if finished else "Not finished"
     steps = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
     facts = [
-        f"{recipe.epochs:g} epochs in batches of {recipe.batch_size:,}",
+        f"{recipe.epochs:g} epochs, batch size {recipe.batch_size:,}",
         f"seed {recipe.run.seed}",
         f"recipe from {recipe.source}" if recipe.source else "",
     ]
     share = f'<progress max="{total}" value="{done}"></progress>' if total and not finished else ""
     title = f"{escape(recipe.model.name)} <small>on {escape(recipe.data.source)}</small>"
     return (
-        f"<header><h1>{title}</h1><p><b class={'done' if finished else 'open'}>{state}</b> {steps}, last written "
+        f"<header><h1>{title}</h1><p><b class={'done' if finished else 'open'}>{state}</b> {steps}, last updated "
         f"{written}.</p>{share}<p class=quiet>{escape(', '.join(fact for fact in facts if fact))}</p></header>"
-        f"{_section('Numbers', lambda: _numbers(recipe, rows))}"
+        f"{_section('Results', lambda: _numbers(recipe, rows))}"
     )
 
 
@@ -144,8 +140,8 @@ def _numbers(recipe: Recipe, rows: list[dict]) -> str:
     evaluated = [row for row in rows if row.get("split") == "eval"]
     trained = [row for row in rows if row.get("split") == "train"]
     if not evaluated:
-        told = f"Loss {trained[-1]['loss']:.4g} in training, step {trained[-1]['step']:,}. " if trained else ""
-        return f"<p>{told}There was no evaluation yet.</p>"
+        loss = f"Training loss {trained[-1]['loss']:.4g} at step {trained[-1]['step']:,}. " if trained else ""
+        return f"<p>{loss}No evaluation yet.</p>"
     last, best = evaluated[-1], max(evaluated, key=lambda row: row.get("ema_top1", 0))
 
     def number(name: str, form: str) -> str:
@@ -155,22 +151,22 @@ def _numbers(recipe: Recipe, rows: list[dict]) -> str:
         (title, number(f"ema_{name}", form), number(name, form))
         for title, name, form in (("top-1", "top1", "{:.2%}"), ("top-5", "top5", "{:.2%}"), ("loss", "loss", "{:.4g}"))
     ]
-    tiles = [("EMA top-1", cells[0][1]), ("best so far", f"{best.get('ema_top1', 0):.2%}")]
+    tiles = [("top-1, moving average", cells[0][1]), ("best so far", f"{best.get('ema_top1', 0):.2%}")]
     if recipe.expected_top1:
         tiles.append(("published", f"{recipe.expected_top1:g}%"))
     if trained and "images_per_second" in trained[-1]:
-        tiles.append(("images a second", f"{trained[-1]['images_per_second']:,.0f}"))
+        tiles.append(("images/s", f"{trained[-1]['images_per_second']:,.0f}"))
     shown = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for name, value in tiles)
-    of = f"Step {last['step']:,}, {last.get('examples', 0):,.0f} examples. The best is of step {best['step']:,}."
+    of = f"Step {last['step']:,}, {last.get('examples', 0):,.0f} examples. Best at step {best['step']:,}."
     return (
         f'<div class="tiles">{shown}</div>'
-        f"{_table(['', 'moving average (EMA)', 'raw'], cells, right=(1, 2))}<p class=quiet>{of}</p>"
+        f"{_table(['', 'moving average', 'raw weights'], cells, right=(1, 2))}<p class=quiet>{of}</p>"
     )
 
 
 def _curves(rows: list[dict]) -> str:
     if not rows:
-        return "<p>There are no numbers yet.</p>"
+        return "<p>No metrics yet.</p>"
     lines = {
         "loss": [("train", "loss", "train"), ("eval", "loss", "raw"), ("eval", "ema_loss", "average")],
         "top-1": [("train", "top1", "train"), ("eval", "top1", "raw"), ("eval", "ema_top1", "average")],
@@ -178,8 +174,8 @@ def _curves(rows: list[dict]) -> str:
         "learning rate": [("train", "learning_rate", "train")],
     }
     drawn = "".join(f"<figure>{_svg(title, some, rows)}</figure>" for title, some in lines.items())
-    marks = (("train", "training"), ("average", "evaluation, moving average"), ("raw", "evaluation, raw"))
-    legend = "".join(f'<span><i style="background:{_COLOURS[name]}"></i>{told}</span>' for name, told in marks)
+    marks = (("train", "training"), ("average", "evaluation, moving average"), ("raw", "evaluation, raw weights"))
+    legend = "".join(f'<span><i style="background:{_COLORS[name]}"></i>{text}</span>' for name, text in marks)
     return f'<p class="legend">{legend}</p><div class="curves">{drawn}</div>'
 
 
@@ -187,18 +183,18 @@ def _svg(title: str, lines, rows: list[dict]) -> str:
     figures = figure_class()
     from matplotlib import rc_context, ticker
 
-    # Text stays text, in the page's font and colour. Identifiers are the figure's own: all share the page.
+    # Text stays text, so that it takes the page's font and color. The salt makes ids unique across the page's figures.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
         figure = figures(figsize=(4.8, 2.7), layout="constrained")
         axes = figure.subplots()
         drawn = []
-        for split, name, colour in lines:
+        for split, name, color in lines:
             points = [(row["step"], row[name]) for row in rows if row.get("split") == split and name in row]
             points = points[:: -(-len(points) // POINTS)] if points else []
             if not points:
                 continue
             style = {"marker": "o", "markersize": 2.5} if len(points) < 40 else {}
-            axes.plot(*zip(*points, strict=True), color=_COLOURS[colour], linewidth=1.4, **style)
+            axes.plot(*zip(*points, strict=True), color=_COLORS[color], linewidth=1.4, **style)
             drawn += [value for _, value in points]
         if title == "loss" and drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
             axes.set_yscale("log")
@@ -219,8 +215,8 @@ def _svg(title: str, lines, rows: list[dict]) -> str:
     return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
-def _picture(pixels: np.ndarray, told: str) -> str:
-    """An image that the page holds. A small one is shown in large pixels."""
+def _picture(pixels: np.ndarray, alt: str) -> str:
+    """Embeds an image in the page. A small one is enlarged without smoothing."""
     from PIL import Image
 
     pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
@@ -235,22 +231,22 @@ def _picture(pixels: np.ndarray, told: str) -> str:
         kind, content = "jpeg", file.getvalue()
     data = base64.b64encode(content).decode()
     size = f'width="{image.width}" height="{image.height}"'
-    return f'<img{" class=small" * small} {size} alt="{escape(told)}" src="data:image/{kind};base64,{data}">'
+    return f'<img{" class=small" * small} {size} alt="{escape(alt)}" src="data:image/{kind};base64,{data}">'
 
 
 def samples(source: Source, recipe: Recipe, size: int, count: int, epochs: int) -> list[dict[str, Any]]:
-    """Training images as they are, and as the run sees them in its first epochs.
+    """Returns training images, unchanged and as the run sees them in its first epochs.
 
     Args:
         source: `Source`.
         recipe: `Recipe`.
-        size: Integer, pixels of an image's side.
-        count: Integer, how many images.
-        epochs: Integer.
+        size: Integer, side of an image in pixels.
+        count: Integer, number of images.
+        epochs: Integer, number of epochs.
 
     Returns:
-        List of dicts: `name`, `label`, `original` (uint8 pixels of its own size), `seen` (an array of pixels for each
-        epoch) and `keys` (that the batch's mixing draws from, for each epoch).
+        List of dicts: `name`, `label`, `original` (uint8 pixels in the original size), `seen` (an array of pixels for
+        each epoch) and `keys` (from which mixing draws, for each epoch).
     """
     examples = source.train
 
@@ -277,14 +273,14 @@ def samples(source: Source, recipe: Recipe, size: int, count: int, epochs: int) 
                 "keys": [key.numpy() for _, key in seen],
             }
         )
-    # From all over: a folder's examples come class by class.
+    # Evenly spaced, because a folder's examples come class by class.
     return found[:: max(1, len(found) // count)][:count]
 
 
 def _augmented(source: Source, recipe: Recipe, size: int, classes: int | None) -> str:
     rows = samples(source, recipe, size, ORIGINALS, EPOCHS)
     if not rows:
-        return "<p>None of the first images can be read.</p>"
+        return "<p>None of the sampled images could be read.</p>"
     how, mixed = recipe.augment, []
     if how.mixup or how.cutmix:
         labels = tf.one_hot([row["label"] for row in rows], classes or recipe.data.classes or source.classes)
@@ -294,7 +290,7 @@ def _augmented(source: Source, recipe: Recipe, size: int, classes: int | None) -
     heads = [
         "original",
         *(f"epoch {n + 1}" for n in range(EPOCHS)),
-        *(f"mixed, {n + 1}" for n in range(MIXED if mixed else 0)),
+        *(f"epoch {n + 1}, mixed" for n in range(MIXED if mixed else 0)),
     ]
     cells = [f"<span>{escape(head)}</span>" for head in heads]
     for place, row in enumerate(rows):
@@ -303,8 +299,8 @@ def _augmented(source: Source, recipe: Recipe, size: int, classes: int | None) -
         pixels = [np.clip(np.rint(image), 0, 255).astype("uint8") for image in seen]
         cells += [_picture(image, f"{label}: {head}") for image, head in zip(pixels, heads, strict=True)]
     steps = [
-        f"random crop from {how.min_area:.0%} of the area" if how.crop == "inception" else "the middle",
-        "mirrored" if how.flip else "",
+        f"random crop of at least {how.min_area:.0%} of the area" if how.crop == "inception" else "center crop",
+        "horizontal flip" if how.flip else "",
         {"none": "", "autoaugment": "AutoAugment", "randaugment": f"RandAugment {how.layers}x{how.magnitude:g}"}[
             how.policy
         ],
@@ -312,11 +308,11 @@ def _augmented(source: Source, recipe: Recipe, size: int, classes: int | None) -
         f"mixup {how.mixup:g}" if how.mixup else "",
         f"cutmix {how.cutmix:g}" if how.cutmix else "",
     ]
-    told = f"{', '.join(step for step in steps if step)}; {size}x{size} pixels."
+    caption = f"{', '.join(step for step in steps if step)}; {size}x{size} pixels."
     if mixed:
-        told += " Mixed: with another of these images, as in a batch."
+        caption += " Mixed: with another of these images, as in a batch."
     return (
-        f"<p class=quiet>{escape(told)}</p>"
+        f"<p class=quiet>{escape(caption)}</p>"
         f'<div class="seen" style="grid-template-columns:repeat({len(heads)},minmax(3.6rem,1fr))">'
         f"{''.join(cells)}</div>"
     )
@@ -324,26 +320,26 @@ def _augmented(source: Source, recipe: Recipe, size: int, classes: int | None) -
 
 def _mistakes(scores: Scores, names: list[str], origin: str, total: int) -> str:
     count, wrong = len(scores.names), int((~scores.hits).sum())
-    of = "" if count + len(scores.skipped) >= total else f", which were taken from {total:,} in all"
-    told = (
-        f"{wrong:,} of {count:,} examples are wrong{of}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, with the "
-        f"moving average in {origin}. The pictures are what the network sees."
+    of = "" if count + len(scores.skipped) >= total else f", sampled from {total:,},"
+    caption = (
+        f"{wrong:,} of {count:,} examples{of} are wrong: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, with the "
+        f"moving average in {origin}. The images are shown as the network sees them."
     )
     cards = []
     for mistake in scores.mistakes:
         name, place = scores.names[mistake.place], mistake.place
         true, said = names[scores.labels[place]], names[scores.classes[place, 0]]
         cards.append(
-            f'<figure class="card">{_picture(mistake.pixels, f"{true}, taken for {said}")}<figcaption>'
-            f"<b>{escape(said)}</b>, {scores.probabilities[place, 0]:.1%}<br>is {escape(true)}<br>"
+            f'<figure class="card">{_picture(mistake.pixels, f"{true}, predicted as {said}")}<figcaption>'
+            f"<b>{escape(said)}</b>, {scores.probabilities[place, 0]:.1%}<br>label: {escape(true)}<br>"
             f'<small title="{escape(name)}">{escape(os.path.basename(name))}</small></figcaption></figure>'
         )
-    return f'<p class="quiet">{escape(told)}</p><div class="cards">{"".join(cards)}</div>'
+    return f'<p class="quiet">{escape(caption)}</p><div class="cards">{"".join(cards)}</div>'
 
 
 def _classes(scores: Scores, names: list[str]) -> str:
     confusions = _table(
-        ["class", "taken for", "examples"],
+        ["class", "predicted as", "examples"],
         [(names[true], names[said], often) for true, said, often in scores.confusions()],
         right=(2,),
     )
@@ -363,8 +359,8 @@ def _classes(scores: Scores, names: list[str]) -> str:
         rest = f'<details><summary>{len(worst) - 20} more</summary><div class="wide"><table>{head}'
         rest += f"{lines(worst[20:])}</table></div></details>"
     return (
-        f'<div class="halves"><div><h3>Worst first</h3>{first}{rest}</div>'
-        f"<div><h3>Most often confused</h3>{confusions}</div></div>"
+        f'<div class="halves"><div><h3>Lowest top-1</h3>{first}{rest}</div>'
+        f"<div><h3>Most frequent confusions</h3>{confusions}</div></div>"
     )
 
 
@@ -378,7 +374,7 @@ def _skipped(workdir: str, evaluated: Sequence[str]) -> str:
     return f"<p>{len(names):,} image{'s' * (len(names) > 1)} could not be read.{more}</p><ul>{listed}</ul>"
 
 
-# The browser itself sees to it that nothing is fetched.
+# Lets the browser block all requests.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _STYLE = """

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: metrics.jsonl for programs, a bar or lines for people."""
+"""Logs the progress of a run: metrics.jsonl for programs, a progress bar or lines for people."""
 
 import contextlib
 import io
@@ -15,30 +15,30 @@ from keras_effnet.tpu.resume.stops import say
 
 
 class Log:
-    """Writes what is measured.
+    """Logs the metrics of a run.
 
     Args:
         workdir: String, path of the run's folder.
-        batch: Integer, images of a step.
+        batch: Integer, images per step.
         total: Integer, steps of the whole run.
-        quiet: Boolean, whether only files are written. Defaults to False.
-        writes: Boolean, whether it writes and shows anything; one of many hosts does. Defaults to True.
+        quiet: Boolean, whether to write files only. Defaults to False.
+        writes: Boolean, whether to write and print anything. True on one host only. Defaults to True.
     """
 
     def __init__(self, workdir: str, batch: int, total: int, quiet: bool = False, writes: bool = True):
         self.workdir, self.batch, self.total, self.writes = workdir, batch, total, writes
         self.quiet = quiet or not writes
-        self.text = io.StringIO()  # what orbit prints; on Cloud Storage a file appears when it is closed
+        self.text = io.StringIO()  # orbit's output, kept here: on Cloud Storage a file appears when it is closed
         self.last: dict[str, Any] = {}
-        self.scores: dict[int, float] = {}  # the moving average's top-1 by step
+        self.scores: dict[int, float] = {}  # top-1 of the moving average by step
         self.started = self._since = time.monotonic()
         self._step, self._rates, self._bar, self._task = 0, [], None, None
 
     def begin(self, step: int) -> None:
-        """Goes on after a step: what was written of later ones is no longer so.
+        """Resumes after a step and drops the metrics of later steps.
 
         Args:
-            step: Integer, the steps that are done.
+            step: Integer, number of completed steps.
         """
         path = f"{self.workdir}/metrics.jsonl"
         rows = [row for row in cloud_files.rows(path) if row["step"] <= step]
@@ -60,25 +60,25 @@ class Log:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[status]}"),
                 console=Console(stderr=True),
                 redirect_stdout=False,
             )
-            self._task = self._bar.add_task("", total=self.total, completed=step, told="")
+            self._task = self._bar.add_task("", total=self.total, completed=step, status="")
             self._bar.start()
 
     def end(self) -> None:
-        """Ends the bar."""
-        with contextlib.suppress(OSError, ValueError, tf.errors.OpError):  # how the run ended is said already
+        """Stops the progress bar and flushes train.log."""
+        with contextlib.suppress(OSError, ValueError, tf.errors.OpError):  # the run has already reported how it ended
             if self._bar:
                 self._bar.stop()
             self._keep_text()
 
     def trained(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes note of some steps of training.
+        """Logs training metrics.
 
         Args:
-            step: Integer, the steps that are done.
+            step: Integer, number of completed steps.
             metrics: Dict of numbers, means over the steps since the last call.
         """
         now = time.monotonic()
@@ -87,38 +87,39 @@ class Log:
         self._step, self._since = step, now
         row = {"step": step, "split": "train", **_numbers(metrics), "images_per_second": round(rate, 2)}
         self._write(row)
-        # The first number holds the compilation.
+        # The first rate includes compilation.
         steady = sum(self._rates[1:]) / len(self._rates[1:]) if self._rates[1:] else rate
         self.last["images_per_second"] = round(steady, 2)
         left = (self.total - step) * self.batch / steady
-        told = f"loss {row['loss']:.3f}  lr {row['learning_rate']:.2e}  {rate:.1f} images/s"
+        status = f"loss {row['loss']:.3f}  lr {row['learning_rate']:.2e}  {rate:.1f} images/s"
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=step, told=told)
+            self._bar.update(self._task, completed=step, status=status)
         else:
-            self._tell(f"step {step}/{self.total}  {told}  {_time(left)} left")
+            self._tell(f"step {step}/{self.total}  {status}  {_time(left)} left")
 
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes note of an evaluation.
+        """Logs an evaluation.
 
         Args:
-            step: Integer, the steps that are done.
+            step: Integer, number of completed steps.
             metrics: Dict of numbers.
         """
         numbers = _numbers(metrics)
         self.last |= numbers
         self.scores[step] = numbers["ema_top1"]
         self._write({"step": step, "split": "eval", **numbers})
-        raw = f"  without average {numbers['top1']:.2%}" if "top1" in numbers else ""
-        self._tell(f"step {step}/{self.total}  top-1 {numbers['ema_top1']:.2%}  top-5 {numbers['ema_top5']:.2%}{raw}")
+        raw = f" (raw weights {_percent(numbers['top1'])})" if "top1" in numbers else ""
+        top1, top5 = _percent(numbers["ema_top1"]), _percent(numbers["ema_top5"])
+        self._tell(f"step {step}/{self.total}  top-1 {top1}{raw}, top-5 {top5}")
         self._since = time.monotonic()
 
     @property
     def best(self) -> int | None:
-        """The first step of those with the highest top-1 of the moving average."""
+        """Step with the highest top-1 of the moving average; the first one if several tie."""
         return max(self.scores, key=lambda step: (self.scores[step], -step), default=None)
 
     def note(self, text: str) -> None:
-        """Says something and keeps it in train.log.
+        """Prints a message and saves it in train.log.
 
         Args:
             text: String.
@@ -155,3 +156,7 @@ def _time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

@@ -1,4 +1,4 @@
-"""What lies in the folder of a run: its recipe, its data and its model."""
+"""Reads the folder of a run: its recipe, data and model."""
 
 import functools
 import json
@@ -21,13 +21,13 @@ from keras_effnet.tpu.resume.checkpoints import steps
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has come to.
+    """The model of a run.
 
     Args:
         recipe: `Recipe`.
-        size: Integer, pixels of an image's side.
+        size: Integer, side of an image in pixels.
         net: A `keras.Model` with the moving average of all variables.
-        origin: String, the file that its values are from.
+        origin: String, name of the file that the weights were loaded from.
     """
 
     recipe: Recipe
@@ -36,13 +36,13 @@ class Trained:
     origin: str
 
     def read(self) -> Callable[[bytes], np.ndarray]:
-        """Function from an image's bytes to the pixels that the run is evaluated on."""
+        """Returns a function from an image's bytes to the pixels that the run evaluates on."""
         cut = tf.function(lambda encoded: eval_image(encoded, self.size, self.recipe.data))
         return lambda encoded: cut(tf.constant(encoded)).numpy()
 
 
 def trained(workdir) -> Trained:
-    """The model of a run: the one that it saved in the end, or else the moving average of its newest checkpoint.
+    """Loads the model of a run: `model.keras`, or else the moving average of the newest readable checkpoint.
 
     Args:
         workdir: Path of the run's folder.
@@ -51,20 +51,20 @@ def trained(workdir) -> Trained:
         A `Trained`.
 
     Raises:
-        ValueError: If there is neither, or nothing can be read.
+        ValueError: If neither exists or can be read.
     """
     from keras_effnet.tpu.from_recipe import build
 
     workdir = os.fspath(workdir).rstrip("/")
     recipe, resolved = configuration(workdir)
     size = resolved.get("image_size") or recipe.model.image_size or VARIANTS[recipe.model.name].resolution
-    told = []
+    problems = []
     if tf.io.gfile.exists(f"{workdir}/model.keras"):
         try:
             net = keras.models.load_model(f"{workdir}/model.keras", compile=False)
             return Trained(recipe, size, net, "model.keras")
-        except Exception as error:  # whatever a file that was half written makes Keras raise
-            told.append(f"model.keras: {error}")
+        except Exception as error:  # whatever Keras raises for a half-written file
+            problems.append(f"model.keras: {error}")
     for step in reversed(steps(f"{workdir}/checkpoints")):
         path = f"{workdir}/checkpoints/ckpt-{step}"
         try:
@@ -74,45 +74,23 @@ def trained(workdir) -> Trained:
                 variable.assign(average(variable.path))
             return Trained(recipe, size, net, os.path.basename(path))
         except (tf.errors.OpError, OSError, KeyError, ValueError, RuntimeError) as error:
-            told.append(f"{os.path.basename(path)}: {error}")
+            problems.append(f"{os.path.basename(path)}: {error}")
     raise ValueError(
-        f"Expected model.keras or a checkpoint in {workdir!r} that can be read. Received: "
-        f"{'; '.join(told) or 'none yet'}"
+        f"Expected a readable model.keras or checkpoint in {workdir!r}. Received: {_few(problems) or 'none yet'}"
     )
 
 
-def _averages(path: str) -> Callable[[str], Any]:
-    reader: Any = tf.train.load_checkpoint(path)
-
-    def average(name: str):
-        key = name.replace(".", "..").replace("/", ".S")  # as TensorFlow escapes names of objects
-        return reader.get_tensor(f"state/averages/{key}/.ATTRIBUTES/VARIABLE_VALUE")
-
-    return average
-
-
-def _averages_of_jax(path: str) -> Callable[[str], Any]:
-    if keras.backend.backend() != "jax":  # its devices may be those of the run
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from keras_effnet.tpu.resume import orbax_folders
-
-    if problem := orbax_folders.damage(path):
-        raise ValueError(problem)
-    tree = orbax_folders.read(path)["state"]["averages"]
-    return lambda name: functools.reduce(dict.__getitem__, name.split("/"), tree)
-
-
 def configuration(workdir: str) -> tuple[Recipe, dict[str, Any]]:
-    """A run's recipe, and the numbers that followed from it.
+    """Reads a run's recipe, and the values that the run resolved from it.
 
     Args:
         workdir: Path of the run's folder.
 
     Returns:
-        Pair of a `Recipe` and a dict, which is empty where the run did not come so far.
+        Tuple of a `Recipe` and a dict, which is empty if the run has not resolved them yet.
 
     Raises:
-        ValueError: If there is no run.
+        ValueError: If the folder is not that of a run.
     """
     try:
         text = tf.io.gfile.GFile(f"{workdir}/config.json").read()
@@ -122,7 +100,7 @@ def configuration(workdir: str) -> tuple[Recipe, dict[str, Any]]:
 
 
 def open_run(workdir, recipe: Recipe) -> Source:
-    """The data of a run, as the run itself opens it; nothing is written to its folder.
+    """Opens the data of a run as the run itself does, without writing to its folder.
 
     Args:
         workdir: Path of the run's folder.
@@ -139,6 +117,39 @@ def open_run(workdir, recipe: Recipe) -> Source:
 
 
 def labels_of(workdir) -> Sequence[str]:
-    """Names of the classes of a run that came to its end."""
+    """Returns the class names of a finished run.
+
+    Args:
+        workdir: Path of the run's folder.
+
+    Returns:
+        Sequence of strings. Empty if the run has not finished.
+    """
     path = f"{os.fspath(workdir).rstrip('/')}/result.json"
     return json.loads(tf.io.gfile.GFile(path).read())["labels"] if tf.io.gfile.exists(path) else ()
+
+
+def _few(problems: Sequence[str]) -> str:
+    first = [" ".join(problem.split())[:120] for problem in problems[:2]]
+    return "; ".join(first + [f"and {len(problems) - 2} more"] * (len(problems) > 2))
+
+
+def _averages(path: str) -> Callable[[str], Any]:
+    reader: Any = tf.train.load_checkpoint(path)
+
+    def average(name: str):
+        key = name.replace(".", "..").replace("/", ".S")  # as TensorFlow escapes the names of objects
+        return reader.get_tensor(f"state/averages/{key}/.ATTRIBUTES/VARIABLE_VALUE")
+
+    return average
+
+
+def _averages_of_jax(path: str) -> Callable[[str], Any]:
+    if keras.backend.backend() != "jax":  # the run may be using its devices
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from keras_effnet.tpu.resume import orbax_folders
+
+    if problem := orbax_folders.damage(path):
+        raise ValueError(problem)
+    tree = orbax_folders.read(path)["state"]["averages"]
+    return lambda name: functools.reduce(dict.__getitem__, name.split("/"), tree)

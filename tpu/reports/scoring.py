@@ -1,4 +1,4 @@
-"""What a model says about each example, and what follows: top-1, top-5, classes, confusions."""
+"""Runs a classifier over examples and scores it: top-1, top-5, accuracy per class, confusions."""
 
 import heapq
 import io
@@ -17,17 +17,16 @@ import tensorflow as tf
 from keras_effnet.tpu.input.examples import Items, Records
 
 TOP = 5
-
 CONFUSIONS = 10
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An example that was taken for another class.
+    """A misclassified example.
 
     Args:
-        place: Integer, which of the examples.
-        pixels: uint8 array (height, width, channels), what the model saw.
+        place: Integer, index of the example.
+        pixels: uint8 array (height, width, channels), the model's input.
     """
 
     place: int
@@ -36,14 +35,14 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model said of each example.
+    """A model's predictions for all examples.
 
     Args:
-        names: List of the examples' names.
-        labels: int32 array (examples,), class numbers of the model.
+        names: List of strings, names of the examples.
+        labels: int32 array (examples,), the model's class number of each label.
         classes: int32 array (examples, 5 or fewer), the most probable classes first.
         probabilities: float32 array of the same shape.
-        skipped: List of the names of what could not be read.
+        skipped: List of strings, names of the unreadable examples.
         mistakes: List of `Mistake`, the most confident first.
     """
 
@@ -56,26 +55,26 @@ class Scores:
 
     @property
     def hits(self) -> np.ndarray:
-        """Boolean array (examples,), whether the first class is the right one."""
+        """Boolean array (examples,), whether the most probable class is correct."""
         return self.classes[:, 0] == self.labels
 
     @property
     def top1(self) -> float:
-        """Share of examples whose most probable class is the right one."""
+        """Share of examples whose most probable class is correct."""
         return float(self.hits.mean())
 
     @property
     def top5(self) -> float:
-        """Share of examples whose class is among the five most probable."""
+        """Share of examples whose true class is among the five most probable."""
         return float((self.classes == self.labels[:, None]).any(1).mean())
 
     def per_class(self) -> list[tuple[int, int, float]]:
-        """Class number, examples and top-1 of each class that there is an example of."""
+        """Returns the number, examples and top-1 of each class that has examples."""
         seen = [(int(label), self.hits[self.labels == label]) for label in np.unique(self.labels)]
         return [(label, len(hits), float(hits.mean())) for label, hits in seen]
 
     def confusions(self, count: int = CONFUSIONS) -> list[tuple[int, int, int]]:
-        """The most frequent mistakes: right class, predicted class, how often."""
+        """Returns the most frequent mistakes: true class, predicted class, count."""
         wrong = np.flatnonzero(~self.hits)
         pairs = Counter((int(self.labels[place]), int(self.classes[place, 0])) for place in wrong)
         ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
@@ -93,69 +92,121 @@ def score(
     keep: int = 0,
     on_progress: Callable[[int], Any] = lambda done: None,
 ) -> Scores:
-    """Asks a model about examples. A few batches of pixels are in memory at a time.
+    """Runs a model over examples. Only a few batches of pixels are in memory at a time.
 
     Args:
-        net: A `keras.Model` that gives probabilities or logits.
+        net: A `keras.Model` that returns probabilities or logits.
         rows: `tf.data.Dataset` of `examples.evaluate()` or `examples.sample()`.
         examples: `Items` or `Records`.
         read: Function from an image's bytes to pixels.
-        numbers: Integers (the data's classes,), the model's class of each.
+        numbers: Integers (the data's classes,), the model's class number of each class of the data.
         batch_size: Integer. Defaults to 32.
-        keep: Integer, the most confident mistakes whose pixels are kept. Defaults to 0.
-        on_progress: Function that is called with the number of examples that are done.
+        keep: Integer, number of most confident mistakes whose pixels are kept. Defaults to 0.
+        on_progress: Function of an integer, the number of examples done.
 
     Returns:
         `Scores`.
 
     Raises:
-        ValueError: If a label is not among the classes, the storage does not answer, or the model gives no numbers.
+        ValueError: If a label is not among the classes, the storage does not respond, or a prediction is not finite.
     """
-    names: list[str] = []
-    labels, classes, probabilities, skipped = [], [], [], []
-    kept: list[tuple[float, int, np.ndarray]] = []
-    activate: Callable | None = None
-    done = 0
+    tally, done = _Tally(numbers, keep), 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         ready = _decoded(pool, rows, examples, read, ahead=2 * batch_size)
         for batch in iter(lambda: list(itertools.islice(ready, batch_size)), []):
-            skipped += [name for name, _, pixels in batch if pixels is None]
+            tally.skipped += [name for name, _, pixels in batch if pixels is None]
             whole = [(name, label, pixels) for name, label, pixels in batch if pixels is not None]
             done += len(batch)
             if whole:
-                for name, label, _ in whole:
-                    if not 0 <= label < len(numbers):
-                        raise ValueError(
-                            f"Expected labels from 0 to {len(numbers) - 1} (see --first-label). Received: {label}, of "
-                            f"{name}"
-                        )
-                outputs = np.asarray(net.predict_on_batch(np.stack([pixels for *_, pixels in whole])), "float32")
-                if not np.isfinite(outputs).all():
-                    raise ValueError(
-                        f"Expected finite numbers from the model. Received: others, of {whole[0][0]} or the next images"
-                    )
-                activate = activate or (_same if _are_probabilities(outputs) else _softmax)
-                order = np.argsort(-outputs, axis=1, kind="stable")[:, :TOP].astype("int32")
-                shares = np.take_along_axis(activate(outputs), order, 1)
-                for (name, label, pixels), best, share in zip(whole, order, shares, strict=True):
-                    if keep and best[0] != numbers[label]:
-                        shown = np.clip(np.rint(pixels), 0, 255).astype("uint8")
-                        place = (float(share[0]), -len(names), shown)
-                        (heapq.heappush if len(kept) < keep else heapq.heappushpop)(kept, place)
-                    names.append(name)
-                    labels.append(int(numbers[label]))
-                classes.append(order)
-                probabilities.append(shares)
+                _check_labels(whole, len(numbers))
+                tally.add(whole, _predict(net, whole))
             on_progress(done)
-    width = min(TOP, len(classes[0][0])) if classes else 0
-    return Scores(
-        names,
-        np.array(labels, "int32"),
-        np.concatenate(classes) if classes else np.zeros((0, width), "int32"),
-        np.concatenate(probabilities) if classes else np.zeros((0, width), "float32"),
-        skipped,
-        [Mistake(-place, pixels) for _, place, pixels in sorted(kept, reverse=True, key=lambda one: one[:2])],
-    )
+    return tally.scores()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Encodes an image as PNG.
+
+    Args:
+        pixels: uint8 array (height, width, channels).
+
+    Returns:
+        Bytes.
+    """
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+class _Tally:
+    """Collects predictions batch by batch, and the pixels of the most confident mistakes.
+
+    Args:
+        numbers: See `score()`.
+        keep: See `score()`.
+    """
+
+    def __init__(self, numbers: np.ndarray, keep: int):
+        self._numbers, self._keep = numbers, keep
+        self._names: list[str] = []
+        self.skipped: list[str] = []
+        self._labels: list[int] = []
+        self._classes: list[np.ndarray] = []
+        self._probabilities: list[np.ndarray] = []
+        self._kept: list[tuple[float, int, np.ndarray]] = []
+        self._activate: Callable | None = None
+
+    def add(self, batch: list[tuple[str, int, np.ndarray]], outputs: np.ndarray) -> None:
+        """Adds a batch of names, labels and pixels, with the model's outputs."""
+        # The first batch shows whether the model returns probabilities or logits.
+        self._activate = self._activate or (_same if _are_probabilities(outputs) else _softmax)
+        order = np.argsort(-outputs, axis=1, kind="stable")[:, :TOP].astype("int32")
+        shares = np.take_along_axis(self._activate(outputs), order, 1)
+        for (name, label, pixels), best, share in zip(batch, order, shares, strict=True):
+            if self._keep and best[0] != self._numbers[label]:
+                self._keep_mistake(float(share[0]), pixels)
+            self._names.append(name)
+            self._labels.append(int(self._numbers[label]))
+        self._classes.append(order)
+        self._probabilities.append(shares)
+
+    def _keep_mistake(self, share: float, pixels: np.ndarray) -> None:
+        shown = np.clip(np.rint(pixels), 0, 255).astype("uint8")
+        mistake = (share, -len(self._names), shown)
+        (heapq.heappush if len(self._kept) < self._keep else heapq.heappushpop)(self._kept, mistake)
+
+    def scores(self) -> Scores:
+        classes, probabilities = self._classes, self._probabilities
+        width = min(TOP, len(classes[0][0])) if classes else 0
+        ranked = sorted(self._kept, reverse=True, key=lambda one: one[:2])
+        return Scores(
+            self._names,
+            np.array(self._labels, "int32"),
+            np.concatenate(classes) if classes else np.zeros((0, width), "int32"),
+            np.concatenate(probabilities) if classes else np.zeros((0, width), "float32"),
+            self.skipped,
+            [Mistake(-place, pixels) for _, place, pixels in ranked],
+        )
+
+
+def _check_labels(batch: list[tuple[str, int, np.ndarray]], classes: int) -> None:
+    for name, label, _ in batch:
+        if not 0 <= label < classes:
+            raise ValueError(
+                f"Expected labels from 0 to {classes - 1} (see --first-label). Received: {label} for {name}"
+            )
+
+
+def _predict(net, batch: list[tuple[str, int, np.ndarray]]) -> np.ndarray:
+    outputs = np.asarray(net.predict_on_batch(np.stack([pixels for *_, pixels in batch])), "float32")
+    if not np.isfinite(outputs).all():
+        raise ValueError(
+            "Expected finite numbers from the model. Received: NaN or infinity in the batch that starts with "
+            f"{batch[0][0]}"
+        )
+    return outputs
 
 
 def _same(outputs):
@@ -172,14 +223,14 @@ def _are_probabilities(outputs) -> bool:
 
 
 def _decoded(pool, rows, examples, read, ahead: int) -> Iterator[tuple[str, int, np.ndarray | None]]:
-    """Name, label and pixels of each example in their order; no pixels of what cannot be read."""
+    """Yields the name, label and pixels of each example in order; None for the pixels of an unreadable one."""
 
     def one(row):
         name = row["name"].numpy().decode(errors="replace")
         try:
             content = examples.load(row["image"]).numpy()
-        except tf.errors.OpError as error:  # a storage that does not answer is no photograph's fault
-            raise ValueError(f"Expected to read {name}. Received: {error.message}") from error
+        except tf.errors.OpError as error:  # the storage failed: the photo is not to blame
+            raise ValueError(f"Could not read {name}: {error.message}") from error
         try:
             pixels = read(content if isinstance(content, bytes) else png(content))
         except (OSError, ValueError, MemoryError, tf.errors.OpError):
@@ -195,23 +246,7 @@ def _decoded(pool, rows, examples, read, ahead: int) -> Iterator[tuple[str, int,
         while waiting:
             yield waiting.popleft().result()
     except tf.errors.OpError as error:
-        raise ValueError(f"Expected to read all of the data. Received: {error.message}") from error
+        raise ValueError(f"Could not read all of the data: {error.message}") from error
     finally:
         for future in waiting:
             future.cancel()
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """A picture as the bytes of a file.
-
-    Args:
-        pixels: uint8 array (height, width, channels).
-
-    Returns:
-        Bytes.
-    """
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
-    return file.getvalue()

@@ -1,1 +1,1 @@
-"""How an interrupted run resumes: checkpoints, atomic files, the lock of its folder, stop signals."""
+"""How an interrupted run resumes: checkpoints, atomic writes, the lock of the run folder, stop signals."""

@@ -1,34 +1,95 @@
-"""Whether a run may go on with this recipe, runner and these devices."""
+"""Whether a run may resume with this recipe, this runner and these devices."""
 
 import dataclasses
 import json
+from typing import Any
 
 import tensorflow as tf
 
 from keras_effnet.tpu.config import Recipe, flat, from_json
 
+_FEW = 6  # changes in an error
+
 
 def changes_of(recipe: Recipe, workdir: str) -> list[str]:
-    """What is computed otherwise than in the run that is in a folder."""
+    """Compares a recipe with that of the run in a folder.
+
+    Fields that do not change what is computed are left out: all of `run` but the seed, `source` and `expected_top1`.
+
+    Args:
+        recipe: `Recipe`.
+        workdir: String, path of the run folder.
+
+    Returns:
+        List of strings such as `"epochs 0.5 -> 0.6"`, empty if the folder has no config.json.
+    """
     path = f"{workdir}/config.json"
     if not tf.io.gfile.exists(path):
         return []
     old, new = (flat(dataclasses.asdict(one)) for one in (from_json(tf.io.gfile.GFile(path).read()), recipe))
     changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-    free = ("run.", "source ", "expected_top1 ")  # what does not change what is computed
-    return [told for told in changed if not told.startswith(free) or told.startswith("run.seed")]
+    ignored = ("run.", "source ", "expected_top1 ")
+    return [change for change in changed if not change.startswith(ignored) or change.startswith("run.seed")]
+
+
+def check_runner(name: str, workdir: str) -> None:
+    """Checks that a run resumes with the runner that wrote its checkpoints.
+
+    Args:
+        name: String, the runner: `"tensorflow"` or `"jax"`.
+        workdir: String, path of the run folder.
+
+    Raises:
+        ValueError: If the run has another runner.
+    """
+    path = f"{workdir}/config.json"
+    before = _resolved(path).get("runner", "tensorflow") if tf.io.gfile.exists(path) else "tensorflow"
+    if before != name:
+        model = f"{workdir}/model.keras"
+        hint = f". To start a new run from its weights: --model.weights {model} --model.keep-top"
+        raise ValueError(
+            f"Expected --runner {before}, whose checkpoints are in {workdir!r}. Received: {name}"
+            + hint * tf.io.gfile.exists(model)
+        )
 
 
 def other_devices(devices: dict[str, int], workdir: str) -> list[str]:
-    """What devices that are not the run's change: who reads what, and which images share batch statistics."""
-    old = json.loads(tf.io.gfile.GFile(f"{workdir}/config.json").read()).get("resolved", {})
+    """Compares devices with those of the run in a folder.
+
+    Only two numbers change what is computed: that of hosts decides which host reads what, and that of images per
+    statistics which images share batch statistics.
+
+    Args:
+        devices: Dict with the integers `hosts` and `images_per_statistics`.
+        workdir: String, path of the run folder.
+
+    Returns:
+        List of strings such as `"hosts 1 -> 2"`.
+    """
+    old = _resolved(f"{workdir}/config.json")
     names = ("hosts", "images_per_statistics")
     return [f"{name} {old[name]} -> {devices[name]}" for name in names if old.get(name, devices[name]) != devices[name]]
 
 
 def check_allowed(changes: list[str], allow_changes: bool, workdir: str) -> None:
+    """Checks that a run has not changed, or that changes are allowed.
+
+    Args:
+        changes: List of strings, as `changes_of()` and `other_devices()` return them.
+        allow_changes: Boolean, whether to allow them.
+        workdir: String, path of the run folder.
+
+    Raises:
+        ValueError: If there are changes and they are not allowed.
+    """
     if changes and not allow_changes:
+        more = f" and {len(changes) - _FEW} more" if len(changes) > _FEW else ""
         raise ValueError(
-            f"Expected the recipe of the run that is in {workdir!r}, an empty folder, or --allow-changes. Received: "
-            + ", ".join(changes)
+            f"Expected the recipe of the run in {workdir!r}, an empty folder, or --allow-changes. Received: "
+            + ", ".join(changes[:_FEW])
+            + more
         )
+
+
+def _resolved(path: str) -> dict[str, Any]:
+    return json.loads(tf.io.gfile.GFile(path).read()).get("resolved", {})

@@ -1,4 +1,4 @@
-"""Checkpoints: which are written and kept, and which one a run goes on from."""
+"""Checkpoints: when they are written, which ones are kept, and which one a run resumes from."""
 
 import errno
 import re
@@ -8,53 +8,55 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-# What reading a damaged one raises; the index' reader has no class of its own, and a file that is too short is an
-# IndexError. Other errors say that a storage does not answer, and nothing about what lies in it.
+# Raised when a damaged checkpoint is read. The reader of the index raises plain OpError, and IndexError for a file that
+# is too short. Other errors mean that the storage does not answer; they say nothing about the checkpoint.
 _DAMAGE = (tf.errors.DataLossError, tf.errors.OutOfRangeError, tf.errors.NotFoundError, tf.errors.InvalidArgumentError)
 
-# What is written last, of TensorFlow's checkpoints and of orbax' folders: without it there is none.
+_LONG = 100  # characters of an error of TensorFlow or orbax in ours
+
+# The file that is written last, by TensorFlow and beside the folders of orbax. Without it there is no checkpoint.
 _LAST = (r"ckpt-(\d+)\.index", r"ckpt-(\d+)\.crc32c\.json")
 
 
 def steps(folder: str) -> list[int]:
-    """The steps of which there is a checkpoint, in order.
+    """Lists the steps that have a checkpoint.
 
     Args:
-        folder: String, path of the checkpoints' folder, which need not exist.
+        folder: String, path of the folder of checkpoints, which need not exist.
 
     Returns:
-        List of integers.
+        Sorted list of integers.
     """
     names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
     return sorted(int(found[1]) for last in _LAST for name in names if (found := re.fullmatch(last, name)))
 
 
 class Format(Protocol):
-    """How one checkpoint lies in a folder: files and folders whose names begin with `ckpt-` and the step."""
+    """How a checkpoint is stored: as files and folders whose names begin with `ckpt-` and the step."""
 
     def write(self, path: str) -> None:
-        """Writes one.
+        """Writes a checkpoint.
 
         Args:
-            path: String, what its names begin with.
+            path: String, prefix of its files and folders.
         """
 
     def read(self, path: str) -> str | None:
-        """Takes the values of one.
+        """Restores the values of a checkpoint.
 
         Args:
-            path: String, what its names begin with.
+            path: String, prefix of its files and folders.
 
         Returns:
-            String, how it is damaged; or None.
+            String that says how the checkpoint is damaged, or None if it is not.
 
         Raises:
-            ValueError: If it is one of another model.
+            ValueError: If the checkpoint is of another model.
         """
 
 
 class Bundles:
-    """TensorFlow's own checkpoints. It keeps a sum of every tensor and of the index, and writes the index last.
+    """TensorFlow's checkpoints. They have checksums of every tensor and of the index, which is written last.
 
     Args:
         checkpoint: `tf.train.Checkpoint`.
@@ -72,7 +74,7 @@ class Bundles:
         try:
             self._checkpoint.read(path).assert_existing_objects_matched()
         except (tf.errors.OpError, IndexError) as error:
-            for file in {f"{path}.index", *_parts(path)}:  # all bytes can be had: or that is the error
+            for file in {f"{path}.index", *_parts(path)}:  # raises if the storage does not answer
                 with tf.io.gfile.GFile(file, "rb") as opened:
                     while opened.read(64 << 20):
                         pass
@@ -85,20 +87,21 @@ class Bundles:
 
 
 def other_model(path: str, told: object) -> ValueError:
-    """The error that a checkpoint is one of another model.
+    """Returns the error for a checkpoint of another model.
 
     Args:
-        path: String.
-        told: What shows it.
+        path: String, prefix of the checkpoint.
+        told: The first difference, as an error or a string.
 
     Returns:
-        ValueError.
+        A `ValueError` for the caller to raise.
     """
-    return ValueError(f"Expected the variables of this model in {path!r}. Received: {' '.join(str(told).split())}")
+    found = " ".join(str(told).split())[: 2 * _LONG]
+    return ValueError(f"Expected the variables of this model in {path!r}. Received: {found}")
 
 
 def _parts(path: str) -> list[str]:
-    # What was written last comes first: without it the rest is no checkpoint.
+    # First the file that was written last: without it the rest is no checkpoint.
     found = tf.io.gfile.glob([f"{path}.*", path])
     return sorted(found, key=lambda part: not part.endswith((".index", ".json")))
 
@@ -111,15 +114,15 @@ def _remove(path: str) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of a folder: the newest ones and the best.
+    """Writes and restores the checkpoints of a folder, and keeps the newest and the best.
 
     Args:
-        folder: String, path of a folder.
+        folder: String, path of the folder.
         form: `Format`.
         step: `tf.Variable`, the number of steps done, which is part of the checkpoint.
-        keep: Integer, newest ones that are kept.
-        every: Integer, steps between two.
-        minutes: Float, after which one is written too, or None.
+        keep: Integer, number of newest checkpoints to keep.
+        every: Integer, steps between two checkpoints.
+        minutes: Float, minutes after which a checkpoint is due in any case, or None.
         writes: Boolean, whether this process writes. Defaults to True.
     """
 
@@ -138,24 +141,24 @@ class Checkpoints:
         self._last, self._when = 0, time.monotonic()
 
     def steps(self) -> list[int]:
-        """The steps of which there is one, in order."""
+        """Lists the steps that have a checkpoint, in order."""
         return steps(self.folder)
 
     def path(self, step: int) -> str:
-        """Where that of a step lies."""
+        """Returns the prefix of the checkpoint of a step."""
         return f"{self.folder}/ckpt-{step}"
 
     def restore(self, tell: Callable[[str], Any]) -> int:
-        """Takes the newest one that can be read. Those that cannot are set aside.
+        """Restores the newest readable checkpoint, and sets damaged newer ones aside.
 
         Args:
-            tell: Function that is called with what there is to say.
+            tell: Function that is called with each message, a string.
 
         Returns:
-            Integer, its step; 0 where there is none.
+            Integer, the step of the checkpoint, 0 if there is none.
 
         Raises:
-            ValueError: If there are some and none can be read, or one is of another model.
+            ValueError: If all checkpoints are damaged, or one is of another model.
         """
         self._clean()
         found, damaged = self.steps()[::-1], {}
@@ -164,8 +167,8 @@ class Checkpoints:
             if problem:
                 damaged[step] = problem
                 continue
-            for other, told in damaged.items():
-                tell(f"The checkpoint of step {other} cannot be read and is set aside: {told}")
+            for other, problem in damaged.items():
+                tell(f"The checkpoint of step {other} cannot be read and is set aside: {problem}")
                 if self.writes:
                     self._set_aside(other)
             tell(f"restored from checkpoint: {self.path(step)}")
@@ -173,42 +176,43 @@ class Checkpoints:
             return step
         if found:
             raise ValueError(
-                f"Expected a checkpoint that can be read in {self.folder!r}. Received: those of steps "
-                f"{', '.join(map(str, found))}, all damaged. To start anew, use another folder. {damaged[found[0]]}"
+                f"Expected a readable checkpoint in {self.folder!r}. Received: those of steps "
+                f"{', '.join(map(str, found))}, all damaged. To start over, use another folder. "
+                f"{damaged[found[0]][:_LONG]}"
             )
         return 0
 
     def take(self, step: int) -> bool:
-        """Takes the values of one, if it can be read.
+        """Restores the checkpoint of a step, if it exists and is readable.
 
         Args:
             step: Integer.
 
         Returns:
-            Boolean, whether it could be.
+            Boolean, whether it was restored.
         """
         return step in self.steps() and self._form.read(self.path(step)) is None
 
     def due(self) -> bool:
-        """Whether it is time to write one."""
+        """Returns whether it is time for a checkpoint."""
         late = self.minutes is not None and time.monotonic() - self._when >= 60 * self.minutes
-        # The same steps whether or not one in between was written.
+        # These steps do not depend on whether another checkpoint was written in between.
         return late or int(self._step.numpy()) // self.every > self._last // self.every
 
     def save(self, best: int | None = None) -> None:
-        """Writes one of now, unless there is one, and deletes what need not be kept.
+        """Writes a checkpoint of the current step, unless it exists, and deletes old ones.
 
         Args:
-            best: Integer, step of the best one, which is kept. Defaults to None.
+            best: Integer, step of the best checkpoint, which is kept. Defaults to None.
 
         Raises:
-            OSError: If there is no room. What was saved before is as it was.
+            OSError: If the disk is full. Earlier checkpoints are intact.
         """
         step = int(self._step.numpy())
         if self.writes and step not in self.steps():
             try:
                 self._form.write(self.path(step))
-            except Exception as error:  # each library has its own
+            except Exception as error:  # TensorFlow and orbax raise different classes
                 self._clean()
                 if plain := full(error, self.folder):
                     raise plain from error
@@ -233,7 +237,7 @@ class Checkpoints:
             tf.io.gfile.rename(path, aside, overwrite=True)
 
     def _clean(self) -> None:
-        """Removes what a process that was killed left half written."""
+        """Removes checkpoints that a killed process left incomplete."""
         if not (self.writes and tf.io.gfile.isdir(self.folder)):
             return
         whole = self.steps()
@@ -245,20 +249,20 @@ class Checkpoints:
 
 
 def full(error: Exception, folder: str) -> OSError | None:
-    """An error in plain words, if it is that of a disk without room.
+    """Translates an error into a plain one if it means that the disk is full.
 
     Args:
         error: Exception.
-        folder: String, path of what was written to.
+        folder: String, path of the folder that was written to.
 
     Returns:
-        OSError, or None.
+        An `OSError` for the caller to raise, or None.
     """
     if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
-    if not isinstance(error, OSError) and not any(told in str(error) for told in ("No space left", "quota exceeded")):
+    if not isinstance(error, OSError) and not any(sign in str(error) for sign in ("No space left", "quota exceeded")):
         return None
     return OSError(
-        f"Expected room on the disk of {folder!r}, or for temporary files. Received: no space left. What was saved "
-        f"before is whole: make room, and the same command goes on. {' '.join(str(error).split())[:200]}"
+        f"Expected free space on the disk of {folder!r} or for temporary files. Received: no space left. Free some and "
+        f"run the same command again to resume: what was saved is intact. {' '.join(str(error).split())[:_LONG]}"
     )

@@ -1,4 +1,4 @@
-"""Writes files that are whole or not there, also on Cloud Storage."""
+"""Writes files atomically, on a disk or on Cloud Storage."""
 
 import contextlib
 import json
@@ -11,14 +11,14 @@ import tensorflow as tf
 
 
 def write(path: str, text: str) -> None:
-    """Writes a text file: whoever looks sees the old one or the new one.
+    """Writes a text file. Readers see the old file or the new one, never a part.
 
     Args:
         path: String, path of the file.
         text: String.
 
     Raises:
-        tf.errors.OpError: If it cannot be written. The old one is then as it was.
+        tf.errors.OpError: If the file cannot be written. The old file is then unchanged.
     """
     with _new(path) as new, tf.io.gfile.GFile(new, "w") as file:
         file.write(text)
@@ -26,7 +26,7 @@ def write(path: str, text: str) -> None:
 
 @contextlib.contextmanager
 def _new(path: str):
-    """The path of what then takes the place of a file, or goes."""
+    """Yields the path of a temporary file that then replaces `path`, or is removed after an error."""
     new = f"{path}.new"
     try:
         yield new
@@ -39,13 +39,13 @@ def _new(path: str):
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """A path on this machine to write a file to, which then takes the place of `path`.
+    """Yields a path on this machine for a new file that then replaces `path`.
 
     Args:
         path: String, path of a file, which may be on Cloud Storage.
 
     Returns:
-        Context manager that gives a path of the same ending.
+        Context manager whose value is a path with the same file name.
     """
     with tempfile.TemporaryDirectory() as folder:
         here = os.path.join(folder, os.path.basename(path))
@@ -55,7 +55,7 @@ def replacing(path: str) -> Iterator[str]:
 
 
 def rows(path: str) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines. What a process that was killed wrote half of is left away.
+    """Reads the objects of a JSON Lines file. Skips lines that a killed process left incomplete.
 
     Args:
         path: String, path of the file, which need not exist.

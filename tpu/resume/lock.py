@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one run at a time, on a disk or on Cloud Storage."""
+"""Locks a run folder for one run at a time, on a disk or on Cloud Storage."""
 
 import contextlib
 import errno
@@ -17,20 +17,19 @@ import tensorflow as tf
 
 from keras_effnet.tpu.resume.cloud_files import rows, write
 
-BEAT = 10.0  # seconds between two signs of life where the system keeps no locks
+BEAT = 10.0  # seconds between heartbeats, where the file system has no locks
 
 
 @contextlib.contextmanager
 def locked(folder: str, on_lost: Callable[[], Any], beat: float = BEAT) -> Iterator[None]:
-    """Keeps other runs away from a folder, until the process ends in whatever way.
+    """Keeps other runs out of a folder until the process ends, in whatever way.
 
     Args:
-        folder: String, path of the folder. Where it is one of this machine's, the system keeps the lock; on Cloud
-            Storage a file that changes with every beat does, and after a run that was killed the next one waits for
-            three of them.
-        on_lost: Function that is called with nothing, from another thread, if another run has taken the folder over,
-            since this one showed no sign of life for too long. The system's locks cannot be lost.
-        beat: Float, seconds. Defaults to 10.
+        folder: String, path of the folder. On a file system, the lock is the system's. On Cloud Storage, it is a file
+            that changes with every heartbeat; after a run was killed, the next one waits for three heartbeats.
+        on_lost: Function without arguments. Called from another thread if another run has taken over the folder because
+            the heartbeats of this one stopped for too long. The system's locks cannot be lost.
+        beat: Float, seconds between heartbeats. Defaults to 10.
 
     Raises:
         ValueError: If another run uses the folder.
@@ -44,8 +43,8 @@ def _me() -> dict[str, Any]:
 
 
 def _refused(folder: str, owner: dict[str, Any]) -> ValueError:
-    told = ", ".join(f"{name} {owner[name]}" for name in ("host", "process", "since") if name in owner)
-    return ValueError(f"Expected a folder that no other run uses. Received: {folder!r}, which one uses ({told})")
+    known = ", ".join(f"{name} {owner[name]}" for name in ("host", "process", "since") if name in owner)
+    return ValueError(f"Expected a folder that no other run uses. Received: {folder!r}, which is in use ({known})")
 
 
 @contextlib.contextmanager
@@ -85,27 +84,27 @@ def _beating(folder: str, on_lost: Callable[[], Any], beat: float):
 
     before = read()
     if before:
-        print(f"Looking for {3 * beat:g} s whether the run that used {folder} goes on", file=sys.stderr, flush=True)
+        print(f"Waiting {3 * beat:g} s to see whether the run in {folder} is still alive", file=sys.stderr, flush=True)
         for _ in range(12):
             time.sleep(beat / 4)
             if read() != before:
                 raise _refused(folder, before)
     sign(0)
-    time.sleep(beat / 2)  # two that found nothing: the last to write has it
+    time.sleep(beat / 2)  # if two runs found the folder free, the last one to write owns it
     if not is_mine():
         raise _refused(folder, read())
 
-    def go_on() -> None:
+    def keep_alive() -> None:
         for number in itertools.count(1):
             if done.wait(beat):
                 return
-            with contextlib.suppress(tf.errors.OpError):  # a storage that does not answer now may do at the next beat
+            with contextlib.suppress(tf.errors.OpError):  # the storage may answer at the next beat
                 if not is_mine():
                     on_lost()
                     return
                 sign(number)
 
-    thread = threading.Thread(target=go_on, daemon=True)
+    thread = threading.Thread(target=keep_alive, daemon=True)
     thread.start()
     try:
         yield

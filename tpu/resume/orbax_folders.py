@@ -1,4 +1,4 @@
-"""One checkpoint as a folder that orbax writes, beside a file with the sums of its files."""
+"""Checkpoints as folders that orbax writes, each beside a file with the checksums of its files."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from keras_effnet.tpu.resume.checkpoints import other_model
 
 
 def _orbax() -> ocp.Checkpointer:
-    # Each process for itself: with data parallelism each has all values, and one of them writes.
+    # Each process on its own: with data parallelism every process has all values, and only one writes.
     me = jax.process_index() if jax.distributed.is_initialized() else 0
     alone = ocp.options.MultiprocessingOptions(me, {me}, f"keras-effnet-{me}")
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
@@ -24,10 +24,10 @@ def _orbax() -> ocp.Checkpointer:
 
 
 class Folders:
-    """A nested dict of arrays in a folder, whose every damaged bit is seen.
+    """Stores a nested dict of arrays in a folder, and detects every damaged bit.
 
     Args:
-        take: Function without arguments that gives the dict.
+        take: Function without arguments that returns the dict to write.
         give: Function that is called with the dict that was read.
     """
 
@@ -49,18 +49,19 @@ class Folders:
         if problem:
             return problem
         found, mine = read(path), self._take()
-        if (told := _shapes(found)) != (expected := _shapes(mine)):
-            names = sorted(told.keys() ^ expected.keys()) or [name for name in told if told[name] != expected[name]]
-            raise other_model(path, f"{names[0]} {told.get(names[0])}, not {expected.get(names[0])}")
+        if (received := _shapes(found)) != (expected := _shapes(mine)):
+            names = sorted(received.keys() ^ expected.keys())
+            names = names or [name for name in received if received[name] != expected[name]]
+            raise other_model(path, f"{names[0]} {received.get(names[0])}, not {expected.get(names[0])}")
         self._give(found)
         return None
 
 
 def read(path: str) -> dict[str, Any]:
-    """What is in a folder, as it was saved.
+    """Reads the arrays of a checkpoint, without checking it.
 
     Args:
-        path: String.
+        path: String, path of the folder.
 
     Returns:
         Nested dict of arrays.
@@ -70,24 +71,24 @@ def read(path: str) -> dict[str, Any]:
 
 
 def damage(path: str) -> str | None:
-    """How a folder is not what it was when it was written.
+    """Compares the files of a checkpoint with their checksums.
 
     Args:
-        path: String.
+        path: String, path of the folder.
 
     Returns:
-        String, or None if it is.
+        String that names the first damaged file, or None if there is none.
     """
     try:
         sums = json.loads(tf.io.gfile.GFile(_sums(path)).read())
         names = sums.keys()
     except (ValueError, UnicodeDecodeError, AttributeError) as error:
-        return f"Its sums cannot be read: {error}"
-    there = _names(path) if tf.io.gfile.isdir(path) else []
-    if lost := sorted(names - set(there)):
-        return f"{lost[0]} is not there"
+        return f"Its checksums cannot be read: {error}"
+    existing = _names(path) if tf.io.gfile.isdir(path) else []
+    if missing := sorted(names - set(existing)):
+        return f"{missing[0]} is missing"
     wrong = [name for name in names if _sum(f"{path}/{name}") != sums[name]]
-    return f"{wrong[0]} is not what was written" if wrong else None
+    return f"{wrong[0]} is damaged" if wrong else None
 
 
 def _whole(path: str) -> str:
@@ -99,7 +100,7 @@ def _sums(path: str) -> str:
 
 
 def _names(path: str) -> list[str]:
-    # Cloud Storage lists folders with a slash at their end.
+    # Cloud Storage lists folders with a slash at the end.
     found = (f"{folder.rstrip('/')}/{name}" for folder, _, names in tf.io.gfile.walk(path) for name in names)
     return sorted(name.removeprefix(path).lstrip("/") for name in found)
 

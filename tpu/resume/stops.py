@@ -1,4 +1,4 @@
-"""How a run is asked to stop before its end, and how it says why it did."""
+"""Stops a run before its end, on a signal or an error, and says why."""
 
 import contextlib
 import os
@@ -7,16 +7,18 @@ import sys
 import threading
 from collections.abc import Callable
 
-AGAIN = os.EX_TEMPFAIL  # 75: the same command goes on; what BSD's sysexits.h calls a temporary failure
+AGAIN = os.EX_TEMPFAIL  # 75, a temporary failure in BSD's sysexits.h: the same command resumes the run
 
-INTERRUPTED = 128 + signal.SIGINT  # 130, as shells say it
+INTERRUPTED = 128 + signal.SIGINT  # 130, as in shells
+
+RESUME = "Run the same command again to resume"
 
 
 class Stopped(SystemExit):
-    """Ends the process: the run stopped before its end, and its state is kept.
+    """Ends the process because the run stopped before its end. Its state is kept.
 
     Args:
-        code: Integer, exit status of the process: 75 where a supervisor may start the same command again, 130 after
+        code: Integer, exit status of the process: 75 if a supervisor may start the same command again, 130 after
             Ctrl-C.
         message: String.
     """
@@ -30,15 +32,15 @@ class Stopped(SystemExit):
 
 
 class Asked(Exception):  # noqa: N818
-    """Somebody asked the run to stop."""
+    """Raised inside a run that was asked to stop."""
 
 
 class NonFiniteError(Exception):
-    """A loss or a variable is no longer a number.
+    """Raised when a loss or a variable is not finite.
 
     Args:
         step: Integer, number of the step, from 1.
-        what: String, such as `"a loss of nan"`.
+        what: String that names what is not finite, such as `"a loss of nan"`.
     """
 
     def __init__(self, step: int, what: str):
@@ -47,7 +49,7 @@ class NonFiniteError(Exception):
 
 
 def say(text: str) -> None:
-    """Says something on standard error, where that is still heard: a closed pipe ends no run.
+    """Prints to standard error. A closed pipe does not end the run.
 
     Args:
         text: String.
@@ -57,26 +59,26 @@ def say(text: str) -> None:
 
 
 def at_once(code: int, text: str) -> None:
-    """Ends the process, from any thread and whatever it is doing.
+    """Ends the process at once, from any thread.
 
     Args:
-        code: Integer, its exit status.
-        text: String, the last word.
+        code: Integer, exit status.
+        text: String to print first.
     """
-    # First the cursor, which a progress bar hides.
+    # First shows the cursor, which a progress bar hides.
     say("\x1b[?25h" * sys.stderr.isatty() + text)
     os._exit(code)
 
 
 def _leave(*_) -> None:
-    """A handler: the watch is told by another way."""
+    """Does nothing: the watch reads signals from its pipe."""
 
 
 class Watch(contextlib.AbstractContextManager):
-    """Notices SIGTERM, and from `begin()` on Ctrl-C, at once, also while TensorFlow computes.
+    """Catches SIGTERM, and after `begin()` Ctrl-C too, at once, even while TensorFlow computes.
 
-    The first one after `begin()` asks the run to stop; a second one, or a SIGTERM before, ends the process. Outside a
-    program's main thread, where Python allows no handlers, nothing is noticed.
+    The first signal after `begin()` asks the run to stop. A second one, or SIGTERM before `begin()`, ends the process.
+    Outside the main thread, where Python allows no handlers, it catches nothing.
     """
 
     def __init__(self):
@@ -89,8 +91,8 @@ class Watch(contextlib.AbstractContextManager):
             return self
         self._end, start = os.pipe()
         os.set_blocking(start, False)
-        # Python runs handlers between its own instructions, of which there are none for a whole loop of steps; but it
-        # writes to this descriptor within the signal.
+        # Python runs handlers between bytecode instructions, and there are none during a whole loop of steps. To this
+        # descriptor it writes right away.
         self._before = (signal.set_wakeup_fd(start, warn_on_full_buffer=False), start)
         self._take(signal.SIGTERM)
         threading.Thread(target=self._listen, daemon=True).start()
@@ -104,15 +106,15 @@ class Watch(contextlib.AbstractContextManager):
             os.close(self._before[1])  # ends the thread
 
     def hold(self) -> None:
-        """Takes the signals again: TensorFlow's service for many hosts, once connected, has a handler of its own."""
+        """Installs the handlers again: TensorFlow's multi-host service replaces them when it connects."""
         for number in self._handlers:
             signal.signal(number, _leave)
 
     def begin(self, on_signal: Callable[[], object]) -> None:
-        """From now on there is something to save.
+        """Lets signals ask the run to stop from now on, as there is a state to save. Catches Ctrl-C too.
 
         Args:
-            on_signal: Function that is called with nothing, from another thread.
+            on_signal: Function without arguments that asks the run to stop. Called from another thread.
         """
         self._on_signal = on_signal
         if self._handlers:
@@ -130,13 +132,13 @@ class Watch(contextlib.AbstractContextManager):
                 at_once(128 + number, "Stopped at once")
             self.signal = number
             if self._on_signal is None:
-                at_once(AGAIN, "Stopped before the first step. The same command goes on")
+                at_once(AGAIN, f"Stopped before the first step. {RESUME}")
             else:
                 self._on_signal()
-                say(f"{signal.Signals(number).name}: saving after this step; once more: at once")
+                say(f"{signal.Signals(number).name}: saving after this step. A second signal stops at once")
         os.close(self._end)
 
     @property
     def code(self) -> int:
-        """Exit status of a run that this, or another host's, stopped."""
+        """Exit status of a run that this watch, or that of another host, has stopped."""
         return INTERRUPTED if self.signal == signal.SIGINT else AGAIN

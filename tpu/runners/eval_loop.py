@@ -1,4 +1,4 @@
-"""Evaluations inside a run: all examples, whichever runner scores a batch."""
+"""Evaluates during a run, with either runner."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,19 +12,19 @@ class Evaluator(orbit.AbstractEvaluator):
     """Evaluates on all examples, or until it is asked to stop.
 
     Args:
-        score: Function of a batch that gives a dict of sums over it on all replicas, with their number `examples`, and
-            `asked`, above 0 to stop.
-        batches: Function without arguments that gives all batches.
+        score: Function of a batch. Returns a dict of sums over the batch on all replicas, with the number of
+            `examples`, and `asked`, above 0 to stop.
+        batches: Function without arguments. Returns an iterable of all batches.
     """
 
     def __init__(self, score: Callable[..., Mapping[str, Any]], batches: Callable[[], Iterable]):
         self._score, self._batches = score, batches
 
     def evaluate(self, num_steps) -> Any:
-        """Evaluates.
+        """Evaluates on all examples.
 
         Args:
-            num_steps: Not used: all there is.
+            num_steps: Not used.
 
         Returns:
             Dict of means over all examples, and their number.

@@ -1,8 +1,9 @@
-"""Convolutions that XLA makes too much of, in an order and with gradients of their own.
+"""Convolutions that XLA compiles badly, rewritten with custom gradients.
 
-Depthwise ones as sums of shifted images: on processors XLA's own takes ten times as long to train (docs/training.md).
-Where each example has a kernel of its own, XLA's gradient of such a sum moves three times as much memory on a TPU, and
-so do those kernels, where there can be one convolution with all experts (benchmarks/tpu_traffic.md).
+Depthwise convolutions are sums of shifted images: on processors XLA's own take ten times as long to train
+(docs/training.md). For one kernel per example, XLA's gradient of such a sum moves three times as much memory on a TPU.
+CondConv of 1 x 1 is one convolution with all experts, since kernels per example also move three times as much memory
+(docs/tpu.md).
 """
 
 import functools
@@ -17,7 +18,7 @@ from keras_effnet.nets.condconv import CondConv2D, DepthwiseCondConv2D
 
 @keras.saving.register_keras_serializable("keras_effnet")
 class ShiftedDepthwiseConv2D(keras.layers.DepthwiseConv2D):
-    """`keras.layers.DepthwiseConv2D` as a sum of shifted images, one for each element of the kernel.
+    """`keras.layers.DepthwiseConv2D`, computed as a sum of shifted images, one for each element of the kernel.
 
     Args:
         *args: See `keras.layers.DepthwiseConv2D`.
@@ -32,7 +33,7 @@ class ShiftedDepthwiseConv2D(keras.layers.DepthwiseConv2D):
     """
 
     def call(self, inputs):
-        """Convolves.
+        """Computes the convolution.
 
         Args:
             inputs: Tensor (batch, height, width, channels).
@@ -53,7 +54,7 @@ class ShiftedDepthwiseConv2D(keras.layers.DepthwiseConv2D):
 
 @keras.saving.register_keras_serializable("keras_effnet")
 class ShiftedDepthwiseCondConv2D(DepthwiseCondConv2D):
-    """`DepthwiseCondConv2D` with a gradient of its own.
+    """`DepthwiseCondConv2D` with a custom gradient.
 
     Args:
         *args: See `keras_effnet.layers.DepthwiseCondConv2D`.
@@ -77,11 +78,10 @@ class ShiftedDepthwiseCondConv2D(DepthwiseCondConv2D):
 
 @keras.saving.register_keras_serializable("keras_effnet")
 class AllExpertsCondConv2D(CondConv2D):
-    """`CondConv2D` that convolves with all experts at once, where its kernel is of 1 x 1.
+    """`CondConv2D` that convolves with all experts at once if its kernel is 1 x 1.
 
-    It takes as many times the arithmetic as there are experts, of which a TPU has enough, and writes no kernel for each
-    example. What the examples' routing weights are multiplied with is the inputs or the outputs, whichever has fewer
-    channels.
+    It multiplies the arithmetic by the number of experts, which a TPU can afford, and writes no kernel per example. The
+    routing weights scale the inputs or the outputs, whichever have fewer channels.
 
     Args:
         *args: See `keras_effnet.layers.CondConv2D`.
@@ -106,30 +106,53 @@ class AllExpertsCondConv2D(CondConv2D):
 
 
 def pointwise(x, kernel):
-    """A convolution of 1 x 1 with a kernel (channels, filters)."""
+    """Computes a 1 x 1 convolution.
+
+    Args:
+        x: Array (batch, height, width, channels).
+        kernel: Array (channels, filters).
+
+    Returns:
+        Array (batch, height, width, filters).
+    """
     layout = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel[None, None], (1, 1), "VALID", dimension_numbers=layout)
 
 
 def _repeated(x, routing):
-    """The channels once for each expert, times its weight."""
+    """Repeats the channels for each expert, times its weight."""
     repeated = x[:, :, :, None] * routing[:, None, None, :, None]
     return repeated.reshape(*x.shape[:3], -1)
 
 
 def wide(x):
-    """In float32, or what is wider already: sums are not taken in a low precision."""
+    """Casts to float32, or keeps a wider type: sums need the precision.
+
+    Args:
+        x: Array.
+
+    Returns:
+        Array of the same shape.
+    """
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def over_places(a, b):
-    """Sums of products over all places of all images: (a's channels, b's channels)."""
+    """Sums the products of all pairs of channels over all positions of all images.
+
+    Args:
+        a: Array (batch, height, width, channels).
+        b: Array (batch, height, width, other channels).
+
+    Returns:
+        Array (channels, other channels), in float32 or wider.
+    """
     places, precision = (0, 1, 2), jnp.promote_types(a.dtype, jnp.float32)
     return jax.lax.dot_general(a, b, ((places, places), ((), ())), preferred_element_type=precision)
 
 
 def _by_expert(outputs, routing):
-    """Each expert's outputs, with its weights: as slices, for which the compiler changes no layout."""
+    """Returns each expert's outputs with its weights, as slices, which need no change of layout."""
     parts = jnp.split(outputs, routing.shape[1], axis=-1)
     return [(wide(part), wide(routing[:, n, None, None, None])) for n, part in enumerate(parts)]
 
@@ -141,7 +164,7 @@ def _summed_experts(x, routing, experts):
 
 def _sum_experts(x, routing, experts):
     kernel = experts.transpose(1, 0, 2).reshape(x.shape[-1], -1)
-    # The barriers keep what is between them in the layer's precision: the compiler would store it in float32.
+    # The barriers keep these values in the layer's precision. The compiler would store them in float32.
     outputs = jax.lax.optimization_barrier(pointwise(x, kernel))
     y = functools.reduce(jnp.add, (part * weight for part, weight in _by_expert(outputs, routing)))
     return y.astype(x.dtype), (x, routing, experts, outputs)
@@ -161,14 +184,14 @@ _summed_experts.defvjp(_sum_experts, _sum_experts_back)
 
 
 def _sides(size: int, kernel: int, stride: int) -> tuple[int, int, int]:
-    """Outputs along an axis, and what "same" puts before and behind."""
+    """Returns the output size along an axis, and the padding of "same" before and after."""
     outputs = -(-size // stride)
     padding = max((outputs - 1) * stride + kernel - size, 0)
     return outputs, padding // 2, padding - padding // 2
 
 
 def _shifts(padded, kernel, strides, sizes):
-    """What each element of the kernel is multiplied by."""
+    """Yields the row and column of each element of the kernel, and the shifted image that it multiplies."""
     for row in range(kernel[0]):
         for column in range(kernel[1]):
             begin = (row, column)
@@ -188,7 +211,7 @@ def _summed(shifts, kernel):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolved(x, kernel, strides):
-    """Kernels are (height, width, channels), or (height, width, batch, 1, 1, channels)."""
+    """Depthwise convolution with a kernel (height, width, channels), or (height, width, batch, 1, 1, channels)."""
     sizes, padding = _geometry(x, kernel, strides)
     shifts = _shifts(jnp.pad(x, padding), kernel.shape, strides, sizes)
     return _summed(shifts, kernel).astype(x.dtype)
@@ -204,7 +227,7 @@ def _backward(strides, kept, dy):
     shifts = _shifts(jnp.pad(x, padding), kernel.shape, strides, sizes)
     axes = (0, 1, 2) if kernel.ndim == 3 else (1, 2)
     sums = [jnp.sum(wide(part) * wide(dy), axes).astype(kernel.dtype) for _, _, part in shifts]
-    # The same the other way round: with the kernel turned, over `dy` with zeros in between.
+    # The transposed convolution: the flipped kernel over `dy`, with zeros between its elements.
     around = [(0, 0, 0)]
     for axis, (stride, size) in enumerate(zip(strides, sizes, strict=True)):
         before = kernel.shape[axis] - 1 - padding[axis + 1][0]

@@ -1,6 +1,6 @@
-"""Layers of a training step that belong together, each with a gradient of its own that reads images less often.
+"""Groups of layers fused into one for training, with custom gradients that read the images fewer times.
 
-Same variables, same mathematics; what each saves on a TPU is in benchmarks/tpu_traffic.md.
+The variables and the mathematics are unchanged. The savings on a TPU are in docs/tpu.md.
 """
 
 import functools
@@ -16,19 +16,19 @@ from keras_effnet.tpu.runners import jax_kernels
 from keras_effnet.tpu.runners.jax_convolutions import over_places, pointwise, wide
 from keras_effnet.tpu.step.replicas import GroupBatchNormalization, group_mean
 
-_IMAGE = (0, 1, 2)  # the axes that batch statistics are over
+_IMAGE = (0, 1, 2)  # the axes that batch statistics reduce
 
 
 class _Unit(keras.Layer):
-    """Layers that follow each other, as one. It has their variables, and is one of them in training only.
+    """A sequence of layers, fused in training only. It owns their variables.
 
     Args:
         layers: List of built layers, in the order of the model.
-        interpret: Boolean, whether JAX interprets kernels for a TPU. Defaults to False.
+        interpret: Boolean, whether JAX interprets TPU kernels. Defaults to False.
     """
 
     needs_tpu = False
-    sizes = frozenset({1})  # that its convolutions' kernels may have
+    sizes = frozenset({1})  # kernel sizes that its convolutions may have
 
     def __init__(self, layers: list[Any], interpret: bool = False):
         super().__init__(name=f"{layers[0].name}_unit", dtype=layers[0].dtype_policy)
@@ -37,7 +37,7 @@ class _Unit(keras.Layer):
         self.built = True
 
     def call(self, inputs, training=False):
-        """The layers' outputs, with batch statistics in training.
+        """Computes the outputs of the layers, with batch statistics in training.
 
         Args:
             inputs: Tensor (batch, height, width, channels).
@@ -60,14 +60,14 @@ class _Unit(keras.Layer):
 
 
 def _remembered(norm, outputs, mean, variance):
-    """The outputs, once the moving statistics are what Keras makes of these."""
+    """Updates the moving statistics as Keras does, and returns the outputs."""
     for moving, value in ((norm.moving_mean, mean), (norm.moving_variance, variance)):
         moving.assign(moving * norm.momentum + value * (1.0 - norm.momentum))
     return outputs
 
 
 def _statistics(x, shift, group: int):
-    """Mean and variance over a group of replicas, in one pass over the images."""
+    """Returns mean and variance over a group of replicas, in one pass over the images."""
     moved = wide(x) - shift
     both = jnp.stack([jnp.mean(moved, _IMAGE), jnp.mean(jnp.square(moved), _IMAGE)])
     moved, square = group_mean(both, group)
@@ -80,25 +80,25 @@ def _normalized(x, mean, variance, gamma, beta, epsilon):
 
 
 class ExpandUnit(_Unit):
-    """A convolution of 1 x 1, batch normalisation and activation.
+    """A 1 x 1 convolution, batch normalization and activation.
 
-    Batch normalisation's gradient is linear in the convolution's output, which is linear in the input: what would be
-    read at each place again becomes small matrices.
+    The gradient of batch normalization is linear in the convolution's output, which is linear in its input. So small
+    matrices replace another pass over the images.
 
     Args:
-        layers: List of the convolution, batch normalisation and activation.
+        layers: List of the convolution, batch normalization and activation.
     """
 
     def _plain(self, x):
         return _plain_expand(self.parts, x)
 
     def _trained(self, x):
-        how, told = _of_expand(self.parts, self.compute_dtype)
-        outputs, *statistics = _expanded(how, x, *told)  # type: ignore[misc]
+        how, values = _of_expand(self.parts, self.compute_dtype)
+        outputs, *statistics = _expanded(how, x, *values)  # type: ignore[misc]
         return _remembered(self.parts[1], outputs, *statistics)
 
     def compute_output_shape(self, input_shape):
-        """Shape of the outputs.
+        """Returns the shape of the outputs.
 
         Args:
             input_shape: Tuple.
@@ -115,7 +115,7 @@ def _plain_expand(parts, x):
 
 
 def _of_expand(parts, dtype):
-    """How an expansion computes, and with what."""
+    """Returns the static configuration of an expansion, and its arrays."""
     convolution, norm, activation = parts
     kernel = convolution.kernel.value.astype(dtype)
     values = norm.gamma.value, norm.beta.value, norm.moving_mean.value
@@ -151,14 +151,14 @@ def _expand_back(how, kept, gradients):
 
 
 def _expand_behind(how, kept, du, s1, s2):
-    """From the gradient of what the activation takes, and its sums."""
+    """Returns all gradients from the gradient of the activation's input and its sums."""
     _, epsilon, group, strides = how
     x, kernel, gamma, _, y, mean, variance = kept
     places = y.size / y.shape[-1]
     root = jax.lax.rsqrt(variance + epsilon)
     scale, low = gamma * root, x.dtype
     mean1, mean2 = group_mean(jnp.stack([s1, s2]) / places, group)
-    # d loss / dy = scale * du - scale * mean1 - (y - mean) * slope, and where the kernel is 1 x 1, y = x @ kernel.
+    # d loss / dy = scale * du - scale * mean1 - (y - mean) * slope, and for a 1 x 1 kernel, y = x @ kernel.
     slope = root * scale * mean2
     if kernel.shape[:2] != (1, 1):
         dy = (wide(du) * scale - wide(y) * slope + (mean * slope - scale * mean1)).astype(low)
@@ -183,25 +183,25 @@ _expanded.defvjp(_expand, _expand_back)
 
 
 class ExciteUnit(_Unit):
-    """Batch normalisation, activation, and squeeze-and-excite.
+    """Batch normalization, activation, and squeeze-and-excite.
 
-    Batch normalisation's sums behind the gate are put together from sums over each image, which need no pass of their
-    own.
+    The sums that the gradient of batch normalization needs behind the gate are built from sums over each image, which
+    take no extra pass.
 
     Args:
-        layers: List of batch normalisation, activation, the pool, the two convolutions of the gate, and the product.
+        layers: List of batch normalization, activation, the pooling, the two convolutions of the gate, and the product.
     """
 
     def _plain(self, x):
         return _plain_excite(self.parts, x)
 
     def _trained(self, x):
-        how, told = _of_excite(self.parts)
-        outputs, *statistics = _excited(how, x, *told)  # type: ignore[misc]
+        how, values = _of_excite(self.parts)
+        outputs, *statistics = _excited(how, x, *values)  # type: ignore[misc]
         return _remembered(self.parts[0], outputs, *statistics)
 
     def compute_output_shape(self, input_shape):
-        """Shape of the outputs.
+        """Returns the shape of the outputs.
 
         Args:
             input_shape: Tuple.
@@ -219,7 +219,7 @@ def _plain_excite(parts, x):
 
 
 def _of_excite(parts):
-    """How what follows a depthwise convolution computes, and with what."""
+    """Returns the static configuration of the layers after a depthwise convolution, and their arrays."""
     norm, activation, _, reduce, expand, _ = parts
     gate = tuple(layer.activation for layer in (reduce, expand))
     variables = [v.value for layer in (reduce, expand) for v in (layer.kernel, layer.bias)]
@@ -233,7 +233,7 @@ def _excited(how, x, gamma, beta, gate, shift):
 
 
 def _gate(activations, pooled, variables):
-    """The two convolutions, on one place of each image."""
+    """Applies the gate's two convolutions to the pooled images."""
     kernels, biases = variables[0::2], variables[1::2]
     for activation, kernel, bias in zip(activations, kernels, biases, strict=True):
         pooled = activation(pooled @ kernel[0, 0].astype(pooled.dtype) + bias.astype(pooled.dtype))
@@ -256,14 +256,14 @@ def _excite_back(how, kept, gradients):
 
 
 def _excite_through(outer, slope, x, dz):
-    """The gradient of what batch normalisation takes."""
+    """Returns the gradient of batch normalization's input."""
     share, spread, scale, k2, k1 = (value.astype(x.dtype) for value in (outer.share, outer.spread, *outer[2:5]))
     du = (dz * share[:, None, None] + spread[:, None, None]) * slope
     return du * scale + x * k2 + k1
 
 
 def _excite_ahead(how, kept, dz):
-    """All of the gradient but what is at each place of the images, and what makes that."""
+    """Returns what `_excite_through()` needs, the activation's slope, and all gradients but that of the images."""
     activation, activations, epsilon, group = how
     x, gamma, beta, gate, mean, variance, pooled, share = kept
     low, places = x.dtype, x.size / x.shape[-1]
@@ -274,7 +274,7 @@ def _excite_ahead(how, kept, dz):
     a, back = jax.vjp(activation, u)
     (slope,) = back(jnp.ones_like(u))
 
-    # In float32 these sums are taken while `dz` is computed; in bfloat16 the compiler makes passes of them.
+    # In float32 the compiler takes these sums while it computes `dz`. In bfloat16 it would make extra passes.
     def total(value):
         return jnp.sum(value, (1, 2))
 
@@ -298,13 +298,13 @@ _excited.defvjp(_excite, _excite_back)
 
 
 class BodyUnit(_Unit):
-    """A convolution, the depthwise one behind it, and what follows up to squeeze-and-excite.
+    """An expansion, the depthwise convolution after it, and the layers up to squeeze-and-excite.
 
-    Between the two normalisations, the gradients are one pass over the images: `jax_kernels.depthwise_gradients()`.
+    Between the two normalizations, the gradients take one pass over the images: `jax_kernels.depthwise_gradients()`.
 
     Args:
-        layers: List of the layers of an `ExpandUnit`, the depthwise convolution, and those of an `ExciteUnit`.
-        interpret: Boolean, whether JAX interprets the kernel, where there is no TPU. Defaults to False.
+        layers: List of the layers of an `ExpandUnit`, the depthwise convolution, and the layers of an `ExciteUnit`.
+        interpret: Boolean, whether JAX interprets the kernel, for machines without a TPU. Defaults to False.
     """
 
     needs_tpu = True
@@ -327,7 +327,7 @@ class BodyUnit(_Unit):
         return outputs
 
     def compute_output_shape(self, input_shape):
-        """Shape of the outputs.
+        """Returns the shape of the outputs.
 
         Args:
             input_shape: Tuple.
@@ -339,7 +339,7 @@ class BodyUnit(_Unit):
 
 
 class FirstUnit(BodyUnit):
-    """The same of the stem and the first block.
+    """The same for the stem and the first block.
 
     Args:
         layers: See `BodyUnit`.
@@ -387,7 +387,7 @@ def _body_back(how, kept, gradients):
 
 _bodied.defvjp(_body, _body_back)
 
-# The units, and their parts' names in a block of `blocks.mbconv()`; what comes first is taken.
+# The units, and the names of their layers in a block of `blocks.mbconv()`. The first unit that matches is used.
 _EXPAND = ("{}_expand_conv", "{}_expand_bn", "{}_expand_activation")
 
 _STEM = ("stem_conv", "stem_bn", "stem_activation")
@@ -403,10 +403,10 @@ UNITS: dict[str, tuple[type[_Unit], tuple[str, ...]]] = {
 
 
 def units(fused: str) -> list[str]:
-    """The units that go with a run's choice.
+    """Returns the units of a value of `Run.fused`.
 
     Args:
-        fused: `"none"`, `"layers"`, or `"kernels"`, which are for a TPU.
+        fused: `"none"`, `"layers"`, or `"kernels"`, which needs a TPU.
 
     Returns:
         List of names of `UNITS`.
@@ -422,12 +422,12 @@ def units(fused: str) -> list[str]:
 
 
 def fuse(model: keras.Model, chosen: Iterable[str] | None = None, interpret: bool = False) -> keras.Model:
-    """The same model with layers that belong together as one.
+    """Fuses the layers of a model into units.
 
     Args:
-        model: A functional `keras.Model` of this package, whose batch normalisations are `GroupBatchNormalization`.
+        model: A functional `keras.Model` of this package, whose batch normalizations are `GroupBatchNormalization`.
         chosen: Names of `UNITS`. Defaults to all.
-        interpret: Boolean, whether JAX interprets kernels for a TPU, where there is none. Defaults to False.
+        interpret: Boolean, whether JAX interprets TPU kernels, for machines without a TPU. Defaults to False.
 
     Returns:
         A `keras.Model` with the same variables in the same order.
@@ -458,12 +458,12 @@ def fuse(model: keras.Model, chosen: Iterable[str] | None = None, interpret: boo
 
     fused: Any = keras.models.clone_model(model, clone_function=lambda layer: layer, call_function=call)
     if [v.path for v in fused.variables] != [v.path for v in model.variables]:
-        raise ValueError("Expected a model whose layers follow each other. Received: variables in another order")
+        raise ValueError("Expected a model whose fused layers are consecutive. Received: variables in another order")
     return fused
 
 
 def _is_plain(layer, sizes) -> bool:
-    """Whether a layer is there, is trained, and is what a unit takes: no mixed experts, the channels last."""
+    """Whether a layer exists, is trainable, and fits into a unit: no mixed experts, channels last."""
     match layer:
         case keras.layers.DepthwiseConv2D():
             plain = layer.depth_multiplier == 1 and set(layer.dilation_rate) == {1} and not layer.use_bias

@@ -1,4 +1,4 @@
-"""Kernels for TPUs, in Pallas, of what their compiler divides into passes over the same images."""
+"""A Pallas kernel for TPUs that computes in one pass what the compiler splits into several."""
 
 import functools
 from collections.abc import Callable
@@ -11,17 +11,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 _LANES = 128  # of a register
 
-_CHANNELS, _IMAGES = 16, 128  # that one step of a kernel's grid takes: they fill registers, also in bfloat16
+_CHANNELS, _IMAGES = 16, 128  # per step of a kernel's grid: they fill registers, also in bfloat16
 
 _VMEM = 12 * 2**20  # bytes that the blocks of a step may take
 
-_LIMIT = 16 * 2**20  # with what the compiler puts beside them: v2 to v4 have no more
+_LIMIT = 16 * 2**20  # bytes with what the compiler adds: v2 to v4 have no more
 
-_COLUMNS = 32  # that are computed at a time: more do not stay in registers
+_COLUMNS = 32  # computed at a time: more do not stay in registers
 
 
 class Inner(NamedTuple):
-    """What a depthwise convolution reads: `activation(x * scale + offset)`, and how x is normalised; (channels,)."""
+    """The input of a depthwise convolution, `activation(x * scale + offset)`, and the statistics that normalize x.
+
+    All are arrays (channels,).
+    """
 
     scale: Any
     offset: Any
@@ -30,9 +33,10 @@ class Inner(NamedTuple):
 
 
 class Outer(NamedTuple):
-    """The gradient of what it gives, y: `(dz * share + spread) * slope * scale + y * k2 + k1`.
+    """The gradient of the convolution's output y: `(dz * share + spread) * slope * scale + y * k2 + k1`.
 
-    `slope` is the activation's at `y * gain + offset`. Share and spread are (images, channels), the rest (channels,).
+    `slope` is that of the activation at `y * gain + offset`. Share and spread are (images, channels), the others
+    (channels,).
     """
 
     gain: Any
@@ -49,8 +53,8 @@ class _Geometry(NamedTuple):
     stride: int
     height: int  # of y
     width: int
-    before: int  # what "same" puts before x
-    rows: int  # of y, in a step
+    before: int  # padding of "same" before x
+    rows: int  # of y, per step
 
     @property
     def tiles(self) -> int:
@@ -58,7 +62,7 @@ class _Geometry(NamedTuple):
 
     @property
     def lag(self) -> int:
-        """A tile of x needs the next one of y."""
+        """Steps between a tile of y and the same tile of x, which also needs the next tile of y."""
         return int(self.tiles > 1)
 
     @property
@@ -68,7 +72,7 @@ class _Geometry(NamedTuple):
 
     @property
     def right(self) -> int:
-        """Columns behind it."""
+        """Columns of zeros after it."""
         return (self.before + self.stride - 1) // self.stride
 
     @property
@@ -77,22 +81,21 @@ class _Geometry(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Of y, that are computed at a time."""
+        """Columns of y that are computed at a time."""
         return max(n for n in range(1, _COLUMNS + 1) if not self.width % n)
 
     @property
     def ring(self) -> int:
-        """Rows of y's gradient that are kept: a tile, and those before and behind."""
+        """Rows of y's gradient that are kept: a tile, the one before and the one after."""
         return self.rows * (1 + 2 * self.lag)
 
     def bytes(self, itemsize: int) -> int:
-        """What a step takes: two of each block, as the next one comes meanwhile."""
+        """Memory of a step, with two of each block, because the next one is loaded meanwhile."""
         images = 4 * self.rows * self.width * (self.stride**2 + 1) * itemsize
         return (images + self.ring * self.around * 4) * _CHANNELS * _IMAGES
 
     def taps(self, row: int, column: int):
-        """For a place of x, by what it is more than a multiple of the stride: which element of the kernel takes it to
-        which place of y."""
+        """Yields the kernel elements that read a position of x (modulo the stride), each with its position in y."""
         for i in range(self.kernel):
             for j in range(self.kernel):
                 down, across = row + self.before - i, column + self.before - j
@@ -101,11 +104,11 @@ class _Geometry(NamedTuple):
 
 
 def fits(x, kernel, strides) -> bool:
-    """Whether `depthwise_gradients()` takes them.
+    """Returns whether `depthwise_gradients()` supports a convolution.
 
     Args:
         x: Array (images, height, width, channels), or its shape and dtype.
-        kernel: Array (height, width, channels), or the same.
+        kernel: Array (height, width, channels), or its shape and dtype.
         strides: Pair of integers.
 
     Returns:
@@ -131,7 +134,7 @@ def _geometry(x, kernel: int, stride: int) -> _Geometry:
     height, width = x.shape[1] // stride, x.shape[2] // stride
     before = max((height - 1) * stride + kernel - x.shape[1], 0) // 2
     every = [_Geometry(kernel, stride, height, width, before, n) for n in range(1, height + 1) if not height % n]
-    # As high as the kernel reaches, so that only tiles next to each other meet.
+    # At least as high as the kernel reaches, so that a tile only depends on its neighbors.
     every = [one for one in every if one.rows >= max(one.left, one.right) or one.tiles == 1]
     return max((one for one in every if one.bytes(x.dtype.itemsize) <= _VMEM), default=every[0])
 
@@ -146,27 +149,27 @@ def depthwise_gradients(
     activations: tuple[Callable, Callable],
     interpret: bool = False,
 ):
-    """All gradients of a depthwise convolution between two normalisations, in one pass over the images.
+    """Computes all gradients of a depthwise convolution between two normalizations, in one pass over the images.
 
-    The compiler makes two passes over what the convolution reads and two over what it gives, and writes the gradient in
-    between. Images are in the lanes here, as the compiler has them.
+    The compiler makes two passes over the convolution's input and two over its output, and writes the gradient in
+    between. Here images are in the lanes, as in the compiler's layout.
 
     Args:
-        x: Array (images, height, width, channels), before normalisation and activation.
-        y: Array (images, new height, new width, channels), what the convolution gave.
+        x: Array (images, height, width, channels), the input before normalization and activation.
+        y: Array (images, new height, new width, channels), the output of the convolution.
         dz: Array like y.
         kernel: Array (height, width, channels).
         inner: `Inner`.
         outer: `Outer`.
-        activations: Pair of functions, before and behind the convolution.
-        interpret: Boolean, whether JAX interprets the kernel, where there is no TPU. Defaults to False.
+        activations: Pair of functions, before and after the convolution.
+        interpret: Boolean, whether JAX interprets the kernel, for machines without a TPU. Defaults to False.
 
     Returns:
-        The gradient of the first activation's input, like x; that of the kernel, in float32; and the sums over all
-        places of the first, and of its product with the normalised x.
+        Tuple of the gradient of the first activation's input, like x; the gradient of the kernel, in float32; and the
+        sums over all positions of the first, and of its product with the normalized x.
 
     Reference:
-        benchmarks/tpu_traffic.md.
+        docs/tpu.md.
     """
     side, channels = kernel.shape[0], kernel.shape[2]
     at = _geometry(x, side, x.shape[1] // y.shape[1])
@@ -174,7 +177,7 @@ def depthwise_gradients(
     lanes = min(x.shape[-1], _IMAGES)
     constants = jnp.stack([*inner, *outer[:5]], 1).astype(jnp.float32)
     taps = kernel.reshape(-1, channels).T.astype(jnp.float32)
-    # Rows and columns apart by what they are more than a multiple of the stride.
+    # Columns are split by their remainder modulo the stride.
     apart = x.reshape(x.shape[0], at.width, at.stride, *x.shape[2:])
 
     def block(rows, *others, tile):
@@ -200,7 +203,7 @@ def depthwise_gradients(
                 (count - 2, _CHANNELS, lanes),
             )
         ],
-        # Tiles follow each other; the two cores of a v4 or a v5p may take different channels.
+        # Tiles are sequential. The two cores of a v4 or a v5p may take different channels.
         compiler_params=pltpu.CompilerParams(
             vmem_limit_bytes=_LIMIT, dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
@@ -211,77 +214,95 @@ def depthwise_gradients(
 
 
 def _kernel(at, activations, constants, taps, share, spread, x, y, dz, du, sums, ring, total, tap):
-    """A tile: y's gradient of the next one, then everything of x. Tiles of the same images and channels follow on."""
+    """A step of the grid: y's gradient for one tile, then all gradients of x for the tile before it.
+
+    The steps over the tiles of the same images and channels are consecutive.
+    """
     step = pl.program_id(2)
-    lanes = share.shape[-1]
+    inner, outer = activations
+    pl.when(step == 0)(functools.partial(_clear, at, taps, ring, total, tap))
+    pl.when(step < at.tiles)(
+        functools.partial(_output_gradient, at, outer, step, constants, share, spread, y, dz, ring),
+    )
+    pl.when(step >= at.lag)(
+        functools.partial(_input_gradients, at, inner, step, constants, x, du, ring, total, tap),
+    )
+    pl.when(step == at.tiles - 1 + at.lag)(functools.partial(_write_sums, at, total, sums))
+
+
+def _constant(of, n: int, lanes: int):
+    """A column of constants, for all images."""
+    return jnp.broadcast_to(of[:, n : n + 1], (_CHANNELS, lanes))
+
+
+def _clear(at, taps, ring, total, tap) -> None:
+    """Prepares the scratch memory before the first tile."""
+    for scratch in (ring, total):
+        scratch[...] = jnp.zeros(scratch.shape, jnp.float32)
+    for n in range(at.kernel**2):
+        tap[n] = _constant(taps, n, tap.shape[-1])
+
+
+def _output_gradient(at, activation, step, constants, share, spread, y, dz, ring) -> None:
+    """Puts a tile of y's gradient into the ring."""
     wide = jnp.float32
+    gain, offset, scale, k2, k1 = (_constant(constants, 4 + n, share.shape[-1]) for n in range(5))
+    shares, spreads = share[...].astype(wide), spread[...].astype(wide)
 
-    def constant(of, n):
-        return jnp.broadcast_to(of[:, n : n + 1], (_CHANNELS, lanes))
+    def part(n, begin):
+        columns = pl.ds(begin, at.columns)
+        outputs = y[n, columns].astype(wide)
+        u = outputs * gain + offset
+        _, back = jax.vjp(activation, u)
+        (slope,) = back(jnp.ones_like(u))
+        gradient = (dz[n, columns].astype(wide) * shares + spreads) * slope * scale + outputs * k2 + k1
+        ring[(step * at.rows + n) % at.ring, pl.ds(at.left + begin, at.columns)] = gradient
 
-    @pl.when(step == 0)
-    def _():
-        for scratch in (ring, total):
-            scratch[...] = jnp.zeros(scratch.shape, wide)
-        for n in range(at.kernel**2):
-            tap[n] = constant(taps, n)
+    _for_each_part(at, part)
 
-    @pl.when(step < at.tiles)
-    def _():
-        gain, offset, scale, k2, k1 = (constant(constants, 4 + n) for n in range(5))
-        shares, spreads = share[...].astype(wide), spread[...].astype(wide)
 
-        def part(n, begin):
-            columns = pl.ds(begin, at.columns)
-            outputs = y[n, columns].astype(wide)
-            u = outputs * gain + offset
-            _, back = jax.vjp(activations[1], u)
-            (slope,) = back(jnp.ones_like(u))
-            gradient = (dz[n, columns].astype(wide) * shares + spreads) * slope * scale + outputs * k2 + k1
-            ring[(step * at.rows + n) % at.ring, pl.ds(at.left + begin, at.columns)] = gradient
+def _input_gradients(at, activation, step, constants, x, du, ring, total, tap) -> None:
+    """Writes a tile of x's gradient, and adds to the kernel's gradient and to the sums."""
+    wide = jnp.float32
+    scale, offset, mean, root = (_constant(constants, n, tap.shape[-1]) for n in range(4))
+    first = (step - at.lag) * at.rows
 
-        _for_each_part(at, part)
+    def place(n, begin, row, column):
+        inputs = x[n * at.stride + row, pl.ds(begin, at.columns), column].astype(wide)
+        a, back = jax.vjp(activation, inputs * scale + offset)
+        da = jnp.zeros_like(a)
+        for element, down, across in at.taps(row, column):
+            line = first + n + down
+            inside = jnp.logical_and(line >= 0, line < at.height).astype(wide)
+            columns = pl.ds(at.left + across + begin, at.columns)
+            gradient = ring[(line + at.ring) % at.ring, columns] * inside
+            da += gradient * tap[element]
+            total[element] += jnp.sum(a * gradient, 0)
+        (here,) = back(da)
+        total[at.kernel**2] += jnp.sum(here, 0)
+        total[at.kernel**2 + 1] += jnp.sum(here * (inputs - mean) * root, 0)
+        du[n * at.stride + row, pl.ds(begin, at.columns), column] = here.astype(du.dtype)
 
-    @pl.when(step >= at.lag)
-    def _():
-        scale, offset, mean, root = (constant(constants, n) for n in range(4))
-        first = (step - at.lag) * at.rows
+    def part(n, begin):
+        for row in range(at.stride):
+            for column in range(at.stride):
+                place(n, begin, row, column)
 
-        def place(n, begin, row, column):
-            inputs = x[n * at.stride + row, pl.ds(begin, at.columns), column].astype(wide)
-            a, back = jax.vjp(activations[0], inputs * scale + offset)
-            da = jnp.zeros_like(a)
-            for element, down, across in at.taps(row, column):
-                line = first + n + down
-                inside = jnp.logical_and(line >= 0, line < at.height).astype(wide)
-                columns = pl.ds(at.left + across + begin, at.columns)
-                gradient = ring[(line + at.ring) % at.ring, columns] * inside
-                da += gradient * tap[element]
-                total[element] += jnp.sum(a * gradient, 0)
-            (here,) = back(da)
-            total[at.kernel**2] += jnp.sum(here, 0)
-            total[at.kernel**2 + 1] += jnp.sum(here * (inputs - mean) * root, 0)
-            du[n * at.stride + row, pl.ds(begin, at.columns), column] = here.astype(du.dtype)
+    _for_each_part(at, part)
 
-        def part(n, begin):
-            for row in range(at.stride):
-                for column in range(at.stride):
-                    place(n, begin, row, column)
 
-        _for_each_part(at, part)
-
-    @pl.when(step == at.tiles - 1 + at.lag)
-    def _():
-        # Channels from a register's rows to its lanes, by a diagonal: older TPUs have no other way.
-        shape = (_CHANNELS, _LANES)
-        rows, columns = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        diagonal = (rows == columns).astype(wide)
-        for n in range(at.kernel**2 + 2):
-            sums[0, 0, n : n + 1] = jnp.sum(jnp.sum(total[n], -1, keepdims=True) * diagonal, 0, keepdims=True)
+def _write_sums(at, total, sums) -> None:
+    """Writes the sums after the last tile."""
+    # Channels move from a register's rows to its lanes through a diagonal: older TPUs have no other way.
+    shape = (_CHANNELS, _LANES)
+    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    diagonal = (rows == columns).astype(jnp.float32)
+    for n in range(at.kernel**2 + 2):
+        sums[0, 0, n : n + 1] = jnp.sum(jnp.sum(total[n], -1, keepdims=True) * diagonal, 0, keepdims=True)
 
 
 def _for_each_part(at: _Geometry, part: Callable) -> None:
-    """Calls it with each row of a tile, and where each part of its columns begins."""
+    """Calls `part` with each row of a tile and the first column of each part of the row."""
 
     def row(n, carry):
         def columns(m, carry):

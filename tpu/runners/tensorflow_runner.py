@@ -1,4 +1,4 @@
-"""The step of `Learner` on one device or many with tf.distribute, as orbit's trainer and evaluator."""
+"""The TensorFlow runner: trains and evaluates on the devices of a `tf.distribute.Strategy`, with orbit."""
 
 import contextlib
 import json
@@ -23,19 +23,19 @@ from keras_effnet.tpu.step.replicas import Place, spread
 
 NAME = "tensorflow"
 
-WAITS = False  # at a process' end, for hosts that are gone
+WAITS = False  # an ending process does not wait for hosts that are gone
 
-# What devices and other hosts end a run with.
+# Errors raised when devices or other hosts fail.
 ERRORS = (tf.errors.OpError,)
 
 
 @dataclass(frozen=True)
 class Devices:
-    """What a run computes on.
+    """The devices of a run.
 
     Args:
         strategy: `tf.distribute.Strategy`.
-        hosts: Integer, processes that each drive some of the replicas.
+        hosts: Integer, number of processes that each drive some of the replicas.
     """
 
     strategy: tf.distribute.Strategy
@@ -43,25 +43,25 @@ class Devices:
 
     @property
     def count(self) -> int:
-        """Replicas, on all hosts."""
+        """The number of replicas on all hosts."""
         return self.strategy.num_replicas_in_sync
 
     @property
     def is_tpu(self) -> bool:
-        """Whether they are TPUs."""
+        """Whether the devices are TPUs."""
         return isinstance(self.strategy, tf.distribute.TPUStrategy)
 
     def scope(self) -> contextlib.AbstractContextManager:
-        """Where a model and what goes with it are made."""
+        """Returns the context in which to build a model and its state."""
         return self.strategy.scope()
 
     def adapted(self, model: keras.Model, group: int, fused: str = "none") -> keras.Model:
-        """A model as it is trained on these devices.
+        """Adapts a model for training on these devices.
 
         Args:
             model: A functional `keras.Model` of this package.
-            group: Integer, replicas that share their batch statistics.
-            fused: As `Run.fused`, which JAX alone can, see `connect()`. Defaults to `"none"`.
+            group: Integer, number of replicas that share batch statistics.
+            fused: Not used: `connect()` refuses all but `"none"`, since only JAX fuses layers. Defaults to `"none"`.
 
         Returns:
             A `keras.Model` with variables of the same names and order.
@@ -69,10 +69,10 @@ class Devices:
         return spread(model, group) if self.count > 1 else model
 
     def total(self, value: int) -> int:
-        """The sum of a number of each process' over all of them.
+        """Sums a number over all processes.
 
         Args:
-            value: Integer, this process'.
+            value: Integer, the number of this process.
 
         Returns:
             Integer.
@@ -92,11 +92,11 @@ class Devices:
         return round(float(summed()))
 
     def batches(self, part: Callable[[Host, int, bool], tf.data.Dataset]) -> Iterable:
-        """What each host reads, on its devices.
+        """Returns the batches of all hosts, on their devices.
 
         Args:
-            part: Function of a `Host`, of the replicas that it has, so many parts make its batch, and of whether
-                Python runs where it is read. It gives a `tf.data.Dataset`.
+            part: Function that returns a `tf.data.Dataset`. Its arguments are a `Host`, the number of parts of each
+                batch (one per replica of the host), and whether the reading host runs Python.
 
         Returns:
             Iterable of batches.
@@ -110,39 +110,39 @@ class Devices:
         return self.strategy.distribute_datasets_from_function(read)
 
     def variables(self, learner: Learner) -> State:
-        """See `variables_of()`."""
+        """Returns `variables_of(learner)`."""
         return variables_of(learner)
 
     def trainer(self, learner, state, step, batches, batch: int, xla: bool = False) -> "Trainer":
-        """See `Trainer`."""
+        """Returns a `Trainer`."""
         return Trainer(self.strategy, learner, state, step, batches, batch, xla)
 
     def evaluator(self, learner: Learner, state: State, trainer: "Trainer", batches, raw: bool) -> Evaluator:
-        """What evaluates a run.
+        """Returns the evaluator of a run.
 
         Args:
             learner: `Learner`.
             state: `State` of `tf.Variable`.
-            trainer: `Trainer`, which is asked to stop.
-            batches: Function without arguments that gives an iterator of distributed batches.
-            raw: Boolean, whether the variables themselves are evaluated too, and not only their moving average.
+            trainer: `Trainer`. Asking it to stop also stops the evaluation.
+            batches: Function without arguments that returns an iterator of distributed batches.
+            raw: Boolean, whether to evaluate the raw weights in addition to their moving average.
 
         Returns:
             `Evaluator`.
         """
         strategy, one = self.strategy, replica_score(learner, state, raw)
 
-        def told(images, labels, weights, asked):
+        def replica(images, labels, weights, asked):
             return one(images, labels, weights) | {"asked": tf.identity(asked)}  # a tensor for each replica
 
         def score(images, labels, weights):
-            sums = strategy.run(told, args=(images, labels, weights, trainer.stop.read_value()))
+            sums = strategy.run(replica, args=(images, labels, weights, trainer.stop.read_value()))
             return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in sums.items()}
 
         return Evaluator(tf.function(score), batches)
 
     def files(self, step, trainer: "Trainer", learner: Learner, state: State) -> Bundles:
-        """How checkpoints of it are written and read.
+        """Returns the reader and writer of checkpoints.
 
         Args:
             step: `tf.Variable`, the number of steps done.
@@ -157,17 +157,17 @@ class Devices:
 
 
 def connect(run: Run) -> Devices:
-    """The devices of a run.
+    """Finds the devices of a run.
 
     Args:
         run: `Run`.
 
     Returns:
-        `Devices`: the TPU, all GPUs, the processor; or those of several hosts where the environment's TF_CONFIG names
-        them.
+        `Devices`: the TPU, all GPUs, or the processor; those of all hosts if the environment variable TF_CONFIG names
+        several.
 
     Raises:
-        ValueError: If the devices that are asked for are not there, or `run` asks for what JAX alone has.
+        ValueError: If the requested devices do not exist, or `run` needs JAX.
     """
     _, hosts = place()
     if run.fused != "none":
@@ -180,21 +180,28 @@ def _strategy(run: Run, hosts: int) -> tf.distribute.Strategy:
     if hosts > 1:
         if run.cpu_replicas > 1 or wants_tpu:
             raise ValueError(
-                f"Expected no TPU, of which one process drives all hosts, and run.cpu_replicas=1 where TF_CONFIG names "
-                f"{hosts} workers. Received: run.devices={run.devices!r}, run.cpu_replicas={run.cpu_replicas}"
+                f"Expected run.cpu_replicas=1 and no TPU if TF_CONFIG names {hosts} workers, since one process drives "
+                f"all hosts of a TPU. Received: run.cpu_replicas={run.cpu_replicas}, run.devices={run.devices!r}"
             )
         if run.devices == "cpu":
             tf.config.set_visible_devices([], "GPU")
         return tf.distribute.MultiWorkerMirroredStrategy()
-    if wants_tpu:
-        name = run.tpu or os.environ.get("TPU_NAME", "local")
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
-        tf.config.experimental_connect_to_cluster(resolver)
-        tf.tpu.experimental.initialize_tpu_system(resolver)
-        return tf.distribute.TPUStrategy(resolver)
+    return _tpu_strategy(run) if wants_tpu else _local_strategy(run)
+
+
+def _tpu_strategy(run: Run) -> tf.distribute.Strategy:
+    name = run.tpu or os.environ.get("TPU_NAME", "local")
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
+    tf.config.experimental_connect_to_cluster(resolver)
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+    return tf.distribute.TPUStrategy(resolver)
+
+
+def _local_strategy(run: Run) -> tf.distribute.Strategy:
+    """Uses all GPUs of this machine, or its processor."""
     gpus = tf.config.list_physical_devices("GPU") if run.devices != "cpu" else []
     if run.devices == "gpu" and not gpus:
-        raise ValueError("Expected a GPU that TensorFlow can use (run.devices). Received: none is there")
+        raise ValueError("Expected a GPU that TensorFlow can use (run.devices). Received: none")
     if run.devices == "gpu" and run.cpu_replicas > 1:
         raise ValueError(f"Expected run.cpu_replicas=1 with run.devices='gpu'. Received: {run.cpu_replicas}")
     if gpus and run.cpu_replicas == 1:
@@ -206,10 +213,10 @@ def _strategy(run: Run, hosts: int) -> tf.distribute.Strategy:
 
 
 def place() -> tuple[int, int]:
-    """Which of the hosts this is, and how many there are, from the environment's TF_CONFIG. Number 0 writes.
+    """Returns the number of this host and the number of hosts, from the environment variable TF_CONFIG. Host 0 writes.
 
     Returns:
-        Tuple of two integers: (0, 1) without TF_CONFIG, and on a TPU, all of which one process drives.
+        Tuple of two integers: (0, 1) without TF_CONFIG, and on a TPU, where one process drives all hosts.
 
     Raises:
         ValueError: If TF_CONFIG cannot be read.
@@ -218,8 +225,8 @@ def place() -> tuple[int, int]:
     if not text:
         return 0, 1
     try:
-        told = json.loads(text)
-        cluster, task = told.get("cluster", {}), told.get("task", {})
+        config = json.loads(text)
+        cluster, task = config.get("cluster", {}), config.get("task", {})
         hosts = [(kind, number) for kind in ("chief", "worker") for number in range(len(cluster.get(kind, ())))]
         return (hosts.index((task["type"], int(task["index"]))), len(hosts)) if len(hosts) > 1 else (0, 1)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -229,7 +236,7 @@ def place() -> tuple[int, int]:
         ) from error
 
 
-# What the end of another host looks like to one that waits for it.
+# The errors that a waiting host gets when another host ends.
 _LOST = (
     tf.errors.UnavailableError,
     tf.errors.AbortedError,
@@ -241,7 +248,7 @@ _LOST_INTERNALLY = ("Collective", "unhealthy", "heartbeat", "onnection", "oordin
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an error is that of another host's end.
+    """Returns whether an error means that another host has ended.
 
     Args:
         error: Exception.
@@ -250,9 +257,9 @@ def is_lost(error: Exception) -> bool:
         Boolean.
     """
     internal = isinstance(error, tf.errors.InternalError)
-    if not isinstance(error, _LOST) and not (internal and any(told in str(error) for told in _LOST_INTERNALLY)):
+    if not isinstance(error, _LOST) and not (internal and any(sign in str(error) for sign in _LOST_INTERNALLY)):
         return False
-    # Last: to ask for devices starts TensorFlow, and a call that was refused before leaves it as it is.
+    # Last, because listing devices starts TensorFlow, which a call that was refused before must not do.
     return place()[1] > 1 or bool(tf.config.list_logical_devices("TPU"))
 
 
@@ -264,15 +271,15 @@ def _divide_processor(count: int) -> None:
         tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * count)
     except RuntimeError as error:
         raise ValueError(
-            f"Expected run.cpu_replicas={count} before TensorFlow is used in a process. Received: it was used"
+            f"Expected run.cpu_replicas={count} before TensorFlow is used in this process. Received: already used"
         ) from error
 
 
 def variables_of(learner: Learner) -> State:
-    """TensorFlow variables for all that a step changes: the model's own, and what goes with them.
+    """Creates the TensorFlow variables that a step changes, and reuses those of the model.
 
     Args:
-        learner: `Learner`. Call this in the strategy's scope, as the model was built.
+        learner: `Learner`. Call this in the scope of the strategy that the model was built in.
 
     Returns:
         A `State` of `tf.Variable`.
@@ -284,7 +291,7 @@ def variables_of(learner: Learner) -> State:
 
 
 def replica_step(learner: Learner, state: State, batch: int) -> Callable:
-    """One replica's training step.
+    """Returns the training step of one replica.
 
     Args:
         learner: `Learner`.
@@ -292,7 +299,7 @@ def replica_step(learner: Learner, state: State, batch: int) -> Callable:
         batch: Integer, images of the global batch.
 
     Returns:
-        Function of images, labels and the number of steps done before; it gives this replica's shares of the metrics.
+        Function of images, labels and the number of steps done. It returns this replica's shares of the metrics.
     """
 
     def step(images, labels, number):
@@ -307,19 +314,19 @@ def replica_step(learner: Learner, state: State, batch: int) -> Callable:
 
 
 def gradient(function: Callable, values):
-    """What a function does, whose first part is a scalar, and that scalar's gradients.
+    """Calls a function and computes the gradients of its first result, a scalar.
 
     Args:
-        function: Function of a list of arrays.
-        values: List of arrays.
+        function: Function of a list of tensors that returns a tuple, first a scalar.
+        values: List of tensors.
 
     Returns:
-        Tuple of what the function does, and a list of arrays.
+        Tuple of the function's results, and the list of gradients.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values)
-        told = function(values)
-    return told, tape.gradient(told[0], values)
+        results = function(values)
+    return results, tape.gradient(results[0], values)
 
 
 def _here(context) -> Place:
@@ -352,20 +359,20 @@ def _assign(context, state: State, values: State) -> None:
         for (variable, _), value in zip(pairs, values, strict=True):
             strategy.extended.update(variable, lambda v, x: v.assign(x), args=(value,), group=False)
 
-    # As Keras' optimizers do it: on TPUs there is nothing to merge.
+    # As in Keras' optimizers: on TPUs there is nothing to merge.
     tf.__internal__.distribute.interim.maybe_merge_call(everywhere, context.strategy, [value for _, value in pairs])
 
 
 def replica_score(learner: Learner, state: State, raw: bool) -> Callable:
-    """One replica's step of an evaluation.
+    """Returns the evaluation step of one replica.
 
     Args:
         learner: `Learner`.
         state: `State` of `tf.Variable`.
-        raw: Boolean, whether the variables themselves are evaluated too.
+        raw: Boolean, whether to evaluate the raw weights in addition to their moving average.
 
     Returns:
-        Function of images, labels and weights; it gives this replica's sums, and the number of examples.
+        Function of images, labels and weights. It returns this replica's sums, and the number of examples.
     """
 
     def score(images, labels, weights):
@@ -382,7 +389,7 @@ def replica_score(learner: Learner, state: State, raw: bool) -> Callable:
 
 
 class Totals(tf.Module):
-    """Sums of the metrics since the last look at them. In a checkpoint, a run that goes on tells the same means."""
+    """Sums of the metrics since the last report. In checkpoints, so that a resumed run reports the same means."""
 
     def __init__(self):
         super().__init__()
@@ -391,32 +398,34 @@ class Totals(tf.Module):
 
 
 class Trainer(orbit.AbstractTrainer):
-    """Trains for a number of steps inside one graph, or until it is asked to stop.
+    """Trains for a number of steps in one graph, or until it is asked to stop.
 
     Args:
         strategy: `tf.distribute.Strategy`.
         learner: `Learner`.
         state: `State` of `tf.Variable`.
-        step: `tf.Variable`, int64: the number of steps done.
-        batches: Function without arguments that gives an iterator of distributed batches, from `step` on.
+        step: `tf.Variable`, int64, the number of steps done.
+        batches: Function without arguments that returns an iterator of distributed batches from `step` on.
         batch: Integer, images of the global batch.
-        xla: Boolean, whether a step on a single device is compiled with XLA. Defaults to False.
+        xla: Boolean, whether to compile the step of a single device with XLA. Defaults to False.
     """
 
     def __init__(self, strategy, learner: Learner, state: State, step, batches: Callable, batch: int, xla=False):
         self._batches, self._iterator, self._step, self._learner = batches, None, step, learner
         self.totals = totals = Totals()
-        # 1 to stop after the step; and whether that was seen, by all hosts.
+        # `stop` is 1 to stop after the current step. `asked` is whether all hosts saw that one of them was asked.
         self.stop, self.asked = tf.Variable(tf.zeros([]), trainable=False), False
         one = replica_step(learner, state, batch)
         if xla and strategy.num_replicas_in_sync > 1:
-            raise ValueError("Expected run.xla only on a single device. Received: several")
+            raise ValueError(
+                f"Expected a single device with run.xla. Received: {strategy.num_replicas_in_sync} replicas"
+            )
         if xla:
             one = tf.function(one, jit_compile=True)
 
-        def told(images, labels, number, stop):
+        def replica(images, labels, number, stop):
             metrics = one(images, labels, number)
-            # One tensor: many hosts sum it over the network, and agree with it to stop when one of them is asked to.
+            # One tensor, because hosts sum it over the network. With it they also agree to stop if one is asked to.
             return tf.stack([*(metrics[name] for name in METRICS), stop])
 
         def loop(iterator, count):
@@ -424,35 +433,35 @@ class Trainer(orbit.AbstractTrainer):
             for _ in tf.range(count):
                 images, labels = next(iterator)
                 number = tf.cast(step.read_value(), tf.int32)
-                shares = strategy.run(told, args=(images, labels, number, self.stop.read_value()))
+                shares = strategy.run(replica, args=(images, labels, number, self.stop.read_value()))
                 sums = strategy.reduce(tf.distribute.ReduceOp.SUM, shares, axis=None)
                 step.assign_add(1)
                 totals.sums.assign_add(sums[:-1])
                 totals.steps.assign_add(1)
                 if not tf.math.is_finite(sums[0]) or sums[-1] > 0:
                     break
-            # A gradient may be no number where the loss still is one. Once in a loop, before anything is saved.
+            # Gradients may be non-finite although the loss is finite. Check once per loop, before anything is saved.
             kept = [tf.reduce_all(tf.math.is_finite(value)) for value in tf.nest.flatten(state)]
             return sums, tf.reduce_all(kept)
 
         self._loop = tf.function(loop)
 
     def close(self) -> None:
-        """Ends reading. Its threads run Python, and one that still does at the interpreter's end ends the process."""
+        """Stops reading: a reader thread that still runs Python when the interpreter exits would kill the process."""
         self._iterator = None
 
     def train(self, num_steps) -> Any:
-        """Trains.
+        """Trains for a number of steps.
 
         Args:
             num_steps: Integer tensor.
 
         Returns:
-            Dict of the metrics' means, and of the learning rate of the last step.
+            Dict of the means of the metrics, and the learning rate of the last step.
 
         Raises:
-            Asked: If it was asked to stop before the last of them. After the last one, `asked` is True.
-            NonFiniteError: If the loss, or what is trained, is not.
+            Asked: If it was asked to stop before the last step. If asked during the last step, `asked` is True.
+            NonFiniteError: If the loss or a variable is not finite.
         """
         self._iterator = self._iterator or self._batches()
         target = int(self._step.numpy()) + int(num_steps)
@@ -462,7 +471,7 @@ class Trainer(orbit.AbstractTrainer):
         if not math.isfinite(loss):
             raise NonFiniteError(step, f"a loss of {loss}")
         if not finite:
-            raise NonFiniteError(step, "variables that are not finite, with a loss that still is,")
+            raise NonFiniteError(step, "non-finite variables (the loss is finite)")
         if step < target:
             raise Asked
         values = self.totals.sums.numpy() / int(self.totals.steps.numpy())

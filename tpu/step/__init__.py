@@ -1,1 +1,1 @@
-"""The arithmetic of a training step as pure functions: loss, optimizers, schedules, moving average."""
+"""The arithmetic of a training step as pure functions: loss, optimizers, schedules and moving average."""

@@ -1,4 +1,4 @@
-"""One training step as pure functions of arrays: what every runner computes, however it moves the arrays about."""
+"""One training step as pure functions of arrays, which every runner computes."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ ops: Any = keras.ops
 
 METRICS = ("loss", "top1", "top5")
 
-# Of which variables the weight decay is.
+# The variables that have weight decay.
 DECAYED: dict[str, Callable[[keras.Variable], bool]] = {
     "no-batch-norm": lambda variable: variable.name not in ("gamma", "beta"),
     "all": lambda variable: True,
@@ -26,13 +26,13 @@ DECAYED: dict[str, Callable[[keras.Variable], bool]] = {
 
 
 class State(NamedTuple):
-    """All that a step changes, but the number of steps.
+    """Everything that a step changes, except the number of steps.
 
     Args:
-        trainable: List of arrays, as `model.trainable_variables`.
-        moving: List of arrays: the variables that no gradient changes, such as batch normalisation's statistics.
-        slots: List of dicts of arrays, what the optimizer keeps for each trainable variable.
-        averages: List of arrays, the moving averages of `trainable` and `moving` together.
+        trainable: List of arrays, in the order of `model.trainable_variables`.
+        moving: List of arrays: the variables without gradients, such as the statistics of batch normalization.
+        slots: List of dicts of arrays, the optimizer's state of each trainable variable.
+        averages: List of arrays, the moving averages of `trainable` followed by `moving`.
     """
 
     trainable: Sequence[Any]
@@ -46,15 +46,15 @@ class Learner:
     """Loss, update and prediction of a model, for arrays that the caller holds.
 
     Args:
-        model: A `keras.Model` that gives logits. Its own values are never read and never changed.
+        model: A `keras.Model` that returns logits. A step neither reads nor changes its values.
         optimizer: An `Optimizer`.
         schedule: A `Schedule`.
         smoothing: Float, label smoothing. Defaults to 0.1.
-        weight_decay: Float, times half the sum of squares, in the loss. Defaults to 1e-5.
-        decayed: Which variables the weight decay is of: `"no-batch-norm"`, the original's, with all biases; `"all"`;
-            or `"kernels"`, without biases. Defaults to `"no-batch-norm"`.
-        average_decay: Float, of the moving average. Defaults to 0.9999.
-        seed: Integer, of the masks of dropout and drop connect. Defaults to 0.
+        weight_decay: Float, factor of half the sum of squares in the loss. Defaults to 1e-5.
+        decayed: The variables with weight decay: `"no-batch-norm"`, as in the original, with all biases; `"all"`; or
+            `"kernels"`, without biases. Defaults to `"no-batch-norm"`.
+        average_decay: Float, decay of the moving average. Defaults to 0.9999.
+        seed: Integer, seed of the masks of dropout and drop connect. Defaults to 0.
 
     Reference:
         tensorflow/tpu efficientnet main.py:414-467.
@@ -71,17 +71,17 @@ class Learner:
 
     @property
     def moving(self) -> list[keras.Variable]:
-        """The variables that no gradient changes: those of `State.moving`, in that order."""
+        """The variables without gradients, in the order of `State.moving`."""
         return [v for v in self.model.non_trainable_variables if not _is_seed(v)]
 
     def by_name(self, state: State) -> dict[str, dict[str, Any]]:
-        """A state by the variables' paths.
+        """Names the arrays of a state by the paths of their variables.
 
         Args:
             state: `State`.
 
         Returns:
-            Dict of the dicts `variables`, `averages` and `slots`, whose names are followed by a colon and the slot's.
+            Dict of the dicts `variables` and `averages`, by path, and `slots`, by path, colon and name of the slot.
         """
         trainable = [v.path for v in self.model.trainable_variables]
         paths = [*trainable, *(v.path for v in self.moving)]
@@ -96,7 +96,7 @@ class Learner:
         }
 
     def start(self) -> State:
-        """The state before the first step, from the model's values.
+        """Returns the state before the first step, from the model's values.
 
         Returns:
             A `State` of arrays.
@@ -106,14 +106,14 @@ class Learner:
         return State(trainable, moving, self.optimizer.start(trainable), [*trainable, *moving])
 
     def logits(self, trainable, moving, images, step=None):
-        """What the model says, in float32.
+        """Runs the model and returns its logits in float32.
 
         Args:
             trainable: List of arrays.
             moving: List of arrays.
             images: Pixels 0-255 (batch, height, width, channels).
-            step: Integer scalar in training, number of steps done before; masks follow from it and the seed. None for
-                a prediction.
+            step: Integer scalar, number of steps done before. It determines the masks, with the seed. None for a
+                prediction.
 
         Returns:
             Tuple of the logits (batch, classes) and the new `moving`.
@@ -131,7 +131,7 @@ class Learner:
         return ops.cast(logits, "float32"), after
 
     def _mask_seed(self, index: int, step, dtype):
-        # Of a layer and a step: a run that goes on draws the masks that it would have drawn.
+        # By layer and step: a resumed run draws the masks that it would have drawn.
         key = zlib.crc32(f"{self.seed}/{index}".encode()) >> 1
         return ops.stack([ops.cast(key, dtype), ops.cast(step, dtype)])
 
@@ -145,20 +145,21 @@ class Learner:
         gradient: Callable,
         place: Place | None = None,
     ) -> tuple[State, dict[str, Any]]:
-        """A whole training step of a replica.
+        """Computes a complete training step of one replica.
 
         Args:
-            state: The `State` before, the same on all replicas.
+            state: The `State` before the step, the same on all replicas.
             images: Pixels 0-255 of this replica's part of the batch.
             labels: Class numbers (part,), or shares of classes (part, classes).
             step: Integer scalar, number of steps done before.
             batch: Integer, images in the global batch.
-            gradient: Function of a function and its argument, a list of arrays. It gives what the function does,
-                whose first part is a scalar, and that scalar's gradients.
-            place: `Place` among several replicas. Defaults to the only one.
+            gradient: Function of a function and its argument, a list of arrays. Returns the result of the function, a
+                tuple that begins with a scalar, and the gradients of that scalar.
+            place: `Place` of this replica among several. Defaults to None: there is only one.
 
         Returns:
-            Tuple of the `State` after, the same on all replicas, and a dict of this replica's shares of `METRICS`.
+            Tuple of the `State` after the step, the same on all replicas, and a dict of this replica's shares of
+            `METRICS`.
         """
         count = place.count if place else 1
 
@@ -169,14 +170,14 @@ class Learner:
             (_, moving, metrics), gradients = gradient(objective, state.trainable)
         if place:
             gradients, moving = place.sum(gradients), list(moving)
-            # Not what is frozen.
+            # Batch statistics only: `moving` holds frozen variables too.
             places = [n for n, v in enumerate(self.moving) if v.name in ("moving_mean", "moving_variance")]
             for n, total in zip(places, place.sum([moving[n] for n in places]), strict=True):
                 moving[n] = total / count
         return self.update(state, gradients, moving, step), metrics
 
     def objective(self, trainable, moving, images, labels, step, batch: int, replicas: int = 1):
-        """This replica's share of the loss: the sum over all replicas is the loss of the global batch.
+        """Returns this replica's share of the loss. The sum over all replicas is the loss of the global batch.
 
         Args:
             trainable: List of arrays.
@@ -185,7 +186,7 @@ class Learner:
             labels: Class numbers (part,), or shares of classes (part, classes).
             step: Integer scalar, number of steps done before.
             batch: Integer, images in the global batch.
-            replicas: Integer. Defaults to 1.
+            replicas: Integer, number of replicas. Defaults to 1.
 
         Returns:
             Tuple of the loss, the new `moving`, and a dict of this replica's shares of `METRICS`.
@@ -204,7 +205,7 @@ class Learner:
         }
 
     def penalty(self, trainable):
-        """The weight decay's term of the loss.
+        """Returns the term of the loss for the weight decay.
 
         Args:
             trainable: List of arrays.
@@ -212,17 +213,17 @@ class Learner:
         Returns:
             Float32 scalar tensor.
         """
-        of = DECAYED[one_of("decayed", self.decayed, DECAYED)]
+        has_decay = DECAYED[one_of("decayed", self.decayed, DECAYED)]
         pairs = zip(self.model.trainable_variables, trainable, strict=True)
-        return self.weight_decay * losses.l2([value for variable, value in pairs if of(variable)])
+        return self.weight_decay * losses.l2([value for variable, value in pairs if has_decay(variable)])
 
     def update(self, state: State, gradients, moving, step) -> State:
-        """The state after a step.
+        """Returns the state after a step.
 
         Args:
-            state: The `State` before.
-            gradients: List of arrays, of the loss of the global batch.
-            moving: List of arrays, the new values, the same on all replicas.
+            state: The `State` before the step.
+            gradients: List of arrays, gradients of the loss of the global batch.
+            moving: List of arrays, new values of `State.moving`, the same on all replicas.
             step: Integer scalar, number of steps done before.
 
         Returns:
@@ -236,17 +237,17 @@ class Learner:
         return State(trainable, moving, slots, averages)
 
     def score(self, trainable, moving, images, labels, weights):
-        """Sums over a batch of an evaluation.
+        """Sums the metrics over a batch of an evaluation.
 
         Args:
             trainable: List of arrays.
             moving: List of arrays.
             images: Pixels 0-255 (batch, height, width, channels).
             labels: Class numbers (batch,).
-            weights: Floats (batch,), 0 for what only fills the batch.
+            weights: Floats (batch,), 0 for examples that only fill up the batch.
 
         Returns:
-            Dict of the sums of `METRICS`, without the weight decay's term in the loss.
+            Dict of the sums of `METRICS`. The loss has no term for the weight decay.
         """
         logits, _ = self.logits(trainable, moving, images)
         return {name: ops.sum(values * weights) for name, values in self._metrics(labels, logits).items()}

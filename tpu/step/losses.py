@@ -1,4 +1,4 @@
-"""The loss and the hits of a batch, in float32 whatever the model computes in."""
+"""The loss and the top-k hits of a batch, in float32 whatever the model's precision."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ ops: Any = keras.ops
 
 
 def cross_entropy(labels, logits, smoothing: float = 0.0):
-    """Cross-entropy of each example.
+    """Returns the cross-entropy of each example.
 
     Args:
         labels: Class numbers, integers (batch,); or shares of classes, floats (batch, classes).
@@ -39,7 +39,7 @@ def cross_entropy(labels, logits, smoothing: float = 0.0):
 
 
 def l2(variables):
-    """Half the sum of squares of all values.
+    """Returns half the sum of squares of all values.
 
     Args:
         variables: List of arrays.
@@ -58,10 +58,12 @@ def l2(variables):
 
 
 def hits(labels, logits, k: int):
-    """Whether the label is among the `k` classes with the highest logits; of equal ones the first comes first.
+    """Returns whether the label is among the `k` classes with the highest logits.
+
+    Of equal logits, the first counts as higher.
 
     Args:
-        labels: Class numbers, integers (batch,); of shares (batch, classes) the largest counts.
+        labels: Class numbers, integers (batch,); or shares of classes (batch, classes), of which the largest counts.
         logits: Floats (batch, classes).
         k: Integer.
 
@@ -78,7 +80,7 @@ def hits(labels, logits, k: int):
     if len(labels.shape) == 2:
         labels = ops.argmax(labels, axis=-1)
     logits, labels = ops.cast(logits, "float32"), ops.cast(labels, "int32")[:, None]
-    # As arg-max does it, and not in_top_k, for which all equal ones are in: in bfloat16 many are.
+    # Ties are broken as in argmax. in_top_k would count all equal logits, and in bfloat16 many are equal.
     own = ops.take_along_axis(logits, labels, axis=-1)
     before = ops.arange(logits.shape[-1], dtype="int32")[None] < labels
     rank = ops.sum(ops.cast((logits > own) | ((logits == own) & before), "int32"), axis=-1)

@@ -1,4 +1,4 @@
-"""The moving average of what a model has learnt, batch-norm statistics included, with the original's arithmetic."""
+"""The moving average of all variables, batch-norm statistics included, with the original's arithmetic."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ ops: Any = keras.ops
 
 
 def decay_at(step, decay: float = 0.9999):
-    """Share of the old average that a step keeps: small at first, so that the first values are soon forgotten.
+    """Returns the share of the old average that a step keeps. It starts small, so that early values fade quickly.
 
     Args:
-        step: Integer scalar, number of steps that are done: 1 after the first.
-        decay: Float, what the share grows to. Defaults to 0.9999.
+        step: Integer scalar, number of steps done: 1 after the first.
+        decay: Float, the largest share. Defaults to 0.9999.
 
     Returns:
         Float32 scalar tensor, `min(decay, (1 + step) / (10 + step))`.
@@ -31,13 +31,13 @@ def decay_at(step, decay: float = 0.9999):
 
 
 def average(averages, values, step, decay: float = 0.9999):
-    """The averages after a step. They start as the values before the first one.
+    """Returns the averages after a step. They start as the values before the first step.
 
     Args:
         averages: List of arrays.
-        values: List of arrays: trainable variables and the moving statistics of batch normalisation.
-        step: Integer scalar, number of steps that are done, this one too.
-        decay: Float, 0 for no average: the values. Defaults to 0.9999.
+        values: List of arrays: trainable variables and the moving statistics of batch normalization.
+        step: Integer scalar, number of steps done, including this one.
+        decay: Float, the largest share of the old average. 0 returns the values. Defaults to 0.9999.
 
     Returns:
         List of arrays.

@@ -1,7 +1,7 @@
-"""Optimizers and learning-rate schedules as pure functions of arrays, with the original's exact arithmetic.
+"""Optimizers as pure functions of arrays, with the original's exact arithmetic.
 
-On Keras' operations alone, so that every runner computes the same. An optimizer is a row of `OPTIMIZERS`: the values
-its slots start with, and the rule of one variable's step.
+They use only Keras' operations, so that every runner computes the same. An optimizer is a row of `OPTIMIZERS`: the
+initial values of its slots, and the rule for a step of one variable.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ ops: Any = keras.ops
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What the rules read.
+    """Hyperparameters of all optimizers.
 
     Args:
-        momentum: Float, share of the last step that is kept. Defaults to 0.9.
-        decay: Float, of the mean of squared gradients (`beta_2` of LAMB). Defaults to 0.9.
+        momentum: Float, share of the previous step that is kept. Defaults to 0.9.
+        decay: Float, decay of the mean of squared gradients (`beta_2` of LAMB). Defaults to 0.9.
         epsilon: Float, keeps the divisor away from zero. Defaults to 1e-3.
-        trust: Float, LARS' coefficient. Defaults to 1e-3.
+        trust: Float, trust coefficient of LARS. Defaults to 1e-3.
         layer_decay: Float, weight decay inside LARS and LAMB, which is not part of the loss. Defaults to 0.
     """
 
@@ -39,9 +39,9 @@ class Rule:
     """A row of `OPTIMIZERS`.
 
     Args:
-        slots: Dict from the names of what is kept for each variable to the number that it starts with.
+        slots: Dict from the name of each slot, an array per variable, to its initial value.
         step: Function of the gradient, the variable, its slots, the learning rate, the `Hyperparameters`, the number
-            of this step from 1, and whether the variable is a kernel; it gives the new variable and the new slots.
+            of this step from 1, and whether the variable is a kernel. Returns the new variable and the new slots.
     """
 
     slots: dict[str, float]
@@ -70,7 +70,7 @@ def _rmsprop_torch(g, v, slots, rate, hyper, step, is_kernel):
 
 
 def _ratio(part, whole, otherwise: float = 1.0):
-    """`part / whole` where both are above zero."""
+    """Returns `part / whole` where both are above zero, else `otherwise`."""
     safe = ops.where(whole > 0, whole, ops.ones_like(whole))
     return ops.where((part > 0) & (whole > 0), part / safe, ops.full_like(part, otherwise))
 
@@ -104,14 +104,14 @@ def _lamb(g, v, slots, rate, hyper, step, is_kernel):
 OPTIMIZERS = {
     "sgd": Rule({}, _sgd),
     "momentum": Rule({"momentum": 0.0}, _momentum),
-    # tensorflow/tpu utils.py:83-101, TensorFlow 1's kernel: the square starts at 1, epsilon is under the root, and the
-    # learning rate is inside the momentum.
+    # tensorflow/tpu utils.py:83-101, TensorFlow 1's kernel: the mean square starts at 1, epsilon is under the root, and
+    # the learning rate is inside the momentum.
     "rmsprop": Rule({"rms": 1.0, "momentum": 0.0}, _rmsprop),
-    # tf.keras', which NVIDIA's TensorFlow recipe takes: the square starts at 0.
+    # tf.keras, as in NVIDIA's TensorFlow recipe: the mean square starts at 0.
     "rmsprop-keras": Rule({"rms": 0.0, "momentum": 0.0}, _rmsprop),
-    # torch.optim.RMSprop, which NVIDIA's and Composer's recipes take.
+    # torch.optim.RMSprop, as in NVIDIA's PyTorch recipe and Composer's.
     "rmsprop-torch": Rule({"rms": 0.0, "momentum": 0.0}, _rmsprop_torch),
-    # You et al., arXiv 1708.03888; biases and batch-norm variables take plain steps, as in tensorflow/tpu.
+    # You et al., arXiv 1708.03888. Biases and batch-norm variables take plain momentum steps, as in tensorflow/tpu.
     "lars": Rule({"momentum": 0.0}, _lars),
     # You et al., arXiv 1904.00962, algorithm 2.
     "lamb": Rule({"mean": 0.0, "square": 0.0}, _lamb),
@@ -119,13 +119,13 @@ OPTIMIZERS = {
 
 
 class Optimizer:
-    """Steps all variables of a model.
+    """Updates all variables of a model.
 
     Args:
-        name: String, a row of `OPTIMIZERS`: `"rmsprop"` as the original's, `"rmsprop-keras"`, `"rmsprop-torch"`,
-            `"momentum"`, `"sgd"`, `"lars"` or `"lamb"`.
+        name: String, a row of `OPTIMIZERS`: `"rmsprop"`, as in the original, `"rmsprop-keras"`, `"rmsprop-torch"`,
+            `"momentum"`, `"sgd"`, `"lars"` or `"lamb"`. Defaults to `"rmsprop"`.
         hyper: `Hyperparameters`. Defaults to the original's.
-        clip_norm: Float, gradients are scaled so that the norm of all together is at most this. Defaults to None.
+        clip_norm: Float, largest global norm of the gradients, which are scaled down to it. Defaults to None.
 
     Raises:
         ValueError: If there is no such optimizer.
@@ -149,13 +149,13 @@ class Optimizer:
         self.hyper, self.clip_norm = hyper or Hyperparameters(), clip_norm
 
     def start(self, variables) -> list[dict[str, Any]]:
-        """What is kept for each variable, before the first step.
+        """Returns the slots of each variable before the first step.
 
         Args:
             variables: List of arrays.
 
         Returns:
-            List of dicts from a slot's name to an array of the variable's shape.
+            List of dicts from the name of a slot to an array of the variable's shape.
         """
         return [
             {name: ops.full(v.shape, value, dtype="float32") for name, value in self.rule.slots.items()}
@@ -163,14 +163,14 @@ class Optimizer:
         ]
 
     def step(self, gradients, variables, slots, rate, step, is_kernel):
-        """One step of all variables.
+        """Computes one step of all variables.
 
         Args:
-            gradients: List of arrays, of the loss of the global batch.
+            gradients: List of arrays, gradients of the loss of the global batch.
             variables: List of arrays.
-            slots: List of dicts, as `start()` gives them.
-            rate: Learning rate, a scalar.
-            step: Number of this step, from 1.
+            slots: List of dicts, as returned by `start()` or the previous step.
+            rate: Scalar, learning rate.
+            step: Integer scalar, number of this step, from 1.
             is_kernel: List of booleans, false for biases and batch-norm variables.
 
         Returns:
@@ -188,7 +188,7 @@ class Optimizer:
 
 
 def is_kernel(variable: keras.Variable) -> bool:
-    """Whether a variable is one of weights, and no bias and not of a batch normalisation.
+    """Returns whether a variable is a kernel: neither a bias nor part of a batch normalization.
 
     Args:
         variable: A `keras.Variable` of a model of this package.

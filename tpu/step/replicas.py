@@ -1,4 +1,4 @@
-"""Layers that see beyond their replica: batch statistics over groups of replicas, masks of the global batch."""
+"""Layers that work across replicas: batch statistics over groups of replicas, dropout masks of the global batch."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -13,15 +13,15 @@ ops: Any = keras.ops
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a step of several replicas something is computed, and how they hear of each other.
+    """The place of a replica among several, and how it exchanges values with the others.
 
     Args:
-        count: Integer, all replicas.
-        index: Integer scalar tensor, this one.
-        sum: Function of a list of arrays that gives their sums over all replicas.
-        mean: Function of an array and the size of a group that gives the mean over this replica's group.
-        mask: Function of a seed, a rate, a shape and a dtype that gives this replica's part of the mask that
-            `keras.random.dropout` draws for the global batch. Defaults to None: all of it is drawn.
+        count: Integer, number of replicas.
+        index: Integer scalar tensor, number of this replica.
+        sum: Function of a list of arrays. Returns their sums over all replicas.
+        mean: Function of an array and the size of a group. Returns the mean over this replica's group.
+        mask: Function of a seed, a rate, a shape and a dtype. Returns this replica's part of the mask that
+            `keras.random.dropout` draws for the global batch. Defaults to None: each replica draws the whole mask.
     """
 
     count: int
@@ -36,10 +36,10 @@ _here: ContextVar[Place | None] = ContextVar("_here", default=None)
 
 @contextlib.contextmanager
 def at(place: Place | None) -> Iterator[None]:
-    """Where layers find themselves.
+    """Sets the place of the replica whose layers are called inside.
 
     Args:
-        place: `Place`, or None for the only replica.
+        place: `Place`, or None if there is only one replica.
 
     Returns:
         Context manager.
@@ -52,18 +52,18 @@ def at(place: Place | None) -> Iterator[None]:
 
 
 def group_size(replicas: int, choice: str | int = "auto") -> int:
-    """How many replicas share their batch statistics.
+    """Returns how many replicas share their batch statistics.
 
     Args:
-        replicas: Integer, all of them.
-        choice: `"auto"`: the original's rule, none up to 8 replicas and then groups of max(8, replicas / 8); `"all"`;
+        replicas: Integer, number of replicas.
+        choice: `"auto"`, the original's rule: no groups up to 8 replicas, then groups of max(8, replicas / 8); `"all"`;
             or an integer that divides `replicas`. Defaults to `"auto"`.
 
     Returns:
-        Integer, 1 where each is for itself.
+        Integer, 1 if the replicas share nothing.
 
     Raises:
-        ValueError: If groups of this size are not possible.
+        ValueError: If the replicas cannot be divided into such groups.
 
     Example:
 
@@ -80,21 +80,21 @@ def group_size(replicas: int, choice: str | int = "auto") -> int:
         size = replicas if choice == "all" else int(choice) if str(choice).isdecimal() else 0
     if size < 1 or replicas % size:
         raise ValueError(
-            f"Expected groups for batch normalisation that divide the {replicas} replicas, 'auto' or 'all'. "
+            f"Expected a batch-norm group that divides the {replicas} replicas, 'auto' or 'all'. "
             f"Received: {choice!r}" + (f", which makes groups of {size}" if size else "")
         )
     return size
 
 
 def group_mean(values, group: int):
-    """The mean over this replica's group.
+    """Returns the mean over this replica's group.
 
     Args:
         values: Tensor.
-        group: Integer, replicas that share their statistics.
+        group: Integer, number of replicas that share their statistics.
 
     Returns:
-        Tensor like `values`; the same where there is one replica.
+        Tensor like `values`, unchanged if there is only one replica.
     """
     place = _here.get()
     return place.mean(values, group) if place and group > 1 else values
@@ -102,12 +102,12 @@ def group_mean(values, group: int):
 
 @keras.saving.register_keras_serializable("keras_effnet")
 class GroupBatchNormalization(keras.layers.BatchNormalization):
-    """Batch normalisation with the statistics of a group of replicas: means of their means and of their mean squares.
+    """Batch normalization with the statistics of a group of replicas: means of their means and of their mean squares.
 
     Args:
-        group: Integer, replicas that share their statistics. Defaults to 1.
-        one_pass: Boolean, whether mean and mean square are taken in one pass over the inputs, relative to the moving
-            mean. Defaults to False: the variance is taken about the mean, once that is known.
+        group: Integer, number of replicas that share their statistics. Defaults to 1.
+        one_pass: Boolean, whether to compute mean and mean square in one pass over the inputs, relative to the moving
+            mean. Defaults to False: the mean first, then the variance about it.
         **kwargs: See `keras.layers.BatchNormalization`.
 
     Example:
@@ -127,11 +127,11 @@ class GroupBatchNormalization(keras.layers.BatchNormalization):
         self.one_pass = one_pass
 
     def get_config(self):
-        """The configuration, with the size of the group."""
+        """Returns the configuration, with `group` and `one_pass`."""
         return {**super().get_config(), "group": self.group, "one_pass": self.one_pass}
 
     def _moments(self, inputs, mask):
-        # Relative to where the mean was: squares of large numbers, subtracted, would leave few digits.
+        # Relative to the moving mean: subtracting squares of large numbers would leave few digits.
         shift = ops.stop_gradient(ops.convert_to_tensor(self.moving_mean))
         if self.one_pass:
             shape = [1] * len(inputs.shape)
@@ -148,7 +148,7 @@ class GroupBatchNormalization(keras.layers.BatchNormalization):
 
 @keras.saving.register_keras_serializable("keras_effnet")
 class GlobalDropout(keras.layers.Dropout):
-    """Dropout whose masks are those of the global batch, however many replicas share it.
+    """Dropout that draws the masks of the global batch, however many replicas share it.
 
     Args:
         *args: See `keras.layers.Dropout`.
@@ -163,10 +163,10 @@ class GlobalDropout(keras.layers.Dropout):
     """
 
     def call(self, inputs, training=False):
-        """Drops in training.
+        """Applies dropout in training.
 
         Args:
-            inputs: Tensor whose first axis is the batch's.
+            inputs: Tensor whose first axis is the batch.
             training: Boolean. Defaults to False.
 
         Returns:
@@ -193,13 +193,13 @@ def spread(
     instead: Mapping[type, type[keras.layers.Layer]] | None = None,
     one_pass: bool = False,
 ) -> keras.Model:
-    """The same model for a replica among others. It shares all layers but batch normalisation and dropout.
+    """Returns the same model for one of several replicas, with batch normalization and dropout replaced.
 
     Args:
-        model: A functional `keras.Model` of this package.
-        group: Integer, replicas that share their batch statistics. None: it is the only one.
-        instead: Mapping of classes of layers to classes of the same variables that take their place. Defaults to none.
-        one_pass: Boolean, of `GroupBatchNormalization`. Defaults to False.
+        model: A functional `keras.Model` of this package. The new model shares its other layers.
+        group: Integer, number of replicas that share their batch statistics. None: there is only one replica.
+        instead: Mapping from classes of layers to classes with the same variables that replace them. Defaults to None.
+        one_pass: Boolean, see `GroupBatchNormalization`. Defaults to False.
 
     Returns:
         A `keras.Model` with variables of the same names and order.
@@ -212,7 +212,6 @@ def spread(
     >>> spread(model, 8).get_layer("stem_bn").group
     8
     """
-
     instead = instead or {}
 
     def replace(layer):

@@ -1,1 +1,1 @@
-"""One module per file format: reading and writing side by side."""
+"""One module per file format."""

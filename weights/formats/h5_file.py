@@ -1,4 +1,4 @@
-"""h5 files of Keras 2, Keras 3 and keras.applications."""
+"""Reads h5 files of Keras 2, Keras 3 and keras.applications, and writes those of keras.applications."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +12,24 @@ from keras_effnet.weights.formats.tensors import Stored, Tensors
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
-
-# h5
-
 _STRINGS = (bytes, str, np.bytes_, np.str_)
 
 
 @contextmanager
 def opened_h5(file, path: Path) -> Iterator[Tensors]:
-    """Legacy Keras h5, weights only or whole model, as layer/variable; or Keras 3's, as layer/number."""
+    """Opens an h5 file of Keras. The tensors can be read while the context is open.
+
+    Args:
+        file: Path of the h5 file.
+        path: Path to name in errors, and whose size limits what the file may declare.
+
+    Yields:
+        Dict from name to `Stored`. Names are layer/variable in legacy files (weights only or a whole model), and
+        layer/number in files of Keras 3.
+
+    Raises:
+        ValueError: If the file is damaged, or not of Keras.
+    """
     import h5py
 
     try:
@@ -32,7 +41,7 @@ def opened_h5(file, path: Path) -> Iterator[Tensors]:
             limit = 1000 * path.stat().st_size
             legacy = "model_weights" in opened_file or any(key.startswith("layer_names") for key in opened_file.attrs)
             tensors = dict((_h5_legacy if legacy else _h5_keras3)(opened_file, limit))
-        except Exception as error:  # h5py raises whatever a damaged file makes of it
+        except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
             raise _not_h5(path, error) from error
         yield tensors
 
@@ -46,7 +55,7 @@ def _h5_legacy(file, limit: int):
     for layer in _names(group, "layer_names"):
         members = _inside(group, layer)
         names = list(_names(members, "weight_names"))
-        # Of a layer that is a model, the members' names stand in front of their variables.
+        # If the layer is a model, its members' names precede their variables.
         nested = len({name.rpartition("/")[0] for name in names}) > 1
         for name in names:
             *front, variable = name.split(":")[0].split("/")
@@ -59,40 +68,40 @@ def _h5_keras3(file, limit: int):
     import h5py
 
     found: list[str] = []
-    # Follows hard links only: nothing outside of the file, and nothing twice.
+    # Follows hard links only, so that nothing is read from outside of the file, or twice.
     file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
     for name in found:
         yield name.removeprefix("layers/").replace("/vars/", "/"), _dataset(file[name], limit)
 
 
 def _names(group, attribute: str) -> Iterator[str]:
-    """A list of names, which Keras splits up where it is too long for one attribute."""
+    """Yields a list of names. Keras splits those that are too long for one attribute."""
     parts = [attribute] if attribute in group.attrs else []
     while f"{attribute}{len(parts)}" in group.attrs:
         parts.append(f"{attribute}{len(parts)}")
     for part in parts or [attribute]:
         for name in group.attrs[part]:
             if not isinstance(name, _STRINGS):
-                raise ValueError(f"{part} holds something else than names")
+                raise ValueError(f"{part} contains something other than names")
             yield name.decode() if isinstance(name, bytes) else str(name)
 
 
 def _inside(group, name: str):
-    """A member by its path, through hard links only."""
+    """Returns a member by its path. Follows hard links only."""
     import h5py
 
     for part in name.strip("/").split("/"):
         if not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise ValueError(f"{name[:80]!r} is not in this very file")
+            raise ValueError(f"{name[:80]!r} is not in this file")
         group = group[part]
     return group
 
 
 def _dataset(dataset, limit: int) -> Stored:
-    """Numbers that stand in this very file, no more of them than a well-compressed one can hold."""
-    bfloat16 = dataset.attrs.get("dtype") == "bfloat16"  # Keras' way to store what h5 does not know
+    """Returns a dataset of numbers in this file, no larger than a well-compressed one can be."""
+    bfloat16 = dataset.attrs.get("dtype") == "bfloat16"  # how Keras stores a type that h5 lacks
     if not (dataset.dtype.kind in "fiu" or bfloat16) or dataset.external is not None or dataset.is_virtual:
-        raise ValueError(f"{dataset.name[:80]} holds no numbers of this file")
+        raise ValueError(f"{dataset.name[:80]} stores no numbers in this file")
     if dataset.nbytes > limit:
         raise ValueError(f"{dataset.name[:80]} declares {dataset.nbytes:,} bytes")
 
@@ -107,12 +116,12 @@ def _dataset(dataset, limit: int) -> Stored:
 
 
 def write_h5(path, tensors: dict[str, np.ndarray], preprocessing) -> Path:
-    """Writes an h5 file that a model of keras.applications loads by the order of its layers.
+    """Writes an h5 file for keras.applications, which loads it by the order of its layers.
 
     Args:
         path: Path of the file.
-        tensors: Dict of arrays by layer/variable, in that order.
-        preprocessing: Pair (scale, offset) of sequences of floats, what the model does with pixels.
+        tensors: Dict of arrays by layer/variable, in the order of the layers.
+        preprocessing: Pair (scale, offset) of sequences of floats, the model's preprocessing.
 
     Returns:
         The path.
@@ -133,7 +142,7 @@ def write_h5(path, tensors: dict[str, np.ndarray], preprocessing) -> Path:
         layers.setdefault(layer, {})[variable] = value
     with replacing(path) as temporary, writing(path), h5py.File(temporary, "w") as file:
         file.attrs["layer_names"] = [layer.encode() for layer in layers]
-        file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"  # whose format this is
+        file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"  # the format of this file
         for layer, variables in layers.items():
             group = file.create_group(layer)
             names = {variable: f"{layer}/{_keras2(layer, variable)}:0" for variable in variables}

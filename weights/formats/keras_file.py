@@ -1,4 +1,4 @@
-"""`.keras` files."""
+"""Reads `.keras` files."""
 
 import json
 import os
@@ -17,6 +17,17 @@ from keras_effnet.weights.formats.torch_file import is_torch
 
 @contextmanager
 def opened_keras(path: Path) -> Iterator[Tensors]:
+    """Opens a `.keras` file. The tensors can be read while the context is open.
+
+    Args:
+        path: Path of the file.
+
+    Yields:
+        Dict from name to `Stored`. See `opened_h5()`.
+
+    Raises:
+        ValueError: If the file is damaged, or not of Keras.
+    """
     with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
         try:
             with zipfile.ZipFile(path) as archive:
@@ -24,20 +35,20 @@ def opened_keras(path: Path) -> Iterator[Tensors]:
                 if entry.file_size > (64 << 20) + 20 * path.stat().st_size:  # Keras does not compress them
                     raise ValueError(f"it declares {entry.file_size:,} bytes")
                 archive.extract(entry, folder)
-        except Exception as error:  # zipfile and zlib raise what a damaged file makes of it
+        except Exception as error:  # zipfile and zlib raise exceptions of many kinds for a damaged file
             raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
         with opened_h5(Path(folder) / "model.weights.h5", path) as tensors:
             yield tensors
 
 
 def preprocessing_of(path):
-    """The numbers of the preprocessing that a `.keras` file of this package carries in its model.
+    """Returns the preprocessing that a `.keras` file of this package has in its model.
 
     Args:
         path: Path of a file of any format.
 
     Returns:
-        Pair (scale, offset) of lists of floats, or None where the file holds none.
+        Pair (scale, offset) of lists of floats, or None where the file has none.
 
     Raises:
         ValueError: If the file is a damaged archive.
@@ -52,6 +63,6 @@ def preprocessing_of(path):
         for layer in layers:
             if layer["class_name"] == "Rescaling" and layer["config"]["name"].endswith("preprocessing"):
                 return tuple(np.ravel(layer["config"][key]).tolist() for key in ("scale", "offset"))
-    except Exception as error:  # zipfile, zlib and json raise what a damaged file makes of it
+    except Exception as error:  # zipfile, zlib and json raise exceptions of many kinds for a damaged file
         raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
     return None

@@ -1,4 +1,4 @@
-"""From a file to its tensors, in the names of the program that wrote it. No Keras. Nothing in a file is run."""
+"""Opens a file of any format and returns its tensors by their names in it. No Keras. Runs no code from a file."""
 
 import os
 import re
@@ -34,19 +34,23 @@ SUFFIXES = (
 
 @contextmanager
 def opened(path, raw: bool = False) -> Iterator[Tensors]:
-    """Opens a file, whose format is recognised by its content, and gives its tensors while it is open.
+    """Opens a file, whose format is recognized by its content. The tensors can be read while the context is open.
 
     Args:
-        path: Path of an h5, .keras, .safetensors or torch file; of a TensorFlow checkpoint as a folder, a prefix or a
+        path: Path of an h5, .keras, .safetensors or torch file, or of a TensorFlow checkpoint: a folder, a prefix or a
             .tar.gz.
-        raw: Boolean, whether to take the weights themselves where a torch checkpoint holds their moving average.
+        raw: Boolean, whether to read the raw weights where a torch checkpoint also has their moving average. Defaults
+            to False.
+
+    Yields:
+        Dict from name to `Stored`.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If its content is not what its format promises, or of no known format.
+        ValueError: If the file is damaged, or of no known format.
     """
     path = _path(path)
-    if path.name == "checkpoint" and path.is_file():  # TensorFlow's note of the folder's latest
+    if path.name == "checkpoint" and path.is_file():  # TensorFlow's file that names the latest one in the folder
         path = path.parent
     if not path.is_file() or path.suffix in (".index", ".meta"):
         yield read_tensors(prefix_of(path))
@@ -79,12 +83,12 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
 
 def _path(path) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(f"Expected the path of a file of weights. Received: {path!r}")
+        raise ValueError(f"Expected the path of a weights file. Received: {path!r}")
     return Path(path)
 
 
 def exists(path) -> bool:
-    """Whether there is a file, a folder, or a checkpoint of this prefix.
+    """Returns whether a file, a folder, or a checkpoint with this prefix exists.
 
     Args:
         path: Path.

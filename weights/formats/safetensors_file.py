@@ -1,4 +1,4 @@
-"""`.safetensors` files."""
+"""Reads and writes `.safetensors` files."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,17 +8,26 @@ import numpy as np
 from keras_effnet.files import replacing, writing
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 
-# safetensors
-
 
 def read_safetensors(path: Path) -> Tensors:
+    """Opens a .safetensors file.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Dict from name to `Stored`.
+
+    Raises:
+        ValueError: If the file is damaged, or of another format.
+    """
     import safetensors
 
     try:
         file = safetensors.safe_open(path, framework="numpy")
         names = list(file.keys())
         return {name: Stored(tuple(file.get_slice(name).get_shape()), _getter(file.get_tensor, name)) for name in names}
-    except Exception as error:  # safetensors has its own kind of exception
+    except Exception as error:  # safetensors raises its own exception class
         raise ValueError(f"Expected a .safetensors file. Received: {str(path)!r} ({error})") from error
 
 
@@ -32,8 +41,8 @@ def write_safetensors(path, tensors: dict[str, np.ndarray], counters: Iterable[s
     Args:
         path: Path of the file.
         tensors: Dict of arrays by name.
-        counters: Names of integers that are written as 0.
-        metadata: Dict of strings, kept in the file's header. Defaults to torch's.
+        counters: Names of integers, which are written as 0. Defaults to none.
+        metadata: Dict of strings for the file's header. Defaults to torch's.
 
     Returns:
         The path.
@@ -46,5 +55,5 @@ def write_safetensors(path, tensors: dict[str, np.ndarray], counters: Iterable[s
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(everything, temporary, metadata=metadata or {"format": "pt"})
-        temporary.chmod(mode)  # the library keeps others from reading it
+        temporary.chmod(mode)  # the library makes it unreadable for other users
     return Path(path)

@@ -1,6 +1,6 @@
-"""TensorFlow checkpoints: a folder, a prefix or an archive.
+"""Reads and writes TensorFlow checkpoints: a folder, a prefix or an archive.
 
-They are read without TensorFlow, which aborts the process on a malformed index, and written with it.
+Reading does not use TensorFlow, which aborts the process on a malformed index. Writing does.
 """
 
 import math
@@ -18,75 +18,9 @@ import numpy as np
 from keras_effnet.files import folder_beside, writing
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 
-# TensorFlow
-
-
-def unpack(path: Path, folder: Path) -> None:
-    """Takes the checkpoint out of an archive: plain files, under their own names, and no more than it can hold."""
-    # Trained numbers do not shrink; a training checkpoint's untouched slots shrink to nothing.
-    allowed = max(1 << 30, 20 * path.stat().st_size)
-    try:
-        with tarfile.open(path, "r|*") as archive:
-            for member in archive:
-                name = member.name.rsplit("/", 1)[-1]
-                if ".." in member.name.split("/") or member.name.startswith("/"):
-                    raise ValueError(f"{member.name[:80]!r} leaves its folder")
-                if member.issym() or member.islnk() or member.isdev() or member.issparse():
-                    raise ValueError(f"{member.name[:80]!r} is no plain file")
-                allowed -= member.size
-                if allowed < 0:
-                    raise ValueError(f"{member.name[:80]!r} declares {member.size:,} bytes")
-                if member.isfile() and _of_checkpoint(name):
-                    if (folder / name).exists():
-                        raise ValueError(f"it holds {name[:80]!r} twice")
-                    data: Any = archive.extractfile(member)
-                    with open(folder / name, "wb") as file:
-                        while chunk := data.read(1 << 20):
-                            file.write(chunk)
-    except Exception as error:  # tarfile, gzip and zlib raise what a damaged file makes of it
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # such as a full disk
-        raise ValueError(f"Expected a checkpoint in a .tar.gz. Received: {str(path)!r} ({error})") from error
-
-
-def _of_checkpoint(name: str) -> bool:
-    return name == "checkpoint" or bool(re.fullmatch(r"(?!\._).*\.(index|data-\d{5}-of-\d{5})", name))
-
-
-def prefix_of(path: Path, told: Path | None = None) -> str:
-    """What TensorFlow calls a checkpoint by."""
-    if path.is_dir():
-        found = sorted(file.name.removesuffix(".index") for file in path.glob("*.index"))
-        latest = _latest(path / "checkpoint")
-        if latest in found:
-            found = [latest]
-        if len(found) != 1:
-            raise ValueError(
-                f"Expected a folder with one checkpoint, or with a file 'checkpoint' that names one. Received: "
-                f"{str(told or path)!r} with {', '.join(map(repr, found[:10])) or 'none'}"
-            )
-        return str(path / found[0])
-    return re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", str(path))
-
-
-def _latest(state: Path) -> str | None:
-    """The checkpoint that TensorFlow's text file names, of which only the name matters here."""
-    try:
-        match = re.search(r'^model_checkpoint_path: "(.*)"$', state.read_text(), re.MULTILINE)
-    except (OSError, UnicodeDecodeError):
-        return None
-    return match[1].rsplit("/", 1)[-1] if match else None
-
-
-def read_tensors(prefix: str) -> Tensors:
-    if not os.path.exists(f"{prefix}.index"):
-        raise FileNotFoundError(f"Expected a file of weights. Received: {prefix!r}, which does not exist")
-    return {name: Stored(*stored) for name, stored in read_checkpoint(prefix).items()}
-
-
 _TABLE = 0xDB4775248B80FB57  # the last eight bytes of an index
 
-_DTYPES = {  # tensorflow/core/framework/types.proto; strings and the rest are no numbers
+_DTYPES = {  # tensorflow/core/framework/types.proto; without strings and other types that are not numbers
     1: "<f4",
     2: "<f8",
     3: "<i4",
@@ -102,18 +36,119 @@ _DTYPES = {  # tensorflow/core/framework/types.proto; strings and the rest are n
 }
 
 
-def read_checkpoint(prefix: str) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
-    """Reads a checkpoint's index. Numbers are read, and their checksums tested, when they are asked for.
+def unpack(path: Path, folder: Path) -> None:
+    """Extracts a checkpoint from an archive: plain files only, by their base names.
 
     Args:
-        prefix: String, what stands in front of `.index`.
+        path: Path of the archive.
+        folder: Path of an existing folder to extract to.
+
+    Raises:
+        OSError: If the files cannot be read or written.
+        ValueError: If the archive is damaged, contains anything but plain files, or declares more bytes than an archive
+            of its size can contain.
+    """
+    # Trained weights do not compress; unused slots of a training checkpoint compress to nothing.
+    allowed = max(1 << 30, 20 * path.stat().st_size)
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                allowed -= member.size
+                _check_member(member, allowed)
+                name = member.name.rsplit("/", 1)[-1]
+                if member.isfile() and _of_checkpoint(name):
+                    if (folder / name).exists():
+                        raise ValueError(f"it contains {name[:80]!r} twice")
+                    data: Any = archive.extractfile(member)
+                    with open(folder / name, "wb") as file:
+                        while chunk := data.read(1 << 20):
+                            file.write(chunk)
+    except Exception as error:  # tarfile, gzip and zlib raise exceptions of many kinds for a damaged file
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # such as a full disk
+        raise ValueError(f"Expected a checkpoint in a .tar.gz. Received: {str(path)!r} ({error})") from error
+
+
+def _check_member(member: tarfile.TarInfo, allowed: int) -> None:
+    """Raises if a member leaves its folder, is not a plain file, or exceeds the allowed size."""
+    if ".." in member.name.split("/") or member.name.startswith("/"):
+        raise ValueError(f"{member.name[:80]!r} leaves its folder")
+    if member.issym() or member.islnk() or member.isdev() or member.issparse():
+        raise ValueError(f"{member.name[:80]!r} is not a plain file")
+    if allowed < 0:
+        raise ValueError(f"{member.name[:80]!r} declares {member.size:,} bytes")
+
+
+def _of_checkpoint(name: str) -> bool:
+    return name == "checkpoint" or bool(re.fullmatch(r"(?!\._).*\.(index|data-\d{5}-of-\d{5})", name))
+
+
+def prefix_of(path: Path, told: Path | None = None) -> str:
+    """Returns the prefix by which TensorFlow names a checkpoint.
+
+    Args:
+        path: Path of a folder, of one of the checkpoint's files, or a prefix.
+        told: Path to name in errors. Defaults to `path`.
 
     Returns:
-        Dict from name to (shape, function that gives the array), of the tensors that hold numbers.
+        String, the path without `.index`.
+
+    Raises:
+        ValueError: If the folder contains no checkpoint, or several and no file that names the latest.
+    """
+    if path.is_dir():
+        found = sorted(file.name.removesuffix(".index") for file in path.glob("*.index"))
+        latest = _latest(path / "checkpoint")
+        if latest in found:
+            found = [latest]
+        if len(found) != 1:
+            raise ValueError(
+                f"Expected a folder with one checkpoint, or with a file 'checkpoint' that names one. Received: "
+                f"{str(told or path)!r} with {', '.join(map(repr, found[:5])) or 'none'}"
+            )
+        return str(path / found[0])
+    return re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", str(path))
+
+
+def _latest(state: Path) -> str | None:
+    """Returns the base name of the checkpoint that TensorFlow's text file names."""
+    try:
+        match = re.search(r'^model_checkpoint_path: "(.*)"$', state.read_text(), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return match[1].rsplit("/", 1)[-1] if match else None
+
+
+def read_tensors(prefix: str) -> Tensors:
+    """Opens a TensorFlow checkpoint.
+
+    Args:
+        prefix: String. The path without `.index`.
+
+    Returns:
+        Dict from name to `Stored`, of the tensors that hold numbers.
+
+    Raises:
+        OSError: If a file does not exist, or cannot be read.
+        ValueError: If the checkpoint is damaged.
+    """
+    if not os.path.exists(f"{prefix}.index"):
+        raise FileNotFoundError(f"Expected a weights file. Received: {prefix!r}, which does not exist")
+    return {name: Stored(*stored) for name, stored in read_checkpoint(prefix).items()}
+
+
+def read_checkpoint(prefix: str) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+    """Reads the index of a checkpoint. A tensor is read, and its checksum verified, when its function is called.
+
+    Args:
+        prefix: String. The path without `.index`.
+
+    Returns:
+        Dict from name to (shape, function that returns the array), of the tensors that hold numbers.
 
     Raises:
         OSError: If the files cannot be read.
-        ValueError: If they are damaged.
+        ValueError: If the files are damaged.
     """
     data = Path(f"{prefix}.index").read_bytes()
     try:
@@ -124,9 +159,9 @@ def read_checkpoint(prefix: str) -> dict[str, tuple[tuple[int, ...], Callable[[]
 
 def _tensors(prefix: str, data: bytes) -> Iterator[tuple[str, tuple]]:
     if len(data) < 48 or int.from_bytes(data[-8:], "little") != _TABLE:
-        raise ValueError("its index does not end as one")
+        raise ValueError("its index has no valid footer")
     footer = data[-48:-8]
-    _, place = _varint(footer, 0)  # of the table's properties, which nobody needs
+    _, place = _varint(footer, 0)  # of the table's properties, which are not needed
     _, place = _varint(footer, place)
     header: dict[int, list] | None = None
     for _, handle in _block(data, *_handle(footer, place)):
@@ -149,9 +184,9 @@ def _tensor(prefix: str, name: str, fields: dict[int, list], shards: int):
     if kind is None:
         return None
     if 7 in fields:
-        raise ValueError(f"{name[:80]!r} is kept in slices")
+        raise ValueError(f"{name[:80]!r} is stored in slices")
     if kind == "bfloat16":
-        import ml_dtypes  # noqa: F401  makes NumPy know it
+        import ml_dtypes  # noqa: F401  registers the type in NumPy
     shape = tuple(_one(_fields(size), 1) for size in _fields(_one(fields, 2, b"")).get(2, []))
     dtype, size, offset = np.dtype(kind), _one(fields, 5), _one(fields, 4)
     path = f"{prefix}.data-{_one(fields, 3):05d}-of-{shards:05d}"
@@ -166,7 +201,7 @@ def _tensor(prefix: str, name: str, fields: dict[int, list], shards: int):
             file.seek(offset)
             numbers = file.read(size)
         if len(numbers) != size or _masked_crc(numbers) != checksum:
-            raise ValueError(f"the checksum of {name[:80]!r} is another one")
+            raise ValueError(f"the checksum of {name[:80]!r} does not match")
         return np.frombuffer(numbers, dtype).reshape(shape)
 
     return shape, read
@@ -196,14 +231,14 @@ def _handle(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """The pairs of a block, whose keys leave out what they share with the one before."""
+    """Yields the pairs of a block. A key is stored without the start that it shares with the key before."""
     end = offset + size
     if end + 5 > len(data) or size < 4:
         raise ValueError("its index is cut short")
     if _masked_crc(data[offset : end + 1]) != int.from_bytes(data[end + 1 : end + 5], "little"):
-        raise ValueError("the checksum of its index is another one")
+        raise ValueError("the checksum of its index does not match")
     if data[end]:
-        raise ValueError("its index is compressed, as no release of TensorFlow since 1.2 does it")
+        raise ValueError("its index is compressed, which no TensorFlow release since 1.2 does")
     restarts = int.from_bytes(data[end - 4 : end], "little")
     last = end - 4 - 4 * restarts
     key, place = b"", offset
@@ -220,7 +255,7 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
 
 
 def _fields(message: bytes) -> dict[int, list]:
-    """A protocol buffer's fields by their numbers."""
+    """Returns the fields of a protocol buffer by their numbers."""
     found: dict[int, list] = {}
     place = 0
     while place < len(message):
@@ -235,7 +270,7 @@ def _fields(message: bytes) -> dict[int, list]:
             length, place = _varint(message, place)
             value, place = message[place : place + length], place + length
         else:
-            raise ValueError("its index holds what is no message")
+            raise ValueError("its index contains an invalid message")
         if place > len(message):
             raise ValueError("a message in its index is cut short")
         found.setdefault(tag >> 3, []).append(value)
@@ -245,26 +280,30 @@ def _fields(message: bytes) -> dict[int, list]:
 def _one(fields: dict[int, list], number: int, default: Any = 0) -> Any:
     value = fields.get(number, [default])[-1]
     if type(value) is not type(default):
-        raise ValueError("its index holds another kind of message")
+        raise ValueError("its index contains a message of another kind")
     return value
 
 
 def write_checkpoint(path, tensors: dict[str, np.ndarray], counter: str) -> Path:
-    """Writes a TensorFlow checkpoint, and the text file that says which of the folder's is the latest.
+    """Writes a TensorFlow checkpoint, and the text file that names the latest one in the folder.
 
     Args:
         path: Path of a folder (existing, or ending in a slash), or a prefix.
         tensors: Dict of arrays by name.
-        counter: Name of the number of training steps, which is written as 0.
+        counter: String. Name of the number of training steps, which is written as 0.
 
     Returns:
-        The prefix.
+        Path, the prefix.
+
+    Raises:
+        ImportError: If TensorFlow is not installed.
+        OSError: If the files cannot be written.
     """
     try:
         import tensorflow as tf
     except ImportError as error:
         raise ImportError(
-            "Expected TensorFlow, which writes its checkpoints. Bring it with: pip install tensorflow"
+            "Expected TensorFlow, which writes its checkpoints. Install it with: pip install tensorflow"
         ) from error
     prefix = Path(path)
     if str(path).endswith(("/", os.sep)):
@@ -283,7 +322,7 @@ def write_checkpoint(path, tensors: dict[str, np.ndarray], counter: str) -> Path
             )
         state = folder / "checkpoint"
         state.write_text(f'model_checkpoint_path: "{prefix.name}"\nall_model_checkpoint_paths: "{prefix.name}"\n')
-        # Without an index nobody takes the numbers for a checkpoint: the old one goes first, the new one comes last.
+        # Data without an index is not a checkpoint, so the old index is removed first and the new one written last.
         Path(f"{prefix}.index").unlink(missing_ok=True)
         for file in sorted(folder.glob("*.data-*")):
             shutil.move(file, prefix.parent / file.name)

@@ -1,4 +1,4 @@
-"""A tensor of a file: its shape, and a function that reads it."""
+"""The type of a tensor in a file: its shape, and a function that reads it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ class Stored(NamedTuple):
 
     Args:
         shape: Tuple of integers.
-        read: Function that gives the array.
+        read: Function that returns the array.
     """
 
     shape: tuple[int, ...]

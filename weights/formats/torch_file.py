@@ -1,4 +1,4 @@
-"""Files that torch saved, before version 1.6 and since, read without torch. Nothing in them is run."""
+"""Reads torch files, of the formats before and since version 1.6. Needs no torch and runs no code from a file."""
 
 import io
 import math
@@ -9,15 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-
-def is_torch(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name == "data.pkl" or name.endswith("/data.pkl") for name in archive.namelist())
-    except Exception as error:  # zipfile raises what a damaged file makes of it
-        raise ValueError(f"Expected an archive. Received: {str(path)!r} ({error})") from error
-
 
 MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py: first object of a file from before torch 1.6
 
@@ -36,7 +27,7 @@ _STORAGES = {
 
 
 class _Storage(NamedTuple):
-    """What a state dict says of the numbers behind a tensor, which stand later in the file."""
+    """The numbers of a tensor, which come later in the file."""
 
     dtype: str
     key: str
@@ -44,7 +35,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """What a state dict says of a tensor."""
+    """A view of a storage, as a state dict describes it."""
 
     storage: _Storage
     offset: int
@@ -65,11 +56,65 @@ _GLOBALS = {
 
 
 class _Global(NamedTuple):
+    """A name in place of the class or function that the pickle asks to import."""
+
     name: str
 
 
+def is_torch(path: Path) -> bool:
+    """Returns whether an archive was saved by torch.
+
+    Args:
+        path: Path of a zip archive.
+
+    Returns:
+        Boolean.
+
+    Raises:
+        ValueError: If the archive is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name == "data.pkl" or name.endswith("/data.pkl") for name in archive.namelist())
+    except Exception as error:  # zipfile raises exceptions of many kinds for a damaged file
+        raise ValueError(f"Expected an archive. Received: {str(path)!r} ({error})") from error
+
+
+def read_torch(path, raw: bool = False) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+    """Reads a state dict, alone or in a training checkpoint.
+
+    Args:
+        path: Path of the file.
+        raw: Boolean, whether to read the raw weights where the checkpoint also has their moving average. Defaults to
+            False.
+
+    Returns:
+        Dict from name to (shape, function that returns the array).
+
+    Raises:
+        ValueError: If the file is damaged, contains anything but tensors, or asks to run code.
+
+    Reference:
+        torch/serialization.py, `_legacy_save`, `_legacy_load` and `_save`.
+    """
+    try:
+        state, storage = (_read_zip if zipfile.is_zipfile(path) else _read_legacy)(Path(path))
+        # timm/models/_helpers.py, load_state_dict
+        averages, weights = ("state_dict_ema", "model_ema"), ("state_dict", "model")
+        keys = weights + averages if raw else averages + weights
+        state = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
+        wrong = [name for name, value in state.items() if not isinstance(value, _Tensor)]
+        if wrong:
+            raise ValueError(f"{str(wrong[0])[:80]!r} is not a tensor")
+        return {name: (_size(tensor), _viewer(tensor, storage)) for name, tensor in state.items()}
+    except Exception as error:  # unpickling a damaged file raises exceptions of any kind
+        raise ValueError(
+            f"Expected a state dict saved by torch. Received: {str(path)!r}, but {error or type(error).__name__}"
+        ) from error
+
+
 def _unpickle(file: io.BytesIO):
-    """Reads one pickle in a state dict's vocabulary. Nothing that it names is imported, called, hashed or printed."""
+    """Reads one pickle with the instructions of a state dict. Never imports, calls, hashes or prints what it names."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -104,7 +149,7 @@ def _unpickle(file: io.BytesIO):
             case "SETITEM" | "SETITEMS":
                 items = since_mark() if opcode.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
                 if not all(type(key) in (str, int) for key in items[::2]):
-                    raise ValueError("it has a key that is neither text nor a number")
+                    raise ValueError("it has a key that is neither a string nor an integer")
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             case "GLOBAL":
                 if argument not in _GLOBALS:
@@ -112,25 +157,11 @@ def _unpickle(file: io.BytesIO):
                 stack.append(_Global(argument))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
-                name = function.name if isinstance(function, _Global) else ""
-                if name in _DICTS and type(arguments) is tuple and not arguments:
-                    stack.append({})
-                elif name == "torch._utils _rebuild_tensor_v2" and isinstance(arguments[0], _Storage):
-                    stack.append(_Tensor(*arguments[:4]))
-                elif name == "torch._utils _rebuild_parameter" and isinstance(arguments[0], _Tensor):
-                    stack.append(arguments[0])
-                else:
-                    raise ValueError("it calls what no state dict calls")
+                stack.append(_result(function, arguments))
             case "BINPERSID":
-                kind, storage, key, _, count, *_ = stack.pop()
-                if storage.name.endswith("BFloat16Storage"):
-                    import ml_dtypes  # noqa: F401  makes NumPy know it
-                dtype = _STORAGES[storage.name.removeprefix("torch ")]
-                if kind != "storage" or type(key) is not str or type(count) is not int:
-                    raise ValueError("it refers to what is no storage")
-                stack.append(_Storage(dtype, key, count))
+                stack.append(_referred(stack.pop()))
             case "BUILD":
-                stack.pop()  # torch's `_metadata`, the versions of a module's parts; timm's arguments
+                stack.pop()  # torch's `_metadata`, the versions of a module's parts; timm's training arguments
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
@@ -142,36 +173,27 @@ def _unpickle(file: io.BytesIO):
     raise ValueError("it ends early")
 
 
-def read_torch(path, raw: bool = False) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
-    """Reads a state dict, alone or in a training checkpoint.
+def _result(function: Any, arguments: Any) -> Any:
+    """Returns what stands for the result of a call: an empty dict, or a tensor."""
+    name = function.name if isinstance(function, _Global) else ""
+    if name in _DICTS and type(arguments) is tuple and not arguments:
+        return {}
+    if name == "torch._utils _rebuild_tensor_v2" and isinstance(arguments[0], _Storage):
+        return _Tensor(*arguments[:4])
+    if name == "torch._utils _rebuild_parameter" and isinstance(arguments[0], _Tensor):
+        return arguments[0]
+    raise ValueError("it calls a function that no state dict calls")
 
-    Args:
-        path: Path of the file.
-        raw: Boolean, whether to take the weights themselves where the checkpoint holds their moving average.
 
-    Returns:
-        Dict from name to (shape, function that gives the array).
-
-    Raises:
-        ValueError: If the file is damaged, holds anything but tensors, or asks for code to be run.
-
-    Reference:
-        torch/serialization.py, `_legacy_save`, `_legacy_load` and `_save`.
-    """
-    try:
-        state, storage = (_read_zip if zipfile.is_zipfile(path) else _read_legacy)(Path(path))
-        # timm/models/_helpers.py, load_state_dict
-        averages, weights = ("state_dict_ema", "model_ema"), ("state_dict", "model")
-        keys = weights + averages if raw else averages + weights
-        state = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
-        wrong = [name for name, value in state.items() if not isinstance(value, _Tensor)]
-        if wrong:
-            raise ValueError(f"{str(wrong[0])[:80]!r} is no tensor")
-        return {name: (_size(tensor), _viewer(tensor, storage)) for name, tensor in state.items()}
-    except Exception as error:  # unpickling a damaged file raises whatever its bytes happen to ask for
-        raise ValueError(
-            f"Expected a state dict saved by torch. Received: {str(path)!r}, but {error or type(error).__name__}"
-        ) from error
+def _referred(reference: Any) -> _Storage:
+    """Returns the storage of a persistent id."""
+    kind, storage, key, _, count, *_ = reference
+    if storage.name.endswith("BFloat16Storage"):
+        import ml_dtypes  # noqa: F401  registers the type in NumPy
+    dtype = _STORAGES[storage.name.removeprefix("torch ")]
+    if kind != "storage" or type(key) is not str or type(count) is not int:
+        raise ValueError("it refers to something other than a storage")
+    return _Storage(dtype, key, count)
 
 
 def _read_legacy(path: Path):
@@ -179,7 +201,7 @@ def _read_legacy(path: Path):
     file = io.BytesIO(data)
     magic = _unpickle(file)
     if type(magic) is not int or magic != MAGIC:
-        raise ValueError("it does not begin with torch's number")
+        raise ValueError("it does not begin with torch's magic number")
     _protocol, system = _unpickle(file), _unpickle(file)
     if system.get("little_endian") is not True:
         raise ValueError("it was not written on a little-endian machine")
@@ -199,7 +221,7 @@ def _read_legacy(path: Path):
 
 
 def _tensors(state):
-    """All tensors of nested dicts and sequences, which a pickle can make refer to themselves."""
+    """Yields all tensors of nested dicts and sequences, which may refer to themselves in a pickle."""
     queue, seen = [state], set()
     while queue:
         value = queue.pop()
@@ -230,7 +252,7 @@ def _read_zip(path: Path):
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    """An entry as torch writes it, uncompressed. Its checksum is tested."""
+    """Reads an entry, which torch writes uncompressed, and verifies its checksum."""
     entry = archive.getinfo(name)
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise ValueError(f"{name[:80]!r} is compressed")
@@ -238,16 +260,16 @@ def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _size(tensor: _Tensor) -> tuple[int, ...]:
-    # Their types first: what is no number here may be too large to be compared or printed.
+    # Checks types first: other objects may be too large to compare or print.
     parts = (tensor.size, tensor.stride)
     if not all(type(part) is tuple and all(type(number) is int for number in part) for part in parts):
-        raise ValueError("a tensor's size is none")
+        raise ValueError("a tensor's size is invalid")
     if type(tensor.offset) is not int or min((tensor.offset, *tensor.size, *tensor.stride)) < 0:
-        raise ValueError("a tensor's size is none")
+        raise ValueError("a tensor's size is invalid")
     if len(tensor.size) != len(tensor.stride) or len(tensor.size) > 8:
         raise ValueError("a tensor's size does not fit its strides")
     if math.prod(tensor.size) > tensor.storage.length:
-        raise ValueError("a tensor repeats its storage")
+        raise ValueError("a tensor is larger than its storage")
     return tensor.size
 
 

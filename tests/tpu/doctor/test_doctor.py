@@ -1,4 +1,4 @@
-"""What is said of a machine: this one, and ones that are played by small fakes in real processes."""
+"""`keras-effnet doctor`: its findings on this machine, and on machines faked by small packages and programs."""
 
 import json
 import os
@@ -35,7 +35,7 @@ devices = lambda: [SimpleNamespace(platform=os.environ.get("JAX_PLATFORMS", "tpu
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Replaces packages in the processes that are asked, and programs."""
+    """Replaces programs, and packages in the processes that import them."""
 
     def play(tensorflow=SEES_NOTHING, smi="", **environment):
         for name, code in (("tensorflow", tensorflow), ("jax", TAKES_WHAT_IT_MAY), ("keras", "raise ImportError")):
@@ -76,7 +76,7 @@ def test_this_machine_as_json():
 @pytest.mark.parametrize(
     ("code", "told"),
     [
-        ("import os; os._exit(11)", "the process ended with status 11"),
+        ("import os; os._exit(11)", "the process exited with status 11"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
         ("raise ImportError('one\\nlibcudart.so.11 is missing')", "libcudart.so.11 is missing"),
     ],
@@ -86,7 +86,7 @@ def test_a_tensorflow_that_does_not_start_is_told_and_survived(machine, code, to
     found = rows()
     assert found["TensorFlow"].verdict == "problem" and told in found["TensorFlow"].advice
     assert "pip install --force-reinstall tensorflow" in found["TensorFlow"].advice
-    assert found["Keras"].verdict == "ok"  # it was not its fault
+    assert found["Keras"].verdict == "ok"  # Keras is not to blame
     assert found["Training"].verdict == "problem" and found["Strategy"].found == "none"
 
 
@@ -104,12 +104,12 @@ def test_a_tpu_that_is_held_is_left_alone_and_its_holder_named(machine, tmp_path
         holder.stdin.close()
     assert f"1 chip, held by process {holder.pid} ({sys.executable} -c import sys" in held["TPU"].found
     assert held["TPU"].verdict == "problem" and "Stop" in held["TPU"].advice
-    assert held["JAX sees"].found.startswith("1 cpu; was not asked")
+    assert held["JAX sees"].found.startswith("1 cpu; the TPU was not tried")
     assert held["TensorFlow"].verdict == "problem" and "tensorflow-tpu 2.19.1" in held["TensorFlow"].advice
     free = rows(devices=[str(device)])
     assert free["TPU"].found.startswith("1 chip, free") and free["TPU"].verdict == "ok"
     assert free["JAX sees"].found == "1 tpu"
-    # JAX trains on it, and then plain TensorFlow, which only reads, is the right one.
+    # With JAX on the TPU, plain TensorFlow is right: it only reads data.
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     free = rows(devices=[str(device)])
     assert free["TensorFlow"].verdict == "ok"
@@ -137,7 +137,10 @@ def test_a_gpu_that_tensorflow_does_not_see(machine, monkeypatch):
     machine(smi="GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)")
     found = rows()["GPU"]
     assert found.found == "NVIDIA A100-SXM4-40GB; TensorFlow sees none"
-    assert (found.verdict, found.advice) == ("problem", "pip install 'tensorflow[and-cuda]'")
+    assert (found.verdict, found.advice) == (
+        "problem",
+        "Install CUDA for TensorFlow with: pip install 'tensorflow[and-cuda]'",
+    )
     monkeypatch.setenv("GPUS", "0 1")
     found = rows()
     assert found["GPU"].verdict == "ok" and found["Strategy"].found == "MirroredStrategy on GPU:0, GPU:1"
@@ -184,7 +187,7 @@ def test_a_wrong_tf_config_is_told(text, told):
     assert workers == 1 and finding.verdict == "problem" and told in finding.advice
 
 
-# As the packages' own metadata says it.
+# Requirements as in the metadata of the packages.
 ASKS = {
     "keras_effnet": ["keras>=3.12", 'tensorflow<2.21,>=2.18; extra == "tensorflow"', 'jax>=0.4.35; extra == "jax"'],
     "tensorflow": ["keras>=3.10.0"],
@@ -211,7 +214,7 @@ TPU_220 = ASKS | {"tensorflow-tpu": ["keras>=3.10.0", "libtpu~=0.0.14"]}
             "tensorflow-tpu 2.19.1 libtpu 0.0.42.1 jax 0.10.2 jaxlib 0.10.2",
             TPU_219,
             True,
-            {"libtpu": ("problem", "pip install 'libtpu==0.0.10'"), "JAX": ("warning", "holds the TPU once")},
+            {"libtpu": ("problem", "pip install 'libtpu==0.0.10'"), "JAX": ("warning", "which only one can hold")},
         ),
         ("jax 0.10.2 jaxlib 0.10.2 libtpu 0.0.10", ASKS, True, {"libtpu": ("problem", "'jax[tpu]==0.10.2'")}),
         ("jax 0.10.2 jaxlib 0.10.2 libtpu 0.0.10", ASKS, False, {"libtpu": ("warning", "'jax[tpu]==0.10.2'")}),

@@ -1,4 +1,4 @@
-"""Augmentation against the original's pixels, and what is drawn against the probabilities."""
+"""Protects the augmentation ops: pixels equal the original's, and draws have the stated probabilities."""
 
 import inspect
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 from helpers import BACKEND, GOLDEN, golden
 
 if BACKEND != "tensorflow":
-    pytest.skip("the input pipeline is TensorFlow's on all backends: one run is enough", allow_module_level=True)
+    pytest.skip("TensorFlow reads the data on all backends: one run is enough", allow_module_level=True)
 
 import tensorflow as tf
 
@@ -25,33 +25,33 @@ CASES = [(case["op"], case["level"], case["sign"], case["hparams"], case["key"])
     for case in RECORD["wrapped_arguments"]["cases"]
 ]
 
-# The ops of which official.vision.ops.augment gives other pixels than the original.
-HOLES = "fills the holes with the image's reflection, not with grey"
+# Ops for which official.vision.ops.augment returns other pixels than the original.
+HOLES = "fills the holes with the image's reflection, not with gray"
 OFFICIAL_DIFFERS = {
     "Rotate": HOLES,
     "ShearX": HOLES,
     "ShearY": HOLES,
     "TranslateX": HOLES,
     "TranslateY": HOLES,
-    "Contrast": "tf.image.adjust_contrast: the true mean, per channel, and rounding",
+    "Contrast": "tf.image.adjust_contrast: uses the true mean, per channel, and rounds",
     "Sharpness": "a convolution: with oneDNN its sums are not rounded in between, and the result is truncated",
 }
-# Those that are ours although official's pixels are the original's.
+# Ops that are reimplemented although official's pixels equal the original's.
 OFFICIAL_IS_NOT_USED = {
     "Cutout": "draws the place from the global generator",
-    "Color": "compares the factor in Python: takes no tensor",
-    "Brightness": "compares the factor in Python: takes no tensor",
+    "Color": "compares the factor in Python, so it takes no tensor",
+    "Brightness": "compares the factor in Python, so it takes no tensor",
     "AutoContrast": "ours is 1.5 times as fast",
     "Equalize": "ours is 1.5 times as fast",
     "Posterize": "ours is twice as fast",
     "Solarize": "ours is 5 times as fast",
     "SolarizeAdd": "ours is 4 times as fast",
-    "Invert": "one subtraction, for which a second's import",
+    "Invert": "the import takes a second, for one subtraction",
 }
 
 
 def in_a_map(function, *arrays, count=None):
-    """The results of a function for each row of the arrays, as a tf.data map gives them."""
+    """Returns a function's results for each row of the arrays, computed in a tf.data map."""
     rows = tf.data.Dataset.from_tensor_slices(arrays)
     batch = next(iter(rows.map(function, num_parallel_calls=2).batch(count or len(arrays[0]))))
     return tf.nest.map_structure(lambda tensor: tensor.numpy(), batch)
@@ -62,7 +62,7 @@ def seeds(count, of=7):
 
 
 def within(frequency, probability, count, sigmas=5):
-    """Whether a share that was counted agrees with a probability."""
+    """Returns whether an observed frequency agrees with a probability."""
     return np.all(
         np.abs(frequency - probability) <= sigmas * np.sqrt(probability * (1 - np.array(probability)) / count)
     )
@@ -131,14 +131,14 @@ def test_official_differs_where_the_table_says():
         op = image_ops.OPS[name]
         arguments = [op.argument(level, HPARAMS[hparams]) * sign] if op.argument else []
         if name == "Cutout":
-            # The function behind it, to which the place is given.
+            # Official's inner function takes the place.
             found = official._fill_rectangle(IMAGE, CENTER[1], CENTER[0], *arguments * 2, replace=[128] * 3)
         else:
             if name in official.REPLACE_FUNCS:
                 arguments.append([128] * 3)
             found = official.NAME_TO_FUNC[name](tf.constant(IMAGE), *arguments)
         differs[name] += not np.array_equal(found, PIXELS[key])
-    # Sharpness: none on a machine whose convolution is not oneDNN's.
+    # Sharpness only differs on machines whose convolution is oneDNN's.
     assert differs.keys() == image_ops.OPS.keys()
     assert {name for name, count in differs.items() if count} | {"Sharpness"} == OFFICIAL_DIFFERS.keys()
     assert OFFICIAL_DIFFERS.keys() | OFFICIAL_IS_NOT_USED.keys() == image_ops.OPS.keys()
@@ -243,7 +243,7 @@ def test_auto_augment_applies_what_was_drawn():
     for key, image in zip(keys, found, strict=True):
         np.testing.assert_array_equal(image, by_hand(augment.draw_policy(key), names, image_ops.AUTOAUGMENT))
     np.testing.assert_array_equal(augment.auto_augment(IMAGE, keys[0]), found[0])
-    assert len({image.tobytes() for image in found}) > 30  # pairs of ops without a sign come again
+    assert len({image.tobytes() for image in found}) > 30  # pairs of ops without a sign repeat
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_erase_takes_rectangles_of_the_right_area_and_shape():
     assert np.abs(np.histogram(share, 4, (0.02, 1 / 3))[0] / erased.sum() - 0.25).max() < 0.06
     aspect = np.log(heights / widths)
     assert np.abs(aspect).max() < np.log(1 / 0.3) + 0.2 and abs(aspect.mean()) < 0.1 and 0.6 < aspect.std() < 0.75
-    # Uniform places: the first row is as often marked as the last.
+    # Places are uniform: the first row is erased as often as the last.
     assert abs(marked[:, 0].any(axis=1).mean() - marked[:, -1].any(axis=1).mean()) < 0.04
 
 
@@ -317,14 +317,14 @@ def test_mixup_is_the_originals_formula(dtype):
     images, labels = batch(9, dtype)
     mixed, mixed_labels = mixing.mix(images, labels, seeds(9), mixup_alpha=0.4)
     weight = tf.linalg.diag_part(mixed_labels).numpy()
-    weight[4] = 1  # it is its own partner
+    weight[4] = 1  # its own partner
     assert (weight >= 0.5).all() and len(set(weight)) == 9
     np.testing.assert_array_equal(mixed_labels, weight[:, None] * labels + (1 - weight)[:, None] * labels[::-1])
     weight, pixels = weight[:, None, None, None], tf.cast(images, "float32").numpy()
     expected = pixels * weight + pixels[::-1] * (1 - weight)
     if dtype == "uint8":
         expected = np.rint(expected)
-    different = np.arange(9) != 4  # which is mixed with itself at a weight that is not seen
+    different = np.arange(9) != 4  # which is mixed with itself, at a weight that the labels do not show
     np.testing.assert_array_equal(mixed[different], tf.cast(expected, dtype)[different])
     assert mixed.dtype == images.dtype and mixed_labels.dtype == tf.float32
 

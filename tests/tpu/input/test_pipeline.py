@@ -1,4 +1,4 @@
-"""Where examples come from, and in which order; what happens to those that cannot be read."""
+"""Protects the input pipeline: sources, crops, the order of examples, resuming, unreadable examples."""
 
 import hashlib
 import importlib.resources
@@ -27,14 +27,14 @@ PREPROCESSING = golden("tpu/preprocessing.json")
 
 
 def picture(number: int, side: int = 40) -> np.ndarray:
-    """Pixels whose mean tells the number."""
+    """Returns pixels whose mean encodes the number."""
     return np.clip(np.random.default_rng(number).normal(20 + 4 * number, 3, (side, side + 8, 3)), 0, 255).astype(
         "uint8"
     )
 
 
 def told(image) -> int:
-    """The number of a picture."""
+    """Returns the number of a picture."""
     return round((float(np.mean(image)) - 19.5) / 4)
 
 
@@ -44,7 +44,7 @@ def jpeg(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """40 to train on and 11 to evaluate on, of two classes; files of four kinds."""
+    """40 images to train on and 11 to evaluate on, in two classes, as JPEG and PNG."""
     root = tmp_path_factory.mktemp("photographs")
     for split, numbers in (("train", range(40)), ("val", range(40, 51))):
         for number in numbers:
@@ -66,7 +66,7 @@ def record(number: int, label: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """The original's layout: 4 files of 7, 8, 9 and 10 to train on, one of 6 to evaluate on."""
+    """The original's layout: 4 files of 7, 8, 9 and 10 records to train on, one of 6 to evaluate on."""
     root, number = tmp_path_factory.mktemp("records"), 0
     for name, count in [(f"train-{n:05}-of-00004", 7 + n) for n in range(4)] + [("validation-00000-of-00001", 6)]:
         with tf.io.TFRecordWriter(str(root / name)) as writer:
@@ -104,20 +104,20 @@ def test_evaluation_sees_the_originals_pixels_bit_by_bit(name, size):
         how = Data(eval_crop=0.875, interpolation=interpolation)
         image = tf.function(lambda encoded, how=how: crops.eval_image(encoded, int(size), how))(PHOTOGRAPHS[name])
         assert hashlib.sha256(image.numpy().tobytes()).hexdigest() == row[key]["sha256"]
-    # The first rule, 32 pixels, at 224 the same.
+    # The original's first rule, 32 pixels of padding, gives the same at 224.
     if size == "224":
         image = crops.eval_image(tf.constant(PHOTOGRAPHS[name]), 224, Data())
         assert hashlib.sha256(image.numpy().tobytes()).hexdigest() == row["default_bicubic"]["sha256"]
 
 
 def test_random_crops_are_those_of_the_original():
-    """Their areas and shapes as drawn by TensorFlow's op with the original's arguments, from the same seeds."""
+    """Areas and aspect ratios are those of TensorFlow's op with the original's arguments, from the same seeds."""
     shape = tf.constant([300, 400, 3])
     windows = np.array([crops._random_window(shape, tf.zeros(4, tf.int32), 0.08, [0, n]) for n in range(400)])
     area, ratio = windows[:, 2] * windows[:, 3] / 120000, windows[:, 3] / windows[:, 2]
     assert area.min() > 0.075 and 0.3 < area.mean() < 0.5 and area.max() > 0.85
     assert ratio.min() > 0.73 and ratio.max() < 1.36
-    # What is too long for any crop is taken in the middle.
+    # An image too long for any crop is cropped in the center.
     middle = tf.constant([1, 2, 3, 4])
     assert crops._random_window(tf.constant([4, 400, 3]), middle, 0.99, [0, 1]).numpy().tolist() == [1, 2, 3, 4]
 
@@ -181,12 +181,12 @@ def test_labels_are_those_of_the_model(folder, records):
     how = Recipe(how.model, Data(**{**vars(how.data), "classes": 5}), how.augment, run=how.run)
     ((_, labels),) = train(how, 1)
     assert labels.shape == (6, 5) and np.allclose(labels.sum(1), 1)
-    # Labels from 0 in a layout whose labels are from 1.
+    # Labels below first_label are refused.
     how = recipe(records)
     how = Recipe(how.model, Data(**{**vars(how.data), "first_label": 5}), how.augment, run=how.run)
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"Expected labels from 0 to classes - 1 .data.classes"):
         train(how, 5)
-    with pytest.raises(ValueError, match=r"Expected no data.holdout_shards for a folder of photographs"):
+    with pytest.raises(ValueError, match=r"Expected no data.holdout_shards for a folder of photos"):
         open_source(Data(str(folder), holdout_shards=20))
 
 
@@ -259,7 +259,7 @@ def test_other_places_are_refused(tmp_path):
 
 
 def spoil(folder, tmp_path, share_of):
-    """A copy in which some files are truncated, empty, or text."""
+    """Returns a copy in which some files are truncated, empty or text, and the paths of these files."""
     import shutil
 
     root = tmp_path / "spoilt"
@@ -280,7 +280,7 @@ def test_what_cannot_be_read_is_skipped_counted_and_named(folder, tmp_path):
     batches = train(how, 18, skipped=Skipped(account, 40))
     found = Skipped(account, 40)
     assert set(found.names) == bad and len(found) >= 2 * len(bad)  # in each of the epochs
-    # It goes on exactly where it was, past what could not be read.
+    # It resumes exactly where it stopped, past the unreadable examples.
     for step in (2, 7, 12):
         (batch,) = train(how, 1, start=6 * step, skipped=Skipped(account, 40))
         assert all(np.array_equal(a, b) for a, b in zip(batch, batches[step], strict=True))
@@ -317,7 +317,7 @@ def test_a_storage_that_does_not_answer_is_no_photographs_fault(folder, tmp_path
 
 
 def test_a_file_of_records_that_rots_is_no_photograph(records, tmp_path):
-    """What the reader of files cannot give is not skipped: it would shift all that follows, under other names."""
+    """Unreadable records are not skipped: all that follow would shift and carry wrong names."""
     import shutil
 
     root = tmp_path / "records"
@@ -334,7 +334,7 @@ def test_a_file_of_records_that_rots_is_no_photograph(records, tmp_path):
     assert not len(account)
     with pytest.raises(tf.errors.InvalidArgumentError, match="a file was not read to its end"):
         list(pipeline.evaluation(source, how, 32, 4, Skipped(None, 6)))
-    # Counting says which.
+    # Counting names the files.
     with pytest.raises(ValueError, match=rf"Received: {root}/train-00001-of-00004, {root}/validation-00000-of-00001\."):
         open_source(how.data)
 

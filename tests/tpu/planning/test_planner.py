@@ -1,4 +1,4 @@
-"""The planner: what it reads off compiled programs, and the TPUs' real compiler."""
+"""Protects the planner: the traffic of compiled programs, plans by the real TPU compiler, the search, its errors."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import pytest
 from helpers import BACKEND, ROOT
 
 if BACKEND != "tensorflow":
-    pytest.skip("started in processes of their own", allow_module_level=True)
+    pytest.skip("runs JAX in subprocesses: one run is enough", allow_module_level=True)
 
 from keras_effnet.tpu import recipes
 from keras_effnet.tpu.planning.memory_traffic import Traffic, read
@@ -64,10 +64,10 @@ def test_traffic_is_counted_once_and_by_place():
     image, row = 4 * 8 * 2, 10 * 4
     found = read(PROGRAM)
     assert found == Traffic(
-        # The kernel, the fusion, the exchange, and five times the loop; not what only has another name.
+        # The kernel, the fusion, the all-reduce, and five times the loop. A ConcatBitcast moves nothing.
         fusion=3 * image + (2 * image + 2 * row) + 2 * row + 5 * 2 * image,
-        # A copy in, half an array in; the kernel's result; the fusion's first result and its weights; the exchange's
-        # result; the loop.
+        # A copy to the chip and half an array; the kernel's result; the fusion's first result and its weights; the
+        # all-reduce's result; the loop.
         hbm=image + image / 2 + image + (image + row) + row + 5 * 2 * image,
         reductions=1,
         reduced=row,
@@ -95,7 +95,7 @@ def test_topologies_are_those_that_the_compiler_knows():
         "try:\n"
         "    topology('v9:2x2')\n"
         "except ValueError as error:\n"
-        "    assert \"v6e:16x16. Received: 'v9:2x2'\" in str(error)\n"
+        "    assert \"v5p, v6e, such as v5e:2x4. Received: 'v9:2x2'\" in str(error)\n"
         "else:\n"
         "    raise AssertionError\n"
     )
@@ -105,14 +105,16 @@ def test_topologies_are_those_that_the_compiler_knows():
     assert len(rows) > 40 and len({row[3] for row in rows}) == 6
     for shape, devices, chips, kind in rows:
         assert int(chips) == math.prod(map(int, shape.split("x"))), kind
-        # Before v4 each of a chip's two cores is a device.
+        # Before v4, each of a chip's two cores is a device.
         assert int(devices) == int(chips) * (2 if kind in ("TPU v2", "TPU v3") else 1), kind
 
 
 def test_what_is_missing_or_impossible_is_told_in_a_line():
     told = command("b0_baseline", "--topology", "v5e:3x5", status=2).stderr
-    assert "v5e:2x4" in told and "v6e:16x16" in told and "Received: 'v5e:3x5'" in told
-    assert "8 devices share. Received: 12" in command("b0_baseline", "--global-batch", "12", status=2).stderr
+    assert "v5e:2x4" in told and "v5e:16x16" in told and "Received: 'v5e:3x5'" in told
+    assert (
+        "a multiple of the 8 devices. Received: 12" in command("b0_baseline", "--global-batch", "12", status=2).stderr
+    )
     assert "Nearest: 'b0_baseline'" in command("b0_basline", status=2).stderr
     script = "import sys; sys.modules['libtpu'] = None; from keras_effnet.commands import main; main()"
     hidden = subprocess.run(
@@ -120,7 +122,7 @@ def test_what_is_missing_or_impossible_is_told_in_a_line():
     )
     lines = [line for line in hidden.stderr.splitlines() if line.startswith("error")]
     assert hidden.returncode == 2 and lines == [
-        "error: Expected libtpu, which has the TPUs' compiler. Bring it with: pip install libtpu"
+        "error: Expected libtpu, the TPU compiler. Install it with: pip install libtpu"
     ]
 
 
@@ -141,7 +143,7 @@ def test_plans_by_the_real_compiler(tmp_path):
 
     again = json.loads(command(*MINI, "--global-batch", "512", "--json", home=tmp_path).stdout)
     assert again == {**small, "compile_seconds": 0}
-    # The same step, with less to move.
+    # Fused steps move less.
     moved = [small["fusion_bytes_per_image"]]
     for fused in ("layers", "kernels"):
         less = command(*MINI, "--global-batch", "512", "--run.fused", fused, "--json", home=tmp_path)
@@ -170,7 +172,7 @@ def test_search_ends_between_what_fits_and_what_does_not(tmp_path):
     fails = [images for images, one in found["tried"] if not one]
     assert found["fits"] and found["global_batch"] == max(fits) and min(fails) == max(fits) + 8
 
-    # The compiler is killed, as by a machine without memory left.
+    # Kill the compiler, as a machine that runs out of memory does.
     line = [sys.executable, ROOT / "tests" / "mini.py", "tpu-plan", *arguments, "--global-batch", "72"]
     running = subprocess.Popen(
         line, text=True, stderr=subprocess.PIPE, env={**os.environ, "KERAS_EFFNET_HOME": str(tmp_path)}
@@ -183,11 +185,12 @@ def test_search_ends_between_what_fits_and_what_does_not(tmp_path):
     compilers[0].kill()
     _, told = running.communicate(timeout=60)
     assert running.returncode == 2 and "Traceback" not in told, told
-    assert "Expected to compile efficientnet-mini, 72 images on v5e:1x1. Received: its process was killed" in told
+    assert "Expected to compile efficientnet-mini, 72 images on v5e:1x1. Received: the compiler's process was" in told
+    assert "was killed, as happens when this machine's memory runs out" in told
 
 
 def test_every_recipe_is_in_the_table_of_the_docs():
-    """And stands there as it was recorded, of the batch that the recipe has."""
+    """The table shows the recorded plans, for the batch of each recipe."""
     line = [sys.executable, ROOT / "benchmarks" / "tpu_recipes.py", "--recorded"]
     table = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     assert table in (ROOT / "docs" / "tpu.md").read_text()
@@ -202,25 +205,26 @@ def test_every_recipe_is_in_the_table_of_the_docs():
 SEARCH = """
 import os
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
-from keras_effnet.tpu import plan, recipes
+from keras_effnet.tpu import recipes
+from keras_effnet.tpu.planning import planner
 
 CASES = (2048, 48, 0), (2048, 48, 24), (64, 300, 0), (64, 300, 60), (2048, 3, 0), (8, 8, 0), (64, 0, 0)
 for start, most, again in CASES:
-    def told(recipe, where, evaluation, tell):
-        '''A chip of 16 GiB, all of which a program takes from `most - again` images on.'''
+    def simulated(recipe, where, evaluation, tell):
+        '''A chip of 16 GiB that is full from `most - again` images on.'''
         images = recipe.batch_size // 8
         taken = 16 * 2**30 * images / ((most - again or 1) + 0.5)
         fits = images <= most
         return {"global_batch": recipe.batch_size, "fits": fits, "hbm_bytes_of_chip": 16 * 2**30,
                 "peak_hbm_bytes_per_chip": min(taken, 15.9 * 2**30) if fits else taken}
-    plan.plan_apart, plan.topology = told, lambda where: range(8)
-    found = plan.largest(recipes.find("b0_baseline").__class__(batch_size=start), "v5e:2x4")
+    planner.plan_apart, planner.topology = simulated, lambda where: range(8)
+    found = planner.largest(recipes.find("b0_baseline").__class__(batch_size=start), "v5e:2x4")
     print(most, found["global_batch"] // 8, int(found["fits"]), len(found["tried"]))
 """
 
 
 def test_search_needs_few_compilations():
-    """Where memory grows with the batch, and where the compiler first makes room by computing again."""
+    """Both if memory grows with the batch, and if the compiler first saves memory by recomputing."""
     result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     for row in result.stdout.splitlines():
@@ -234,17 +238,17 @@ import os, json, sys
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
 import jax, keras
 import keras_effnet as ke
-from keras_effnet.tpu.plan import topology
-from keras_effnet.tpu.traffic import read
+from keras_effnet.tpu.planning.memory_traffic import read
+from keras_effnet.tpu.planning.planner import topology
 
 devices = topology("v5e:2x4")
 model = ke.EfficientNetB0(weights=None, classifier_activation=None, dtype="mixed_bfloat16")
 mesh = jax.sharding.Mesh(devices, "batch")
-told = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(
+array = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(
     shape, dtype, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
-trees = [[told(v.shape, v.dtype) for v in some] for some in (model.trainable_variables, model.non_trainable_variables)]
+trees = [[array(v.shape, v.dtype) for v in some] for some in (model.trainable_variables, model.non_trainable_variables)]
 forward = jax.jit(lambda variables, fixed, images: model.stateless_call(variables, fixed, images, training=False)[0])
-compiled = forward.lower(*trees, told((1024, 224, 224, 3), "float32", "batch")).compile()
+compiled = forward.lower(*trees, array((1024, 224, 224, 3), "float32", "batch")).compile()
 moved = read(compiled.as_text())
 print(json.dumps([compiled.cost_analysis()["flops"] / 128, moved.fusion / 128, moved.hbm / 128]))
 """

@@ -1,4 +1,4 @@
-"""Published weights on photographs, in each layout of a validation set; and what is refused."""
+"""`evaluate()`: scores of published weights on photos, all layouts of validation sets, and error messages."""
 
 import io
 import json
@@ -21,6 +21,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import keras_effnet as ke
+from keras_effnet.images import loading
 from keras_effnet.tpu.config import Data
 from keras_effnet.tpu.input.sources import open_evaluation
 from keras_effnet.tpu.reports.evaluation import evaluate
@@ -36,7 +37,7 @@ def photographs() -> list[Image.Image]:
 
 
 def copies(photograph: Image.Image) -> list[bytes]:
-    """Ten of a photograph, each changed otherwise; PNG and JPEG."""
+    """Returns ten different variations of a photo, as PNG and JPEG."""
     found, random = [], np.random.default_rng(0)
     for number in range(10):
         width, height = photograph.size
@@ -57,7 +58,7 @@ def copies(photograph: Image.Image) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All of it is the validation set: a folder for each of four ImageNet classes, and one file that is cut off."""
+    """A validation set: a folder for each of four ImageNet classes, and one truncated file."""
     root = tmp_path_factory.mktemp("imagenet")
     for wnid, photograph in zip(CLASSES, photographs(), strict=True):
         (root / wnid).mkdir()
@@ -94,7 +95,7 @@ def test_each_image_is_what_the_plain_model_says(folder, result):
         assert [one["name"].split(" ", 1)[0] for one in row["predictions"]] == [wnid for wnid, *_ in best]
         assert [one["probability"] for one in row["predictions"]] == pytest.approx([p for *_, p in best], abs=1e-4)
     assert (result["top1"], result["top5"]) == pytest.approx(accuracy(result["rows"]))
-    assert 0.2 < result["top1"] < 1.0  # both right and wrong ones are compared above
+    assert 0.2 < result["top1"] < 1.0  # correct and wrong predictions are both compared above
 
 
 def test_what_is_told_beside_the_accuracy(folder, result):
@@ -114,7 +115,7 @@ def test_what_is_told_beside_the_accuracy(folder, result):
 
 
 def records(root, folder, first: int):
-    """The same bytes as TFRecords: two files to evaluate on, none to train on."""
+    """Writes the same bytes as TFRecords: two validation files and no training files."""
     root.mkdir()
     files = sorted(folder.glob("*/*.jpg"))
     for part in range(2):
@@ -136,7 +137,7 @@ def test_the_same_bytes_in_other_layouts_give_the_same(folder, result, tmp_path)
     found = evaluate("efficientnet-lite0", Data(str(tmp_path / "records")), batch_size=7, predictions=path)
     kept = ("top1", "top5", "examples", "classes", "confusions", "preprocessing")
     assert {name: found[name] for name in kept} == {name: result[name] for name in kept}
-    # Each record by its place: the names tell file and number.
+    # The names of records give their file and number.
     by_file = {row["name"]: row["predictions"] for row in result["rows"]}
     for row in map(json.loads, path.read_text().splitlines()):
         shard, number = row["name"].rsplit(":", 1)
@@ -185,7 +186,7 @@ def test_which_folder_is_evaluated(tmp_path):
     assert found.count == 3
     with pytest.raises(ValueError, match=r"Expected a split made of \['train', 'val'\]. Received: 'test'"):
         open_evaluation(Data(str(tmp_path), eval_split="test"))
-    (tmp_path / "val" / "test").mkdir()  # a class of that name
+    (tmp_path / "val" / "test").mkdir()  # a class named like a split
     (tmp_path / "val" / "test" / "1.jpg").touch()
     assert open_evaluation(Data(str(tmp_path / "val"))).labels == ["a", "b", "test"]
     shutil.rmtree(tmp_path / "val" / "test")
@@ -203,28 +204,28 @@ def test_a_head_of_ones_own_and_those_that_do_not_match(folder, tmp_path):
     assert found["preprocessing"] == {"size": [32, 32], "crop": 1.0, "interpolation": "bilinear"}
     assert found["published"] is None and [row["name"] for row in found["classes"]] == sorted(CLASSES)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    load = ke.preprocessing.image_loader(net, crop=False)  # the largest window, bilinear
+    load = loading.image_loader(net, crop=False)  # the largest window, bilinear
     logits = net.predict(np.stack([load(row["name"]) for row in rows]), verbose=0)
     assert [row["predictions"][0]["class"] for row in rows] == np.argmax(logits, 1).tolist()
     sums = [sum(one["probability"] for one in row["predictions"]) for row in rows]
     assert sums == pytest.approx([1.0] * 40, abs=1e-5) and found["top5"] == 1.0
-    # A file of weights tells its number of classes.
+    # The number of classes is read from the file of weights.
     small = ke.EfficientNetLite0(weights=None, classes=4)
     small.save_weights(tmp_path / "four.weights.h5")
     found = evaluate("efficientnet-lite0", Data(str(folder)), tmp_path / "four.weights.h5", limit=8)
     assert (found["examples"], found["top5"], found["published"]) == (8, 1.0, None)
-    assert len(found["classes"]) == 4  # from all over
+    assert len(found["classes"]) == 4  # sampled across the folder
     with pytest.raises(ValueError, match=r"the model's 4 classes. Received: 10 classes in 'digits': 0, 1"):
         evaluate(net, Data("digits"))
-    with pytest.raises(ValueError, match=r"1000 classes, or folders that are called by WordNet ids. Received: 10"):
+    with pytest.raises(ValueError, match=r"1000 classes, or folders named by WordNet ids. Received: 10"):
         evaluate("efficientnet-lite0", Data("digits"))
-    with pytest.raises(ValueError, match=r"Expected a classifier, .* output has the shape \(None, 1, 1, 1280\)"):
+    with pytest.raises(ValueError, match=r"Expected a classifier with .* with output shape \(None, 1, 1, 1280\)"):
         evaluate(ke.EfficientNetLite0(weights=None, include_top=False, input_shape=(32, 32, 3)), Data(str(folder)))
     with pytest.raises(ValueError, match="Nearest: 'efficientnet-lite0'"):
         evaluate("efficientnet-lit0", Data(str(folder)))
     with pytest.raises(FileNotFoundError, match=r"name of a model, a .keras file, or the folder of a run"):
         evaluate("missing.keras", Data(str(folder)))
-    with pytest.raises(ValueError, match=r"Expected data. Received: none"):
+    with pytest.raises(ValueError, match=r"Expected data: only the folder of a run has its own. Received: none"):
         evaluate(net)
 
 

@@ -1,4 +1,4 @@
-"""The report of real runs, in a real browser."""
+"""The HTML report: its content for finished, killed and damaged runs, and its rendering in a real browser."""
 
 import html
 import json
@@ -37,7 +37,7 @@ FLAGS = [
 RECIPE = override(recipes.find("digits_demo"), SHORT)
 MIXING = override(RECIPE, ["--augment.policy", "autoaugment", "--augment.mixup", "0.4", "--epochs", "0.4"])
 
-# What a reader's browser makes of the page, written into it. All but the page's own script is as it is delivered.
+# Measures the rendered page and writes the result into it. The rest of the page is unchanged.
 SCRIPT = """<script>
 const told = []; addEventListener("error", event => told.push(event.message));
 addEventListener("securitypolicyviolation", event => told.push(event.violatedDirective + " " + event.blockedURI));
@@ -49,7 +49,7 @@ addEventListener("load", () => {
     over: page.scrollWidth - page.clientWidth, told, fetched: performance.getEntriesByType("resource").length,
     dark: getComputedStyle(document.body).backgroundColor,
     text: getComputedStyle(document.querySelector("svg text")).fill,
-    // What is referred to, markers and paths to clip with, has names of its own.
+    // Elements that are referenced, markers and clip paths, need unique ids.
     ids: [...document.querySelectorAll("[id]")].map(e => e.id)
       .filter((id, n, all) => all.indexOf(id) != n && /^[mp][0-9a-f]{6}/.test(id)),
     headings: [...document.querySelectorAll("h2")].map(h => h.textContent) };
@@ -61,7 +61,7 @@ addEventListener("load", () => {
 @pytest.mark.slow
 @pytest.mark.usefixtures("shallow")
 def test_the_report_of_a_run(tmp_path):
-    """A run that came to its end, and its report by the command; the same run as if it had been killed."""
+    """Reports a finished run with the command, and the same run as if it had been killed."""
     workdir = tmp_path / "digits"
     result = train(MIXING, workdir, quiet=True)
     before = contents(workdir)
@@ -76,11 +76,11 @@ def test_the_report_of_a_run(tmp_path):
         looks_right_in_a_browser(page, tmp_path)
     serves_when_killed(workdir, result, tmp_path / "killed")
     if not CHROMIUM:
-        pytest.skip("no chromium to look at it; the rest holds")
+        pytest.skip("chromium is not installed; everything else passed")
 
 
 def browsed(page: str, folder, *flags: str) -> dict:
-    """What the browser says of a page."""
+    """Returns what `SCRIPT` measures in the browser."""
     assert page.count(html_report._POLICY) == 1
     page = page.replace(html_report._POLICY, html_report._POLICY + "; script-src 'unsafe-inline'").replace(
         "</head>", SCRIPT + "</head>"
@@ -112,16 +112,16 @@ def looks_right_in_a_browser(page, tmp_path):
     assert found["told"] == [] and found["fetched"] == 0
     assert found["over"] <= 0 and found["width"] <= 500
     assert found["headings"] == [
-        "Numbers",
+        "Results",
         "Curves",
-        "What it is trained on",
-        "Wrong and sure of it",
+        "Training images",
+        "Most confident mistakes",
         "Classes",
-        "Not read",
+        "Unreadable images",
     ]
     dark = browsed(page, tmp_path, "--blink-settings=preferredColorScheme=0")
     assert found["dark"] == "rgb(255, 255, 255)" and dark["dark"] == "rgb(21, 23, 26)"
-    assert found["text"] != dark["text"]  # of the curves' labels
+    assert found["text"] != dark["text"]  # labels of the curves
 
 
 def says_what_the_run_said(page, workdir, result):
@@ -130,7 +130,7 @@ def says_what_the_run_said(page, workdir, result):
     )
     for name in ("ema_top1", "ema_top5", "top1", "top5"):
         assert f"<td class=right>{result[name]:.2%}</td>" in page
-    # The examples were evaluated again, with the same outcome.
+    # Evaluating the examples again gives the same result.
     assert (
         f"top-1 {result['ema_top1']:.2%}, top-5 {result['ema_top5']:.2%}, with the moving average in model.keras"
         in page
@@ -144,7 +144,7 @@ def mistakes(page: str) -> list[tuple]:
 
 
 def serves_when_killed(whole, result, workdir):
-    """No model, no result, half a line; the moving averages are those of the newest checkpoint that can be read."""
+    """Reports from the newest readable checkpoint, without a model or result, and with a half-written line."""
     finished = (whole / "report.html").read_text()
     shutil.copytree(whole, workdir)
     for name in ("model.keras", "result.json", "report.html"):
@@ -157,19 +157,19 @@ def serves_when_killed(whole, result, workdir):
     assert "Not finished" in page and f"{result['steps']} of {result['steps']} steps" in page
     assert len(mistakes(finished)) == 24 and mistakes(page) == mistakes(finished)
     (workdir / "report.html").unlink()
-    assert contents(workdir) == before  # nothing else was written
-    # The newest checkpoint is cut off, and in the end there is none at all.
+    assert contents(workdir) == before  # no other file changed
+    # First truncate the newest checkpoint, then delete them all.
     index = max(workdir.glob("checkpoints/*.index"), key=lambda path: int(re.findall(r"\d+", path.name)[0]))
     index.write_bytes(index.read_bytes()[:100])
     html_report.write(workdir, examples=50)
     page = (workdir / "report.html").read_text()
-    assert "of 50 examples are wrong, which were taken from 360 in all" in page and mistakes(page) != mistakes(finished)
+    assert "of 50 examples, sampled from 360, are wrong" in page and mistakes(page) != mistakes(finished)
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "metrics.jsonl").write_text("")
     (workdir / "skipped-0.jsonl").write_text('{"ordinal": 1, "name": "<b>&.jpg"}\n{"ordinal": 2, "na')
     html_report.write(workdir)
     page = (workdir / "report.html").read_text()
-    assert "There was no evaluation yet" in page and "Received: none yet" in page and page.count('class="seen"') == 1
+    assert "No evaluation yet" in page and "Received: none yet" in page and page.count('class="seen"') == 1
     assert "1 image could not be read" in page and "&lt;b&gt;&amp;.jpg" in page and "<b>&.jpg" not in page
     with pytest.raises(ValueError, match=r"Expected the folder of a run, with its config.json. Received: '.*/none'"):
         html_report.write(workdir / "none")
@@ -180,7 +180,7 @@ def contents(folder) -> dict:
 
 
 def test_the_samples_are_what_the_run_saw():
-    """Each picture is the one that training itself makes of that example in that epoch."""
+    """Each image equals what training computes from that example in that epoch."""
     how = override(MIXING, ["--augment.mixup", "0"])
     source = open_source(how.data)
     trained = pipeline.training(source, how, 32, 3, skipped.Skipped(None, source.train_count))

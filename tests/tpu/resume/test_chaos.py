@@ -1,7 +1,7 @@
-"""Runs that are killed, stopped and damaged in real processes finish as undisturbed ones do, bit by bit.
+"""Protects resuming: real runs that are killed, stopped and damaged end bit-identical to undisturbed ones.
 
-`pytest -m long tests/test_chaos.py` kills ten times instead of once, on both runners, and more: in a whole run of
-digits_demo, which has to learn, and in a fine-tuning with AutoAugment and mixup.
+`pytest -m long tests/tpu/resume/test_chaos.py` kills ten times instead of once, on both runners, and in more runs: a
+complete run of digits_demo, which has to learn, and a fine-tuning with AutoAugment and mixup.
 """
 
 import json
@@ -36,7 +36,7 @@ RUNS = {
 
 
 class Process:
-    """The command, and what it says."""
+    """A process of the command, and its output."""
 
     started: ClassVar[list["Process"]] = []
 
@@ -54,7 +54,7 @@ class Process:
         return self.log.read()
 
     def after(self, step: int, seconds: float = 300) -> "Process":
-        """Waits until it says that so many steps are done."""
+        """Waits until the output reports that so many steps are done."""
         deadline = time.monotonic() + seconds
         while not any(int(done) >= step for done in re.findall(r"step (\d+)/", self.said())):
             assert self.process.poll() is None, self.said()
@@ -75,18 +75,18 @@ def rows(workdir: Path) -> list[dict]:
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             found.append(json.loads(line))
-        except ValueError:  # half a line, of a process that is just writing it
+        except ValueError:  # an incomplete line that a process is still writing
             break
     return found
 
 
 def curve(workdir: Path) -> list[dict]:
-    """All numbers but those of speed."""
+    """Returns all metrics except those of speed."""
     return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows(workdir)]
 
 
 def steps(workdir: Path) -> list[int]:
-    """Those of the checkpoints."""
+    """Returns the steps of the checkpoints."""
     found = (
         re.fullmatch(r"ckpt-(\d+)\.(index|crc32c\.json)", path.name) for path in workdir.glob("checkpoints/ckpt-*")
     )
@@ -102,7 +102,7 @@ def done(workdir: Path) -> int:
 
 
 def damage(workdir: Path, step: int, how: str) -> None:
-    """To the largest of its files."""
+    """Damages the largest file of a checkpoint."""
     found = [path for path in workdir.glob(f"checkpoints/ckpt-{step}*/**/*") if path.is_file()]
     found += workdir.glob(f"checkpoints/ckpt-{step}.*")
     path = max(found, key=lambda path: path.stat().st_size)
@@ -115,7 +115,7 @@ def damage(workdir: Path, step: int, how: str) -> None:
 
 
 def end_all() -> None:
-    """Whatever failed, no process goes on."""
+    """Kills all processes, whatever failed."""
     for one in Process.started:
         one.process.kill()
         one.process.wait()
@@ -131,7 +131,7 @@ def _none_stays():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of its own, of 500 MB, where this machine lets us make one."""
+    """Mounts a disk of 500 MB, or returns None where this machine does not allow it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500m", "tmpfs", disk], capture_output=True)
@@ -162,25 +162,26 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
     workdir = (small_disk or tmp_path) / "run"
     workdir.mkdir()
     run = Process(workdir, arguments).after(20)
-    # Another run may not use the folder, and does no harm there. Meanwhile this one waits, or it would come to its end.
+    # Another run is refused and does no harm. This one is paused meanwhile, so that it does not reach its end.
     run.process.send_signal(signal.SIGSTOP)
     told = Process(workdir, arguments).ended(2)
-    assert f"Expected a folder that no other run uses. Received: '{workdir}', which one uses" in told
+    assert f"Expected a folder that no other run uses. Received: '{workdir}', which is in use" in told
     assert f"process {run.process.pid}" in told
 
-    # A supervisor's stop, and the state of the very step.
+    # SIGTERM, as from a supervisor, saves the state of the current step.
     run.process.send_signal(signal.SIGCONT)
     run.process.send_signal(signal.SIGTERM)
     told = run.ended(75, 60)
-    assert f"Stopped after step {newest(workdir)} of {total}, which is saved" in told and newest(workdir) < total - 60
+    assert f"Stopped and saved after step {newest(workdir)} of {total}. Run the same command again to resume" in told
+    assert newest(workdir) < total - 60
 
-    if runner == "jax":  # its checkpoints are not the other runner's
+    if runner == "jax":  # the other runner cannot read its checkpoints
         told = Process(workdir, f"{RUNS[name]} --runner tensorflow").ended(2)
         assert f"Expected --runner jax, whose checkpoints are in '{workdir}'" in told
 
-    # kill -9 at moments that nobody chose.
+    # kill -9 at random moments.
     for number in range(kills):
-        # So far that the others have room too, however fast the machine is; the last one with checkpoints behind it.
+        # Leaves steps for the later kills, however fast the machine is. The last one has checkpoints before it.
         last = total - 60
         share = max(1, (last - done(workdir)) // (kills - number))
         until = last if number == kills - 1 else min(last, done(workdir) + chance.randint(1, share))
@@ -199,10 +200,10 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
         assert f"The checkpoint of step {step} cannot be read and is set aside" in run.said()
     assert f"restored from checkpoint: {workdir}/checkpoints/ckpt-{kept}" in run.said()
 
-    # No room: told, and what is there stays. Then room again.
+    # A full disk: the run says so, and saved files stay. Then there is space again.
     if small_disk:
         while run.process.poll() is None:
-            # It stands still while its disk is filled; and once more, as it may just have removed an old checkpoint.
+            # Paused while its disk is filled, and repeatedly, as it may just have removed an old checkpoint.
             run.process.send_signal(signal.SIGSTOP)
             room = os.statvfs(small_disk)
             with open(small_disk / "ballast", "ab") as file:
@@ -210,7 +211,7 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
             run.process.send_signal(signal.SIGCONT)
             time.sleep(0.5)
         told = run.ended(2)
-        assert f"Expected room on the disk of '{workdir}" in told and "no space left" in told
+        assert f"Expected free space on the disk of '{workdir}" in told and "no space left" in told
         (small_disk / "ballast").unlink()
         assert not list(workdir.glob("checkpoints/*temp*")) and not list(workdir.glob("*.new"))
     else:
@@ -230,13 +231,13 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
     assert curve(workdir) == curve(reference)
     expected, found = (json.loads((place / "result.json").read_text()) for place in (reference, workdir))
     assert found | speed(expected) == expected and (name == "short" or found["ema_top1"] >= 0.85)
-    # What the command evaluates of it, on TensorFlow: its last checkpoint, as any run's that has not ended.
+    # Without model.keras, `eval` reads the last checkpoint, with TensorFlow, as for any run that has not ended.
     (workdir / "model.keras").unlink()
     program = [sys.executable, ROOT / "tests" / "mini.py", "eval", workdir, "--json"]
     told = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": "tensorflow"})
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)["top1"] == pytest.approx(expected["ema_top1"], abs=0.005)
-    # What is left over is what was damaged.
+    # Only damaged checkpoints and TensorBoard's files are left over.
     left = files(workdir) - files(reference)
     assert left and all(re.match(rf"events\.out|damaged-ckpt-({first}|{second})\b", name) for name in left)
     assert len(steps(workdir)) <= 4
@@ -245,13 +246,13 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
 
 
 def files(workdir: Path) -> set[str]:
-    """Names of all that is in a run's folder, but for what is inside of a checkpoint."""
+    """Returns the names of all files in a run folder, except those inside a checkpoint."""
     paths = (path.relative_to(workdir) for path in workdir.rglob("*"))
     return {path.name for path in paths if not any("ckpt-" in str(folder) for folder in path.parents)}
 
 
 def speed(result: dict) -> dict:
-    """What two runs do not have in common."""
+    """Returns the results that differ between two runs."""
     return {name: result[name] for name in ("seconds", "images_per_second")}
 
 
@@ -259,7 +260,7 @@ def speed(result: dict) -> dict:
     "runner", [pytest.param("tensorflow", marks=pytest.mark.slow), pytest.param("jax", marks=pytest.mark.long)]
 )
 def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path, monkeypatch):
-    """Two real processes on loopback: the curve of one process with two replicas, also over a host's death."""
+    """Two real processes on loopback have the curve of one process with two replicas, even if a host dies."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     arguments = f"digits_demo --runner {runner} --model.name efficientnet-mini --epochs 1.5 --batch-size 32"
     arguments += " --model.image-size 32 --run.steps-per-loop 7 --run.save-every 0.3 --run.no-report"
@@ -287,7 +288,7 @@ def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path
     first.after(14)
     second.process.send_signal(signal.SIGTERM)
     for told in (first.ended(75, 60), second.ended(75, 60)):
-        assert f"Stopped after step {newest(tmp_path / 'two')} of {total}, which is saved" in told
+        assert f"Stopped and saved after step {newest(tmp_path / 'two')} of {total}. Run the same command again" in told
     # One dies.
     first, second = hosts()
     first.after(35)
@@ -295,7 +296,7 @@ def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path
     died = time.monotonic()
     told = first.ended(75, 60)
     assert time.monotonic() - died < 60
-    assert "Lost another host" in told and "The same command goes on" in told
+    assert "Lost another host. Run the same command again on all hosts to resume" in told
     second.ended(-signal.SIGKILL)
     for host in hosts():
         host.ended(0)

@@ -1,4 +1,4 @@
-"""What survives: checkpoints, files and locks, damaged and killed for real."""
+"""Protects what a run needs to resume: checkpoints, files, locks and signals, with real damage and real kills."""
 
 import contextlib
 import importlib
@@ -27,7 +27,7 @@ from keras_effnet.tpu.resume.checkpoints import Bundles, Checkpoints
 
 
 class Run:
-    """Some variables, and their checkpoints."""
+    """A few variables and their checkpoints."""
 
     def __init__(self, folder, keep=2, shape=(3, 4), form="tensorflow"):
         self.step = tf.Variable(0, dtype=tf.int64)
@@ -82,7 +82,7 @@ def test_it_is_time_by_steps_or_by_minutes(tmp_path):
     run.save(9)
     run.checkpoints.minutes = None
     run.step.assign(10)
-    assert run.checkpoints.due()  # as if there had been none at 9
+    assert run.checkpoints.due()  # as if step 9 had no checkpoint
     run.save(10)
     run.step.assign(19)
     assert not run.checkpoints.due()
@@ -90,7 +90,7 @@ def test_it_is_time_by_steps_or_by_minutes(tmp_path):
 
 @pytest.mark.parametrize("end", ["index", "data-00000-of-00001"])
 def test_no_damage_goes_unseen(tmp_path, end):
-    """Any bit, any length: it is set aside, and the one before it is taken; but for padding, which nothing reads."""
+    """With any bit flipped, or cut to any length, a checkpoint is set aside for the one before. Padding is not read."""
     run = Run(tmp_path)
     run.save(10)
     run.save(20)
@@ -108,20 +108,20 @@ def test_no_damage_goes_unseen(tmp_path, end):
             file.write_bytes(content)
         path.write_bytes(damage)
         again = Run(tmp_path)
-        if again.restore() == 20:  # with all values as they were
+        if again.restore() == 20:  # with all values unchanged
             harmless += 1
             continue
         assert "of step 20 cannot be read" in again.told[0] and "ckpt-10" in again.told[1]
         assert again.checkpoints.steps() == [10]
     assert harmless <= (len(damages) // 4 if end == "index" else 0)
-    # The run comes to that step again, and what was set aside does not grow.
+    # The run reaches that step again, and damaged files do not accumulate.
     again.save(20)
     assert Run(tmp_path).restore() == 20
     assert len(list(tmp_path.glob("damaged-*"))) <= 2
 
 
 def test_no_damage_to_orbax_folders_goes_unseen(tmp_path):
-    """Any bit of any file, any file that is gone; and what is half written, or of another model, is told from it."""
+    """Detects any flipped bit and any missing file, and tells them from incomplete and other models' checkpoints."""
     run, chance = Run(tmp_path, form="orbax"), random.Random(0)
     run.save(10)
     run.save(20)
@@ -134,7 +134,7 @@ def test_no_damage_to_orbax_folders_goes_unseen(tmp_path):
         flipped[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         for damage in (bytes(flipped), content[: len(content) // 2], None):
             if path == sums and damage is None:
-                continue  # it is written last: without it there is no checkpoint
+                continue  # written last: without it there is no checkpoint
             if damage is None:
                 path.unlink()
             else:
@@ -160,7 +160,7 @@ def test_no_damage_to_orbax_folders_goes_unseen(tmp_path):
 
 
 def test_orbax_folders_lie_in_relative_folders_and_on_cloud_storage(tmp_path, monkeypatch):
-    """There, folders are listed with a slash at their end."""
+    """Cloud Storage lists folders with a slash at the end."""
     listed, at = tf.io.gfile.listdir, tf.io.gfile.isdir
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module("tensorflow.python.lib.io.file_io")
@@ -177,12 +177,13 @@ def test_none_that_can_be_read_is_no_new_beginning(tmp_path):
     run.save(10)
     (tmp_path / "ckpt-10.index").write_bytes(b"")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"Expected a checkpoint that can be read.*Received: those of steps 10"):
+        message = r"Expected a readable checkpoint in '.*'. Received: those of steps 10, all damaged"
+        with pytest.raises(ValueError, match=message):
             Run(tmp_path).restore()
 
 
 def test_a_storage_that_does_not_answer_is_no_damage(tmp_path):
-    """No file can be opened any more: all checkpoints stay what they are."""
+    """If no file can be opened any more, all checkpoints are left alone."""
     run = Run(tmp_path)
     run.save(10)
     run.save(20)
@@ -236,16 +237,16 @@ def test_files_are_whole(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_folder_has_one_run(tmp_path, scheme):
-    """The system's lock, and that of storages without one, which a killed process leaves behind."""
+    """Tests the system's lock, and the one for storages without locks, which a killed process leaves behind."""
     folder = f"{scheme}{tmp_path}"
-    code = "import os, sys, time\nfrom keras_effnet.tpu import files\n"
-    code += "with files.locked(sys.argv[1], lambda: os._exit(7), 0.4): print(1, flush=True); time.sleep(60)"
+    code = "import os, sys, time\nfrom keras_effnet.tpu.resume import lock\n"
+    code += "with lock.locked(sys.argv[1], lambda: os._exit(7), 0.4): print(1, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout and process.stdout.readline() == b"1\n"
     refused = pytest.raises(ValueError, match=rf"Expected a folder that no other run uses.*process {process.pid}")
     with refused, lock.locked(folder, pytest.fail, 0.4):
         pass
-    if scheme:  # the system's lock is kept by a process that sleeps; here another run takes over, and it ends
+    if scheme:  # a paused process keeps the system's lock, but loses this one: another run takes over and ends it
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.6)
         with lock.locked(folder, pytest.fail, 0.4):
@@ -258,14 +259,14 @@ def test_a_folder_has_one_run(tmp_path, scheme):
         assert process.stdout and process.stdout.readline() == b"1\n"
     process.kill()
     process.communicate()
-    for _ in range(2):  # after one that was killed, and after one that ended
+    for _ in range(2):  # after a process that was killed, and after one that ended
         with lock.locked(folder, pytest.fail, 0.4):
             assert json.loads((tmp_path / "lock").read_text().splitlines()[0])["process"] != process.pid
 
 
 WATCHING = """
 import sys, threading, time
-from keras_effnet.tpu import stops
+from keras_effnet.tpu.resume import stops
 
 asked = threading.Event()
 with stops.Watch() as watch:
@@ -293,7 +294,7 @@ with stops.Watch() as watch:
 )
 @pytest.mark.parametrize("heard", [True, False])
 def test_signals_stop_a_run_and_two_of_them_at_once(tmp_path, state, then, signals, status, told, heard):
-    """Also where nobody reads what it says any more, as when Ctrl-C ends `tee` too."""
+    """Stops also if nobody reads the output any more, as when Ctrl-C ends `tee` too."""
     reading, writing = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHING, state, then], stdout=subprocess.PIPE, stderr=writing, text=True
@@ -307,7 +308,7 @@ def test_signals_stop_a_run_and_two_of_them_at_once(tmp_path, state, then, signa
         os.close(reading)
     for place, number in enumerate(signals):
         if place and heard:
-            while "once more" not in said:
+            while "A second signal stops at once" not in said:
                 said += os.read(reading, 1000).decode()
         elif place:
             time.sleep(0.5)
@@ -320,7 +321,7 @@ def test_signals_stop_a_run_and_two_of_them_at_once(tmp_path, state, then, signa
 
 
 def test_a_hosts_pipeline_needs_no_python_there(tmp_path):
-    """As on a pod of TPUs, whose hosts are driven by one process: an image that cannot be read ends it, by its name."""
+    """As on a TPU pod, where one process drives all hosts, an unreadable image raises an error that names it."""
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -331,16 +332,16 @@ def test_a_hosts_pipeline_needs_no_python_there(tmp_path):
     code = """
 import sys
 import tensorflow as tf
-from keras_effnet.tpu import data
 from keras_effnet.tpu.config import Data, Recipe
-from keras_effnet.tpu.sources import open_source
+from keras_effnet.tpu.input import pipeline
+from keras_effnet.tpu.input.sources import open_source
 
 server = tf.distribute.Server({"worker": ["localhost:0"]}, job_name="worker", task_index=0, start=True)
 cluster = tf.train.ClusterSpec({"worker": [server.target.removeprefix("grpc://")]})
 tf.config.experimental_connect_to_cluster(cluster, job_name="chief")
 source, recipe = open_source(Data(sys.argv[1])), Recipe()
 with tf.device("/job:worker/task:0"):
-    batches = iter(data.training(source, recipe, 32, 4, None, host=data.Host(0, 2)))
+    batches = iter(pipeline.training(source, recipe, 32, 4, None, host=pipeline.Host(0, 2)))
     images, labels = next(batches)
 print(images.device, images.shape)
 try:

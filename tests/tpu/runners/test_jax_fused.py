@@ -1,4 +1,4 @@
-"""Layers that are one in a step of JAX' runner compute what the plain model does."""
+"""Protects the JAX runner's fused layers, convolutions and Pallas kernel: the plain model's outputs and gradients."""
 
 import math
 from functools import partial
@@ -9,16 +9,16 @@ import pytest
 from helpers import BACKEND
 
 if BACKEND != "jax":
-    pytest.skip("JAX' runner; test_backends.py starts it", allow_module_level=True)
+    pytest.skip("JAX only: test_backends.py runs it", allow_module_level=True)
 
 import jax
 import jax.numpy as jnp
-import mini  # which adds a net to the tables: not in the process of the other tests
+import mini  # adds a variant to the tables, so not in the process of the other tests
 
 import keras_effnet as ke
 from keras_effnet.nets.condconv import CondConv2D, DepthwiseCondConv2D
 from keras_effnet.tpu.config import Run
-from keras_effnet.tpu.runners import jax_fused, jax_kernels, jax_runner
+from keras_effnet.tpu.runners import jax_fused, jax_kernels, jax_runner, jax_step
 from keras_effnet.tpu.runners.jax_convolutions import (
     AllExpertsCondConv2D,
     ShiftedDepthwiseCondConv2D,
@@ -36,7 +36,7 @@ assert MINI in mini.VARIANTS
 
 
 def net(name: str = MINI, dtype: str = "float32") -> keras.Model:
-    """Without masks, and away from where training begins: there all means are zero."""
+    """Returns a model without dropout, with other values than the initial ones, whose means are all zero."""
     keras.utils.set_random_seed(0)
     model = ke.create_model(
         name,
@@ -56,13 +56,13 @@ def net(name: str = MINI, dtype: str = "float32") -> keras.Model:
 
 
 def adapted(model: keras.Model, units) -> keras.Model:
-    instead = {keras.layers.DepthwiseConv2D: ShiftedDepthwiseConv2D}  # XLA's own takes minutes to train here
+    instead = {keras.layers.DepthwiseConv2D: ShiftedDepthwiseConv2D}  # XLA's own takes minutes to train on a processor
     plain = spread(model, None, instead, one_pass=units is not None)
     return plain if units is None else fuse(plain, units, interpret=True)
 
 
 def gradients(model: keras.Model, dtype: str = "float32"):
-    """Loss, moving statistics and gradients of a batch, as one vector each."""
+    """Returns loss, moving statistics and gradients of a batch, the latter two as one vector each."""
     learner = Learner(model, Optimizer("rmsprop"), Schedule(0.1, 10, 100), weight_decay=0)
     rng = np.random.default_rng(1)
     images = jnp.asarray(rng.integers(0, 256, (IMAGES, SIDE, SIDE, 3)), dtype)
@@ -83,9 +83,9 @@ def distance(one, other) -> float:
 
 
 def test_units_have_the_plain_models_gradients(monkeypatch):
-    """Float32's are as near as the plain model's to those of float64 (with Keras' float32 statistics).
+    """In float32 they are as close to those of float64 (with Keras' float32 statistics) as the plain model's are.
 
-    Kernels for TPUs are interpreted, and left out where a TPU has not enough images to fill its lanes.
+    TPU kernels are interpreted. They are not used if a TPU has too few images to fill its lanes.
     """
     with jax.enable_x64(True):
         keras.config.set_floatx("float64")
@@ -93,7 +93,7 @@ def test_units_have_the_plain_models_gradients(monkeypatch):
             exact = gradients(adapted(net(dtype="float64"), None), "float64")
         finally:
             keras.config.set_floatx("float32")
-            keras.config.set_dtype_policy("float32")  # Keras chose one when it was asked first
+            keras.config.set_dtype_policy("float32")  # Keras sets one on first use
     model, kernel, calls = net(), jax_kernels.depthwise_gradients, []
     monkeypatch.setattr(jax_kernels, "depthwise_gradients", lambda *given: calls.append(1) or kernel(*given))
     every = jax_fused.UNITS
@@ -115,7 +115,7 @@ def test_low_precision_is_as_near_to_the_exact_gradient(monkeypatch):
 
 
 def test_what_becomes_one_and_what_does_not():
-    """Mixed experts and frozen statistics stay as they are; variables and evaluation are the plain model's."""
+    """Mixed experts and frozen statistics are not fused. Variables and evaluation equal the plain model's."""
 
     def units(model):
         kinds = [type(layer) for layer in model.layers]
@@ -144,7 +144,7 @@ def test_a_replica_draws_its_part_of_the_batchs_masks(noise, dtype):
     seed = layer.seed_generator.state.value
     parts = []
     for index in range(4):
-        place = Place(4, index, None, None, partial(jax_runner._own_part, index))
+        place = Place(4, index, None, None, partial(jax_step._own_part, index))
         with at(place):
             step = jax.make_jaxpr(lambda x: layer.stateless_call([], [seed], x, training=True)[0])(images)
             parts.append(jax.core.eval_jaxpr(step.jaxpr, step.consts, images)[0])
@@ -154,12 +154,12 @@ def test_a_replica_draws_its_part_of_the_batchs_masks(noise, dtype):
 
 
 def test_kernels_are_for_a_tpu():
-    with pytest.raises(ValueError, match=r"Expected a TPU with --run.fused kernels. Received: cpu; nearest: layers"):
+    with pytest.raises(ValueError, match=r"Expected a TPU for --run.fused kernels. Received: cpu. Nearest: layers"):
         jax_runner.connect(Run(fused="kernels"))
 
 
 def gradients_of(layer, kernel, images, routing):
-    """What a layer gives for a kernel, and the gradients for all that it takes."""
+    """Returns a layer's outputs for a kernel, and the gradients of all inputs."""
     layer.build([images.shape, routing.shape])
 
     def total(kernel, images, routing):
@@ -175,14 +175,14 @@ def gradients_of(layer, kernel, images, routing):
     ("side", "kernel", "stride", "images", "memory", "rows"),
     [
         (6, 3, 1, 4, 2**24, 6),  # all rows in one tile
-        (12, 5, 1, 4, 2**20, 2),  # as few as the kernel reaches
+        (12, 5, 1, 4, 2**20, 2),  # as few rows as the kernel reaches
         (12, 3, 2, 4, 2**20, 1),
         (12, 5, 2, 128, 3 * 2**20, 2),
         (16, 5, 2, 256, 3 * 2**20, 2),  # twice the lanes
     ],
 )
 def test_depthwise_kernel_has_the_gradients(monkeypatch, side, kernel, stride, images, memory, rows):
-    """Between two normalisations, tile by tile, against XLA's passes."""
+    """The gradients between two normalizations, computed tile by tile, equal those of XLA's passes."""
     rng, channels, small = np.random.default_rng(0), 32, side // stride
     shapes = [(images, side, side, channels), (images, small, small, channels), (images, small, small, channels)]
     shapes += [(kernel, kernel, channels), *[(channels,)] * 9, *[(images, channels)] * 2]
@@ -218,7 +218,7 @@ def test_mixed_depthwise_kernels_have_the_layers_gradient(side, kernel, strides)
         np.testing.assert_allclose(other, one, rtol=1e-5, atol=3e-6 * np.abs(one).max())
 
 
-# More channels out than in, and fewer; a kernel that it leaves to the layer.
+# More channels out than in, and fewer; a kernel that is left to the layer.
 @pytest.mark.parametrize(("channels", "filters", "kernel"), [(6, 10, 1), (10, 6, 1), (6, 10, 3)])
 def test_all_experts_at_once_have_the_layers_gradient(channels, filters, kernel):
     rng = np.random.default_rng(0)

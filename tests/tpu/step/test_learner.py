@@ -1,4 +1,4 @@
-"""A training step against the original's model_fn, and on more than one device."""
+"""Protects the arithmetic of a training step: it equals the original's model_fn, on one device and on many."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ from keras_effnet.weights.layouts import LAYOUTS
 
 tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's runner")
 if BACKEND == "tensorflow":
-    pass
+    from keras_effnet.tpu.runners import tensorflow_runner as runner
 else:
     import jax
 
@@ -31,7 +31,7 @@ GOLDEN = golden("tpu/train-efficientnet-b0.json")
 
 
 def filled(name: str, scope: str, **kwargs):
-    """A model that gives logits, filled as the original's, and its variables by the original's names."""
+    """Returns a model with logits and the original's seeded values, and its variables by the original's names."""
     model = ke.create_model(
         name,
         weights=None,
@@ -54,10 +54,10 @@ def filled(name: str, scope: str, **kwargs):
 
 
 def stepping(learner: Learner, batch: int):
-    """A runner's step on one device, which gives the loss, and a function for the values and averages by path."""
+    """Returns a runner's step on one device, which returns the loss, and a function for values and averages by path."""
     if BACKEND == "tensorflow":
-        state = runner.variables_ofariables_of(learner)
-        one = tf.function(runner.replica_stepeplica_step(learner, state, batch))
+        state = runner.variables_of(learner)
+        one = tf.function(runner.replica_step(learner, state, batch))
 
         def step(images, labels, number):
             return float(one(tf.constant(images), tf.constant(labels), tf.constant(number))["loss"])
@@ -65,9 +65,9 @@ def stepping(learner: Learner, batch: int):
         def values():
             return learner.by_name(state)
     else:
-        machine = runner.Devicesner.Devices(runner.make_meshr.make_mesh(jax.devices(), 1), 1)
+        machine = runner.Devices(runner.make_mesh(jax.devices(), 1), 1)
         kept, stop = machine.variables(learner), np.zeros(1, "float32")
-        compiled = runner.train_step.train_step(learner, machine.mesh, batch)
+        compiled = runner.train_step(learner, machine.mesh, batch)
 
         def step(images, labels, number):
             kept.state, told = compiled(kept.state, images, labels, np.int32(number), stop)
@@ -85,7 +85,7 @@ def stepping(learner: Learner, batch: int):
 
 
 def test_three_steps_are_the_originals():
-    """Loss, weight decay, the gradient of each variable, RMSProp, batch normalisation and the moving average."""
+    """Compares loss, weight decay, each gradient, RMSProp, batch normalization and the moving average."""
     model, variables = filled("efficientnet-b0", GOLDEN["model"], input_shape=(64, 64, 3))
     steps = GOLDEN["train_steps"]
     schedule = Schedule(steps["base_lr"], steps["steps_per_epoch"], 10**7)
@@ -97,7 +97,7 @@ def test_three_steps_are_the_originals():
         def objective(trainable):
             return learner.objective(trainable, start.moving, images, labels, steps["start_global_step"], 4)
 
-        told, found = runner.gradienter.gradient(objective, trainable)
+        told, found = runner.gradient(objective, trainable)
         return told[0], learner.logits(trainable, start.moving, images, 0)[0], found
 
     compiled = tf.function if BACKEND == "tensorflow" else jax.jit
@@ -114,7 +114,7 @@ def test_three_steps_are_the_originals():
     norms = [np.linalg.norm(gradient.astype(float)) for gradient in found]
     assert np.linalg.norm(norms) == pytest.approx(whole, rel=1e-5)
     for name, size in sizes.items():
-        # Batch normalisation takes a shift in front of the next one away: those gradients are rounding alone.
+        # Batch normalization removes a shift before it: the gradients of such shifts are only rounding.
         assert size == pytest.approx(GOLDEN["grad_l2"][name], rel=1e-4, abs=1e-7 * whole), name
     excluded = [v for v in model.trainable_variables if v.name in ("gamma", "beta")]
     assert {id(variables[name]) for name in GOLDEN["weight_decay_excluded"]} == {id(v) for v in excluded}
@@ -136,14 +136,14 @@ def test_three_steps_are_the_originals():
                 ("ema_first4", average.ravel()[:4]),
             ):
                 np.testing.assert_allclose(got, expected[what], rtol=1e-4, atol=4e-6, err_msg=f"{short} {what}")
-            # The average moves by a ten-thousandth of what it follows: few digits of its float32 tell.
+            # The average moves by a ten-thousandth of what it follows, which is few digits of its float32.
             moved = np.linalg.norm(average.astype(float) - average_before)
             rounding = 6e-8 * float(np.linalg.norm(average))
             assert moved == pytest.approx(expected["ema_delta_l2"], rel=1e-4, abs=rounding), short
 
 
 def test_moving_variance_takes_the_variance_of_the_batch():
-    """golden/tpu/batchnorm.json: of the population, without n / (n - 1)."""
+    """The population variance, without n / (n - 1), as in golden/tpu/batchnorm.json."""
     rule = golden("tpu/batchnorm.json")
     x = np.random.default_rng(0).normal(2, 3, rule["input_shape"]).astype("float32")
     measured = rule["train: utils.TpuBatchNormalization (fused=False)"]
@@ -171,19 +171,21 @@ import os, sys
 kinds = int, str, float, int, str, str
 count, group, rate, steps, fused, out = (kind(part) for kind, part in zip(kinds, sys.argv[1:], strict=True))
 import numpy as np, tensorflow as tf, keras
-from keras_effnet.arch import resolve
-from keras_effnet.variants import VARIANTS
-from keras_effnet import blocks
-from keras_effnet.tpu import replicas, train
+from keras_effnet.nets import blocks
+from keras_effnet.nets.scaling import resolve
+from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.tpu import train
 from keras_effnet.tpu.config import Run
-from keras_effnet.tpu.optim import Optimizer, Schedule
-from keras_effnet.tpu.step import Learner
+from keras_effnet.tpu.step import replicas
+from keras_effnet.tpu.step.learner import Learner
+from keras_effnet.tpu.step.optimizers import Optimizer
+from keras_effnet.tpu.step.schedules import Schedule
 
 machine = train.runner.connect(Run(cpu_replicas=count, batch_norm_group=group))
 assert machine.count == count
 with machine.scope():
     keras.utils.set_random_seed(0)
-    # The first blocks of B0, with all that there is in it: drop connect, squeeze-and-excite, dropout.
+    # The first blocks of B0, with all its parts: drop connect, squeeze-and-excite, dropout.
     style = blocks.Style("silu", 0.9, 1e-3, "channels_last", keras.DTypePolicy("float32"))
     inputs = keras.Input((16, 16, 3))
     x = blocks.stem(style, inputs, 32, [1 / 127.5] * 3, [-1.0] * 3)
@@ -195,8 +197,8 @@ with machine.scope():
         if len(variable.shape) > 1:
             variable.assign(rng.normal(0, 1, variable.shape) * np.sqrt(2 / np.prod(variable.shape[:-1])))
     model = machine.adapted(model, replicas.group_size(count, group), () if fused == "kernels" else fused)
-    if fused == "kernels":  # those for a TPU, interpreted, with as many images as there are in its lanes
-        from keras_effnet.tpu import jax_fused, jax_kernels
+    if fused == "kernels":  # TPU kernels, interpreted, with as many images as a TPU has lanes
+        from keras_effnet.tpu.runners import jax_fused, jax_kernels
         jax_kernels._IMAGES = 16 // count
         model = jax_fused.fuse(model, interpret=True)
         assert "BodyUnit" in [type(layer).__name__ for layer in model.layers]
@@ -221,7 +223,7 @@ np.savez(out, losses=losses, **{f"{kind} {name}": np.array(v) for kind, some in 
 def spread(
     backend: str, out, count: int = 1, group: str = "all", rate: float = 0.0, steps: int = 6, fused: str = "none"
 ):
-    """Losses and all variables of a few steps in a process of its own."""
+    """Runs a few steps in a separate process. Returns the losses and all variables."""
     command = [sys.executable, "-c", SPREAD, *map(str, (count, group, rate, steps, fused, out))]
     forced = f"--xla_force_host_platform_device_count={count}"
     environment = {**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": forced if backend == "jax" else ""}
@@ -245,7 +247,7 @@ def same(one, other, rtol=1e-4):
     ],
 )
 def test_one_and_many_replicas_learn_the_same(backend, tmp_path):
-    """Masks of dropout and drop connect are of the global batch, and so are shared batch statistics."""
+    """The global batch determines the masks of dropout and drop connect, and shared batch statistics."""
     one = spread(backend, tmp_path / "one.npz", rate=0.2)
     same(one, spread(backend, tmp_path / "many.npz", 8 if backend == "jax" else 2, rate=0.2))
 
@@ -256,7 +258,7 @@ def test_one_and_many_replicas_learn_the_same(backend, tmp_path):
 def test_groups_share_their_statistics(backend, tmp_path):
     one, eight = (spread(backend, tmp_path / f"{count}.npz", count, rate=0.2) for count in (1, 8))
     same(one, eight)
-    # Two that share nothing, and two pairs that share, see the same halves of the batch.
+    # Two replicas that share nothing see the same halves of the batch as two pairs that share statistics.
     halves, pairs = spread(backend, tmp_path / "halves.npz", 2, "1"), spread(backend, tmp_path / "pairs.npz", 4, "2")
     assert not np.allclose(halves["losses"], one["losses"], rtol=1e-4)
     np.testing.assert_allclose(pairs["losses"], halves["losses"], rtol=1e-5)
@@ -267,9 +269,9 @@ def test_groups_share_their_statistics(backend, tmp_path):
     "counts", [pytest.param((1,), marks=pytest.mark.slow), pytest.param((1, 8), marks=pytest.mark.long)]
 )
 def test_both_runners_have_the_same_curve(counts, tmp_path):
-    """Without masks 50 steps agree to float32's rounding, on 1 and on 8 devices; with masks, their means do."""
+    """50 steps agree up to float32 rounding without masks, on 1 and 8 devices. With masks, their means agree."""
     one = spread("tensorflow", tmp_path / "tensorflow.npz", steps=50)
-    assert np.mean(one["losses"][-10:]) < 0.9 * np.mean(one["losses"][:10])  # something is learnt
+    assert np.mean(one["losses"][-10:]) < 0.9 * np.mean(one["losses"][:10])  # the model learns
     for count in counts:
         same(one, spread("jax", tmp_path / f"{count}.npz", count, steps=50), rtol=1e-3)
     if 8 not in counts:
@@ -282,7 +284,7 @@ def test_both_runners_have_the_same_curve(counts, tmp_path):
 @tensorflow_only
 @pytest.mark.long
 def test_layers_as_one_have_the_same_curve(tmp_path):
-    """50 steps of JAX' runner, on one device and on two pairs that share batch statistics."""
+    """Runs 50 steps of the JAX runner on one device, and on two pairs that share batch statistics."""
     for count, group in ((1, "all"), (4, "2")):
         plain, *others = (
             spread("jax", tmp_path / f"{count}-{fused}.npz", count, group, 0.2, 50, fused)
@@ -304,16 +306,16 @@ def test_layers_as_one_have_the_same_curve(tmp_path):
 def test_steps_compile_with_xla(name):
     model = ke.create_model(name, weights=None, classifier_activation=None, classes=10, input_shape=(32, 32, 3))
     learner = Learner(model, Optimizer("rmsprop"), Schedule(0.01, 10, 100))
-    state = runner.variables_ofariables_of(learner)
+    state = runner.variables_of(learner)
     before = [variable.numpy() for variable in state.trainable]
     images = tf.constant(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)), tf.uint8)
     labels = tf.constant([0, 1, 2, 3])
-    plain = runner.replica_scoreplica_score(learner, state, raw=True)
+    plain = runner.replica_score(learner, state, raw=True)
     expected = {key: float(value) for key, value in plain(images, labels, tf.ones(4)).items()}
     score = tf.function(plain, jit_compile=True)
     found = score(images, labels, tf.ones(4))
     assert {key: float(value) for key, value in found.items()} == pytest.approx(expected, rel=1e-3)
-    step = tf.function(runner.replica_stepeplica_step(learner, state, 4), jit_compile=True)
+    step = tf.function(runner.replica_step(learner, state, 4), jit_compile=True)
     metrics = step(images, labels, tf.constant(50))
     assert np.isfinite(float(metrics["loss"]))
     assert all(not np.array_equal(a, b) for a, b in zip(before, state.trainable, strict=True))
@@ -339,7 +341,7 @@ def test_masks_follow_from_seed_and_step():
 
 @tensorflow_only
 def test_low_precision_computes_and_float32_keeps():
-    """mixed_bfloat16: the loss, its gradients and all that is kept are float32."""
+    """With mixed_bfloat16, the loss, its gradients and the whole state are float32."""
     logits = {}
     for policy in ("float32", "mixed_bfloat16"):
         keras.utils.set_random_seed(0)

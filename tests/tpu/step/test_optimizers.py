@@ -1,4 +1,4 @@
-"""Optimizers, schedules, the moving average and the loss, against the original's numbers and other libraries'."""
+"""Protects optimizers, schedules, the moving average and the loss: they equal the original and other libraries."""
 
 import math
 
@@ -37,18 +37,18 @@ def test_learning_rates_are_the_originals_to_the_last_bit(batch):
 
 
 def test_other_recipes_learning_rates():
-    # NVIDIA, optimizers.py:120-130: each epoch of the warm-up a sixteenth more, then a cosine over what is left.
+    # NVIDIA, optimizers.py:120-130: a sixteenth more in each epoch of the warm-up, then a cosine over the rest.
     schedule = Schedule(0.08, 10.0, 400 * 10, "cosine", warmup_epochs=16, decay_from="warmup", per_epoch=True)
     rates = [float(schedule(10 * epoch + 3)) for epoch in range(400)]
     expected = [0.08 * (e + 1) / 16 for e in range(16)]
     expected += [0.5 * 0.08 * (1 + math.cos(math.pi * (e - 16) / 384)) for e in range(16, 400)]
     assert rates == pytest.approx(expected, rel=1e-5, abs=0.08 * 2**-23)  # of 1 + cosine
-    # timm: from 1e-6 up, then 0.97 every 2.4 epochs, counted in whole epochs.
+    # timm: up from 1e-6, then 0.97 every 2.4 epochs, counted in whole epochs.
     schedule = Schedule(0.048, 10.0, 4500, warmup_start=1e-6, per_epoch=True)
     rates = [float(schedule(10 * epoch)) for epoch in range(50)]
     expected = [1e-6 + e * (0.048 - 1e-6) / 5 for e in range(5)] + [0.048 * 0.97 ** (e // 2.4) for e in range(5, 50)]
     assert rates == pytest.approx(expected, rel=1e-5)
-    # Composer: after the warm-up the whole cosine.
+    # Composer: a complete cosine after the warm-up.
     schedule = Schedule(0.08, 10.0, 1000, "cosine", warmup_epochs=16, decay_from="warmup")
     assert float(schedule(160)) == pytest.approx(0.08) and float(schedule(580)) == pytest.approx(0.04)
     assert float(schedule(1000)) == pytest.approx(0, abs=1e-9)
@@ -98,7 +98,7 @@ def test_the_other_optimizers():
         value = value - 0.1 * kept
     np.testing.assert_allclose(follow("momentum", None, 0.1, GRADIENTS, START)[-1]["v"], value, atol=1e-6)
 
-    # Keras' own Lamb has no decay.
+    # Keras' Lamb has no decay.
     variable = keras.Variable(START)
     theirs = keras.optimizers.Lamb(0.1, beta_1=0.9, beta_2=0.99, epsilon=1e-6)
     ours = follow("lamb", Hyperparameters(decay=0.99, epsilon=1e-6), 0.1, GRADIENTS, START)
@@ -115,7 +115,7 @@ def test_the_other_optimizers():
         kept = 0.9 * kept + 0.5 * local * (gradient + 0.1 * value)
         value = value - kept
     np.testing.assert_allclose(follow("lars", hyper, 0.5, GRADIENTS, START)[-1]["v"], value, atol=1e-6)
-    # A bias takes plain steps; a variable of zeros moves.
+    # A bias takes plain steps. A variable of zeros still moves.
     plain = follow("momentum", None, 0.5, GRADIENTS, START)[-1]["v"]
     np.testing.assert_allclose(follow("lars", hyper, 0.5, GRADIENTS, START, kernels=False)[-1]["v"], plain, atol=1e-5)
     assert np.abs(follow("lars", hyper, 0.5, GRADIENTS, 0 * START)[-1]["v"]).min() > 0
@@ -155,11 +155,11 @@ def test_the_loss_is_keras_losses():
     for k in (1, 3):
         expected = [label in row[:k] for label, row in zip(labels, order, strict=True)]
         np.testing.assert_array_equal(np.array(losses.hits(labels, logits, k)), expected)
-    # Of equal logits the first one is the prediction, as for arg-max.
+    # Of equal logits the first is the prediction, as in argmax.
     flat = np.zeros((3, 4), "float32")
     np.testing.assert_array_equal(np.array(losses.hits(np.array([0, 1, 3]), flat, 1)), [1, 0, 0])
     np.testing.assert_array_equal(np.array(losses.hits(np.array([0, 1, 3]), flat, 2)), [1, 1, 0])
-    # bfloat16 logits: the loss is float32's of the rounded numbers.
+    # With bfloat16 logits, the loss is that of the rounded numbers in float32.
     low = keras.ops.cast(logits, "bfloat16")
     found = losses.cross_entropy(labels, low)
     assert keras.backend.standardize_dtype(found.dtype) == "float32"

@@ -1,0 +1,69 @@
+"""Writes the tables of models.md from the registry: python docs/tables.py"""
+
+import re
+from pathlib import Path
+
+import keras_effnet as ke
+
+PAGE = Path(__file__).with_name("models.md")
+
+
+def functions() -> dict[str, str]:
+    """The function of each variant by its name."""
+    named = [name for name in dir(ke) if name.startswith("EfficientNet")]
+    return {re.search(r"create_model\('(.*?)'", str(getattr(ke, name).__doc__))[1]: name for name in named}
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; a column that begins with > is aligned to the right."""
+    rule = ["---:" if column.startswith(">") else "---" for column in columns]
+    lines = [[column.removeprefix(">") for column in columns], rule, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def models() -> str:
+    """A row per model."""
+    columns = ["model", "function", ">pixels", ">parameters", ">multiply-adds", ">best published top-1 in %", "default weights"]
+    rows = []
+    for name, function in sorted(functions().items(), key=lambda item: ke.list_models().index(item[0])):
+        found = ke.describe(name)
+        original = [record for record in found["weights"] if record["publisher"] == "tpu"] or found["weights"]
+        best = max(original, key=lambda record: record["top1"])
+        default = next((f"`{record['tag']}`" for record in found["weights"] if record["default"]), "none")
+        cost = [f"{found['params'] / 1e6:.1f} M", f"{found['macs'] / 1e9:.2f} G"]
+        reached = f"{best['top1']} (`{best['tag']}`)"
+        rows.append([f"`{name}`", f"`{function}`", str(found["resolution"][0]), *cost, reached, default])
+    return table(columns, rows)
+
+
+def weights() -> str:
+    """A row per published set of weights."""
+    from keras_effnet.nets.variants import VARIANTS
+    from keras_effnet.weights import registry
+
+    columns = ["model", "tag", ">top-1 in %", ">top-5 in %", ">pixels", "preprocessing", "source"]
+    rows = [
+        [
+            f"`{record.model}`",
+            f"`{record.tag}`" + " (default)" * record.default,
+            str(record.top1),
+            str(record.top5 or ""),
+            str(record.resolution or VARIANTS[record.model].resolution),
+            record.preprocessing,
+            record.source,
+        ]
+        for record in registry.RECORDS
+    ]
+    return table(columns, rows)
+
+
+def filled(text: str) -> str:
+    """The page with its tables as they are now."""
+    for name, content in (("models", models()), ("weights", weights())):
+        pattern = rf"(<!-- {name} -->\n\n).*?(\n\n<!-- end -->)"
+        text = re.sub(pattern, lambda match, content=content: match[1] + content + match[2], text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))
