@@ -55,5 +55,7 @@ def check_file(name: str, endings: tuple[str, ...]) -> None:
     if os.path.isfile(name) and name.endswith(endings):
         return
     if not name.endswith(endings):
-        raise unknown("model", name, [*VARIANTS, f"the path of a file that ends in {' or '.join(endings)}"])
+        raise ValueError(
+            f"{unknown('model', name, VARIANTS)}, or pass the path of a file that ends in {' or '.join(endings)}"
+        )
     raise FileNotFoundError(f"Expected a model file. Received: {name!r}, which does not exist")
