@@ -243,7 +243,7 @@ def crops(count: int, seed: int, size: tuple[int, int] = (224, 224)) -> np.ndarr
 def agreement(count: int) -> dict[str, Any]:
     """Compares int8 with float32, for Lite0 with its ImageNet weights."""
     import keras_effnet as ke
-    from keras_effnet.inference import agreement, runtimes
+    from keras_effnet.inference import export_check, runtimes
 
     images, calibration = crops(count, 1), crops(150, 2)
     expected = ke.Predictor(LITE0)(images)
@@ -254,8 +254,10 @@ def agreement(count: int) -> dict[str, Any]:
         predictor = ke.Predictor(LITE0, runtime, "int8", calibration=calibration)
         got = predictor(images)
         size = Path(str(predictor.path)).stat().st_size
-        found[runtime] = agreement.agreement(expected, got) | {"megabytes": size / 1e6}
-        found[runtime]["top1_agreement_where_sure"] = agreement.agreement(expected[sure], got[sure])["top1_agreement"]
+        found[runtime] = export_check.agreement(expected, got) | {"megabytes": size / 1e6}
+        found[runtime]["top1_agreement_where_sure"] = export_check.agreement(expected[sure], got[sure])[
+            "top1_agreement"
+        ]
     return found
 
 

@@ -83,7 +83,7 @@ def photographs(folder: Path, number_of: int = 200) -> float:
 def ours(source, augment: dict[str, Any]):
     from keras_effnet.tpu.config import Augment, Data, Recipe
     from keras_effnet.tpu.input.pipeline import training
-    from keras_effnet.tpu.input.skipped import Skipped
+    from keras_effnet.tpu.input.skipped_examples import Skipped
 
     recipe = Recipe(data=Data(source.name, classes=CLASSES), augment=Augment(**augment))
     return training(source, recipe, SIZE, BATCH, Skipped(None, source.train_count))

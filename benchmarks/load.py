@@ -83,15 +83,15 @@ def memory(model: str, folder: Path) -> dict[str, float]:
 
     import keras_effnet as ke
     from keras_effnet.nets.scaling import resolve
-    from keras_effnet.nets.variables import owners
     from keras_effnet.nets.variants import VARIANTS
-    from keras_effnet.weights import naming_tables, variable_names
+    from keras_effnet.nets.weight_shapes import owners
+    from keras_effnet.weights import name_translation, naming_tables
     from keras_effnet.weights.formats import tensorflow_checkpoint
 
     small = folder / "small.ckpt"
     ke.weights.export(ke.EfficientNetLite0(weights=None), small)
     architecture, chance = resolve(VARIANTS[model]), np.random.default_rng(0)
-    names = variable_names.foreign_names(architecture, naming_tables.TPU)
+    names = name_translation.foreign_names(architecture, naming_tables.TPU)
     values = {f"net/{name.foreign}": chance.random(name.shape, np.float32) for name in names.values()}
     size = sum(value.nbytes for value in values.values())
     assert size == 4 * sum(np.prod(s) for owner in owners(architecture).values() for s in owner.shapes.values())

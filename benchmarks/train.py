@@ -82,7 +82,7 @@ def prepared(name: str):
     import tensorflow as tf
 
     from keras_effnet.tpu.config import Model, Recipe
-    from keras_effnet.tpu.from_recipe import build, make_learner
+    from keras_effnet.tpu.model_from_recipe import build, make_learner
     from keras_effnet.tpu.train import runner
 
     recipe = Recipe(Model(name, image_size=SIZE), batch_size=BATCH)

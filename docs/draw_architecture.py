@@ -8,9 +8,18 @@ import pydot
 
 HERE = Path(__file__).parent
 # The rooms of keras_effnet and of keras_effnet.tpu, each row a floor.
-FLOORS = [["commands"], ["tpu"], ["pruning"], ["inference"], ["loading"], ["models"], ["images", "plots"], ["describe"]]
+FLOORS = [
+    ["commands"],
+    ["tpu"],
+    ["pruning"],
+    ["inference"],
+    ["model_loader"],
+    ["models"],
+    ["images", "plots"],
+    ["describe"],
+]
 FLOORS += [["weights"], ["nets"], ["compat", "errors", "files"]]
-TPU_FLOORS = [["train", "planning"], ["reports"], ["runners"], ["from_recipe"], ["input", "step"], ["resume"]]
+TPU_FLOORS = [["train", "planning"], ["reports"], ["runners"], ["model_from_recipe"], ["input", "step"], ["resume"]]
 TPU_FLOORS += [["doctor", "recipes"], ["config", "environment"]]
 INK, PAPER, QUIET = "#22304a", "#eef2f8", "#8b97ab"
 WAYS = {

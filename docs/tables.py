@@ -23,7 +23,15 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def models() -> str:
     """A row per model."""
-    columns = ["model", "function", ">pixels", ">parameters", ">multiply-adds", ">best published top-1 in %", "default weights"]
+    columns = [
+        "model",
+        "function",
+        ">pixels",
+        ">parameters",
+        ">multiply-adds",
+        ">best published top-1 in %",
+        "default weights",
+    ]
     rows = []
     for name, function in sorted(functions().items(), key=lambda item: ke.list_models().index(item[0])):
         found = ke.describe(name)

@@ -2,7 +2,7 @@ from . import pruning as pruning
 from . import weights as weights
 from .describe import describe as describe
 from .images.class_names import decode_predictions as decode_predictions
-from .images.loading import load_image as load_image
+from .images.photo_loader import load_image as load_image
 from .inference.export import export as export
 from .inference.folding import fold_batch_norm as fold_batch_norm
 from .inference.predictor import Predictor as Predictor

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from keras_effnet.errors import one_of
-from keras_effnet.nets.complexity import stage_rows, total
 from keras_effnet.nets.normalization import scheme_of
+from keras_effnet.nets.params_and_macs import stage_rows, total
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS, identify
 

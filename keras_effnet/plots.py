@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from keras_effnet.describe import describe
 from keras_effnet.errors import unknown
-from keras_effnet.nets.complexity import costs
+from keras_effnet.nets.params_and_macs import costs
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from keras_effnet.nets import inspection
 from keras_effnet.nets.variants import VARIANTS
-from keras_effnet.weights import naming_tables, variable_names
+from keras_effnet.weights import name_translation, naming_tables
 from keras_effnet.weights.layouts import LAYOUTS
 
 ROOT = Path(__file__).parent.parent
@@ -74,14 +74,14 @@ def golden(name: str) -> dict:
 def fill(model: keras.Model) -> keras.Model:
     """Sets every variable to the seeded value of its name in the original."""
     reading = inspection.read(model)
-    names = variable_names.foreign_names(reading.architecture, naming_tables.TPU, reading.channels, reading.classes)
+    names = name_translation.foreign_names(reading.architecture, naming_tables.TPU, reading.channels, reading.classes)
     for (layer, variable), name in names.items():
         target = next(weight for weight in reading.layers[layer].weights if weight.name == variable)
         target.assign(seeded_as("net", name))
     return model
 
 
-def seeded_as(scope: str, name: variable_names.Name) -> np.ndarray:
+def seeded_as(scope: str, name: name_translation.Name) -> np.ndarray:
     """Returns the seeded value of a variable of the original, in Keras' layout."""
     layout = LAYOUTS[name.layout]
     return layout.to_keras(seeded(f"{scope}/{name.foreign}", layout.from_keras(np.empty(name.shape)).shape), name.shape)

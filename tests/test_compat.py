@@ -13,7 +13,7 @@ from helpers import BACKEND, ROOT, modules, run
 
 from keras_effnet import compat
 from keras_effnet.inference import folding
-from keras_effnet.pruning import cut
+from keras_effnet.pruning import cut_channels
 
 needs_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="private API of TensorFlow")
 
@@ -157,7 +157,7 @@ def test_copies_of_nested_models_share_no_layers():
     graph = Graph()
     inputs = keras.Input((4,), name="input")
     model = keras.Model(inputs, sequential()(graph.model()([inputs, inputs])))
-    copy = cut.copied(model, model, {})
+    copy = cut_channels.copied(model, model, {})
     assert len(compat.all_layers(copy)) == len(compat.all_layers(model)) == 11  # without the bare operation
     assert not {id(layer) for layer in compat.all_layers(copy)} & {id(layer) for layer in compat.all_layers(model)}
     x = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
@@ -352,7 +352,7 @@ PRIVATE_MODULES = ("tensorflow.python", "keras.src", "jax._src")
 # Allowed, by module or for all, with the reason.
 PUBLIC = {("os", "_exit"): "documented in Python's library reference"}
 OVERRIDES = {
-    "tpu/step/replicas.py": (
+    "tpu/step/cross_replica.py": (
         {"_moments", "_reduction_axes"},
         "a layer of our own overrides how Keras' batch normalization computes its statistics: see the test below",
     ),
@@ -481,12 +481,12 @@ def test_no_class_overrides_private_api():
             private = {key for key in vars(each) if is_private(key) and any(key in vars(base) for base in theirs)}
             if private - machinery:
                 found[f"{name}.{each.__name__}"] = private - machinery
-    assert found == {"keras_effnet.tpu.step.replicas.GroupBatchNormalization": {"_moments"}}
+    assert found == {"keras_effnet.tpu.step.cross_replica.GroupBatchNormalization": {"_moments"}}
 
 
-@private("BatchNormalization._moments", "BatchNormalization._reduction_axes", used_in="tpu/step/replicas.py")
+@private("BatchNormalization._moments", "BatchNormalization._reduction_axes", used_in="tpu/step/cross_replica.py")
 def test_batch_normalization_computes_its_statistics_in_moments():
-    from keras_effnet.tpu.step.replicas import GroupBatchNormalization
+    from keras_effnet.tpu.step.cross_replica import GroupBatchNormalization
 
     class Shifted(GroupBatchNormalization):
         def _moments(self, inputs, mask):

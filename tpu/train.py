@@ -21,17 +21,17 @@ import tensorflow as tf
 from keras_effnet.errors import one_of
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu.config import Recipe, Run, to_json
-from keras_effnet.tpu.from_recipe import build, export, make_learner, policy
 from keras_effnet.tpu.input import pipeline
-from keras_effnet.tpu.input.skipped import Skipped
+from keras_effnet.tpu.input.skipped_examples import Skipped
 from keras_effnet.tpu.input.sources import Source, open_source
+from keras_effnet.tpu.model_from_recipe import build, export, make_learner, policy
 from keras_effnet.tpu.reports import html_report
 from keras_effnet.tpu.reports.progress import Log
-from keras_effnet.tpu.resume import cloud_files, lock, stops
-from keras_effnet.tpu.resume.changes import changes_of, check_allowed, check_runner, other_devices
+from keras_effnet.tpu.resume import cloud_files, lock, stop_signals
 from keras_effnet.tpu.resume.checkpoints import Checkpoints, full, steps
-from keras_effnet.tpu.step import replicas
-from keras_effnet.tpu.step.learner import Learner
+from keras_effnet.tpu.resume.recipe_changes import changes_of, check_allowed, check_runner, other_devices
+from keras_effnet.tpu.step import cross_replica
+from keras_effnet.tpu.step.train_step import Learner
 
 # The module that computes steps on devices, by Keras' backend. Everything else is shared.
 RUNNERS = {"tensorflow": "keras_effnet.tpu.runners.tensorflow_runner", "jax": "keras_effnet.tpu.runners.jax_runner"}
@@ -92,21 +92,21 @@ def train(
     index, hosts = runner.place()
     try:
         with contextlib.ExitStack() as stack:
-            watch = stack.enter_context(stops.Watch())
+            watch = stack.enter_context(stop_signals.Watch())
             tf.io.gfile.makedirs(workdir)
             if index == 0:
                 taken = f"Another run has taken over {workdir}. This run stops and saves nothing more"
-                stack.enter_context(lock.locked(workdir, lambda: stops.at_once(2, taken)))
+                stack.enter_context(lock.locked(workdir, lambda: stop_signals.at_once(2, taken)))
             return _train(recipe, workdir, quiet, allow_changes, watch, stack)
     except KeyboardInterrupt:  # before the first step; from then on the watch catches Ctrl-C
-        raise _ended(stops.INTERRUPTED, f"Stopped before the first step. {stops.RESUME}") from None
+        raise _ended(stop_signals.INTERRUPTED, f"Stopped before the first step. {stop_signals.RESUME}") from None
     except Exception as error:
         lost = runner.is_lost(error)
         if runner.WAITS and hosts > 1:
-            atexit.register(_leave, stops.AGAIN if lost else 2)
+            atexit.register(_leave, stop_signals.AGAIN if lost else 2)
         if lost:
             message = "Lost another host. Run the same command again on all hosts to resume from the last checkpoint"
-            raise _ended(stops.AGAIN, message) from error
+            raise _ended(stop_signals.AGAIN, message) from error
         if plain := full(error, workdir):
             raise plain from error
         raise
@@ -156,7 +156,7 @@ def _train(
     workdir: str,
     quiet: bool,
     allow_changes: bool,
-    watch: stops.Watch,
+    watch: stop_signals.Watch,
     stack: contextlib.ExitStack,
 ) -> dict[str, Any]:
     host = pipeline.Host(*runner.place())
@@ -220,7 +220,7 @@ def _divide(recipe: Recipe, count: int, hosts: int) -> tuple[int, dict[str, int]
     for name, size in (("batch_size", recipe.batch_size), ("run.eval_batch", recipe.run.eval_batch or count)):
         if size < 1 or size % count:
             raise ValueError(f"Expected {name} to be a multiple of the {count} replicas. Received: {size}")
-    group = replicas.group_size(count, recipe.run.batch_norm_group)
+    group = cross_replica.group_size(count, recipe.run.batch_norm_group)
     return group, {"replicas": count, "hosts": hosts, "images_per_statistics": recipe.batch_size // count * group}
 
 
@@ -334,7 +334,7 @@ def _controller(job: _Job, trainer, evaluator, step: tf.Variable, checkpoints: C
         if checkpoints.due() or done == job.total:
             checkpoints.save(log.best)
         if trainer.asked:
-            raise stops.Asked
+            raise stop_signals.Asked
 
     return orbit.Controller(
         strategy=job.machine.strategy,
@@ -389,16 +389,16 @@ def _give_back() -> None:
 
 
 @contextlib.contextmanager
-def _explained(job: _Job, step: tf.Variable, checkpoints: Checkpoints, log: Log, watch: stops.Watch):
+def _explained(job: _Job, step: tf.Variable, checkpoints: Checkpoints, log: Log, watch: stop_signals.Watch):
     """Saves the state if the loop is asked to stop, and explains why it ends early."""
     try:
         try:
             yield
-        except stops.Asked:
+        except stop_signals.Asked:
             checkpoints.save(log.best)
-            message = f"Stopped and saved after step {int(step.numpy())} of {job.total}. {stops.RESUME}"
+            message = f"Stopped and saved after step {int(step.numpy())} of {job.total}. {stop_signals.RESUME}"
             raise _ended(watch.code, message, log) from None
-    except stops.NonFiniteError as problem:
+    except stop_signals.NonFiniteError as problem:
         log.note(str(problem))
         raise _non_finite(job, problem, checkpoints) from None
     except tf.errors.OpError as error:
@@ -409,15 +409,15 @@ def _explained(job: _Job, step: tf.Variable, checkpoints: Checkpoints, log: Log,
         raise
 
 
-def _ended(code: int, message: str, log: Log | None = None) -> stops.Stopped:
+def _ended(code: int, message: str, log: Log | None = None) -> stop_signals.Stopped:
     if log:
         log.note(message)
     if log is None or log.quiet:  # hosts that do not write are quiet too
-        stops.say(message)
-    return stops.Stopped(code, message)
+        stop_signals.say(message)
+    return stop_signals.Stopped(code, message)
 
 
-def _non_finite(job: _Job, problem: stops.NonFiniteError, checkpoints: Checkpoints) -> ValueError:
+def _non_finite(job: _Job, problem: stop_signals.NonFiniteError, checkpoints: Checkpoints) -> ValueError:
     """Returns an error with the step, its batch on this host, and how to resume. Saves the names of the batch."""
     batch, host = job.recipe.batch_size // job.host.count, job.host
     first = (problem.step - 1) * batch

@@ -12,14 +12,14 @@ import numpy as np
 from keras_effnet import files
 from keras_effnet.errors import one_of, unknown
 from keras_effnet.nets.architecture import Architecture
-from keras_effnet.nets.variables import owners
 from keras_effnet.nets.variants import VARIANTS, identify
+from keras_effnet.nets.weight_shapes import owners
 from keras_effnet.weights import registry
 from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file, tensorflow_checkpoint
 from keras_effnet.weights.layouts import LAYOUTS
 from keras_effnet.weights.matching import NO_TOP, SOURCES, Contents, Report, Values, identify_model, match, read_values
+from keras_effnet.weights.name_translation import foreign_names, scoped_layers
 from keras_effnet.weights.naming_tables import NAMINGS
-from keras_effnet.weights.variable_names import foreign_names, scoped_layers
 
 if TYPE_CHECKING:
     import keras

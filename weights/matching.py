@@ -14,8 +14,8 @@ from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
+from keras_effnet.weights.name_translation import Name, foreign_names, has_names, keys_of
 from keras_effnet.weights.naming_tables import NAMINGS
-from keras_effnet.weights.variable_names import Name, foreign_names, has_names, keys_of
 
 SOURCES = {"tpu": ("tpu",), "timm": ("timm",), "lukemelas": ("lukemelas",), "keras": ("keras", "keras3")}
 

@@ -3,7 +3,7 @@
 import click
 
 from keras_effnet import __version__
-from keras_effnet.commands import catalog, inference, machine, pruning, training, weight_files
+from keras_effnet.commands import catalog, diagnostics, inference, pruning, training, weight_files
 from keras_effnet.commands.output import complain
 
 
@@ -31,7 +31,7 @@ for command in (
     *(weight_files.download, weight_files.convert, weight_files.verify),
     *(inference.predict, inference.export, inference.benchmark),
     *(training.train, training.evaluate_, training.report),
-    *(machine.doctor, machine.tpu_plan),
+    *(diagnostics.doctor, diagnostics.tpu_plan),
     pruning.prune,
 ):
     main.add_command(command)

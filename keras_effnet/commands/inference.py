@@ -80,7 +80,7 @@ def export(model, out, kind, precision, weights, calibration, labels, size, as_j
     """
     choose_backend()
     from keras_effnet.inference import export as exporter
-    from keras_effnet.loading import load
+    from keras_effnet.model_loader import load
 
     if labels is not None:
         labels = Path(labels).read_text(encoding="utf-8").splitlines()

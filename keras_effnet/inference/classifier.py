@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_effnet.errors import one_of
-from keras_effnet.images import class_names, folders, loading
+from keras_effnet.images import class_names, folders, photo_loader
 from keras_effnet.inference.predictor import Predictor
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.weights import registry
@@ -62,7 +62,7 @@ class Classifier:
                 record = registry.find(model, os.fspath(weights))
             except ValueError:  # no tag: the folder or prefix of a checkpoint, which `Predictor` has loaded
                 record = registry.default(model)
-        self._load = loading.image_loader(model, record and record.tag, shape=self.predictor.input_shape)
+        self._load = photo_loader.image_loader(model, record and record.tag, shape=self.predictor.input_shape)
 
     def __call__(
         self, paths: Iterable[str | os.PathLike], on_progress: Callable[[int], Any] = lambda done: None

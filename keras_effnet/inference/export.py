@@ -15,9 +15,9 @@ import numpy as np
 from keras_effnet import compat
 from keras_effnet.errors import one_of
 from keras_effnet.files import folder_beside
-from keras_effnet.images import class_names, decoding, folders, loading, resizing
+from keras_effnet.images import class_names, decoding, folders, photo_loader, resizing
 from keras_effnet.inference import runtimes
-from keras_effnet.inference.agreement import compare
+from keras_effnet.inference.export_check import compare
 from keras_effnet.inference.export_formats import ADD_METADATA, WRITERS, quietly
 from keras_effnet.nets import inspection
 from keras_effnet.nets.variants import VARIANTS, nearest
@@ -84,7 +84,7 @@ def export(
     kind = format or next((name for name, ending in runtimes.FORMATS.items() if path.suffix == ending), "savedmodel")
     _check_arguments(path, kind, precision)
     shape = shape_of(model, input_shape)
-    read = loading.image_loader(model, shape=shape)
+    read = photo_loader.image_loader(model, shape=shape)
     photographs = pixels_of(calibration, read, shape) if calibration is not None else _own_photographs(read, shape)
     if precision == "int8" and calibration is None:
         warnings.warn(

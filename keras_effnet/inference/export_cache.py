@@ -19,7 +19,7 @@ from keras_effnet import __version__, compat, files
 from keras_effnet.errors import one_of
 from keras_effnet.images import folders
 from keras_effnet.inference import runtimes
-from keras_effnet.loading import check_file, load
+from keras_effnet.model_loader import check_file, load
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.weights import registry, store
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from keras_effnet import compat
 from keras_effnet.inference import quantization, runtimes
-from keras_effnet.inference.agreement import agreement, runner_of
+from keras_effnet.inference.export_check import agreement, runner_of
 from keras_effnet.inference.folding import for_inference
 
 _PRINTING = threading.RLock()  # all threads share standard output

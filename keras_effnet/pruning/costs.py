@@ -15,9 +15,9 @@ from keras_effnet import compat
 from keras_effnet.errors import one_of
 from keras_effnet.nets import architecture, blocks, inspection
 from keras_effnet.nets.architecture import Architecture
-from keras_effnet.nets.complexity import costs
+from keras_effnet.nets.params_and_macs import costs
 from keras_effnet.nets.variants import VARIANTS, nearest
-from keras_effnet.pruning.fitting import first
+from keras_effnet.pruning.data_and_loss import first
 
 Price = Callable[[Architecture], float]  # cost of a network with other widths
 

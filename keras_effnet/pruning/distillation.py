@@ -15,7 +15,7 @@ from keras import ops
 
 from keras_effnet import compat
 from keras_effnet.nets import inspection
-from keras_effnet.pruning.fitting import ends_in_activation, fit, last_operation, loss_of
+from keras_effnet.pruning.data_and_loss import ends_in_activation, fit, last_operation, loss_of
 
 
 def distill(

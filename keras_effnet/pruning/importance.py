@@ -8,8 +8,8 @@ import numpy as np
 from keras_effnet import compat
 from keras_effnet.errors import one_of
 from keras_effnet.nets import inspection
-from keras_effnet.pruning.cut import copied
-from keras_effnet.pruning.fitting import fit, loss_of
+from keras_effnet.pruning.cut_channels import copied
+from keras_effnet.pruning.data_and_loss import fit, loss_of
 from keras_effnet.pruning.groups import kernels_of
 
 KINDS = ("gradient", "taylor", "magnitude")

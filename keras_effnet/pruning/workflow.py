@@ -13,13 +13,13 @@ import numpy as np
 
 from keras_effnet import compat, files
 from keras_effnet.images.folders import labelled
-from keras_effnet.images.loading import image_loader
+from keras_effnet.images.photo_loader import image_loader
 from keras_effnet.inference.predictor import Predictor
 from keras_effnet.nets import inspection, pruning_plan
 from keras_effnet.plots import figure_class, plot_channels
-from keras_effnet.pruning import choose, costs, cut
-from keras_effnet.pruning.batches import Photographs
+from keras_effnet.pruning import choose_channels, costs, cut_channels
 from keras_effnet.pruning.distillation import distill
+from keras_effnet.pruning.photo_batches import Photographs
 from keras_effnet.pruning.report import markdown
 from keras_effnet.weights import registry
 
@@ -104,12 +104,12 @@ def prune(
     state = out / ".training"
     if not _can_resume(state, asked):
         on_step(f"Computing the importance of the channels from {len(photos.calibration.files)} photos")
-        plan = choose.plan(
+        plan = choose_channels.plan(
             teacher, photos.calibration, reduction, cost, solver, importance, divisor=divisor, verbose=verbose
         )
         _start(state, asked, plan, out / "plan.json")
     plan = pruning_plan.Plan.load(out / "plan.json")
-    student = cut.apply(teacher, plan)
+    student = cut_channels.apply(teacher, plan)
     accuracies = _distill(teacher, student, photos, distillation, state / "backup", verbose, on_step)
     with files.replacing(out / "pruned.keras") as temporary:
         student.save(temporary)

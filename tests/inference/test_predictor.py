@@ -16,7 +16,7 @@ from helpers import BACKEND, GOLDEN, ROOT, trained
 import keras_effnet as ke
 from keras_effnet.images.resizing import crop_and_resize
 from keras_effnet.inference import runtimes
-from keras_effnet.inference.agreement import agreement
+from keras_effnet.inference.export_check import agreement
 
 # Converters use deprecated parts of TensorFlow, JAX, PyTorch and NumPy. We cannot fix their warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -358,7 +358,7 @@ def test_wrong_plans_are_told(tmp_path):
 
 def test_what_a_model_is_judged_by(digits):
     """Chooses a loss that suits the labels and the output if the model is not compiled with one."""
-    from keras_effnet.pruning.fitting import loss_of
+    from keras_effnet.pruning.data_and_loss import loss_of
 
     def head(units, activation):
         return keras.Sequential([keras.Input((4,)), keras.layers.Dense(units, activation=activation)])

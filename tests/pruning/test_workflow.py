@@ -15,9 +15,9 @@ from PIL import Image
 import keras_effnet as ke
 from keras_effnet import pruning
 from keras_effnet.images import folders
-from keras_effnet.images.loading import image_loader
+from keras_effnet.images.photo_loader import image_loader
 from keras_effnet.pruning import costs, workflow
-from keras_effnet.pruning.batches import Photographs
+from keras_effnet.pruning.photo_batches import Photographs
 
 
 def write_digits(folder: Path, side: int) -> tuple:

@@ -14,7 +14,7 @@ if BACKEND != "tensorflow":
 
 from keras_effnet.tpu import recipes
 from keras_effnet.tpu.config import Data, Optimizer, Run, from_json, override
-from keras_effnet.tpu.input import pipeline, skipped
+from keras_effnet.tpu.input import pipeline, skipped_examples
 from keras_effnet.tpu.input.sources import open_source
 from keras_effnet.tpu.runners import tensorflow_runner
 from keras_effnet.tpu.train import train
@@ -34,7 +34,7 @@ def accuracy(path: Path, side: int) -> float:
     model = keras.models.load_model(path, compile=False)
     images, labels, weights = (
         np.concatenate(parts)
-        for parts in zip(*pipeline.evaluation(source, how, side, 60, skipped.Skipped(None, 360)), strict=True)
+        for parts in zip(*pipeline.evaluation(source, how, side, 60, skipped_examples.Skipped(None, 360)), strict=True)
     )
     assert weights.sum() == 360
     return float(np.mean(np.argmax(model.predict(images, verbose=0), -1) == labels))

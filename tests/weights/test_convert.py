@@ -28,9 +28,9 @@ from helpers import (
 
 import keras_effnet as ke
 from keras_effnet.nets.scaling import resolve
-from keras_effnet.nets.variables import owners
 from keras_effnet.nets.variants import VARIANTS
-from keras_effnet.weights import convert, naming_tables, registry, store, variable_names
+from keras_effnet.nets.weight_shapes import owners
+from keras_effnet.weights import convert, name_translation, naming_tables, registry, store
 from keras_effnet.weights.formats import opening
 from keras_effnet.weights.layouts import LAYOUTS, Layout, adapt_channels
 
@@ -68,9 +68,9 @@ def test_names_are_a_bijection(name, naming):
     architecture = resolve(VARIANTS[name])
     if naming == "lukemelas" and "condconv" in name:
         with pytest.raises(ValueError, match="EfficientNet-PyTorch"):
-            variable_names.foreign_names(architecture, naming_tables.NAMINGS[naming])
+            name_translation.foreign_names(architecture, naming_tables.NAMINGS[naming])
         return
-    names = variable_names.foreign_names(architecture, naming_tables.NAMINGS[naming])
+    names = name_translation.foreign_names(architecture, naming_tables.NAMINGS[naming])
     assert len({found.key for found in names.values()}) == len(names)
     assert len({found.foreign for found in names.values()}) == len(names)
     assert next(iter(names.values())).foreign == naming_tables.NAMINGS[naming].mark
@@ -99,7 +99,7 @@ def test_names_and_shapes_are_the_published_ones(file, naming):
     else:
         model, scope = ours_of(file.split("/")[1]), ""
         listed = [row for row in reference["state_dict"] if not row[0].endswith("num_batches_tracked")]
-    names = variable_names.foreign_names(
+    names = name_translation.foreign_names(
         resolve(VARIANTS[model]), naming_tables.NAMINGS[naming], classes=listed[-1][1][0]
     )
     found = {
@@ -122,7 +122,7 @@ def timm_tensors(name: str) -> dict[str, np.ndarray]:
     """Returns timm's state dict with the values of its reference."""
     tensors = {}
     # A kernel's output sums over all of our axes except the last and, for mixed experts, the first.
-    shapes = variable_names.foreign_names(resolve(VARIANTS[ours_of(name)]), naming_tables.TIMM).values()
+    shapes = name_translation.foreign_names(resolve(VARIANTS[ours_of(name)]), naming_tables.TIMM).values()
     sums = {one.foreign: one.shape[1 if len(one.shape) == 5 else 0 : -1] for one in shapes}
     for key, shape in golden(f"timm/{name}.json")["state_dict"]:
         if key.endswith("num_batches_tracked"):
@@ -202,7 +202,7 @@ def test_averages_by_default_and_weights_by_request(tmp_path):
 def fill_as(file: str, **kwargs):
     """Returns our model with the reference's values, assigned by name."""
     model = ke.create_model(file.lower(), weights=None, **kwargs)
-    names = variable_names.foreign_names(
+    names = name_translation.foreign_names(
         resolve(VARIANTS[file.lower()]), naming_tables.TPU, classes=model.output.shape[-1]
     )
     for (layer, variable), name in names.items():

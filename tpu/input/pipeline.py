@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_effnet.tpu.config import Augment, Data, Recipe
 from keras_effnet.tpu.input import augment, mixing
 from keras_effnet.tpu.input.crops import eval_image, train_crop
-from keras_effnet.tpu.input.skipped import Skipped
+from keras_effnet.tpu.input.skipped_examples import Skipped
 from keras_effnet.tpu.input.sources import Source
 
 NAMED = 64  # at most this many consecutive unreadable images are named
@@ -63,7 +63,7 @@ def training(
     Example:
 
     >>> from keras_effnet.tpu.config import Augment, Data, Recipe
-    >>> from keras_effnet.tpu.input.skipped import Skipped
+    >>> from keras_effnet.tpu.input.skipped_examples import Skipped
     >>> from keras_effnet.tpu.input.pipeline import training
     >>> from keras_effnet.tpu.input.sources import open_source
     >>> source = open_source(Data(source="digits"))

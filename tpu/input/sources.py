@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_effnet.images.folders import VALIDATION, labelled
 from keras_effnet.tpu.config import Data
-from keras_effnet.tpu.input.examples import Items, Part, Records
+from keras_effnet.tpu.input.example_readers import Items, Part, Records
 from keras_effnet.tpu.resume import cloud_files
 
 EVALUATED = ("validation", "val", "test")  # names of splits

@@ -26,11 +26,11 @@ from jax.sharding import NamedSharding
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu.config import Recipe
 from keras_effnet.tpu.environment import without_tpu
-from keras_effnet.tpu.from_recipe import build, make_learner, policy
 from keras_effnet.tpu.input.sources import open_source
+from keras_effnet.tpu.model_from_recipe import build, make_learner, policy
 from keras_effnet.tpu.planning import memory_traffic
 from keras_effnet.tpu.runners import jax_runner, jax_step
-from keras_effnet.tpu.step import replicas
+from keras_effnet.tpu.step import cross_replica
 from keras_effnet.weights import store
 
 
@@ -148,7 +148,7 @@ def lowered(
         raise ValueError(
             f"Expected a global batch that is a multiple of the {count} devices. Received: {recipe.batch_size}"
         )
-    group = replicas.group_size(count, recipe.run.batch_norm_group)
+    group = cross_replica.group_size(count, recipe.run.batch_norm_group)
     machine = jax_runner.Devices(jax_step.make_mesh(devices, group), 1)
     classes, examples = _data(recipe)
     steps_per_epoch = (examples or 1_000_000) / recipe.batch_size

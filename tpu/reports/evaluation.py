@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_effnet import files, models
 from keras_effnet.errors import one_of
-from keras_effnet.images import class_names, decoding, loading, resizing
+from keras_effnet.images import class_names, decoding, photo_loader, resizing
 from keras_effnet.nets import inspection
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu.config import Data
@@ -179,7 +179,7 @@ def _subject_of_model(net, weights, crop, interpolation) -> _Subject:
     outputs = _outputs(net)
     # A model that does not record its weights gets the preprocessing of its variant's usual ones, or of `weights`.
     known = hasattr(net, "weights_record") or weights == "imagenet" or os.path.isfile(weights)
-    size, channels, channels_last, rules = loading.expected_by(net, "auto" if known else weights)
+    size, channels, channels_last, rules = photo_loader.expected_by(net, "auto" if known else weights)
     side = min(size)
     share = crop or (None if rules else 0.875)
     padding = rules.crop_padding if share is None else round(side * (1 / share - 1))

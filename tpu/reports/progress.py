@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_effnet.tpu.resume import cloud_files
-from keras_effnet.tpu.resume.stops import say
+from keras_effnet.tpu.resume.stop_signals import say
 
 
 class Log:

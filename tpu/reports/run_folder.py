@@ -53,7 +53,7 @@ def trained(workdir) -> Trained:
     Raises:
         ValueError: If neither exists or can be read.
     """
-    from keras_effnet.tpu.from_recipe import build
+    from keras_effnet.tpu.model_from_recipe import build
 
     workdir = os.fspath(workdir).rstrip("/")
     recipe, resolved = configuration(workdir)

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_effnet.tpu.input.examples import Items, Records
+from keras_effnet.tpu.input.example_readers import Items, Records
 
 TOP = 5
 CONFUSIONS = 10

@@ -5,7 +5,7 @@ from typing import Any
 
 import orbit
 
-from keras_effnet.tpu.resume.stops import Asked
+from keras_effnet.tpu.resume.stop_signals import Asked
 
 
 class Evaluator(orbit.AbstractEvaluator):

@@ -14,7 +14,7 @@ import keras
 from keras_effnet.nets import inspection
 from keras_effnet.tpu.runners import jax_kernels
 from keras_effnet.tpu.runners.jax_convolutions import over_places, pointwise, wide
-from keras_effnet.tpu.step.replicas import GroupBatchNormalization, group_mean
+from keras_effnet.tpu.step.cross_replica import GroupBatchNormalization, group_mean
 
 _IMAGE = (0, 1, 2)  # the axes that batch statistics reduce
 

@@ -28,8 +28,8 @@ from keras_effnet.tpu.runners.jax_step import EACH, make_mesh, score_step
 from keras_effnet.tpu.runners.jax_step import gradient as gradient
 from keras_effnet.tpu.runners.jax_step import train_step as train_step
 from keras_effnet.tpu.runners.jax_trainer import Kept, Trainer
-from keras_effnet.tpu.step.learner import Learner
-from keras_effnet.tpu.step.replicas import group_size, spread
+from keras_effnet.tpu.step.cross_replica import group_size, spread
+from keras_effnet.tpu.step.train_step import Learner
 from keras_effnet.weights import store
 
 NAME = "jax"

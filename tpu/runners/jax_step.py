@@ -11,8 +11,8 @@ import numpy as np
 from jax.extend.random import threefry2x32_p
 from jax.sharding import Mesh, PartitionSpec
 
-from keras_effnet.tpu.step.learner import METRICS, Learner
-from keras_effnet.tpu.step.replicas import Place
+from keras_effnet.tpu.step.cross_replica import Place
+from keras_effnet.tpu.step.train_step import METRICS, Learner
 
 # Groups of replicas that share batch statistics, and the replicas in a group.
 AXES = ("group", "member")

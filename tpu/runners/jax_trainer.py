@@ -11,9 +11,9 @@ import numpy as np
 import orbit
 from jax.sharding import Mesh, NamedSharding
 
-from keras_effnet.tpu.resume.stops import Asked, NonFiniteError
+from keras_effnet.tpu.resume.stop_signals import Asked, NonFiniteError
 from keras_effnet.tpu.runners.jax_step import ALL, EACH, train_step
-from keras_effnet.tpu.step.learner import METRICS, Learner, State
+from keras_effnet.tpu.step.train_step import METRICS, Learner, State
 
 AHEAD = 2  # steps handed to the devices before the result of the first is read
 

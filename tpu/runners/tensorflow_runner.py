@@ -16,10 +16,10 @@ from keras_effnet.tpu.config import Run
 from keras_effnet.tpu.environment import has_tpu
 from keras_effnet.tpu.input.pipeline import Host
 from keras_effnet.tpu.resume.checkpoints import Bundles
-from keras_effnet.tpu.resume.stops import Asked, NonFiniteError
+from keras_effnet.tpu.resume.stop_signals import Asked, NonFiniteError
 from keras_effnet.tpu.runners.eval_loop import Evaluator
-from keras_effnet.tpu.step.learner import METRICS, Learner, State
-from keras_effnet.tpu.step.replicas import Place, spread
+from keras_effnet.tpu.step.cross_replica import Place, spread
+from keras_effnet.tpu.step.train_step import METRICS, Learner, State
 
 NAME = "tensorflow"
 

@@ -16,7 +16,7 @@ if BACKEND != "tensorflow":
 import tensorflow as tf
 
 from keras_effnet.tpu.input import crops, pipeline
-from keras_effnet.tpu.input.skipped import Skipped
+from keras_effnet.tpu.input.skipped_examples import Skipped
 from keras_effnet.tpu.input.sources import open_source
 
 PHOTOGRAPHS = {

@@ -21,7 +21,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import keras_effnet as ke
-from keras_effnet.images import loading
+from keras_effnet.images import photo_loader
 from keras_effnet.tpu.config import Data
 from keras_effnet.tpu.input.sources import open_evaluation
 from keras_effnet.tpu.reports.evaluation import evaluate
@@ -204,7 +204,7 @@ def test_a_head_of_ones_own_and_those_that_do_not_match(folder, tmp_path):
     assert found["preprocessing"] == {"size": [32, 32], "crop": 1.0, "interpolation": "bilinear"}
     assert found["published"] is None and [row["name"] for row in found["classes"]] == sorted(CLASSES)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    load = loading.image_loader(net, crop=False)  # the largest window, bilinear
+    load = photo_loader.image_loader(net, crop=False)  # the largest window, bilinear
     logits = net.predict(np.stack([load(row["name"]) for row in rows]), verbose=0)
     assert [row["predictions"][0]["class"] for row in rows] == np.argmax(logits, 1).tolist()
     sums = [sum(one["probability"] for one in row["predictions"]) for row in rows]

@@ -16,7 +16,7 @@ if BACKEND != "tensorflow":
 
 from keras_effnet.tpu import recipes
 from keras_effnet.tpu.config import override
-from keras_effnet.tpu.input import pipeline, skipped
+from keras_effnet.tpu.input import pipeline, skipped_examples
 from keras_effnet.tpu.input.sources import open_source
 from keras_effnet.tpu.reports import evaluation, html_report
 from keras_effnet.tpu.train import train
@@ -183,7 +183,7 @@ def test_the_samples_are_what_the_run_saw():
     """Each image equals what training computes from that example in that epoch."""
     how = override(MIXING, ["--augment.mixup", "0"])
     source = open_source(how.data)
-    trained = pipeline.training(source, how, 32, 3, skipped.Skipped(None, source.train_count))
+    trained = pipeline.training(source, how, 32, 3, skipped_examples.Skipped(None, source.train_count))
     order = source.train.train(how.run.seed, 0, 0, 1, 3)
     names = [row["name"].numpy().decode() for row in order.take(source.train_count)]
     seen = {}

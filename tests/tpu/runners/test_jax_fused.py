@@ -25,10 +25,10 @@ from keras_effnet.tpu.runners.jax_convolutions import (
     ShiftedDepthwiseConv2D,
 )
 from keras_effnet.tpu.runners.jax_fused import BodyUnit, ExciteUnit, ExpandUnit, FirstUnit, fuse
-from keras_effnet.tpu.step.learner import Learner
+from keras_effnet.tpu.step.cross_replica import GlobalDropout, Place, at, spread
 from keras_effnet.tpu.step.optimizers import Optimizer
-from keras_effnet.tpu.step.replicas import GlobalDropout, Place, at, spread
 from keras_effnet.tpu.step.schedules import Schedule
+from keras_effnet.tpu.step.train_step import Learner
 
 SIDE, IMAGES, MINI = 48, 4, "efficientnet-mini"
 LAYERS = jax_fused.units("layers")

@@ -12,11 +12,11 @@ from helpers import BACKEND, golden, image, seeded
 
 import keras_effnet as ke
 from keras_effnet.nets import inspection
-from keras_effnet.tpu.step import replicas
-from keras_effnet.tpu.step.learner import Learner
+from keras_effnet.tpu.step import cross_replica
 from keras_effnet.tpu.step.optimizers import Optimizer
 from keras_effnet.tpu.step.schedules import Schedule
-from keras_effnet.weights import naming_tables, variable_names
+from keras_effnet.tpu.step.train_step import Learner
+from keras_effnet.weights import name_translation, naming_tables
 from keras_effnet.weights.layouts import LAYOUTS
 
 tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's runner")
@@ -42,7 +42,7 @@ def filled(name: str, scope: str, **kwargs):
         **kwargs,
     )
     reading = inspection.read(model)
-    names = variable_names.foreign_names(reading.architecture, naming_tables.TPU, reading.channels, reading.classes)
+    names = name_translation.foreign_names(reading.architecture, naming_tables.TPU, reading.channels, reading.classes)
     variables = {}
     for (layer, variable), found in names.items():
         target = next(weight for weight in reading.layers[layer].weights if weight.name == variable)
@@ -150,7 +150,7 @@ def test_moving_variance_takes_the_variance_of_the_batch():
     assert np.allclose(measured["moving_variance_update / population variance"], 1, atol=1e-5)
     for layer in (
         keras.layers.BatchNormalization(momentum=rule["momentum"], epsilon=rule["epsilon"]),
-        replicas.GroupBatchNormalization(momentum=rule["momentum"], epsilon=rule["epsilon"]),
+        cross_replica.GroupBatchNormalization(momentum=rule["momentum"], epsilon=rule["epsilon"]),
     ):
         layer(x, training=True)
         update = (np.array(layer.moving_variance) - rule["momentum"]) / (1 - rule["momentum"])
@@ -158,12 +158,12 @@ def test_moving_variance_takes_the_variance_of_the_batch():
 
 
 def test_which_replicas_share_their_statistics():
-    assert [replicas.group_size(n) for n in (1, 2, 8, 16, 64, 128, 1024)] == [1, 1, 1, 8, 8, 16, 128]
-    assert replicas.group_size(4, "all") == 4 and replicas.group_size(8, "2") == 2
+    assert [cross_replica.group_size(n) for n in (1, 2, 8, 16, 64, 128, 1024)] == [1, 1, 1, 8, 8, 16, 128]
+    assert cross_replica.group_size(4, "all") == 4 and cross_replica.group_size(8, "2") == 2
     with pytest.raises(ValueError, match="which makes groups of 3"):
-        replicas.group_size(8, 3)
+        cross_replica.group_size(8, 3)
     with pytest.raises(ValueError, match=r"'auto' or 'all'. Received: 'some'$"):
-        replicas.group_size(8, "some")
+        cross_replica.group_size(8, "some")
 
 
 SPREAD = """
@@ -177,7 +177,7 @@ from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu import train
 from keras_effnet.tpu.config import Run
 from keras_effnet.tpu.step import replicas
-from keras_effnet.tpu.step.learner import Learner
+from keras_effnet.tpu.step.train_step import Learner
 from keras_effnet.tpu.step.optimizers import Optimizer
 from keras_effnet.tpu.step.schedules import Schedule
 

@@ -11,7 +11,7 @@ from keras_effnet.nets import inspection
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu.config import Recipe, Run
 from keras_effnet.tpu.step import optimizers, schedules
-from keras_effnet.tpu.step.learner import Learner
+from keras_effnet.tpu.step.train_step import Learner
 
 
 def policy(run: Run, machine) -> str:

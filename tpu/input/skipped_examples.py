@@ -20,7 +20,7 @@ class Skipped:
 
     Example:
 
-    >>> from keras_effnet.tpu.input.skipped import Skipped
+    >>> from keras_effnet.tpu.input.skipped_examples import Skipped
     >>> skipped = Skipped(None, per_epoch=100)
     >>> _ = skipped(3, 1, [b"cat/broken.jpg"])
     >>> skipped.position(10), skipped.names

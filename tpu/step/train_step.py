@@ -9,8 +9,8 @@ import keras
 
 from keras_effnet.errors import one_of
 from keras_effnet.tpu.step import losses, moving_average
+from keras_effnet.tpu.step.cross_replica import Place, at
 from keras_effnet.tpu.step.optimizers import Optimizer, is_kernel
-from keras_effnet.tpu.step.replicas import Place, at
 from keras_effnet.tpu.step.schedules import Schedule
 
 ops: Any = keras.ops

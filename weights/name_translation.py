@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from keras_effnet.nets.architecture import Architecture
-from keras_effnet.nets.variables import Layer, owners
+from keras_effnet.nets.weight_shapes import Layer, owners
 from keras_effnet.weights.naming_tables import Naming
 
 

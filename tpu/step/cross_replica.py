@@ -67,7 +67,7 @@ def group_size(replicas: int, choice: str | int = "auto") -> int:
 
     Example:
 
-    >>> from keras_effnet.tpu.step.replicas import group_size
+    >>> from keras_effnet.tpu.step.cross_replica import group_size
     >>> [group_size(replicas) for replicas in (1, 8, 16, 128)]
     [1, 1, 8, 16]
 
@@ -113,7 +113,7 @@ class GroupBatchNormalization(keras.layers.BatchNormalization):
     Example:
 
     >>> import keras
-    >>> from keras_effnet.tpu.step.replicas import GroupBatchNormalization
+    >>> from keras_effnet.tpu.step.cross_replica import GroupBatchNormalization
     >>> tuple(GroupBatchNormalization(group=8)(keras.ops.ones((4, 2, 2, 3))).shape)
     (4, 2, 2, 3)
 
@@ -157,7 +157,7 @@ class GlobalDropout(keras.layers.Dropout):
     Example:
 
     >>> import keras
-    >>> from keras_effnet.tpu.step.replicas import GlobalDropout
+    >>> from keras_effnet.tpu.step.cross_replica import GlobalDropout
     >>> float(GlobalDropout(0.5)(keras.ops.ones((1, 1)), training=False)[0, 0])
     1.0
     """
@@ -207,7 +207,7 @@ def spread(
     Example:
 
     >>> import keras_effnet as ke
-    >>> from keras_effnet.tpu.step.replicas import spread
+    >>> from keras_effnet.tpu.step.cross_replica import spread
     >>> model = ke.EfficientNetLite0(weights=None, classes=10, input_shape=(32, 32, 3))
     >>> spread(model, 8).get_layer("stem_bn").group
     8
