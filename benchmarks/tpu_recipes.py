@@ -1,12 +1,12 @@
 """Compiles the training step of every recipe for a TPU slice, without a TPU, and prints the table of docs/tpu.md.
 
-    python benchmarks/tpu_recipes.py                       # some hours on two cores; pip install libtpu
+    python benchmarks/tpu_recipes.py                       # what the record lacks; all of it takes hours on two cores
     python benchmarks/tpu_recipes.py --only b0_baseline    # only these recipes
     python benchmarks/tpu_recipes.py --recorded            # print the recorded table, compile nothing
 
 Results are recorded in tpu_recipes.json, and the next run resumes from there. Another compiler, JAX or topology needs
 another --record. Recipes that differ only in their data are compiled once. Where a recipe's batch does not fit, the
-table also shows the largest half of it (a quarter, and so on) that fits.
+table also shows a half, a quarter or an eighth of it that fits, not necessarily the largest. Needs: pip install libtpu.
 """
 
 import dataclasses

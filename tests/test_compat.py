@@ -153,7 +153,7 @@ def test_is_functional():
 
 @private("Functional._run_through_graph")
 def test_copies_of_nested_models_share_no_layers():
-    """`pruning.cut` finds functional and sequential models at any depth."""
+    """`pruning.cut_channels` finds functional and sequential models at any depth."""
     graph = Graph()
     inputs = keras.Input((4,), name="input")
     model = keras.Model(inputs, sequential()(graph.model()([inputs, inputs])))

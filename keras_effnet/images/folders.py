@@ -85,10 +85,10 @@ def labelled(
         train = {name: [f for place, f in enumerate(some, 1) if place % HELD_OUT] for name, some in found.items()}
     empty = [name for name, some in train.items() if not some]
     if not train or empty or list(test) != list(train) or not any(test.values()):
-        told = f"no photograph of {', '.join(empty)}" if empty else f"{', '.join(train) or 'none'} to train on"
+        told = f"no photo of {', '.join(empty)}" if empty else f"{', '.join(train) or 'none'} to train on"
         told += f", {', '.join(name for name, some in test.items() if some) or 'none'} to test on"
         raise ValueError(
-            "Expected a folder per class with photographs, or 'train' and 'val' with the same ones. "
+            "Expected a folder per class with photos, or 'train' and 'val' with the same ones. "
             f"Received: {root!r} with {told}"
         )
     pairs = [[(file, number) for number, name in enumerate(train) for file in part[name]] for part in (train, test)]

@@ -12,7 +12,7 @@ class Photographs(keras.utils.PyDataset):
 
     Args:
         files: Sequence of pairs of a path and a class number.
-        load: Function from a path to pixels, see `images.loading.image_loader()`.
+        load: Function from a path to pixels, see `images.photo_loader.image_loader()`.
         batch_size: Integer.
         shuffle: Boolean, whether to draw a new order for each epoch. Defaults to False.
     """

@@ -9,10 +9,25 @@ from helpers import BACKEND, ROOT
 
 # What CI has room for, and what it has not.
 SLOW = {
-    "jax": ("test_layers.py", "test_weights.py", "test_optim.py", "test_step.py", "test_fused.py"),
-    "torch": ("test_layers.py", "test_weights.py", "test_optim.py"),
+    "jax": (
+        "nets/test_condconv.py",
+        "weights/test_convert.py",
+        "tpu/step/test_optimizers.py",
+        "tpu/step/test_train_step.py",
+        "tpu/runners/test_jax_fused.py",
+    ),
+    "torch": ("nets/test_condconv.py", "weights/test_convert.py", "tpu/step/test_optimizers.py"),
 }
-LONG = dict.fromkeys(SLOW, ("test_export.py", "test_folding.py", "test_predictor.py", "test_cli.py", "test_pruning.py"))
+LONG = dict.fromkeys(
+    SLOW,
+    (
+        "inference/test_export.py",
+        "inference/test_folding.py",
+        "inference/test_predictor.py",
+        "commands/test_commands.py",
+        "pruning/test_pruning.py",
+    ),
+)
 FILES = [
     *((backend, "test_models.py") for backend in SLOW),
     *(pytest.param(backend, file, marks=pytest.mark.slow) for backend, files in SLOW.items() for file in files),
@@ -21,17 +36,17 @@ FILES = [
 # Those in which a backend's variables are read, written or trained in ways of their own. JAX compiles an eager call
 # operation by operation: its nets are compiled whole, as its users do.
 CHOSEN = {
-    "jax test_layers.py": "not eager and not fresh_process",
-    # test_pruning.py trains; what is left out besides builds nets and runs none, or is about the tests.
+    "jax nets/test_condconv.py": "not eager and not fresh_process",
+    # pruning/test_pruning.py trains; what is left out besides builds nets and runs none, or is about the tests.
     "jax test_models.py": "not training_by_fit and not wrong and not reading_a_model",
     "torch test_models.py": "not wrong and not reading_a_model",
-    "test_export.py": "swish or fresh_process",
-    "test_folding.py": "edgetpu-s or channels_first or border",
-    "test_predictor.py": "predict_gives and onnxruntime or any_size",
-    "test_cli.py": "predict or convert",
-    "test_pruning.py": "lite0-0 or slope or modules_differences or student_learns",
-    "test_step.py": "originals or moving_variance",
-    "test_weights.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body",
+    "inference/test_export.py": "swish or fresh_process",
+    "inference/test_folding.py": "edgetpu-s or channels_first or border",
+    "inference/test_predictor.py": "predict_gives and onnxruntime or any_size",
+    "commands/test_commands.py": "predict or convert",
+    "pruning/test_pruning.py": "lite0-0 or slope or modules_differences or student_learns",
+    "tpu/step/test_train_step.py": "originals or moving_variance",
+    "weights/test_convert.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body",
 }
 
 

@@ -3,8 +3,8 @@
 Command: `keras-effnet train finetune --data FOLDER --workdir runs/mine` (another model: --model.name efficientnet-b0;
 other weights: --model.weights noisy-student, or the path of a file)
 Hardware: a laptop.
-Top-1: depends on your data; for scikit-learn's digits, see the README. The steps are small, and the moving average and
-the batch-norm momentum are short enough for a short run.
+Top-1: depends on your data; for scikit-learn's digits, see docs/finetune.md. The steps are small. The
+moving average and the batch-norm momentum are short enough for a short run.
 Source: ours.
 """
 

@@ -254,7 +254,7 @@ def test_other_places_are_refused(tmp_path):
     with pytest.raises(ValueError, match="Expected a folder, digits, or the name"):
         open_source(Data("/nowhere/at/all"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no photograph of empty"):
+    with pytest.raises(ValueError, match="no photo of empty"):
         open_source(Data(str(tmp_path)))
 
 
