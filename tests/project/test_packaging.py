@@ -23,12 +23,11 @@ def test_a_wheel_holds_one_package_and_its_command(tmp_path):
         "keras_effnet",
         next(name.split("/")[0] for name in names if "dist-info" in name),
     }
-    for path in (
-        *ROOT.glob("keras_effnet/*.py*"),
-        *ROOT.glob("keras_effnet/photographs/*"),
-        *ROOT.glob("weights/*.py"),
-        *ROOT.glob("tpu/**/*.py"),
-    ):
+    files = [path for top in ("keras_effnet", "weights", "tpu") for path in (ROOT / top).rglob("*.py*")]
+    files += [*ROOT.glob("keras_effnet/images/photographs/*"), ROOT / "keras_effnet" / "py.typed"]
+    files = [path for path in files if path.suffix != ".pyc"]
+    assert len(files) > 120
+    for path in files:
         relative = path.relative_to(ROOT)
         inside = relative if relative.parts[0] == "keras_effnet" else f"keras_effnet/{relative}"
         assert str(inside) in names
