@@ -266,10 +266,10 @@ def test_a_folder_has_one_run(tmp_path, scheme):
 
 WATCHING = """
 import sys, threading, time
-from keras_effnet.tpu.resume import stops
+from keras_effnet.tpu.resume import stop_signals
 
 asked = threading.Event()
-with stops.Watch() as watch:
+with stop_signals.Watch() as watch:
     print("watching", flush=True)
     if sys.argv[1] == "begun":
         time.sleep(0.2)
@@ -277,7 +277,7 @@ with stops.Watch() as watch:
         print("begun", flush=True)
     asked.wait(60)
     if sys.argv[2] == "save":
-        raise stops.Stopped(watch.code, "saved")
+        raise stop_signals.Stopped(watch.code, "saved")
     time.sleep(60)
 """
 
