@@ -70,5 +70,17 @@ def test_public_names_are_as_recorded():
         assert now[group] == values
 
 
+def lines(recorded: dict) -> str:
+    """JSON with a line per name."""
+    groups = []
+    for group, values in sorted(recorded.items()):
+        if isinstance(values, dict):
+            rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(values.items()))
+            groups.append(f"{json.dumps(group)}: {{\n{rows}\n }}")
+        else:
+            groups.append(f"{json.dumps(group)}: {json.dumps(values)}")
+    return "{\n " + ",\n ".join(groups) + "\n}\n"
+
+
 if __name__ == "__main__":
-    RECORDED.write_text(json.dumps(found(), indent=1, sort_keys=True) + "\n")
+    RECORDED.write_text(lines(found()))
