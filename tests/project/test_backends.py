@@ -46,7 +46,9 @@ CHOSEN = {
     "commands/test_commands.py": "predict or convert",
     "pruning/test_pruning.py": "lite0-0 or slope or modules_differences or student_learns",
     "tpu/step/test_train_step.py": "originals or moving_variance",
-    "weights/test_convert.py": "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body",
+    "weights/test_convert.py": (
+        "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body"
+    ),
 }
 
 
