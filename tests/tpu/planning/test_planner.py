@@ -157,8 +157,8 @@ def test_plans_by_the_real_compiler(tmp_path):
     table = command(*MINI, "--global-batch", str(2**18), home=tmp_path, status=1)
     assert "Compiling efficientnet-mini, 262144 images on v5e:2x2" in table.stderr
     rows = dict(re.findall(r"^\W*(.+?)  +(.+?)\W*$", table.stdout, re.MULTILINE))
-    assert rows["fits"] == "no" and rows["hours of the recipe, at least"] == rows["temporaries"] == "unknown"
-    taken, there = map(float, re.match(r"([\d.]+) of ([\d.]+) GiB", rows["memory per chip, at most"]).groups())
+    assert rows["fits"] == "no" and rows["hours for the recipe, at least"] == rows["temporaries"] == "unknown"
+    taken, there = map(float, re.match(r"([\d.]+) of ([\d.]+) GiB", rows["peak memory per chip"]).groups())
     assert [taken, there] == pytest.approx(
         [told[name] / 2**30 for name in ("peak_hbm_bytes_per_chip", "hbm_bytes_of_chip")], abs=0.01
     )
