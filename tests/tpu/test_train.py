@@ -104,7 +104,7 @@ def test_fine_tuning_starts_from_weights(tmp_path):
     import keras_effnet as ke
 
     rng = np.random.default_rng(0)
-    for whole in sorted((Path(ke.__file__).parent / "photographs").glob("*.jpg")):
+    for whole in sorted((Path(ke.__file__).parent / "images" / "photographs").glob("*.jpg")):
         pixels = tf.io.decode_jpeg(whole.read_bytes()).numpy()
         for split, count in (("train", 24), ("val", 8)):
             folder = tmp_path / "photographs" / split / whole.stem

@@ -176,7 +176,7 @@ from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu import train
 from keras_effnet.tpu.config import Run
-from keras_effnet.tpu.step import replicas
+from keras_effnet.tpu.step import cross_replica
 from keras_effnet.tpu.step.train_step import Learner
 from keras_effnet.tpu.step.optimizers import Optimizer
 from keras_effnet.tpu.step.schedules import Schedule
@@ -196,7 +196,7 @@ with machine.scope():
     for variable in model.trainable_variables:  # the same on both backends
         if len(variable.shape) > 1:
             variable.assign(rng.normal(0, 1, variable.shape) * np.sqrt(2 / np.prod(variable.shape[:-1])))
-    model = machine.adapted(model, replicas.group_size(count, group), () if fused == "kernels" else fused)
+    model = machine.adapted(model, cross_replica.group_size(count, group), () if fused == "kernels" else fused)
     if fused == "kernels":  # TPU kernels, interpreted, with as many images as a TPU has lanes
         from keras_effnet.tpu.runners import jax_fused, jax_kernels
         jax_kernels._IMAGES = 16 // count
