@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,6 +31,19 @@ from seeded_weights import seeded as seeded  # noqa: E402
 
 BACKEND = keras.backend.backend()
 
+
+# The browser that tests look with, or None, and flags with which it asks no other host for anything.
+CHROMIUM = shutil.which("chromium")
+BROWSING = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 # Options that make `keras-effnet train digits_demo` run for seconds.
 SHORT = [

@@ -1,7 +1,6 @@
 """The site in a real browser: no overflow, no script error, no request to another host, a search that finds."""
 
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -9,20 +8,9 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from helpers import BACKEND, ROOT
+from helpers import BACKEND, BROWSING, CHROMIUM, ROOT
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1400,900",
-]
+FLAGS = [*BROWSING, "--window-size=1400,900"]
 # Put into each page in front of its own scripts.
 WATCH = """<script>
 const tell = (what) => parent.postMessage(location.pathname + ": " + what, "*");

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import BACKEND, SHORT
+from helpers import BACKEND, BROWSING, CHROMIUM, SHORT
 
 if BACKEND != "tensorflow":
     pytest.skip("TensorFlow's runner", allow_module_level=True)
@@ -21,19 +21,7 @@ from keras_effnet.tpu.input.sources import open_source
 from keras_effnet.tpu.reports import evaluation, html_report
 from keras_effnet.tpu.train import train
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--virtual-time-budget=4000",
-    "--window-size=390,2000",
-]
+FLAGS = [*BROWSING, "--virtual-time-budget=4000", "--window-size=390,2000"]
 RECIPE = override(recipes.find("digits_demo"), SHORT)
 MIXING = override(RECIPE, ["--augment.policy", "autoaugment", "--augment.mixup", "0.4", "--epochs", "0.4"])
 
