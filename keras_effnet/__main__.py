@@ -1,5 +1,5 @@
 """`python -m keras_effnet`: the command `keras-effnet`."""
 
-from keras_effnet.commands import main
+from keras_effnet.commands import program
 
-main(prog_name="keras-effnet")
+program()

@@ -1,5 +1,10 @@
 """`keras-effnet`: the commands, one module per group. They parse and print; the library does the work."""
 
+import atexit
+import contextlib
+import os
+import sys
+
 import click
 
 from keras_effnet import __version__
@@ -35,3 +40,27 @@ for command in (
     pruning.prune,
 ):
     main.add_command(command)
+
+
+def program() -> None:
+    """Runs `keras-effnet`, and ends the process once all libraries have cleaned up.
+
+    A library's thread that calls Python while the interpreter shuts down aborts the process: status 134 after a
+    complete run. So the interpreter does not shut down.
+    """
+    status: list[int] = []
+
+    def leave() -> None:
+        if status:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(status[0])
+
+    atexit.register(leave)  # before libraries are imported: the last one registered runs first
+    try:
+        main(prog_name="keras-effnet")
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            status.append(end.code)
+        raise

@@ -1,9 +1,6 @@
 """`keras-effnet train`, `eval` and `report`: train recipes, evaluate models, report on runs."""
 
-import atexit
-import contextlib
 import os
-import sys
 
 import click
 
@@ -34,7 +31,6 @@ def train(ctx, recipe, source, workdir, allow_changes, runner, as_json, asked, c
     if recipe is None and asked:
         click.echo(ctx.get_help())
         return
-    done = _end_without_interpreter()
     need_training(runner)
     from keras_effnet.tpu import config, recipes
 
@@ -54,26 +50,6 @@ def train(ctx, recipe, source, workdir, allow_changes, runner, as_json, asked, c
         show_json(result)
     else:
         click.echo(f"Saved {workdir}/model.keras: top-1 {result['ema_top1']:.2%} after {result['steps']} steps")
-    done.append(0)
-
-
-def _end_without_interpreter() -> list[int]:
-    """Ends the process, with the status in the returned list, as soon as all libraries have cleaned up.
-
-    A thread that calls Python while the interpreter shuts down aborts the process: status 134 after a complete run.
-    Call this before the libraries are imported, so that their own exit functions run first.
-    """
-    status: list[int] = []
-
-    def leave() -> None:
-        if status:
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(status[0])
-
-    atexit.register(leave)
-    return status
 
 
 def _list_recipes(found, as_json: bool) -> None:

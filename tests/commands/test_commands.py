@@ -204,3 +204,27 @@ def test_predict_uses_the_backend_that_is_installed(tmp_path):
     }
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "jax", result.stderr
+
+
+ENDS = """
+import sys
+import keras_effnet.commands as commands
+class Last:
+    def __del__(self):
+        print("the interpreter shut down")
+@commands.main.command()
+def stop():
+    raise SystemExit(75)
+sys.modules["last"] = Last()
+commands.program()
+"""
+
+
+@pytest.mark.parametrize(("line", "status"), [("list", 0), ("describe none", 2), ("stop", 75)])
+def test_the_program_ends_before_the_interpreter_shuts_down(line, status):
+    """A shutdown while a library's thread runs aborts the process, with status 134 in place of its own."""
+    line = [sys.executable, "-c", ENDS, *line.split()]
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert result.returncode == status, result.stderr
+    assert "shut down" not in result.stdout
+    assert bool(result.stdout) is (line[-1] == "list")  # what is buffered is written
