@@ -44,7 +44,7 @@ def compiled(name: str, topology: str) -> list[dict[str, Any]]:
 
     recipe = recipes.find(name)
     plans = [planner.plan_apart(recipe, topology, tell=lambda text: click.echo(text, err=True))]
-    batch = recipe.batch_size
+    batch = plans[-1]["global_batch"]
     while not plans[-1]["fits"] and batch // 2 >= plans[-1]["devices"]:
         batch //= 2
         # Skips a batch that cannot fit, judged by the memory of the last one.

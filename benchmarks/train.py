@@ -218,7 +218,7 @@ def loop() -> dict[str, Run]:
         summary_dir=f"{workdir}/tensorboard",
         train_actions=[lambda metrics: log.trained(int(step.numpy()), metrics)],
     )
-    log.begin(0)
+    log.begin()
     return {BARE: clocked(bare), LOOP: clocked(looped)}
 
 

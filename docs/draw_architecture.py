@@ -13,14 +13,15 @@ FLOORS = [
     ["tpu"],
     ["pruning"],
     ["inference"],
-    ["model_loader"],
-    ["models"],
+    ["efficientnet"],
     ["images", "plots"],
     ["describe"],
+    ["model_loader"],
+    ["models"],
 ]
-FLOORS += [["weights"], ["nets"], ["compat", "errors", "files"]]
-TPU_FLOORS = [["train", "planning"], ["reports"], ["runners"], ["model_from_recipe"], ["input", "step"], ["resume"]]
-TPU_FLOORS += [["doctor", "recipes"], ["config", "environment"]]
+FLOORS += [["weights"], ["model_metadata"], ["nets"], ["class_names", "compat", "errors", "files"]]
+TPU_FLOORS = [["train", "planning"], ["probe"], ["reports"], ["runners"], ["model_from_recipe"], ["input", "step"]]
+TPU_FLOORS += [["resume"], ["doctor", "recipes"], ["config", "environment"]]
 INK, PAPER, QUIET = "#22304a", "#eef2f8", "#8b97ab"
 WAYS = {
     "a photo": [
@@ -29,7 +30,7 @@ WAYS = {
         "inference/predictor\nfastest runtime",
         "inference/export_cache\ncached export",
         "inference/runtimes\nLiteRT, ONNX, OpenVINO",
-        "images/class_names\nnames",
+        "class_names\nnames",
     ],
     "a training example": [
         "tpu/input/sources\nwhere it comes from",

@@ -1,11 +1,16 @@
+from . import efficientnet as efficientnet
 from . import pruning as pruning
 from . import weights as weights
+from .class_names import decode_predictions as decode_predictions
 from .describe import describe as describe
-from .images.class_names import decode_predictions as decode_predictions
+from .efficientnet import preprocess_input as preprocess_input
 from .images.photo_loader import load_image as load_image
 from .inference.export import export as export
 from .inference.folding import fold_batch_norm as fold_batch_norm
 from .inference.predictor import Predictor as Predictor
+from .model_loader import load_model as load_model
+from .model_metadata import metadata as metadata
+from .model_metadata import save_model as save_model
 from .models import EfficientNetB0 as EfficientNetB0
 from .models import EfficientNetB1 as EfficientNetB1
 from .models import EfficientNetB1Pruned as EfficientNetB1Pruned

@@ -1,7 +1,8 @@
-"""Every use of private API of Keras and TensorFlow, with its reason. tests/test_compat.py checks each of them."""
+"""Every use of private API of other libraries, with its reason. tests/test_compat.py checks each of them."""
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 # Prefixes of the modules that export to ONNX and LiteRT.
@@ -207,3 +208,22 @@ def frozen(concrete_function) -> Any:
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     return convert_variables_to_constants_v2(concrete_function)
+
+
+def load_openvino():
+    """Imports OpenVINO without its telemetry.
+
+    For telemetry, it forks this process from a separate thread. TensorFlow and JAX have threads that do not survive a
+    fork.
+
+    Returns:
+        The module.
+    """
+    reports = "openvino_telemetry"
+    if "openvino" in sys.modules or reports in sys.modules:
+        return import_module("openvino")
+    sys.modules[reports] = None  # type: ignore[assignment]
+    try:
+        return import_module("openvino")
+    finally:
+        del sys.modules[reports]

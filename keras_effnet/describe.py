@@ -1,8 +1,10 @@
 """Describes the stages, the cost and the weights of a model as data. Describing a name needs no Keras."""
 
+import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from keras_effnet.errors import one_of
+from keras_effnet import model_loader, model_metadata
 from keras_effnet.nets.normalization import scheme_of
 from keras_effnet.nets.params_and_macs import stage_rows, total
 from keras_effnet.nets.scaling import resolve
@@ -12,11 +14,12 @@ if TYPE_CHECKING:
     import keras
 
 
-def describe(model: "str | keras.Model") -> dict[str, Any]:
+def describe(model: "str | os.PathLike | keras.Model") -> dict[str, Any]:
     """Describes a model as data.
 
     Args:
-        model: Name of a model, or a model of this package.
+        model: Name of a model; path of a `.keras` file or of a run's folder; or a `keras.Model` with an EfficientNet of
+            this package or of keras.applications in it.
 
     Returns:
         Dict with
@@ -32,12 +35,14 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         - `stages`, a dict per row of the paper's table: `stage`, `operator`, `resolution` at its input, `channels` at
           its output, `layers`, `kernel_size`, `strides`, and lists of `expand_filters`, `se_filters` and `num_experts`
           per block;
+        - `labels`, the list of class names, or None if they are not known;
         - `weights`, a dict per published set of weights: `tag`, `top1` and `top5` in percent (None if not published),
           `preprocessing`, `source`, `publisher` (`"tpu"` or `"timm"`), and whether it is the `default` that
           `weights="imagenet"` loads.
 
     Raises:
-        ValueError: If the model is unknown, or not of this package.
+        OSError: If a file cannot be read.
+        ValueError: If the model is unknown, or has no EfficientNet in it.
 
     Example:
 
@@ -51,16 +56,19 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
     """
     from keras_effnet.weights import registry
 
-    if isinstance(model, str):
-        one_of("model", model, VARIANTS)
-        row = VARIANTS[model]
+    found = model_loader.resolve(model) if isinstance(model, str | os.PathLike) else None
+    labels = None
+    if found and found.kind == "name":
+        row = VARIANTS[found.place]
         architecture, size, channels, classes = resolve(row), (row.resolution,) * 2, 3, 1000
-        variant, preprocessing = model, row.preprocessing
+        variant, preprocessing = row.name, row.preprocessing
     else:
         from keras_effnet.nets import inspection
 
-        reading = inspection.read(model)
-        architecture, channels, classes = reading.architecture, reading.channels, reading.classes
+        net: Any = model_loader.load_model(found.place) if found else model
+        reading = inspection.find(net, others=True)[1]
+        architecture, channels = replace(reading.architecture, name=net.name), reading.channels
+        classes, labels = reading.classes or _outputs(net), model_metadata.labels_of(net)
         variant = identify(architecture.blocks)
         usual = VARIANTS[variant].resolution if variant else None
         size = tuple(side or usual for side in reading.size)
@@ -83,6 +91,7 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
         "dropout_rate": architecture.dropout_rate,
         "drop_connect_rate": architecture.drop_connect_rate,
         "preprocessing": preprocessing,
+        "labels": labels,
         "stages": [{key: value for key, value in stage.items() if not key.startswith("_")} for stage in stages],
         "weights": [
             {
@@ -97,3 +106,9 @@ def describe(model: "str | keras.Model") -> dict[str, Any]:
             for record in (registry.of_model(variant) if variant else ())
         ],
     }
+
+
+def _outputs(model) -> int | None:
+    """Returns the classes of a model whose head follows the EfficientNet, or None without a head."""
+    shape = model.output_shape
+    return shape[-1] if isinstance(shape, tuple) and len(shape) == 2 and model.layers[-1].weights else None

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 Received = TypeVar("Received")
@@ -17,13 +17,16 @@ _COMMANDS = {
 _FEW = 8
 
 
-def unknown(what: str, received: object, choices: Iterable[str]) -> ValueError:
+def unknown(
+    what: str, received: object, choices: Iterable[str], key: Callable[[str], str] | None = None
+) -> ValueError:
     """Returns the error for a name that is not among the choices.
 
     Args:
         what: String, the kind of choice: `"model"`, `"pooling"`, ...
         received: The received value.
         choices: The valid names.
+        key: Function from a name to the letters to compare. Defaults to None: all letters and digits.
 
     Returns:
         A `ValueError` for the caller to raise. Few choices are all named; of many, the nearest.
@@ -34,20 +37,21 @@ def unknown(what: str, received: object, choices: Iterable[str]) -> ValueError:
     Unknown pooling. Expected one of: avg, max. Received: 'average'. Nearest: 'avg'
     """
     choices = list(choices)
-    by_letters = {_letters(choice): choice for choice in choices}
-    key = _letters(received)
-    few = len(choices) <= _FEW
-    nearest = difflib.get_close_matches(key, by_letters, n=1 if few else 3, cutoff=0.4)
-    nearest = nearest or [choice for choice in by_letters if key and choice.endswith(key)][:1]
+    letters = _letters if key is None else lambda name: key(str(name))
+    by_letters = {letters(choice): choice for choice in choices}
+    wanted = letters(received)
+    are_few = len(choices) <= _FEW
+    nearest = difflib.get_close_matches(wanted, by_letters, n=1 if are_few else 3, cutoff=0.4)
+    nearest = nearest or [choice for choice in by_letters if wanted and choice.endswith(wanted)][:1]
     parts = [f"Unknown {what}", f"Received: {received!r}"]
-    if few:
+    if are_few:
         parts.insert(1, f"Expected one of: {', '.join(choices)}")
     elif not nearest:
         parts.insert(1, f"Expected one of {len(choices)} names, such as {', '.join(choices[:3])}")
     if nearest:
         parts.append(f"Nearest: {', '.join(repr(by_letters[name]) for name in nearest)}")
     command = _COMMANDS.get(what.split()[0])
-    if command and not few:
+    if command and not are_few:
         parts.append(f"`{command}` shows all")
     return ValueError(". ".join(parts))
 
@@ -74,6 +78,24 @@ def one_of(what: str, received: Received, choices: Collection[Any]) -> Received:
     if received not in choices:
         raise unknown(what, received, choices)
     return received
+
+
+def few(names: Iterable[Any]) -> str:
+    """Returns the first names of a list, for a message.
+
+    Args:
+        names: The names.
+
+    Returns:
+        String: at most eight names, separated by commas.
+
+    Example:
+
+    >>> few(["cat", "dog"])
+    'cat, dog'
+    """
+    names = [str(name) for name in names]
+    return ", ".join(names[:_FEW]) + f", ... ({len(names)})" * (len(names) > _FEW)
 
 
 def _letters(name: object) -> str:

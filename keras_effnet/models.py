@@ -3,17 +3,20 @@
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
 import keras
+import numpy as np
 
+from keras_effnet import model_metadata
 from keras_effnet.errors import one_of
 from keras_effnet.nets import inspection
 from keras_effnet.nets.build import build, check_head, free_prefix, functional, input_of, override
 from keras_effnet.nets.normalization import constants, scheme_of
 from keras_effnet.nets.scaling import resolve
-from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.nets.variants import VARIANTS, find_model
 
 Arguments = ParamSpec("Arguments")
 
@@ -42,7 +45,8 @@ def create_model(
     """Builds an EfficientNet as a functional model that takes pixels 0-255.
 
     Args:
-        variant: String, one of `keras_effnet.list_models()`.
+        variant: String, one of `keras_effnet.list_models()`, or another name of it, such as `"b0"` or
+            `"tf_efficientnet_b0"`.
         include_top: Boolean, whether to include the classifier. Defaults to True.
         weights: Tag of published weights (`keras_effnet.list_weights()`); `"imagenet"` for the best known ones trained
             on ImageNet alone; path of a file in any format that `keras_effnet.weights.load()` reads; or None for random
@@ -54,8 +58,10 @@ def create_model(
             weights fit any number of channels: the first kernel is summed or repeated, as in timm.
         pooling: Without the top: `"avg"` or `"max"` for global pooling, None for the last convolution's output.
             Defaults to None.
-        classes: Integer, outputs of the classifier. Defaults to 1000.
-        classifier_activation: Activation of the classifier, None for logits. Defaults to `"softmax"`.
+        classes: Integer, outputs of the classifier. Defaults to 1000. For any other number that the weights lack, the
+            body is pretrained and the classifier is new: it is filled with zeros, with a warning.
+        classifier_activation: Activation of the classifier, None for logits. Defaults to `"softmax"`. With a published
+            classifier, only these two.
         name: String, the model's name. Defaults to `variant`. Several models that are layers of one model need
             different names.
         preprocessing: `"auto"` for the scheme that the weights expect; `"imagenet"`, `"inception"` or `"tpu127"`; a
@@ -73,7 +79,7 @@ def create_model(
             pruned net's weights. Defaults to None: the variant's channels.
 
     Returns:
-        A `keras.Model`.
+        A `keras.Model`. Its `labels` are the class names that a `.keras` file of weights contains, else None.
 
     Raises:
         ValueError: If an argument is not valid, or the weights do not fit.
@@ -89,7 +95,7 @@ def create_model(
     Reference:
         Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv 1905.11946, table 1.
     """
-    one_of("model", variant, VARIANTS)
+    variant = find_model(variant)
     row = VARIANTS[variant]
     origin = _Origin.of(variant, weights)
     architecture = override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
@@ -98,7 +104,8 @@ def create_model(
     data_format = one_of(
         "data_format", data_format or keras.config.image_data_format(), ("channels_last", "channels_first")
     )
-    check_head(include_top, pooling, classes, classifier_activation, origin.record, variant)
+    is_new = include_top and not origin.has_classifier(classes, architecture)
+    check_head(include_top, pooling, classes, classifier_activation, origin.record is not None and not is_new)
     name = name or variant
     inputs = input_of(input_tensor, input_shape, origin.resolution or row.resolution, include_top, data_format)
     channels = inputs.shape[-1 if data_format == "channels_last" else 1]
@@ -118,8 +125,42 @@ def create_model(
         dtype=dtype,
         prefix=prefix,
     )
-    origin.load_into(model, include_top, classes, prefix)
+    origin.load_into(model, include_top and not is_new, classes, prefix)
+    if is_new:
+        _start_classifier(model.get_layer(f"{prefix}predictions"), weights, classes)
     return model
+
+
+def has_classifier(variant: str, weights: str | os.PathLike | None, classes: int) -> bool:
+    """Returns whether `create_model()` loads a classifier from the weights.
+
+    Args:
+        variant: See `create_model()`.
+        weights: See `create_model()`.
+        classes: See `create_model()`.
+
+    Returns:
+        Boolean. False if a new classifier replaces that of the weights, with a warning.
+
+    Raises:
+        ValueError: If the weights are unknown.
+        OSError: If the file cannot be read.
+    """
+    variant = find_model(variant)
+    return _Origin.of(variant, weights).has_classifier(classes, resolve(VARIANTS[variant]))
+
+
+def _start_classifier(classifier: Any, weights, classes: int) -> None:
+    # Zeros, as in Big Transfer (arXiv 1912.11370, `zero_head` in its code), and as `keras-effnet train` starts it.
+    classifier.set_weights([np.zeros_like(values) for values in classifier.get_weights()])
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_code.co_filename == __file__:  # the warning names the caller's line
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"The classifier is new, filled with zeros, and must be trained: weights={os.fspath(weights)!r} has none for "
+        f"{classes} classes",
+        stacklevel=level,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +199,16 @@ class _Origin:
     def resolution(self) -> int | None:
         return self.record and self.record.resolution
 
+    def has_classifier(self, classes: int, architecture) -> bool:
+        """Returns whether the classifier comes from the weights. With 1000 classes it must, unless there are none."""
+        from keras_effnet.weights import convert
+
+        if classes == 1000:
+            return True
+        if self.path is not None:
+            return convert.classes_of(self.path, architecture) == classes
+        return self.record is None or classes in [1000 + file.class_offset for file in self.record.files]
+
     def preprocessing(self, asked, usual, channels: int):
         """Returns the preprocessing to build with. Raises if the weights were trained with another scheme."""
         from keras_effnet.weights.formats import keras_file
@@ -184,9 +235,11 @@ class _Origin:
         if path is None and self.record is not None:
             path = store.fetch(self.record, include_top, classes)
         if path is not None:
-            convert.load(model, path, prefix=prefix)
+            convert.load(model, path, include_top=include_top, prefix=prefix)
         if self.record is not None or self.path is None:  # other files have no record
             model.weights_record = self.record
+        own = os.fspath(self.path or "") if include_top else ""
+        model.labels = model_metadata.metadata(own).get("labels") if own.endswith(".keras") else None
 
 
 def _pruned(architecture, blocks, origin: _Origin):

@@ -39,11 +39,11 @@ _LINES = {
 }
 
 
-def plot(models: "str | keras.Model | list[str | keras.Model]", path: str | os.PathLike) -> Path:
+def plot(models: "str | os.PathLike | keras.Model | list", path: str | os.PathLike) -> Path:
     """Draws a block diagram: stem, a row of blocks per stage, and head. Several models are drawn side by side.
 
     Args:
-        models: Name of a model, a model of this package, or a list of them.
+        models: A model, see `describe()`, or a list of models.
         path: Path of the picture, which ends in .svg, .png or .pdf. Its folder must exist.
 
     Returns:

@@ -4,6 +4,7 @@ Runs on any backend: tests/project/test_backends.py repeats it on the others.
 """
 
 import json
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 from helpers import BACKEND, GOLDEN, ROOT, fill, golden, image, run, same_weights, save_checkpoint, seeded
 
 import keras_effnet as ke
+from keras_effnet import model_metadata
 from keras_effnet.nets import inspection
 from keras_effnet.nets.normalization import SCHEMES
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.weights import registry
 
 SMALL = (32, 32, 3)
 ORIGINALS = {
@@ -174,6 +177,66 @@ def test_arguments_of_keras_applications():
     assert probabilities.sum(1) == pytest.approx([1, 1], abs=1e-5)
 
 
+NEW = "The classifier is new, filled with zeros, and must be trained"
+
+
+def test_another_number_of_classes_gives_a_new_classifier_on_the_same_body():
+    with pytest.warns(UserWarning, match=rf"^{NEW}: weights='imagenet' has none for 5 classes$") as caught:
+        model = ke.EfficientNetLite0(classes=5)
+    assert [warning.filename for warning in caught if warning.category is UserWarning] == [__file__]
+    with pytest.warns(UserWarning, match=NEW) as caught:
+        ke.create_model("lite0", classes=1, classifier_activation="sigmoid")
+    assert [warning.filename for warning in caught if warning.category is UserWarning] == [__file__]
+    body = ke.EfficientNetLite0(include_top=False, input_shape=(224, 224, 3))
+    *values, kernel, bias = model.get_weights()
+    assert kernel.shape == (1280, 5) and not kernel.any() and not bias.any()
+    assert all(map(np.array_equal, values, body.get_weights()))
+    maps = keras.Model(model.inputs, model.get_layer("top_activation").output)
+    assert np.array_equal(run(maps, image(224)), run(body, image(224)))
+    assert run(model, image(224)) == pytest.approx(0.2)
+    assert model.weights_record is body.weights_record
+    assert ke.EfficientNetLite0(classes=1000).get_weights()[-1].any()  # the published classifier, without a warning
+
+
+@pytest.mark.usefixtures("shallow")
+def test_a_new_classifier_needs_only_the_file_without_one(tmp_path, monkeypatch):
+    record = registry.find("efficientnet-b0", "imagenet")
+    headless = next(file for file in record.files if not file.include_top)
+    path = tmp_path / headless.url.removeprefix("https://storage.googleapis.com/")
+    path.parent.mkdir()
+    ke.weights.export(fill(ke.EfficientNetB0(weights=None, include_top=False)), path, target="keras")
+    files = [replace(file, hash=registry.digest(path, "md5")) if file is headless else file for file in record.files]
+    monkeypatch.setattr(registry, "RECORDS", (replace(record, files=tuple(files)),))
+    monkeypatch.setenv("KERAS_EFFNET_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(tmp_path))
+    with pytest.warns(UserWarning, match=NEW):
+        model = ke.EfficientNetB0(classes=5, input_shape=SMALL)
+    body = ke.EfficientNetB0(include_top=False, input_shape=SMALL)
+    maps = keras.Model(model.inputs, model.get_layer("top_activation").output)
+    assert run(body, image(32)).std() > 0
+    assert np.array_equal(run(maps, image(32)), run(body, image(32)))
+
+
+@pytest.mark.usefixtures("shallow")
+def test_a_files_classifier_is_loaded_where_the_number_of_classes_is_the_same(tmp_path):
+    small = {"input_shape": SMALL, "preprocessing": None}
+    path, headless = tmp_path / "pets.keras", tmp_path / "headless.safetensors"
+    model = fill(ke.EfficientNetB0(weights=None, classes=2, **small))
+    model_metadata.save_model(model, path, labels=["cat", "dog"])
+    same = ke.EfficientNetB0(weights=path, classes=2, **small)
+    assert same_weights(same, model) and same.labels == ["cat", "dog"]
+    with pytest.warns(UserWarning, match=rf"{NEW}: .*pets\.keras' has none for 3 classes"):
+        other = ke.EfficientNetB0(weights=path, classes=3, **small)
+    *values, kernel, bias = other.get_weights()
+    assert kernel.shape == (1280, 3) and not kernel.any() and not bias.any() and other.labels is None
+    assert all(map(np.array_equal, values, model.get_weights()))
+    with pytest.raises(ValueError, match="expected shape"):  # 1000 is the default: perhaps `classes` was forgotten
+        ke.EfficientNetB0(weights=path, **small)
+    ke.weights.export(ke.EfficientNetB0(weights=path, include_top=False, **small), headless)
+    with pytest.warns(UserWarning, match=NEW):
+        ke.EfficientNetB0(weights=headless, classes=3, **small)
+
+
 def test_rates_and_batch_norm_arguments_reach_the_layers():
     model = ke.EfficientNetB0(weights=None, dropout_rate=0.5, drop_connect_rate=0.4, bn_momentum=0.9, bn_epsilon=1e-5)
     drops = [layer.rate for layer in model.layers if layer.name.endswith("_drop")]
@@ -312,8 +375,8 @@ WRONG = {
     "weights": (lambda: ke.EfficientNetB0(weights="noisystudent"), "Nearest: 'noisy-student'"),
     "no single-dataset weights": (lambda: ke.EfficientNetL2(), "noisy-student-475"),
     "file": (lambda: ke.EfficientNetB0(weights="nowhere/b0.weights.h5"), "does not exist"),
-    "classes with pretrained top": (lambda: ke.EfficientNetLite0(classes=10), "Expected classes=1000"),
     "classes": (lambda: ke.EfficientNetB0(weights=None, classes=0), "positive integer"),
+    "classes with pretrained body": (lambda: ke.EfficientNetLite0(classes="5"), "positive integer"),
     "activation with pretrained top": (lambda: ke.EfficientNetLite0(classifier_activation="relu"), "'softmax' or None"),
     "pooling": (lambda: ke.EfficientNetB0(False, None, pooling="mean"), "Expected one of: avg, max"),
     "shape": (lambda: ke.EfficientNetB0(weights=None, input_shape=(224, 224)), "height, width, channels"),

@@ -5,9 +5,19 @@ import dataclasses
 import difflib
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from keras_effnet.nets.variants import find_model, is_model
+
+# Fields that a recipe may leave to the size of the data. `recipes.finetune.decided()` fills them before they are used.
+SIZED = ("epochs", "batch_size", "schedule.warmup_epochs", "run.eval_every", "run.save_every")
+if TYPE_CHECKING:
+    SizedFloat: TypeAlias = float
+    SizedInt: TypeAlias = int
+else:
+    SizedFloat, SizedInt = float | None, int | None
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,11 @@ class Model:
     """Weights to start from: tag of a published set, or path of a file. None: random values."""
     keep_top: bool = False
     """Whether to load the classifier too. The classes must then be those of the weights."""
-    freeze: Literal["none", "batch-norm", "all-but-top"] = "none"
-    """What not to train. Frozen batch normalization uses its moving statistics."""
+    freeze: Literal["none", "batch-norm", "all-but-top"] | str = "none"
+    """What not to train: none, batch-norm, all-but-top (all but the classifier), or the first block to train, block1 to
+    block7 or a single one such as block6a. block6 trains the blocks 6 and 7 and the top (last convolution and
+    classifier); the stem and all blocks before are frozen. Frozen batch normalization uses its moving statistics.
+    """
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Data:
 
     source: str = "imagenet2012"
     """Folder with one subfolder per class, or with train and val that each hold such subfolders;
+    folder with metadata.csv as in Hugging Face's imagefolder; CSV file with the columns path and label;
     folder of TFRecords train-* and validation-* in the original's layout; digits; or the name of a TensorFlow dataset.
     """
     data_dir: str | None = None
@@ -50,6 +64,8 @@ class Data:
     """Training split of a TensorFlow dataset, such as train[:90%]. None: train."""
     eval_split: str | None = None
     """Evaluation split of a TensorFlow dataset. None: the first that exists of validation, val and test."""
+    eval_share: float = 0.2
+    """Folders without val and CSV files without splits only: share of each class to evaluate on. Not trained on."""
     holdout_shards: int = 0
     """TFRecords only: number of first training shards to evaluate on. They are not trained on."""
     classes: int | None = None
@@ -64,6 +80,10 @@ class Data:
     """How training images leave the host. float32 keeps interpolated values outside 0-255, at four times the bytes."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Interpolation of every resize."""
+    balance: bool = False
+    """Whether to weight the loss of each class by the inverse of its frequency, in training only. The mean weight is 1.
+    Needs a source that knows its labels: a folder or the digits.
+    """
     eval_crop: float | None = None
     """Share of the shorter side to keep in evaluation. None: size / (size + 32), the original's first rule."""
 
@@ -96,33 +116,56 @@ class Augment:
     """Parameter of cutmix's beta distribution. 0: no cutmix."""
 
 
+# The original's: tensorflow/tpu efficientnet main.py:117-171, utils.py:83-101.
+_ORIGINAL = {"per_256": 0.016, "momentum": 0.9, "decay": 0.9, "epsilon": 1e-3, "layer_decay": 0.0, "weight_decay": 1e-5}
+
+# Where an optimizer's own defaults differ from the original's. Decay of the squares: Kingma & Ba, arXiv 1412.6980.
+# Epsilon: keras.optimizers. Learning rate and AdamW's weight decay: DeiT, arXiv 2012.12877, table 9, and, for a
+# convolutional net, ConvNeXt, arXiv 2201.03545, table 5.
+_OWN = {
+    "adam": {"per_256": 2.5e-4, "decay": 0.999, "epsilon": 1e-7},
+    "adamw": {"per_256": 2.5e-4, "decay": 0.999, "epsilon": 1e-7, "layer_decay": 0.05, "weight_decay": 0.0},
+}
+
+_UNSET: Any = None
+
+
 @dataclass(frozen=True)
 class Optimizer:
-    """How a step updates the variables."""
+    """How a step updates the variables. What is not given is the default of the optimizer `name`."""
 
-    name: Literal["rmsprop", "rmsprop-keras", "rmsprop-torch", "momentum", "sgd", "lars", "lamb"] = "rmsprop"
+    name: Literal["rmsprop", "rmsprop-keras", "rmsprop-torch", "momentum", "sgd", "adam", "adamw", "lars", "lamb"] = (
+        "rmsprop"
+    )
     """rmsprop is the original's; rmsprop-keras and rmsprop-torch are those of tf.keras and PyTorch.
     With lars, the original shares batch statistics: --run.batch-norm-group all."""
     peak: float | None = None
     """Highest learning rate. None: per_256 * batch_size / 256."""
-    per_256: float = 0.016
+    per_256: float = _UNSET
     """Highest learning rate for a batch of 256 images."""
-    momentum: float = 0.9
-    """Share of the previous step that is kept."""
-    decay: float = 0.9
-    """Decay of the mean of squared gradients."""
-    epsilon: float = 1e-3
+    momentum: float = _UNSET
+    """Share of the previous step that is kept: beta_1 of adam, adamw and lamb."""
+    decay: float = _UNSET
+    """Decay of the mean of squared gradients: beta_2 of adam, adamw and lamb."""
+    epsilon: float = _UNSET
     """Keeps the divisor away from zero."""
+    body_scale: float = 1.0
+    """Factor of the learning rate for all variables but the classifier's."""
     clip_norm: float | None = None
     """Largest global norm of the gradients. None: no clipping."""
     trust: float = 1e-3
     """Trust coefficient of LARS."""
-    layer_decay: float = 0.0
-    """Weight decay inside LARS and LAMB, not part of the loss."""
-    weight_decay: float = 1e-5
+    layer_decay: float = _UNSET
+    """Weight decay inside AdamW, LARS and LAMB, not part of the loss."""
+    weight_decay: float = _UNSET
     """Weight decay in the loss: this times half the sum of squares."""
     decayed: Literal["no-batch-norm", "all", "kernels"] = "no-batch-norm"
     """Variables with weight decay. The original decays all but those of batch normalization."""
+
+    def __post_init__(self):
+        for name, value in (_ORIGINAL | _OWN.get(self.name, {})).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -131,8 +174,8 @@ class Schedule:
 
     kind: Literal["exponential", "cosine", "constant", "poly"] = "exponential"
     """Shape of the decay after the warm-up."""
-    warmup_epochs: float = 5.0
-    """Epochs in which the learning rate grows linearly."""
+    warmup_epochs: SizedFloat = 5.0
+    """Epochs in which the learning rate grows linearly. None: as fits the number of training images."""
     warmup_start: float = 0.0
     """Learning rate of the first step."""
     decay_rate: float = 0.97
@@ -146,8 +189,18 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A classifier on the features of the frozen body, which are computed once. Uses no optimizer and no schedule."""
+
+    views: int = 0
+    """Views of each training photo: its center crop, then random ones, as augment says. 0: no probe, but training."""
+    l2: float | None = None
+    """Strength of the penalty on the classifier's weights. None: the best of several on held-out training photos."""
+
+
+@dataclass(frozen=True)
 class Run:
-    """How the run executes. Except for the seed and the batch-norm groups, these fields change only rounding."""
+    """How the run executes. Except for the seed, the batch-norm groups and the patience, this changes only rounding."""
 
     seed: int = 0
     """Seed of initial values, order, augmentation and masks."""
@@ -157,20 +210,23 @@ class Run:
     """Name of the TPU. local: the one attached to this machine. None: the environment's TPU_NAME, or local."""
     cpu_replicas: int = 1
     """Number of replicas on the CPU, to try a distributed run without the devices."""
-    precision: Literal["auto", "float32", "mixed_bfloat16"] = "auto"
-    """auto: mixed_bfloat16 on a TPU, else float32. The loss and all variables are float32."""
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
+    """auto: mixed_bfloat16 on TPUs and on GPUs that compute with it (compute capability 8.0 or more), else float32.
+    mixed_float16: with dynamic loss scaling. The loss and all variables are float32."""
     batch_norm_group: str = "auto"
     """Number of replicas that share batch statistics: auto (the original's rule), all, or a number."""
     steps_per_loop: int = 100
     """Steps that run in one graph, between two reports of the metrics."""
     eval_batch: int | None = None
     """Batch size of the evaluation. None: that of the training."""
-    eval_every: float = 1.0
-    """Epochs between evaluations."""
+    eval_every: SizedFloat = 1.0
+    """Epochs between evaluations. None: as fits the number of epochs."""
     eval_raw: bool = True
     """Whether to evaluate the raw weights too, not only their moving average."""
-    save_every: float = 1.0
-    """Epochs between checkpoints."""
+    patience: int | None = None
+    """Evaluations without a better top-1 of the moving average after which the run ends early. None: it never does."""
+    save_every: SizedFloat = 1.0
+    """Epochs between checkpoints. None: as fits the number of epochs."""
     save_minutes: float | None = 10.0
     """Minutes after which a checkpoint is saved in any case. None: only save_every counts."""
     keep: int = 3
@@ -198,9 +254,11 @@ class Recipe:
         augment: `Augment`, how training images are augmented.
         optimizer: `Optimizer`, how a step updates the variables.
         schedule: `Schedule`, how the learning rate changes.
-        run: `Run`, how the run executes. Except for the seed and the batch-norm groups, it changes only rounding.
-        epochs: Float, passes over the training images. Defaults to 350.
-        batch_size: Integer, images per step on all replicas together. Defaults to 2048.
+        probe: `Probe`, a classifier on the features of the frozen body.
+        run: `Run`, how the run executes.
+        epochs: Float, passes over the training images. None: as fits their number. Defaults to 350.
+        batch_size: Integer, images per step on all replicas together. None: as fits the number of training images.
+            Defaults to 2048.
         label_smoothing: Float, share of a label that is spread evenly over all classes. Defaults to 0.1.
         average_decay: Float, decay of the moving average of all variables. Defaults to 0.9999.
         expected_top1: Float, top-1 in percent as published for the unchanged recipe. None if there is none.
@@ -212,11 +270,12 @@ class Recipe:
     augment: Augment = field(default_factory=Augment)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    probe: Probe = field(default_factory=Probe)
     run: Run = field(default_factory=Run)
-    epochs: float = 350.0
-    """Passes over the training images."""
-    batch_size: int = 2048
-    """Images per step, on all replicas together."""
+    epochs: SizedFloat = 350.0
+    """Passes over the training images. None: as fits their number."""
+    batch_size: SizedInt = 2048
+    """Images per step, on all replicas together. None: as fits the number of training images."""
     label_smoothing: float = 0.1
     """Share of a label that is spread evenly over all classes."""
     average_decay: float = 0.9999
@@ -233,8 +292,33 @@ class Recipe:
         return self.optimizer.per_256 * self.batch_size / 256 if given is None else given
 
 
+def with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
+    """Returns a recipe with other values of some fields.
+
+    Args:
+        recipe: `Recipe`.
+        fields: Mapping from the names of fields, as in `flat()`, to their values.
+
+    Returns:
+        `Recipe`.
+
+    Example:
+
+    >>> from keras_effnet.tpu.config import Recipe, with_fields
+    >>> with_fields(Recipe(), {"epochs": 2, "run.seed": 1}).run.seed
+    1
+    """
+    for name, value in fields.items():
+        group, _, leaf = name.rpartition(".")
+        new = {leaf: value} if not group else {group: replace(getattr(recipe, group), **{leaf: value})}
+        recipe = replace(recipe, **new)
+    return recipe
+
+
 def override(recipe: Recipe, arguments: Sequence[str], prog: str = "keras-effnet train RECIPE") -> Recipe:
     """Returns a recipe with some fields changed by command-line arguments.
+
+    A change of the optimizer to or from Adam and AdamW also resets the fields whose defaults depend on it.
 
     Args:
         recipe: `Recipe`.
@@ -253,8 +337,6 @@ def override(recipe: Recipe, arguments: Sequence[str], prog: str = "keras-effnet
     >>> override(Recipe(), ["--optimizer.peak", "0.128", "--epochs", "2"]).peak
     0.128
     """
-    import tyro
-
     fields = flat(dataclasses.asdict(recipe))
     names = [f"--{name}" for name in fields]
     names += [f"--{_negated(name)}" for name, value in fields.items() if isinstance(value, bool)]
@@ -264,10 +346,22 @@ def override(recipe: Recipe, arguments: Sequence[str], prog: str = "keras-effnet
             near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
             hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all"
             raise ValueError(f"Expected a field of the recipe. Received: {argument}. {hint}")
+    changed = _parsed(recipe, arguments, prog)
+    before, after = recipe.optimizer.name, changed.optimizer.name
+    if before == after or not {before, after} & _OWN.keys():
+        return changed
+    # Rates and decays of the one make no sense for the other, except those that the arguments give.
+    own = replace(recipe.optimizer, name=after, peak=None, **dict.fromkeys(_ORIGINAL))
+    return _parsed(replace(recipe, optimizer=own), arguments, prog)
+
+
+def _parsed(recipe: Recipe, arguments: Sequence[str], prog: str) -> Recipe:
+    import tyro
+
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return tyro.cli(Recipe, default=recipe, args=list(arguments), prog=prog, use_underscores=True)
+            changed = tyro.cli(Recipe, default=recipe, args=list(arguments), prog=prog, use_underscores=True)
     except SystemExit as end:
         if not end.code:
             print(output.getvalue())
@@ -275,6 +369,9 @@ def override(recipe: Recipe, arguments: Sequence[str], prog: str = "keras-effnet
         lines = [line.strip("│╭╮╰╯─- ") for line in output.getvalue().splitlines()][1:]
         problem = " ".join(line for line in lines if line).split("Argument helptext")[0].split("For full helptext")[0]
         raise ValueError(f"Expected values of the fields' types. {problem.strip()}") from end
+    name = changed.model.name
+    model = dataclasses.replace(changed.model, name=find_model(name) if is_model(name) else name)
+    return dataclasses.replace(changed, model=model)
 
 
 def _negated(name: str) -> str:

@@ -1,17 +1,23 @@
 """Builds the model and the learner of a recipe, and the model that a run exports."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import keras
 import numpy as np
 
 from keras_effnet import models
+from keras_effnet.errors import one_of
 from keras_effnet.nets import inspection
+from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
-from keras_effnet.tpu.config import Recipe, Run
+from keras_effnet.tpu.config import Model, Recipe, Run
 from keras_effnet.tpu.step import optimizers, schedules
 from keras_effnet.tpu.step.train_step import Learner
+
+# The first NVIDIA GPUs that compute with bfloat16: CUDA C++ Programming Guide, table of compute capabilities.
+BFLOAT16 = (8, 0)
 
 
 def policy(run: Run, machine) -> str:
@@ -24,8 +30,9 @@ def policy(run: Run, machine) -> str:
     Returns:
         String, name of a `keras.DTypePolicy`.
     """
-    low = run.precision == "mixed_bfloat16" or (run.precision == "auto" and machine.is_tpu)
-    return "mixed_bfloat16" if low else "float32"
+    if run.precision != "auto":
+        return run.precision
+    return "mixed_bfloat16" if machine.is_tpu or machine.capability >= BFLOAT16 else "float32"
 
 
 def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
@@ -42,6 +49,11 @@ def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
     how, donor = recipe.model, None
     scheme: Any = how.preprocessing
     if how.weights is not None:
+        if how.keep_top and not models.has_classifier(how.name, how.weights, classes):
+            raise ValueError(
+                f"Expected weights with a classifier for {classes} classes, as --model.keep-top needs. Received: "
+                f"--model.weights {how.weights}"
+            )
         top: dict[str, Any] = {"classes": classes} if how.keep_top else {"include_top": False}
         donor = models.create_model(
             how.name, weights=how.weights, preprocessing=scheme, classifier_activation=None, **top, **_shape(recipe)
@@ -64,11 +76,51 @@ def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
         # has learned.
         classifier: Any = model.get_layer("predictions")
         classifier.set_weights([np.zeros_like(values) for values in classifier.get_weights()])
+    is_frozen = freezing(how)
     for layer in model.layers:
-        frozen = how.freeze == "batch-norm" and isinstance(layer, keras.layers.BatchNormalization)
-        if frozen or (how.freeze == "all-but-top" and layer.name != "predictions"):
+        if is_frozen(layer):
             layer.trainable = False
     return model
+
+
+# Values of `Model.freeze` that name no block, and the layers that they freeze.
+_FREEZE: dict[str, Callable[[keras.Layer], bool]] = {
+    "none": lambda layer: False,
+    "batch-norm": lambda layer: isinstance(layer, keras.layers.BatchNormalization),
+    "all-but-top": lambda layer: layer.name != "predictions",
+}
+
+
+def freezing(how: Model) -> Callable[[keras.Layer], bool]:
+    """Returns which layers are not trained.
+
+    Args:
+        how: `Model`.
+
+    Returns:
+        Function of a layer of the model that returns a boolean.
+
+    Raises:
+        ValueError: If the model has no block of that name. The message names the nearest ones.
+
+    Example:
+
+    >>> from keras_effnet.tpu.config import Model
+    >>> from keras_effnet.tpu.model_from_recipe import freezing
+    >>> freezing(Model(freeze="block8"))
+    Traceback (most recent call last):
+    ...
+    ValueError: Unknown model.freeze. Received: 'block8'. Nearest: 'block7', 'block6', 'block5'
+    """
+    if how.freeze in _FREEZE:
+        return _FREEZE[how.freeze]
+    blocks = resolve(VARIANTS[how.name]).blocks
+    names = [f"block{block.name}" for block in blocks]
+    stages = [f"block{block.stage}" for block in blocks]
+    one_of("model.freeze", how.freeze, [*_FREEZE, *dict.fromkeys(stages), *names])
+    first = next(n for n, pair in enumerate(zip(stages, names, strict=True)) if how.freeze in pair)
+    frozen = {"stem", *names[:first]}
+    return lambda layer: layer.name.split("_")[0] in frozen
 
 
 def _shape(recipe: Recipe) -> dict[str, Any]:
@@ -89,7 +141,13 @@ def _scheme(model: keras.Model) -> tuple[Any, Any]:
     return reading.scale, reading.offset
 
 
-def make_learner(model: keras.Model, recipe: Recipe, steps_per_epoch: float, total: int) -> Learner:
+def make_learner(
+    model: keras.Model,
+    recipe: Recipe,
+    steps_per_epoch: float,
+    total: int,
+    class_weights: tuple[float, ...] | None = None,
+) -> Learner:
     """Builds the learner of a recipe: its loss, optimizer, schedule and moving average.
 
     Args:
@@ -97,6 +155,7 @@ def make_learner(model: keras.Model, recipe: Recipe, steps_per_epoch: float, tot
         recipe: `Recipe`.
         steps_per_epoch: Float, images divided by the global batch, not rounded.
         total: Integer, steps of the whole run.
+        class_weights: See `Learner`. Defaults to None.
 
     Returns:
         A `Learner`.
@@ -112,7 +171,10 @@ def make_learner(model: keras.Model, recipe: Recipe, steps_per_epoch: float, tot
         weight_decay=how.weight_decay,
         decayed=how.decayed,
         average_decay=recipe.average_decay,
+        body_scale=how.body_scale,
         seed=recipe.run.seed,
+        class_weights=class_weights,
+        scales_loss=recipe.run.precision == "mixed_float16",
     )
 
 
@@ -136,4 +198,42 @@ def export(recipe: Recipe, classes: int, learner: Learner, state) -> keras.Model
     averages = dict(zip(names, state.averages, strict=True))
     for variable in model.weights:
         variable.assign(averages[variable.path])
+    return model
+
+
+def body(recipe: Recipe) -> keras.Model:
+    """Builds the model of a recipe without its classifier, with the weights that the recipe starts from.
+
+    Args:
+        recipe: `Recipe`.
+
+    Returns:
+        A `keras.Model` that returns the features that the classifier takes.
+    """
+    how, scheme = recipe.model, cast(Any, recipe.model.preprocessing)
+    return models.create_model(
+        how.name, weights=how.weights, include_top=False, pooling="avg", preprocessing=scheme, **_shape(recipe)
+    )
+
+
+def with_classifier(recipe: Recipe, features: keras.Model, kernel: np.ndarray, bias: np.ndarray) -> keras.Model:
+    """Builds a plain model of a body and a classifier.
+
+    Args:
+        recipe: `Recipe`.
+        features: A `keras.Model` of `body()`.
+        kernel: Array (features, classes).
+        bias: Array (classes,).
+
+    Returns:
+        A `keras.Model` that returns probabilities.
+    """
+    model = models.create_model(
+        recipe.model.name, weights=None, classes=len(bias), preprocessing=_scheme(features), **_shape(recipe)
+    )
+    for layer in features.layers:
+        if layer.weights:
+            model.get_layer(layer.name).set_weights(layer.get_weights())
+    classifier: Any = model.get_layer("predictions")
+    classifier.set_weights([kernel, bias])
     return model

@@ -11,26 +11,38 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
 import orbit
 import tensorflow as tf
 
+from keras_effnet import model_metadata
 from keras_effnet.errors import one_of
-from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.nets.variants import VARIANTS, find_model
 from keras_effnet.tpu.config import Recipe, Run, to_json
 from keras_effnet.tpu.input import pipeline
+from keras_effnet.tpu.input.crops import eval_padding
+from keras_effnet.tpu.input.example_readers import Items
 from keras_effnet.tpu.input.skipped_examples import Skipped
 from keras_effnet.tpu.input.sources import Source, open_source
-from keras_effnet.tpu.model_from_recipe import build, export, make_learner, policy
+from keras_effnet.tpu.model_from_recipe import build, export, freezing, make_learner, policy
+from keras_effnet.tpu.recipes.finetune import decided
 from keras_effnet.tpu.reports import html_report
 from keras_effnet.tpu.reports.progress import Log
 from keras_effnet.tpu.resume import cloud_files, lock, stop_signals
 from keras_effnet.tpu.resume.checkpoints import Checkpoints, full, steps
-from keras_effnet.tpu.resume.recipe_changes import changes_of, check_allowed, check_runner, other_devices
+from keras_effnet.tpu.resume.recipe_changes import (
+    changes_of,
+    check_allowed,
+    check_runner,
+    other_devices,
+    probed,
+    recorded,
+)
 from keras_effnet.tpu.step import cross_replica
+from keras_effnet.tpu.step.losses import balancing
 from keras_effnet.tpu.step.train_step import Learner
 
 # The module that computes steps on devices, by Keras' backend. Everything else is shared.
@@ -68,7 +80,8 @@ def train(
 
     Returns:
         Dict, the content of result.json: `steps`, `top1` and `top5` (as shares), the same of the moving average
-        (`ema_top1`, ...), the best step and its top-1, `images_per_second` and more.
+        (`ema_top1`, ...), the best step and its top-1, `stopped_early` (the reason, or None), `images_per_second` and
+        more.
 
     Raises:
         ValueError: If the recipe does not fit the data, the devices or the run in the folder; if another run uses the
@@ -88,6 +101,7 @@ def train(
         tensorflow/tpu efficientnet main.py.
     """
     workdir = os.fspath(workdir).rstrip("/")
+    recipe = replace(recipe, model=replace(recipe.model, name=find_model(recipe.model.name)))
     _check(recipe)
     index, hosts = runner.place()
     try:
@@ -97,6 +111,10 @@ def train(
             if index == 0:
                 taken = f"Another run has taken over {workdir}. This run stops and saves nothing more"
                 stack.enter_context(lock.locked(workdir, lambda: stop_signals.at_once(2, taken)))
+            if recipe.probe.views:
+                from keras_effnet.tpu.probe import probe
+
+                return probe(recipe, workdir, hosts, quiet, allow_changes)
             return _train(recipe, workdir, quiet, allow_changes, watch, stack)
     except KeyboardInterrupt:  # before the first step; from then on the watch catches Ctrl-C
         raise _ended(stop_signals.INTERRUPTED, f"Stopped before the first step. {stop_signals.RESUME}") from None
@@ -163,9 +181,11 @@ def _train(
 
     # The recipe is saved before anything else happens. That of an existing run stays until this one is known to fit.
     resumes = bool(steps(f"{workdir}/checkpoints"))
-    changes = changes_of(recipe, workdir) if resumes else []
+    chosen = {}
     if resumes:
+        recipe, chosen = recorded(recipe, workdir)
         check_runner(runner.NAME, workdir)
+    changes = changes_of(recipe, workdir) if resumes or probed(workdir) else []
     check_allowed(changes, allow_changes, workdir)
     if host.index == 0 and not resumes:
         _write_config(recipe, workdir, runner=runner.NAME)
@@ -173,12 +193,14 @@ def _train(
     # From here on, one processor and a slice of TPUs are the same.
     machine = _connect(recipe.run)
     watch.hold()
+    source = _open_source(recipe, workdir, host)
+    recipe, fresh = decided(recipe, source.train_count, machine.count)
     group, devices = _divide(recipe, machine.count, host.count)
     if resumes:
         changes += other_devices(devices, workdir)
         check_allowed(changes, allow_changes, workdir)
 
-    job = _open_data(recipe, workdir, host, machine)
+    job = _planned(recipe, workdir, host, machine, source)
     learner, state, step = _build(job, group)
     trainer = machine.trainer(learner, state, step, _train_batches(job, step), recipe.batch_size, recipe.run.xla)
     stack.callback(trainer.close)
@@ -187,25 +209,45 @@ def _train(
     log = Log(workdir, recipe.batch_size, job.total, quiet, job.writes)
     checkpoints = _open_checkpoints(job, machine.files(step, trainer, learner, state), step)
     done = _restore(job, checkpoints, log)
-    if job.writes:
-        numbers = {"image_size": job.size, "classes": job.classes, "steps": job.total}
-        numbers |= {"steps_per_epoch": job.steps_per_epoch, "peak": recipe.peak}
-        _write_config(recipe, workdir, **numbers, **devices, runner=runner.NAME)
-    for change in changes:
-        log.note(f"From step {done} on: {change}")
-    if done >= job.total and tf.io.gfile.exists(f"{workdir}/result.json") and not changes:
-        return json.loads(tf.io.gfile.GFile(f"{workdir}/result.json").read())
-    if job.writes and changes:
+    _write_numbers(job, devices, chosen | fresh)
+    _tell(job, log, done, fresh, changes)
+    log.resume(done)
+    before = _results(workdir)
+    if before and not changes and (done >= job.total or _early(job, log, done)):
+        return before
+    if job.writes and (changes or before.get("stopped_early")):
         _remove_outdated(workdir, changes)
 
     watch.begin(lambda: trainer.stop.assign(1.0))
     stack.enter_context(contextlib.redirect_stdout(log.text))  # orbit prints what it does
     controller = _controller(job, trainer, evaluator, step, checkpoints, log)
-    log.begin(done)
+    log.begin()
     stack.callback(log.end)
     with _explained(job, step, checkpoints, log, watch):
         done = _loop(job, controller, checkpoints, log, done)
     return _save_results(job, learner, state, checkpoints, log, done)
+
+
+def _tell(job: _Job, log: Log, done: int, chosen: dict[str, Any], changes: list[str]) -> None:
+    """Tells what is not in the recipe as it was given."""
+    if chosen:
+        words = {name.rpartition(".")[2].replace("_", " "): value for name, value in chosen.items()}
+        told = ", ".join(f"{name} {value:g}" for name, value in words.items())
+        log.note(f"Chosen for {job.source.train_count:,} training images: {told}")
+    for change in changes:
+        log.note(f"From step {done} on: {change}")
+    for note in job.source.notes:
+        log.note(note)
+
+
+def _write_numbers(job: _Job, devices: dict[str, int], chosen: dict[str, Any]) -> None:
+    """Writes config.json with the numbers that follow from the recipe, the data and the devices."""
+    if not job.writes:
+        return
+    numbers = {"image_size": job.size, "classes": job.classes, "steps": job.total}
+    numbers |= {"steps_per_epoch": job.steps_per_epoch, "peak": job.recipe.peak}
+    numbers |= {"chosen": chosen} if chosen else {}
+    _write_config(job.recipe, job.workdir, **numbers, **devices, runner=runner.NAME)
 
 
 def _connect(run: Run) -> Any:
@@ -224,10 +266,13 @@ def _divide(recipe: Recipe, count: int, hosts: int) -> tuple[int, dict[str, int]
     return group, {"replicas": count, "hosts": hosts, "images_per_statistics": recipe.batch_size // count * group}
 
 
-def _open_data(recipe: Recipe, workdir: str, host: pipeline.Host, machine: Any) -> _Job:
-    """Opens the data set, from which the numbers of the run follow."""
+def _open_source(recipe: Recipe, workdir: str, host: pipeline.Host) -> Source:
     counts = f"{workdir}/records.json"
-    source = open_source(recipe.data, cache=counts if host.index == 0 or tf.io.gfile.exists(counts) else None)
+    return open_source(recipe.data, cache=counts if host.index == 0 or tf.io.gfile.exists(counts) else None)
+
+
+def _planned(recipe: Recipe, workdir: str, host: pipeline.Host, machine: Any, source: Source) -> _Job:
+    """Returns the numbers of the run, which follow from the data."""
     size = recipe.model.image_size or VARIANTS[recipe.model.name].resolution
     classes = recipe.data.classes or source.classes
     if classes < source.classes:
@@ -246,14 +291,25 @@ def _open_data(recipe: Recipe, workdir: str, host: pipeline.Host, machine: Any) 
 
 def _build(job: _Job, group: int) -> tuple[Learner, Any, tf.Variable]:
     """Builds the model and all that a step changes. Returns learner, state, and the number of steps done."""
-    recipe, machine = job.recipe, job.machine
+    recipe, machine, class_weights = job.recipe, job.machine, _class_weights(job)
     with machine.scope():
         keras.utils.set_random_seed(recipe.run.seed)
         model = build(recipe, job.classes, policy(recipe.run, machine))
         model = machine.adapted(model, group, recipe.run.fused)
-        learner = make_learner(model, recipe, job.steps_per_epoch, job.total)
+        learner = make_learner(model, recipe, job.steps_per_epoch, job.total, class_weights)
         state = machine.variables(learner)
     return learner, state, orbit.utils.create_global_step()
+
+
+def _class_weights(job: _Job) -> tuple[float, ...] | None:
+    if not job.recipe.data.balance:
+        return None
+    if not isinstance(job.source.train, Items):
+        raise ValueError(
+            "Expected a folder of photos or the digits with data.balance, whose labels are known before they are read. "
+            f"Received: records of {job.recipe.data.source!r}"
+        )
+    return balancing(job.source.train.labels, job.classes)
 
 
 def _train_batches(job: _Job, step: tf.Variable) -> Callable[[], Iterator]:
@@ -315,8 +371,14 @@ def _restore(job: _Job, checkpoints: Checkpoints, log: Log) -> int:
     return done
 
 
+def _results(workdir: str) -> dict[str, Any]:
+    """Reads the results of an earlier run in the folder. Empty if none has ended."""
+    path = f"{workdir}/result.json"
+    return json.loads(tf.io.gfile.GFile(path).read()) if tf.io.gfile.exists(path) else {}
+
+
 def _remove_outdated(workdir: str, changes: list[str]) -> None:
-    """Removes the results of the run before its changes."""
+    """Removes the results of the run before its changes, or before its early end."""
     names = ["result.json", "model.keras", "best.keras", "report.html"]
     if any(change.startswith(("data.", "hosts ")) for change in changes):  # other examples could not be read
         names.insert(0, "skipped-*.jsonl")
@@ -350,19 +412,32 @@ def _controller(job: _Job, trainer, evaluator, step: tf.Variable, checkpoints: C
 
 
 def _loop(job: _Job, controller: orbit.Controller, checkpoints: Checkpoints, log: Log, done: int) -> int:
-    """Trains and evaluates in turn until the last step. Returns the number of steps done."""
+    """Trains and evaluates in turn until the last step, or an early end. Returns the number of steps done."""
     while True:
         due = done >= job.total or (done and done == _next_stop(job, done - 1))
         if due and done not in log.scores:
             results = controller.evaluate()
             log.evaluated(done, _checked(job, results))
-            if log.best == done:
+            if log.best == done or _early(job, log, done):
                 checkpoints.save(log.best)
             _give_back()
-        if done >= job.total:
+        if reason := _early(job, log, done):
+            log.note(reason.capitalize())
+        if done >= job.total or reason:
             return done
         controller.train(_next_stop(job, done), checkpoint_at_completion=False)
         done = int(controller.global_step.numpy())
+
+
+def _early(job: _Job, log: Log, done: int) -> str | None:
+    """Returns why the run ends before its last step, or None. Follows from the evaluations that are logged."""
+    patience = job.recipe.run.patience
+    if patience is None or done >= job.total or done not in log.scores or log.waited < patience:
+        return None
+    return (
+        f"stopped early at step {done} of {job.total}: {log.waited} evaluations without a better top-1 than that of "
+        f"step {log.best}"
+    )
 
 
 def _next_stop(job: _Job, after: int) -> int:
@@ -445,16 +520,17 @@ def _save_results(job: _Job, learner: Learner, state: Any, checkpoints: Checkpoi
         **log.last,
         "best_step": best,
         "best_ema_top1": log.scores[best],
+        "stopped_early": _early(job, log, done),
         "skipped": len(_skipped_names(job)),
         "labels": list(job.source.labels),
         "expected_top1": recipe.expected_top1,
         "seconds": round(time.monotonic() - log.started, 1),
     }
     if job.writes:
-        _save(export(recipe, job.classes, learner, state), f"{job.workdir}/model.keras")
+        result["metadata"] = _save(job, export(recipe, job.classes, learner, state), "model.keras", done, log)
         if log.scores[best] > log.scores[done]:
             if checkpoints.take(best):
-                _save(export(recipe, job.classes, learner, state), f"{job.workdir}/best.keras")
+                _save(job, export(recipe, job.classes, learner, state), "best.keras", best, log)
             else:
                 log.note(f"No best.keras: the checkpoint of step {best} cannot be read")
         cloud_files.write(f"{job.workdir}/result.json", json.dumps(result, indent=2) + "\n")
@@ -466,9 +542,22 @@ def _save_results(job: _Job, learner: Learner, state: Any, checkpoints: Checkpoi
     return result
 
 
-def _save(model: keras.Model, path: str) -> None:
-    with cloud_files.replacing(path) as here:
-        model.save(here)
+def _save(job: _Job, model: Any, name: str, step: int, log: Log) -> dict[str, Any]:
+    """Saves a model with all that it needs to classify photos. Returns its metadata."""
+    data = job.recipe.data
+    if job.source.labels:  # the recipe may have more classes than the data
+        model.labels = [*job.source.labels, *map(str, range(len(job.source.labels), job.classes))]
+    model.expects = model_metadata.Expects(eval_padding(job.size, data), data.interpolation)
+    model.training_record = {
+        "data": data.source,
+        "weights": job.recipe.model.weights,
+        "step": step,
+        "epochs": round(step / job.steps_per_epoch, 2),
+        "top1": log.scores[step],
+    }
+    with cloud_files.replacing(f"{job.workdir}/{name}") as here:
+        model_metadata.save_model(model, here)
+    return model_metadata.of(model)
 
 
 def _skipped_names(job: _Job) -> set[str]:
@@ -479,12 +568,14 @@ def _skipped_names(job: _Job) -> set[str]:
 
 
 def _check(recipe: Recipe) -> None:
-    one_of("model", recipe.model.name, VARIANTS)
+    freezing(recipe.model)
     named = {"batch_size": recipe.batch_size, "epochs": recipe.epochs}
     named |= {f"run.{name}": getattr(recipe.run, name) for name in ("steps_per_loop", "keep", "cpu_replicas")}
-    named |= {f"run.{name}": getattr(recipe.run, name) for name in ("eval_every", "save_every")}
+    named |= {f"run.{name}": getattr(recipe.run, name) for name in ("eval_every", "save_every", "patience")}
+    if recipe.optimizer.body_scale < 0:
+        raise ValueError(f"Expected optimizer.body_scale of at least 0. Received: {recipe.optimizer.body_scale}")
     for name, value in named.items():
-        if value <= 0:
+        if value is not None and value <= 0:
             raise ValueError(f"Expected {name} above 0. Received: {value}")
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_effnet import files
-from keras_effnet.errors import one_of, unknown
+from keras_effnet import files, model_metadata
+from keras_effnet.errors import unknown
 from keras_effnet.nets.architecture import Architecture
-from keras_effnet.nets.variants import VARIANTS, identify
+from keras_effnet.nets.variants import VARIANTS, find_model, identify
 from keras_effnet.nets.weight_shapes import owners
 from keras_effnet.weights import registry
 from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file, tensorflow_checkpoint
@@ -189,7 +189,7 @@ def verify(path, model: str, source: str = "auto", *, include_top: bool = True, 
     247 of 247 tensors of a lukemelas file fit efficientnet-lite0
     """
     _check_source(source)
-    one_of("model", model, VARIANTS)
+    model = find_model(model)
     with opening.opened(path, raw) as tensors:
         contents = Contents(tensors, path, source, raw)
         _, architecture, channels, classes = identify_model(contents, model)
@@ -200,6 +200,25 @@ def verify(path, model: str, source: str = "auto", *, include_top: bool = True, 
         with suppress(ValueError):  # the tensors of no model
             report = replace(report, model=identify_model(contents, None)[0])
     return report.named("verify", model)
+
+
+def classes_of(path, architecture: Architecture) -> int | None:
+    """Returns the number of classes of a file's classifier, without reading the weights.
+
+    Args:
+        path: See `load()`.
+        architecture: An `Architecture` whose weights the file contains.
+
+    Returns:
+        Integer, or None where the file has no classifier.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the file is damaged or of no known format.
+    """
+    with opening.opened(path) as tensors:
+        bias = Contents(tensors, path, "auto", raw=False).shape_of(architecture, "predictions", "bias")
+    return bias[0] if bias else None
 
 
 def read(path, model: str, source: str = "auto", *, drop_background: bool = True) -> Values:
@@ -220,7 +239,7 @@ def read(path, model: str, source: str = "auto", *, drop_background: bool = True
     """
     with opening.opened(path) as tensors:
         contents = Contents(tensors, path, source, raw=False)
-        _, architecture, channels, classes = identify_model(contents, model)
+        _, architecture, channels, classes = identify_model(contents, find_model(model))
         if drop_background and contents.format == "tpu" and classes == 1001:
             classes = 1000
         report, plan = match(contents, architecture, channels, classes, include_top=True)
@@ -347,8 +366,8 @@ def convert_file(
     target = _checked_target(path, target)
     if target in ("tpu", "timm") and not (isinstance(preprocessing, str) and preprocessing == "auto"):
         raise ValueError(f"Expected no preprocessing: {target!r} files do not store it. Received: {preprocessing!r}")
-    if model is not None and model not in VARIANTS:
-        raise unknown("model", model, VARIANTS)
+    model = model and find_model(model)
+    record = None
     with opening.opened(source_path, raw) as tensors:
         contents = Contents(tensors, source_path, source, raw)
         model, architecture, channels, classes = identify_model(contents, model, pruned=True)
@@ -356,20 +375,18 @@ def convert_file(
             classes = 1000
         report, plan = match(contents, architecture, channels, classes, include_top=True)
         values = read_values(report, plan, contents, architecture, model)
+    if os.path.isfile(source_path):
+        record = registry.recognise(model, source_path)
     if isinstance(preprocessing, str) and preprocessing == "auto":
-        preprocessing = _usual_preprocessing(source_path, model)
+        known = record.preprocessing if record else keras_file.preprocessing_of(source_path)
+        preprocessing = known or VARIANTS[model].preprocessing
     numbers = constants(preprocessing, channels)
     if target == "own":
-        _write_own(values, path, model, architecture, channels, classes, preprocessing)
+        metadata = model_metadata.metadata(source_path) if str(source_path).endswith(".keras") else {}
+        _write_own(values, path, model, architecture, channels, classes, preprocessing, record, metadata)
     else:
         _write(values, path, target, architecture, channels, classes, numbers)
     return model
-
-
-def _usual_preprocessing(path, model: str):
-    record = registry.recognise(model, path) if os.path.isfile(path) else None
-    known = record.preprocessing if record else keras_file.preprocessing_of(path)
-    return known or VARIANTS[model].preprocessing
 
 
 def _checked_target(path, target: str | None) -> str:
@@ -392,7 +409,15 @@ def _checked_target(path, target: str | None) -> str:
 
 
 def _write_own(
-    values: Values, path, model: str, architecture: Architecture, channels: int, classes: int | None, preprocessing
+    values: Values,
+    path,
+    model: str,
+    architecture: Architecture,
+    channels: int,
+    classes: int | None,
+    preprocessing,
+    record: registry.Record | None,
+    metadata: dict[str, Any],
 ) -> None:
     from keras_effnet.nets.build import build, input_of
 
@@ -407,5 +432,14 @@ def _write_own(
     for layer in net.layers:
         for weight in layer.weights:
             weight.assign(np.ascontiguousarray(values[layer.name, weight.name]))
+    net.weights_record = record
     with files.replacing(path) as temporary:
-        net.save(temporary) if str(path).endswith(".keras") else net.save_weights(temporary)
+        if not str(path).endswith(".keras"):
+            net.save_weights(temporary)
+            return
+        net.save(temporary)
+        # A .keras file that is converted to another keeps what it knows. The pixels are those of the new model.
+        found = model_metadata.of(net)
+        kept = {key: metadata[key] for key in ("labels", "training") if metadata.get(key)}
+        pixels = metadata.get("preprocessing", {}) | found["preprocessing"]
+        model_metadata.add(temporary, found | kept | {"preprocessing": pixels})

@@ -9,8 +9,8 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from keras_effnet.errors import one_of, unknown
-from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.errors import unknown
+from keras_effnet.nets.variants import TIMM_NAMES, find_model
 
 
 @dataclass(frozen=True)
@@ -209,14 +209,6 @@ _TIMM_PRUNED = (  # as above without a tag; accuracies from timm's model cards
     ("b2", "08c1b27c", 79.91, 94.86),
     ("b3", "59ecf72d", 80.86, 95.24),
 )
-_TIMM_MODELS = {  # our names, where they differ
-    "es": "edgetpu-s",
-    "em": "edgetpu-m",
-    "el": "edgetpu-l",
-    "cc_b0_4e": "condconv-b0-4e",
-    "cc_b0_8e": "condconv-b0-8e",
-    "cc_b1_8e": "condconv-b0-8e-depth",
-}
 _TIMM_TAGS = {  # our tag: the tag of timm's port
     "baseline": "in1k",
     "autoaugment": "aa_in1k",
@@ -265,7 +257,7 @@ def _timm_files(model: str, tag: str, sha256: str) -> tuple[File, ...]:
 
 
 _PORTS = {  # (our model, timm's tag) -> timm's files
-    (f"efficientnet-{_TIMM_MODELS.get(short, short)}", tag): _timm_files(f"tf_efficientnet_{short}", tag, sha256)
+    (TIMM_NAMES.get(short, f"efficientnet-{short}"), tag): _timm_files(f"tf_efficientnet_{short}", tag, sha256)
     for short, tag, sha256, _, _ in _TIMM_ROWS
 }
 
@@ -338,7 +330,7 @@ def _mobile_records():
 
 def _timm_records():
     for short, tag, _, top1, top5 in _TIMM_ROWS:
-        model = f"efficientnet-{_TIMM_MODELS.get(short, short)}"
+        model = TIMM_NAMES.get(short, f"efficientnet-{short}")
         imagenet = short[0] in "bl" and not short.startswith("lite") and not tag.startswith("ap")
         yield Record(
             model,
@@ -384,7 +376,7 @@ def of_model(model: str) -> tuple[Record, ...]:
     """Returns all sets of a model.
 
     Args:
-        model: Name of a variant.
+        model: Name of a variant, see `nets.variants.find_model()`.
 
     Returns:
         Tuple of `Record`: the TPU repository's sets, then timm's, each with the lowest published top-1 first.
@@ -392,7 +384,7 @@ def of_model(model: str) -> tuple[Record, ...]:
     Raises:
         ValueError: If the model is unknown.
     """
-    one_of("model", model, VARIANTS)
+    model = find_model(model)
     found = (record for record in RECORDS if record.model == model)
     return tuple(sorted(found, key=lambda record: (record.publisher == "timm", record.top1)))
 

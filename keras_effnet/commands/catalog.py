@@ -1,9 +1,12 @@
 """`keras-effnet list`, `describe` and `plot`: the models and weights, and their structure."""
 
+import contextlib
+
 import click
 
-from keras_effnet.commands.options import AS_JSON
-from keras_effnet.commands.output import show, show_json, table
+from keras_effnet.commands.options import AS_JSON, choose_backend
+from keras_effnet.commands.output import quiet, show, show_json, table
+from keras_effnet.errors import few
 
 
 @click.command("list")
@@ -66,20 +69,21 @@ def _list_weights(names: list[str], as_json: bool) -> None:
     show(sets, '* the default, weights="imagenet". All are Apache-2.0. --json adds sources, addresses and hashes.')
 
 
-@click.command("describe")
-@click.argument("name")
+@click.command("describe", short_help="Show the stages, cost and published weights of MODEL.")
+@click.argument("name", metavar="MODEL")
 @AS_JSON
 def describe_(name, as_json) -> None:
-    """Show the stages, cost and published weights of a model."""
+    """Show the stages, cost and published weights of MODEL: a name, a .keras file, or the folder of a run."""
     from keras_effnet.describe import describe
 
-    found = describe(name)
+    with _loading(name):
+        found = describe(name)
     if as_json:
         show_json(found)
         return
     stages = table("Stages", ">stage", "operator", "kernel", ">stride", ">resolution", ">channels", ">layers")
     for row in found["stages"]:
-        height, width = row["resolution"]
+        height, width = row["resolution"] or ("?", "?")
         kernel = f"{row['kernel_size']}x{row['kernel_size']}"
         cells = (
             row["stage"],
@@ -96,11 +100,12 @@ def describe_(name, as_json) -> None:
     for label, value in (
         ("parameters", f"{found['params']:,}"),
         ("batch-norm statistics", f"{found['non_trainable_params']:,}"),
-        ("multiply-adds", f"{found['macs']:,}"),
+        ("multiply-adds", f"{found['macs']:,}" if found["macs"] else "depend on the image size"),
         ("layers without top", f"{counted['ours']:,}"),
         ("the same in keras.applications", f"{counted['keras_applications']:,}"),
         ("activation", found["activation"]),
         ("dropout, drop connect", f"{found['dropout_rate']}, {found['drop_connect_rate']}"),
+        *([("classes", few(found["labels"]))] if found["labels"] else []),
     ):
         facts.add_row(label, value)
     sets = table("Published weights (* default)", "tag", ">top-1 %", "preprocessing", "source")
@@ -111,13 +116,26 @@ def describe_(name, as_json) -> None:
     show(facts, "", stages, "", sets)
 
 
-@click.command("plot")
-@click.argument("names", nargs=-1, metavar="[NAME...]")
+@contextlib.contextmanager
+def _loading(*models: str):
+    """Chooses Keras' backend and keeps it quiet, where a file has to be loaded. Names need no Keras."""
+    from keras_effnet.model_loader import resolve
+
+    if all(resolve(model).kind == "name" for model in models):
+        yield
+        return
+    choose_backend()
+    with quiet():
+        yield
+
+
+@click.command("plot", short_help="Draw models side by side.")
+@click.argument("names", nargs=-1, metavar="[MODEL...]")
 @click.argument("out", metavar="OUT.svg|png|pdf")
 @click.option("--tradeoff", is_flag=True, help="Plot top-1 of all published weights over parameters and multiply-adds.")
 @AS_JSON
 def plot_(names, out, tradeoff, as_json) -> None:
-    """Draw models side by side, one row of blocks per stage.
+    """Draw models side by side, one row of blocks per stage. MODEL is as in `describe`.
 
     With --tradeoff, plot the accuracy of all published weights over the cost of their models instead.
     """
@@ -125,7 +143,8 @@ def plot_(names, out, tradeoff, as_json) -> None:
 
     if bool(names) == tradeoff:
         raise click.UsageError("Expected names of models, or --tradeoff without names.")
-    path = plot_tradeoff(out) if tradeoff else plot(list(names), out)
+    with _loading(*names):
+        path = plot_tradeoff(out) if tradeoff else plot(list(names), out)
     if as_json:
         show_json({"path": str(path)})
     else:

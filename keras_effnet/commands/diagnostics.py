@@ -65,14 +65,14 @@ def tpu_plan(ctx, recipe, topology, global_batch, dtype, evaluation, search, as_
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     need_training("jax")
-    from keras_effnet.nets.variants import VARIANTS
+    from keras_effnet.nets.variants import find_model, is_model
     from keras_effnet.tpu import config, recipes
 
     if recipe.startswith("-"):
         raise ValueError(f"Expected the name of the recipe first. Received: {recipe}")
     told = {"--batch-size": global_batch, "--run.precision": dtype}
     changes = [*changes, *(part for name, value in told.items() if value for part in (name, str(value)))]
-    base = config.Recipe(config.Model(recipe)) if recipe in VARIANTS else recipes.find(recipe)
+    base = config.Recipe(config.Model(find_model(recipe))) if is_model(recipe) else recipes.find(recipe)
     chosen = config.override(base, changes, f"keras-effnet tpu-plan {recipe}")
     from keras_effnet.tpu.planning import planner
 

@@ -5,26 +5,31 @@ from pathlib import Path
 
 import click
 
-from keras_effnet.commands.options import AS_JSON, PRECISION, RUNTIME, WEIGHTS, choose_backend, comma_separated
+from keras_effnet.commands.options import AS_JSON, BEST, PRECISION, RUNTIME, WEIGHTS, choose_backend, comma_separated
 from keras_effnet.commands.output import complain, progress, quiet, show, show_json, spinner, table
 
 
 @click.command()
 @click.argument("photographs", nargs=-1, required=True, metavar="PHOTO...")
 @click.option(
-    "--model", default="efficientnet-lite0", show_default=True, help="Name of the model. `keras-effnet list` shows all."
+    "--model",
+    default="efficientnet-lite0",
+    show_default=True,
+    help="Name of a model, .keras file, folder of a run, or exported model.",
 )
 @WEIGHTS
+@BEST
+@click.option("--recursive", is_flag=True, help="Search folders in folders too.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes to show per photo.")
 @RUNTIME
 @PRECISION
 @AS_JSON
 @click.pass_context
-def predict(ctx, photographs, model, weights, top, runtime, precision, as_json) -> None:
+def predict(ctx, photographs, model, weights, best, recursive, top, runtime, precision, as_json) -> None:
     """Classify photos.
 
-    PHOTO is an image file, or a folder of them; its subfolders are not searched. The first run prepares the model for
-    this machine and caches the result.
+    PHOTO is an image file, or a folder of them; its subfolders are searched only with --recursive. The first run
+    prepares the model for this machine and caches the result.
 
     Exit status 2 if a photo cannot be read.
     """
@@ -35,13 +40,15 @@ def predict(ctx, photographs, model, weights, top, runtime, precision, as_json) 
         choose_backend()
     try:
         with spinner(f"Preparing {model}"):
-            classifier = Classifier(model, weights, top, runtime, precision)
+            classifier = Classifier(model, weights, top, runtime, precision, best)
     except ModuleNotFoundError:
         choose_backend()
         raise
-    count = len(listed(photographs))
-    with quiet(), progress("Photos", count, disable=count < 8) as tell:
-        results = classifier(photographs, lambda done: tell(advance=done))
+    paths = listed(photographs, recursive)
+    with quiet(), progress("Photos", len(paths), disable=len(paths) < 8) as tell:
+        results = classifier(paths, lambda done: tell(advance=done))
+    if classifier.note:
+        click.echo(classifier.note, err=True)
     failed = [result for result in results if "error" in result]
     if as_json:
         show_json({"model": model, "weights": weights, "photographs": results})
@@ -57,35 +64,36 @@ def predict(ctx, photographs, model, weights, top, runtime, precision, as_json) 
     ctx.exit(2 if failed else 0)
 
 
-@click.command()
+@click.command(short_help="Export MODEL for a runtime.")
 @click.argument("model")
 @click.argument("out")
 @click.option("--format", "kind", help="savedmodel, onnx, litert or openvino. Default: from the suffix of OUT.")
 @PRECISION
 @WEIGHTS
+@BEST
 @click.option(
     "--calibration",
     multiple=True,
     metavar="PHOTO|FOLDER",
     help="Photos to calibrate int8 with: 100 or more, like those that the model will see. May be repeated.",
 )
-@click.option("--labels", metavar="FILE", help="Text file with one class name per line.")
+@click.option("--labels", metavar="FILE", help="Text file with one class name per line. Default: those of MODEL.")
 @click.option("--size", nargs=2, type=click.IntRange(1), help="Height and width, if the model takes any size.")
 @AS_JSON
-def export(model, out, kind, precision, weights, calibration, labels, size, as_json) -> None:
-    """Export MODEL, a name or a .keras file, for a runtime.
+def export(model, out, kind, precision, weights, best, calibration, labels, size, as_json) -> None:
+    """Export MODEL for a runtime: a name, a .keras file, or the folder of a run.
 
     OUT ends in .onnx, .tflite or .xml (OpenVINO); any other name is the folder of a SavedModel. The file is saved only
     if its outputs match Keras'. For int8, the difference is only reported.
     """
     choose_backend()
     from keras_effnet.inference import export as exporter
-    from keras_effnet.model_loader import load
+    from keras_effnet.model_loader import load_model
 
     if labels is not None:
         labels = Path(labels).read_text(encoding="utf-8").splitlines()
     with spinner(f"Exporting {model}"):
-        net = load(model, weights)
+        net = load_model(model, weights, best=best)
         report = exporter.export(
             net,
             out,
@@ -142,7 +150,7 @@ def export(model, out, kind, precision, weights, calibration, labels, size, as_j
 def benchmark(ctx, models, runtimes, precisions, batch_sizes, threads, rounds, plot, as_json) -> None:
     """Measure the speed of models on this machine.
 
-    MODEL is a name (with random weights), a .keras file or an exported file.
+    MODEL is a name (with random weights), a .keras file, the folder of a run or an exported model.
 
     Exit status 2 if a runtime cannot run a model.
     """

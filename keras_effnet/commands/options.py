@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+BEST = click.option("--best", is_flag=True, help="Use a run's best.keras instead of its model.keras.")
 AS_JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else."
 )

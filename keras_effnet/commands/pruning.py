@@ -10,11 +10,11 @@ from keras_effnet.commands.output import show, show_json, table
 
 
 @click.command(short_help="Remove channels of a trained classifier, and distill it.")
-@click.argument("model", metavar="MODEL.keras")
+@click.argument("model")
 @click.option(
     "--data",
     required=True,
-    help="Folder with one subfolder of photos per class, or with train and val folders of this kind.",
+    help="Folder with one subfolder of photos per class, or with train and val folders of this kind; or a CSV file.",
 )
 @click.option("--out", required=True, help="Folder for pruned.keras, plan.json and the report.")
 @click.option("--reduction", default=0.4, show_default=True, help="Share of the whole model's cost to remove.")
@@ -35,7 +35,9 @@ from keras_effnet.commands.output import show, show_json, table
 @click.option("--crop", is_flag=True, help="Crop photos as for the published weights. Use it if the training did.")
 @AS_JSON
 def prune(model, as_json, **arguments) -> None:
-    """Remove channels of MODEL.keras, a classifier, and distill the whole model into the smaller one.
+    """Remove channels of MODEL, a classifier, and distill the whole model into the smaller one.
+
+    MODEL is a .keras file or the folder of a run.
 
     Run the same command again to resume an interrupted run. The report is also saved to the folder, as JSON, Markdown
     and a picture.

@@ -4,8 +4,8 @@ import os
 
 import click
 
-from keras_effnet.commands.options import AS_JSON, RUNNER, WEIGHTS, need_training
-from keras_effnet.commands.output import progress, quiet, show, show_json, spinner, table
+from keras_effnet.commands.options import AS_JSON, BEST, RUNNER, WEIGHTS, need_training
+from keras_effnet.commands.output import complain, progress, quiet, show, show_json, spinner, table
 
 
 @click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
@@ -64,8 +64,8 @@ def _list_recipes(found, as_json: bool) -> None:
             name,
             recipe.model.name.removeprefix("efficientnet-"),
             recipe.data.source,
-            f"{recipe.epochs:g}",
-            recipe.batch_size,
+            "by size" if recipe.epochs is None else f"{recipe.epochs:g}",
+            recipe.batch_size or "by size",
             recipe.augment.policy,
             recipe.expected_top1 or "",
             recipe.source,
@@ -79,8 +79,13 @@ def _list_recipes(found, as_json: bool) -> None:
 
 @click.command("eval", short_help="Evaluate MODEL on a data set: top-1, top-5, confusions.")
 @click.argument("model")
-@click.option("--data", "source", help="Folder, digits, or name of a TensorFlow dataset. Default: the data of the run.")
+@click.option(
+    "--data",
+    "source",
+    help="Folder, CSV file, digits, or name of a TensorFlow dataset. Default: the data of the run.",
+)
 @WEIGHTS
+@BEST
 @click.option("--data-dir", help="Folder in which TensorFlow Datasets keeps its files.")
 @click.option("--split", "eval_split", help="Split of a TensorFlow dataset or of TFRecords, or a subfolder of --data.")
 @click.option("--first-label", default=1, show_default=True, help="Number of the first class in TFRecords.")
@@ -96,7 +101,7 @@ def evaluate_(
 ) -> None:
     """Evaluate MODEL on a data set: top-1, top-5, each class, and the most frequent confusions.
 
-    MODEL is a name, a .keras file that contains an EfficientNet, or the folder of a training run.
+    MODEL is a name, a .keras file that contains an EfficientNet, the folder of a training run, or an exported model.
     """
     need_training()
     from keras_effnet.tpu.config import Data
@@ -123,6 +128,8 @@ def evaluate_(
     rows += [("speed", f"{result['images_per_second']:.1f} images/s")]
     for row in rows:
         facts.add_row(*row)
+    for name in result["skipped"]:
+        complain(f"Skipped unreadable image: {name}")
     worst = sorted(result["classes"], key=lambda row: (row["top1"], -row["examples"]))
     shown = result["classes"] if all_classes else worst[:10]
     title = "Classes" if len(shown) == len(worst) else f"The {len(shown)} worst of {len(worst)} classes"

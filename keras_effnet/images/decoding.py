@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import threading
 import warnings
 from functools import cache
 from typing import TYPE_CHECKING
@@ -11,6 +12,32 @@ import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+class _Quiet:
+    """Ignores warnings while any thread is inside. `catch_warnings()` alone is not safe with several threads.
+
+    Pillow warns about odd metadata, and from half of its limit on, which cameras reach. At the limit, it raises.
+    """
+
+    def __init__(self):
+        self._lock, self._count, self._context = threading.Lock(), 0, None
+
+    def __enter__(self):
+        with self._lock:
+            if not self._count:
+                self._context = warnings.catch_warnings()
+                self._context.__enter__()
+                warnings.simplefilter("ignore")
+            self._count += 1
+
+    def __exit__(self, *error):
+        with self._lock:
+            self._count -= 1
+            if not self._count and self._context:
+                self._context.__exit__(*error)
+
+
+_QUIET = _Quiet()
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes, by the number of channels
 
@@ -37,9 +64,7 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
     if channels not in _MODES:
         raise ValueError(f"Expected channels to be 1, 3 or 4. Received: channels={channels}")
     name, data = _read(source)
-    with warnings.catch_warnings():
-        # Pillow warns about odd metadata, and from half of its limit on, which cameras reach. At the limit, it raises.
-        warnings.simplefilter("ignore")
+    with _QUIET:
         try:
             image = Image.open(io.BytesIO(data), formats=formats())
             kind = image.format

@@ -1,12 +1,13 @@
 """Loads photos as a model expects them: decoded, cropped and resized."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_effnet.errors import one_of
+from keras_effnet import model_loader, model_metadata
 from keras_effnet.images.decoding import decode_image
 from keras_effnet.images.resizing import crop_and_resize
 from keras_effnet.nets.variants import VARIANTS, nearest
@@ -15,16 +16,17 @@ if TYPE_CHECKING:
     import keras
 
 
-def load_image(source, model: "str | keras.Model", weights: str | None = "auto") -> np.ndarray:
+def load_image(source, model: "str | os.PathLike | keras.Model", weights: str | None = "auto") -> np.ndarray:
     """Decodes, crops and resizes a photo for a model. The model itself normalizes the pixels.
 
     Args:
         source: Path of an image file, or its bytes.
-        model: Name of a model, or a model of this package. It sets the size and the number of channels.
-        weights: Tag of the weights whose crop and interpolation to use. Defaults to `"auto"`: the weights that the
-            model was created with, or its variant's usual ones if it was loaded from a file or is part of another
-            model. For a name, or a model created without weights, the rules of the original's newest evaluation code
-            apply: bicubic, with an eighth cropped away.
+        model: The model to load for: a name; the path of a `.keras` file, of a run's folder or of an exported model; or
+            a `keras.Model`. It sets the size and the number of channels.
+        weights: Tag of the weights whose crop and interpolation to use. Defaults to `"auto"`: what the model's metadata
+            say, see `keras_effnet.metadata()`; else what the weights expect that the model was created with; else, for
+            a file that plain Keras has saved, the variant's usual ones. For a name, or a model created without weights,
+            the rules of the original's newest evaluation code apply: bicubic, with an eighth cropped away.
 
     Returns:
         float32 array of pixels, nominally 0-255, (height, width, channels), or (channels, height, width) for a
@@ -45,7 +47,7 @@ def load_image(source, model: "str | keras.Model", weights: str | None = "auto")
 
 
 def image_loader(
-    model: "str | keras.Model",
+    model: "str | os.PathLike | keras.Model",
     weights: str | None = "auto",
     crop: bool = True,
     shape: tuple[int, ...] | None = None,
@@ -56,10 +58,9 @@ def image_loader(
         model: See `load_image()`.
         weights: See `load_image()`.
         crop: Boolean, whether to use the crop and interpolation of the weights. Defaults to True. False for the largest
-            window of the model's shape, bilinear.
+            window of the model's shape, bilinear, unless the model's own metadata say otherwise.
         shape: Tuple of integers, shape of an image, for a model that may be from another package. Without rules for
-            that model, those of the original's newest evaluation code apply. Defaults to None: the model is of this
-            package.
+            that model, those of the original's newest evaluation code apply. Defaults to None: the model's own.
 
     Returns:
         Function from a path or bytes to the array of pixels.
@@ -70,64 +71,132 @@ def image_loader(
     if shape is None:
         size, channels, channels_last, record = expected_by(model, weights)
     else:
-        channels_last = shape[-1] <= 4
-        height, width, channels = shape if channels_last else (*shape[1:], shape[0])
-        size = height, width
+        (*size, channels), channels_last = (shape, True) if shape[-1] <= 4 else ((*shape[1:], shape[0]), False)
         record = None
         with contextlib.suppress(ValueError):
             record = expected_by(model, weights)[3]
-    rules: tuple[Any, ...] = (0, "bilinear") if not crop else ()
-    if crop and record:
-        rules = (record.crop_padding, record.interpolation)
+    return loader(size, channels, channels_last, record, crop)
+
+
+def loader(size, channels: int, channels_last: bool, rules: Any, crop: bool = True) -> Callable[[Any], np.ndarray]:
+    """Returns a function that loads photos by the given rules.
+
+    Args:
+        size: Pair of integers, height and width.
+        channels: Integer.
+        channels_last: Boolean, whether the channels come last in the result.
+        rules: `Expects`, a `Record`, or None for the rules of the original's newest evaluation code.
+        crop: See `image_loader()`.
+
+    Returns:
+        Function from a path or bytes to the array of pixels.
+    """
+    used: tuple[Any, ...] = (rules.crop_padding, rules.interpolation) if rules else ()
+    if not crop and not isinstance(rules, model_metadata.Expects):
+        used = (0, "bilinear")
 
     def load(source) -> np.ndarray:
-        pixels = crop_and_resize(decode_image(source, channels), size, *rules)
+        pixels = crop_and_resize(decode_image(source, channels), tuple(size), *used)
         return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     return load
 
 
+def loader_of(metadata: dict[str, Any]) -> Callable[[Any], np.ndarray]:
+    """Returns a function that loads photos as a file's metadata say.
+
+    Args:
+        metadata: See `keras_effnet.metadata()`.
+
+    Returns:
+        Function from a path or bytes to the array of pixels.
+
+    Raises:
+        ValueError: If the metadata leave the size of the photos open.
+    """
+    found = _told(metadata)
+    if found is None:
+        raise ValueError(f"Expected the shape of an image. Received: {metadata.get('input_shape')}")
+    return loader(*found)
+
+
+def _told(metadata: dict[str, Any]) -> tuple[tuple[int, int], int, bool, Any] | None:
+    """Returns what `expected_by()` returns, from metadata; or None if they leave something open."""
+    shape = metadata.get("input_shape", ())
+    if len(shape) != 3 or None in shape:
+        return None
+    channels_last = shape[-1] <= 4
+    height, width, channels = shape if channels_last else (*shape[1:], shape[0])
+    pixels = metadata.get("preprocessing", {})
+    rules = None
+    if "interpolation" in pixels:
+        rules = model_metadata.Expects(pixels["crop_padding"], pixels["interpolation"])
+    return (height, width), channels, channels_last, rules
+
+
 def expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
-    """Returns the images that a model expects, and the record of the weights whose crop and interpolation to use.
+    """Returns the images that a model expects, and what holds their crop and interpolation.
 
     Args:
         model: See `load_image()`.
         weights: See `load_image()`.
 
     Returns:
-        Tuple of (height, width), number of channels, whether channels come last, and the record or None.
+        Tuple of (height, width), number of channels, whether channels come last, and an `Expects`, a `Record`, or None.
 
     Raises:
         ValueError: If the model, the weights or the input size are unknown.
     """
+    if isinstance(model, str | os.PathLike):
+        found = model_loader.resolve(model, exports=True)
+        if found.kind == "name":
+            variant = VARIANTS[found.place]
+            record = _rules(variant.name, found.weights or weights, found.place)
+            side = (record and record.resolution) or variant.resolution
+            return (side, side), 3, True, record
+        told = _told(model_metadata.metadata(found.place)) if weights == "auto" else None
+        if told is not None:
+            return told
+        if found.kind == "export":
+            raise ValueError(
+                f"Expected an export with metadata of keras_effnet. Received: {found.place!r}, which another program "
+                "has saved. Use load_image(photo, NAME) with the name of its model"
+            )
+        model = model_loader.load_model(found.place)
+    return _expected_by_net(model, weights)
+
+
+def _expected_by_net(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
+    from keras_effnet.nets import inspection
     from keras_effnet.weights import registry
 
-    if isinstance(model, str):
-        one_of("model", model, VARIANTS)
-        name, variant, size, channels, channels_last, record = model, model, (None, None), 3, True, None
-    else:
-        from keras_effnet.nets import inspection
-
-        holder, reading = inspection.find(model)
-        name, variant, channels = model.name, nearest(reading.architecture), reading.channels
-        channels_last = reading.layers["stem_conv"].data_format == "channels_last"
-        size = tuple(model.input_shape[1:3] if channels_last else model.input_shape[2:4])
-        # A model that was loaded from a file, or is part of another one, does not know its weights: assume the usual.
-        usual = registry.default(variant) if variant else None
-        record = getattr(holder, "weights_record", usual)
-    if weights is None:
-        record = None
-    elif weights != "auto":
-        if variant is None:
-            raise ValueError(
-                f"Expected a known model when weights are given. Received: weights={weights!r} and {name!r}, "
-                "whose blocks match no known model"
-            )
-        record = registry.find(variant, weights)
-    height, width = size
+    holder, reading = inspection.find(model, others=True)
+    variant = nearest(reading.architecture)
+    channels_last = reading.layers["stem_conv"].data_format == "channels_last"
+    height, width = model.input_shape[1:3] if channels_last else model.input_shape[2:4]
+    # A model that plain Keras has saved does not know its weights: assume the usual.
+    rules = model_metadata.expects_of(model)
+    if rules is None and not any(hasattr(one, "weights_record") for one in (model, holder)):
+        rules = registry.default(variant) if variant else None
+    if weights != "auto":
+        rules = _rules(variant, weights, model.name)
     if height is None or width is None:
         if variant is None:
-            raise ValueError(f"Expected a model with a known input size. Received: {name!r} of size {size}")
-        side = (record and record.resolution) or VARIANTS[variant].resolution
+            raise ValueError(f"Expected a model with a known input size. Received: {model.name!r} of {height}x{width}")
+        side = getattr(rules, "resolution", None) or VARIANTS[variant].resolution
         height, width = height or side, width or side
-    return (height, width), channels, channels_last, record
+    return (height, width), reading.channels, channels_last, rules
+
+
+def _rules(variant: str | None, weights: str | None, name: str) -> Any:
+    """Returns the record of a variant's weights, or None."""
+    from keras_effnet.weights import registry
+
+    if weights in (None, "auto"):
+        return None
+    if variant is None:
+        raise ValueError(
+            f"Expected a known model when weights are given. Received: weights={weights!r} and {name!r}, "
+            "whose blocks match no known model"
+        )
+    return registry.find(variant, weights)

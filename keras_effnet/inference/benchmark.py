@@ -14,6 +14,7 @@ import numpy as np
 
 from keras_effnet.inference import runtimes
 from keras_effnet.inference.predictor import Predictor
+from keras_effnet.model_loader import resolve
 
 
 class Worker:
@@ -86,8 +87,10 @@ def benchmark(
     """Measures the latency, throughput and memory of models.
 
     Args:
-        models: Sequence of model names (with random weights), or paths of `.keras` or exported files.
-        names: Sequence of runtimes. Defaults to None: all that are installed.
+        models: Sequence of model names (with random weights), or paths of `.keras` files, of runs' folders or of
+            exported models.
+        names: Sequence of runtimes. Defaults to None: all that are installed; for an exported model, the first that
+            opens it.
         precisions: Sequence of precisions, see `Predictor`. Defaults to `("float32",)`.
         batch_sizes: Sequence of integers. Defaults to (1, 8, 32).
         threads: Integer. Processors to use. Defaults to None: all.
@@ -108,12 +111,13 @@ def benchmark(
     >>> rows[0]["images_per_second"] > 0
     True
     """
-    names = runtimes.choose("auto") if names is None else [name for each in names for name in runtimes.choose(each)]
+    chosen = names and [name for each in names for name in runtimes.choose(each)]
     threads = threads or runtimes.cores()
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         workers: dict[tuple[str, str, str], Worker] = {}
-        asked = [(model, name, precision) for model in models for precision in precisions for name in names]
+        pairs = [(model, chosen or _usual(model)) for model in models]
+        asked = [(model, name, precision) for model, some in pairs for precision in precisions for name in some]
         for place, (model, name, precision) in enumerate(asked):
             on_progress(f"{Path(model).name} for {name}, {precision}", place, len(asked))
             try:
@@ -140,6 +144,12 @@ def benchmark(
                 }
             )
     return rows
+
+
+def _usual(model: str) -> list[str]:
+    """Returns the runtimes to measure a model on."""
+    found = resolve(model, exports=True)
+    return [runtimes.of_file(found.place)] if found.kind == "export" else runtimes.choose("auto")
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:

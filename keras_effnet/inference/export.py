@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,13 +11,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_effnet import compat
+from keras_effnet import compat, model_metadata
 from keras_effnet.errors import one_of
 from keras_effnet.files import folder_beside
-from keras_effnet.images import class_names, decoding, folders, photo_loader, resizing
+from keras_effnet.images import decoding, folders, photo_loader, resizing
 from keras_effnet.inference import runtimes
 from keras_effnet.inference.export_check import compare
 from keras_effnet.inference.export_formats import ADD_METADATA, WRITERS, quietly
+from keras_effnet.model_loader import load_model
 from keras_effnet.nets import inspection
 from keras_effnet.nets.variants import VARIANTS, nearest
 
@@ -29,7 +29,7 @@ BOUNDS = {"float32": 1e-4, "float16": 2e-2, "mixed": 0.1, "int8": np.inf}
 
 
 def export(
-    model: keras.Model,
+    model: "keras.Model | str | os.PathLike",
     path: str | os.PathLike,
     format: str | None = None,
     precision: str = "float32",
@@ -42,10 +42,11 @@ def export(
 
     Batch normalization and preprocessing are folded (`fold_batch_norm()`). All is float32 unless `precision` says
     otherwise. Inputs are pixels 0-255. The file also holds the preprocessing of photos, the labels and the source of
-    the weights: read them with `keras_effnet.inference.runtimes.metadata()`.
+    the weights: `keras_effnet.metadata()` reads them.
 
     Args:
-        model: A functional or sequential model of images: of this package, of keras.applications, or built on them.
+        model: A functional or sequential model of images: of this package, of keras.applications, or built on them; or
+            the name of a model, or the path of a `.keras` file or of a run's folder.
         path: Path of the file, or of the folder for `"savedmodel"`. An existing export is replaced only after the
             new one has passed the check.
         format: `"savedmodel"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to None: by the suffix of `path`,
@@ -55,7 +56,7 @@ def export(
         calibration: For `"int8"`, images to measure the activations with: an array with pixels 0-255, or a list of
             photos (paths, bytes, or folders), which are cropped and resized as the weights expect. Pass 100 or more
             images like those that the model will see. Defaults to None: crops of two bundled photos, with a warning.
-        labels: List of class names. Defaults to None: ImageNet's if the model has its published weights.
+        labels: List of class names. Defaults to None: `model.labels`, or ImageNet's if the model has published weights.
         input_shape: Tuple of integers. The shape of an image, for a model that takes any size. Defaults to None: the
             model's own, or the usual one of its variant.
 
@@ -80,6 +81,8 @@ def export(
     >>> report["difference"]["random"] < 1e-4
     True
     """
+    if isinstance(model, str | os.PathLike):
+        model = load_model(model)
     path = Path(path)
     kind = format or next((name for name, ending in runtimes.FORMATS.items() if path.suffix == ending), "savedmodel")
     _check_arguments(path, kind, precision)
@@ -92,7 +95,7 @@ def export(
             "that the model will see",
             stacklevel=2,
         )
-    metadata = _metadata(model, shape, precision, labels)
+    metadata = metadata_of(model, shape, precision, labels)
     random = np.random.default_rng(0).uniform(0, 255, (2, *shape)).astype("float32")
     tried = {"random": random, "photographs": photographs[:: max(1, len(photographs) // 64)][:64]}
     with folder_beside(path) as folder:
@@ -206,7 +209,7 @@ def shape_of(model: keras.Model, input_shape: tuple[int, ...] | None = None) -> 
     if input_shape is None:
         side = 224
         with suppress(ValueError, KeyError):  # a model of another package, or of unknown widths
-            side = VARIANTS[nearest(inspection.find(model)[1].architecture) or ""].resolution
+            side = VARIANTS[nearest(inspection.find(model, others=True)[1].architecture) or ""].resolution
         return tuple(side if size is None else size for size in known)
     shape = tuple(input_shape)
     if len(shape) != 3 or any(size not in (None, given) for size, given in zip(known, shape, strict=True)):
@@ -258,14 +261,15 @@ def pixels_of(images: Any, read: Callable[[Any], np.ndarray], shape: tuple[int, 
         float32 array (count, *shape).
 
     Raises:
-        OSError: If a file cannot be read.
-        ValueError: If there are no images, or they have another shape, or contain NaN or infinity.
+        ValueError: If there are no images, too many cannot be read, or they have another shape or contain NaN or
+            infinity.
     """
     if isinstance(images, str | bytes | os.PathLike):
         images = [images]
     if not hasattr(images, "shape") and len(images) and isinstance(images[0], str | bytes | os.PathLike):
-        found = [each if isinstance(each, bytes) else folders.photographs([each]) for each in images]
-        images = [read(one) for each in found for one in ([each] if isinstance(each, bytes) else each)]
+        named = [each for each in images if not isinstance(each, bytes)]
+        photos = [*folders.photographs(named, recursive=True), *(each for each in images if isinstance(each, bytes))]
+        images = [pixels for _, pixels in folders.readable(photos, read)]
     array = np.asarray(images, "float32")
     if array.ndim != 4 or array.shape[1:] != shape or not len(array) or not np.isfinite(array).all():
         raise ValueError(f"Expected images of shape (count, {', '.join(map(str, shape))}). Received: {array.shape}")
@@ -293,30 +297,24 @@ def _own_photographs(read, shape: tuple[int, ...], count: int = 100) -> np.ndarr
     return np.stack(images).astype("float32")
 
 
-def _metadata(model, shape, precision: str, labels) -> dict[str, Any]:
-    """Returns what `runtimes.metadata()` reads back, except for `difference`."""
-    outputs = model.outputs[0].shape[-1]
-    record = getattr(model, "weights_record", None)
-    if labels is None and record is not None and outputs == 1000:
-        labels = [name for _, name in class_names.classes()]
-    try:
-        holder, reading = inspection.find(model)
-        record = record or getattr(holder, "weights_record", None)
-        pixels: dict[str, Any] = {"scale": list(reading.scale), "offset": list(reading.offset)}
-    except ValueError:
-        pixels = {}
-    if record is not None:
-        pixels |= {"crop_padding": record.crop_padding, "interpolation": record.interpolation}
-    if labels is not None and len(labels) != outputs:
-        raise ValueError(f"Expected a label for each of the model's {outputs} outputs. Received: {len(labels)} labels")
-    told = record and {key: value for key, value in asdict(record).items() if key != "files"}
-    return {
-        "model": model.name,
-        "input_shape": list(shape),
-        "outputs": outputs_of(model),
-        "pixels": "0-255",
-        "preprocessing": pixels | {"inside": True},
-        "precision": precision,
-        "weights": told,
-        "labels": None if labels is None else list(map(str, labels)),
-    }
+def metadata_of(model: keras.Model, shape: Sequence[int], precision: str, labels=None) -> dict[str, Any]:
+    """Returns what `keras_effnet.metadata()` reads back from an export, except for `difference`.
+
+    Args:
+        model: A functional or sequential model.
+        shape: Sequence of integers. The shape of an image.
+        precision: See `export()`.
+        labels: See `export()`.
+
+    Returns:
+        Dict.
+
+    Raises:
+        ValueError: If there is not one label for each output.
+    """
+    found = model_metadata.of(model, labels, shape, outputs=outputs_of(model), precision=precision)
+    with suppress(ValueError):  # a model of another package
+        rules = photo_loader.expected_by(model, "auto")[3]
+        if rules is not None:
+            found["preprocessing"] |= {"crop_padding": rules.crop_padding, "interpolation": rules.interpolation}
+    return found

@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from keras_effnet import __version__, compat, files
+from keras_effnet import __version__, compat, files, model_metadata
 from keras_effnet.errors import one_of
 from keras_effnet.images import folders
 from keras_effnet.inference import runtimes
-from keras_effnet.model_loader import check_file, load
-from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.model_loader import load_model, resolve
 from keras_effnet.weights import registry, store
 
 BATCH = 16  # images per call of Keras
-KEPT_AS = 1  # increased when exports change, which invalidates all that are cached
+KEPT_AS = 2  # increased when exports change, which invalidates all that are cached
 
 
 class ExportCache:
@@ -55,15 +54,16 @@ class ExportCache:
         self._weights = weights
         self._model: Any = model
         if isinstance(model, str | os.PathLike):
-            name = os.fspath(model)
-            if name in VARIANTS:
-                told = ["name", name, _weights_of(name, weights)]
+            found = resolve(model, exports=True)
+            if found.kind == "export":
+                self.exported = found.place
+                return
+            if found.kind == "name":
+                self._weights = found.tag_of(weights)
+                told = ["name", found.place, _weights_of(found.place, self._weights)]
             else:
-                check_file(name, (".keras", *runtimes.FORMATS.values()))
-                if not name.endswith(".keras"):
-                    self.exported = name
-                    return
-                told = ["file", registry.digest(name, "sha256")]
+                told = ["file", registry.digest(found.place, "sha256")]
+            self._model = found.place
         else:
             told = ["model", _fingerprint(model)]
         if precision == "int8" and calibration is not None:
@@ -84,7 +84,7 @@ class ExportCache:
         """
         if not isinstance(self._model, str | os.PathLike):
             return self._model
-        self._model = load(self._model, self._weights)
+        self._model = load_model(self._model, self._weights)
         return self._model
 
     def opened(self, runtime: str, threads: int) -> tuple[str, Path | None, dict[str, Any], Any]:
@@ -102,7 +102,7 @@ class ExportCache:
             ImportError: If the runtime, or the package that exports to it, is not installed.
             ValueError: If the runtime is unknown, or the model cannot be exported to it in this precision.
         """
-        one_of("runtime", runtime, ["auto", *runtimes.RUNTIMES, "keras"])
+        one_of("runtime", runtime, ["auto", *runtimes.FAST, "keras"])
         if runtime == "keras":
             return self._keras()
         names = runtimes.choose(runtime)
@@ -144,7 +144,7 @@ class ExportCache:
                 rows.append([each[: len(each) - missing] for each in made])
             return [np.concatenate(each) for each in zip(*rows, strict=True)]
 
-        return "keras", None, {"outputs": export.outputs_of(model), "input_shape": shape}, run
+        return "keras", None, export.metadata_of(model, shape, self.precision), run
 
     def _places(self, name: str) -> tuple[Path, Path]:
         """Returns the paths of the export for a runtime, and of its record."""
@@ -176,7 +176,7 @@ class ExportCache:
         report = export.export(
             model, path, kind, self.precision, calibration=self._calibration, input_shape=self._shape
         )
-        record = report | {key: value for key, value in runtimes.metadata(path).items() if key not in report}
+        record = report | {key: value for key, value in model_metadata.metadata(path).items() if key not in report}
         with files.replacing(told) as temporary:
             temporary.write_text(json.dumps(record))
         return path, record
@@ -295,6 +295,5 @@ def _fingerprint(model) -> str:
                 hashed.update(f"{_PROCESS} {id(own)}".encode())
     for weight in model.weights:
         hashed.update(np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(weight.value, "float32"))).tobytes())
-    record = getattr(model, "weights_record", None)
-    hashed.update(f"{record and (record.model, record.tag)}".encode())
+    hashed.update(json.dumps(model_metadata.of(model)).encode())  # labels, crop, record
     return hashed.hexdigest()

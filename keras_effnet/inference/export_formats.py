@@ -17,8 +17,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_effnet import compat
-from keras_effnet.inference import quantization, runtimes
+from keras_effnet import compat, model_metadata
+from keras_effnet.inference import quantization
 from keras_effnet.inference.export_check import agreement, runner_of
 from keras_effnet.inference.folding import for_inference
 
@@ -186,7 +186,7 @@ def _litert(model, path: Path, shape, precision: str, photographs) -> dict[str, 
 
 def _openvino(model, path: Path, shape, precision: str, photographs) -> dict[str, Any]:
     _need("openvino")
-    openvino = runtimes.load_openvino()
+    openvino = compat.load_openvino()
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "model.onnx"
         found = _onnx(model, graph, shape, "int8" if precision == "int8" else "float32", photographs)
@@ -208,7 +208,7 @@ def _backend() -> str:
 def _add_to_savedmodel(path: Path, metadata: dict[str, Any]) -> None:
     extra = path / "assets.extra"
     extra.mkdir(exist_ok=True)
-    (extra / runtimes.METADATA).write_text(json.dumps(metadata))
+    (extra / model_metadata.MEMBER).write_text(json.dumps(metadata))
 
 
 def _add_to_onnx(path: Path, metadata: dict[str, Any]) -> None:
@@ -223,13 +223,13 @@ def _add_to_onnx(path: Path, metadata: dict[str, Any]) -> None:
 def _add_to_litert(path: Path, metadata: dict[str, Any]) -> None:
     """Appends a zip archive to the model, as the metadata library of the format does."""
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(runtimes.METADATA, json.dumps(metadata))
+        archive.writestr(model_metadata.MEMBER, json.dumps(metadata))
         if metadata["labels"]:
             archive.writestr("labels.txt", "\n".join(metadata["labels"]) + "\n")
 
 
 def _add_to_openvino(path: Path, metadata: dict[str, Any]) -> None:
-    openvino = runtimes.load_openvino()
+    openvino = compat.load_openvino()
     net = openvino.Core().read_model(path)
     net.set_rt_info(json.dumps(metadata), ["keras_effnet"])
     again = path.with_name(f"again-{path.name}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keras_effnet import model_metadata
 from keras_effnet.errors import one_of
 from keras_effnet.inference import runtimes
 
@@ -24,8 +25,8 @@ class Predictor:
 
     Args:
         model: A functional or sequential `keras.Model` of images (of this package, of keras.applications, or built on
-            them), with its current weights; or the name of a model; or the path of a `.keras` or an exported file
-            (`.tflite`, `.onnx`, `.xml`).
+            them), with its current weights; or the name of a model; or the path of a `.keras` file, of a run's folder,
+            or of an exported model (`.tflite`, `.onnx`, `.xml`, or the folder of a SavedModel).
         runtime: `"litert"`, `"onnxruntime"`, `"openvino"`, or `"keras"` for Keras itself. Defaults to `"auto"`: the
             fastest that is installed, by a short measurement on this machine, which is cached.
         precision: `"float32"`, `"float16"` or `"int8"`, see `export()`. Defaults to `"float32"`.
@@ -41,6 +42,10 @@ class Predictor:
 
     Returns:
         The same as `model.predict(images)`: float32 arrays with one row per image. A single image gives one row.
+
+    Attributes:
+        metadata: Dict, see `keras_effnet.metadata()`.
+        labels: List of the model's class names, or None.
 
     Raises:
         ImportError: If the runtime, or the package that exports to it, is not installed.
@@ -76,10 +81,11 @@ class Predictor:
         if source.exported:
             self.runtime, self.path = runtimes.of_file(source.exported, runtime), Path(source.exported)
             self._run: Any = runtimes.Pool(self.runtime, self.path, self.threads)
-            record = {"input_shape": self._run.input_shape} | runtimes.metadata(self.path)
+            record = {"input_shape": list(self._run.input_shape)} | model_metadata.metadata(self.path)
             self.precision = record.get("precision", self.precision)
         else:
             self.runtime, self.path, record, self._run = source.opened(runtime, self.threads)
+        self.metadata: dict[str, Any] = record
         self.input_shape: tuple[int, ...] = tuple(record["input_shape"])
         self.labels: list[str] | None = record.get("labels")
         self._structure = record.get("outputs")

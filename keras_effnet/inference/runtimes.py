@@ -6,16 +6,13 @@ import json
 import os
 import platform
 import statistics
-import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_effnet import compat
 from keras_effnet.errors import one_of, unknown
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
@@ -44,6 +42,7 @@ class Runtime:
             runners. A runner takes a float32 batch of one image and returns the list of outputs. Only one thread at a
             time may use it.
         forks: Boolean, whether the library still works in a fork of a process that has used it.
+        fast: Boolean, whether a `Predictor` exports models to it. Otherwise it only opens files.
     """
 
     package: str
@@ -51,6 +50,7 @@ class Runtime:
     formats: tuple[str, ...]
     open: Callable[[str, int, int], tuple[Shape, list[Run]]]
     forks: bool = True
+    fast: bool = True
 
     @property
     def installed(self) -> bool:
@@ -58,11 +58,10 @@ class Runtime:
         return find_spec(self.module) is not None
 
 
-METADATA = "keras_effnet.json"
-
 PRECISIONS = ("float32", "float16", "int8")
 
-# format: suffix
+# format: suffix of its files. A SavedModel is a folder with a file of this name.
+SAVED_MODEL = "saved_model.pb"
 FORMATS = {"litert": ".tflite", "onnx": ".onnx", "openvino": ".xml"}
 
 
@@ -106,27 +105,8 @@ def _run(session, place: str, image: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {place: image})
 
 
-def load_openvino():
-    """Imports OpenVINO without its telemetry.
-
-    For telemetry, it forks this process from a separate thread. TensorFlow and JAX have threads that do not survive a
-    fork.
-
-    Returns:
-        The module.
-    """
-    reports = "openvino_telemetry"
-    if "openvino" in sys.modules or reports in sys.modules:
-        return import_module("openvino")
-    sys.modules[reports] = None  # type: ignore[assignment]
-    try:
-        return import_module("openvino")
-    finally:
-        del sys.modules[reports]
-
-
 def _openvino(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
-    openvino = load_openvino()
+    openvino = compat.load_openvino()
     model = openvino.Core().read_model(path)
     sides = [-1 if side.is_dynamic else side.get_length() for side in model.input().get_partial_shape()]
     _check(sides, model.input().element_type.to_dtype().name)
@@ -146,6 +126,22 @@ def _openvino(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
     return tuple(sides[1:]), [runner() for _ in range(count)]
 
 
+def _savedmodel(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
+    import tensorflow as tf
+
+    loaded: Any = tf.saved_model.load(path)
+    serve = loaded.signatures["serving_default"]
+    (spec,) = serve.structured_input_signature[1].values()
+    _check([side or -1 for side in spec.shape], spec.dtype.name)
+    outputs = sorted(serve.structured_outputs)
+
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        found = serve(**{spec.name: tf.constant(image)})
+        return [found[name].numpy() for name in outputs]
+
+    return tuple(spec.shape[1:]), [run] * count
+
+
 def _check(shape, dtype: str) -> None:
     """Checks that a model takes a batch of float images of one size. Files of other programs may not."""
     known = all(isinstance(side, int | np.integer) and side > 0 for side in shape[1:])
@@ -157,7 +153,10 @@ RUNTIMES = {
     "litert": Runtime("ai-edge-litert", "ai_edge_litert", ("litert",), _litert),
     "onnxruntime": Runtime("onnxruntime", "onnxruntime", ("onnx",), _onnxruntime, forks=False),
     "openvino": Runtime("openvino", "openvino", ("onnx", "openvino"), _openvino, forks=False),
+    "tensorflow": Runtime("tensorflow", "tensorflow", ("savedmodel",), _savedmodel, forks=False, fast=False),
 }
+
+FAST = [name for name, runtime in RUNTIMES.items() if runtime.fast]
 
 
 def of_file(path: str | os.PathLike, name: str = "auto") -> str:
@@ -175,6 +174,7 @@ def of_file(path: str | os.PathLike, name: str = "auto") -> str:
         ValueError: If the runtime does not open files with this suffix.
     """
     kind = next((kind for kind, ending in FORMATS.items() if os.fspath(path).endswith(ending)), None)
+    kind = "savedmodel" if os.path.isfile(os.path.join(path, SAVED_MODEL)) else kind
     able = [other for other, runtime in RUNTIMES.items() if kind in runtime.formats]
     if not able:
         raise ValueError(
@@ -184,54 +184,15 @@ def of_file(path: str | os.PathLike, name: str = "auto") -> str:
         name = next((other for other in able if RUNTIMES[other].installed), able[0])
     elif name not in able:
         raise unknown(f"runtime for {os.fspath(path)!r}", name, able)
-    choose(name)
+    _need(name)
     return name
-
-
-def metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads the metadata that `export()` has stored in a file.
-
-    Args:
-        path: Path of an exported file, or of a SavedModel's folder.
-
-    Returns:
-        Dict with `model`, `input_shape`, `outputs`, `pixels`, `preprocessing`, `precision`, `weights`, `labels` and
-        `difference`. Empty for a file of another program.
-
-    Raises:
-        ImportError: If the runtime of the format is not installed.
-        OSError: If the file cannot be read.
-        ValueError: If the suffix is not that of an export.
-    """
-    path = Path(path)
-    text = None
-    if path.is_dir():
-        extra = path / "assets.extra" / METADATA
-        text = extra.read_text() if extra.is_file() else None
-    elif path.suffix == FORMATS["litert"]:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                text = archive.read(METADATA).decode() if METADATA in archive.namelist() else None
-    elif path.suffix == FORMATS["onnx"]:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(os.fspath(path), options)
-        text = session.get_modelmeta().custom_metadata_map.get("keras_effnet")
-    elif path.suffix == FORMATS["openvino"]:
-        net = load_openvino().Core().read_model(path)
-        text = net.get_rt_info(["keras_effnet"]).value if net.has_rt_info(["keras_effnet"]) else None
-    else:
-        raise ValueError(f"Expected an exported model. Received: {os.fspath(path)!r}")
-    return json.loads(text) if text else {}
 
 
 def choose(name: str) -> list[str]:
     """Returns the runtimes that a name selects.
 
     Args:
-        name: Key of `RUNTIMES`, `"keras"`, or `"auto"` for all that are installed.
+        name: One of `FAST`, `"keras"`, or `"auto"` for all that are installed.
 
     Returns:
         List of keys of `RUNTIMES`, or `["keras"]`.
@@ -240,17 +201,21 @@ def choose(name: str) -> list[str]:
         ImportError: If the named runtime is not installed.
         ValueError: If the name is unknown.
     """
-    one_of("runtime", name, ["auto", *RUNTIMES, "keras"])
+    one_of("runtime", name, ["auto", *FAST, "keras"])
     if name == "keras":
         return [name]
     if name == "auto":
-        return [other for other, runtime in RUNTIMES.items() if runtime.installed]
+        return [other for other in FAST if RUNTIMES[other].installed]
+    _need(name)
+    return [name]
+
+
+def _need(name: str) -> None:
     if not RUNTIMES[name].installed:
         raise ImportError(
             f"Expected {RUNTIMES[name].package} for runtime={name!r}. Received: not installed. "
             f"Run: pip install {RUNTIMES[name].package}"
         )
-    return [name]
 
 
 class Pool:

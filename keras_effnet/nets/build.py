@@ -164,7 +164,7 @@ def policy(dtype) -> keras.DTypePolicy:
         ) from error
 
 
-def check_head(include_top, pooling, classes, classifier_activation, record, variant) -> None:
+def check_head(include_top, pooling, classes, classifier_activation, pretrained: bool) -> None:
     """Checks the arguments that define the end of a net.
 
     Args:
@@ -172,11 +172,10 @@ def check_head(include_top, pooling, classes, classifier_activation, record, var
         pooling: See `build()`.
         classes: See `build()`.
         classifier_activation: See `build()`.
-        record: Record of the pretrained weights, or None.
-        variant: String, name of the model.
+        pretrained: Boolean, whether the classifier comes from published weights.
 
     Raises:
-        ValueError: If an argument is not valid, or does not fit the pretrained top.
+        ValueError: If an argument is not valid, or does not fit the pretrained classifier.
     """
     if pooling is not None:
         one_of("pooling", pooling, ("avg", "max"))
@@ -184,12 +183,7 @@ def check_head(include_top, pooling, classes, classifier_activation, record, var
         return
     if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
         raise ValueError(f"Expected classes to be a positive integer. Received: classes={classes!r}")
-    if record is not None and classes not in {1000 + file.class_offset for file in record.files}:
-        raise ValueError(
-            f"Expected classes=1000, as in the pretrained top of {variant}. Received: classes={classes}. "
-            "Pass include_top=False and add your own classifier, or weights=None"
-        )
-    if record is not None and classifier_activation not in (
+    if pretrained and classifier_activation not in (
         None,
         "softmax",
         keras.activations.softmax,

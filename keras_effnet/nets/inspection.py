@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_effnet import compat
 from keras_effnet.nets.architecture import Architecture, Block
 
 
@@ -44,12 +45,14 @@ LAYER = re.compile(
 )
 
 
-def read(model: keras.Model, prefix: str | None = None) -> Reading:
+def read(model: keras.Model, prefix: str | None = None, others: bool = False) -> Reading:
     """Reads the architecture of a model from its layers, also after saving and loading it.
 
     Args:
         model: A functional model that was built by this package, or loaded from its file. Layers around it are ignored.
         prefix: String in front of the layers' names. Defaults to None: detected, if there is only one.
+        others: Boolean, whether to read the EfficientNets of keras.applications too. They pad explicitly and normalize
+            in other layers, so only tasks that change nothing can use them. Defaults to False.
 
     Returns:
         A `Reading`.
@@ -65,8 +68,9 @@ def read(model: keras.Model, prefix: str | None = None) -> Reading:
     (96, 10)
     """
     found = {layer.name: layer for layer in getattr(model, "layers", [])}
-    prefixes = [name.removesuffix("preprocessing") for name in found if name.endswith("preprocessing")]
-    prefixes = [start for start in prefixes if {f"{start}stem_conv", f"{start}top_conv"} <= found.keys()]
+    prefixes = [name.removesuffix("stem_conv") for name in found if name.endswith("stem_conv")]
+    needed = ("stem_conv", "top_conv") if others else ("preprocessing", "stem_conv", "top_conv")
+    prefixes = [start for start in prefixes if {f"{start}{part}" for part in needed} <= found.keys()]
     if prefix is None and len(prefixes) == 1:
         prefix = prefixes[0]
     if prefix not in prefixes:
@@ -79,11 +83,12 @@ def read(model: keras.Model, prefix: str | None = None) -> Reading:
     return _read(model, {name: layer for name, layer in named.items() if LAYER.fullmatch(name)})
 
 
-def find(model: keras.Model) -> tuple[keras.Model, Reading]:
+def find(model: keras.Model, others: bool = False) -> tuple[keras.Model, Reading]:
     """Finds the EfficientNet in a model: the model itself, or a layer of it, as in `Sequential([body, ...])`.
 
     Args:
         model: A model.
+        others: See `read()`.
 
     Returns:
         Tuple of the model that has the network's layers, and its `Reading`.
@@ -92,13 +97,13 @@ def find(model: keras.Model) -> tuple[keras.Model, Reading]:
         ValueError: If the model has no EfficientNet, or several.
     """
     try:
-        return model, read(model)
+        return model, read(model, others=others)
     except ValueError:
         found = []
         for layer in getattr(model, "layers", []):
             if isinstance(layer, keras.Model):
                 with suppress(ValueError):
-                    found.append(find(layer))
+                    found.append(find(layer, others))
         if len(found) != 1:
             raise
         return found[0]
@@ -110,7 +115,7 @@ def _read(model: keras.Model, named: dict) -> Reading:
         match = LAYER.fullmatch(name)
         if match and match[1]:
             groups.setdefault(match[1], {})[match[2]] = layer
-    stem_conv, top_conv, rescaling = named["stem_conv"], named["top_conv"], named["preprocessing"]
+    stem_conv, top_conv = named["stem_conv"], named["top_conv"]
     blocks, arriving = [], stem_conv.filters
     for name, group in groups.items():
         spatial = group.get("dwconv") or group["expand_conv"]
@@ -134,7 +139,8 @@ def _read(model: keras.Model, named: dict) -> Reading:
     # The last residual block has the largest rate, so the base rate computed from it has the least rounding error.
     drops = [(group["drop"].rate, index) for index, group in enumerate(groups.values()) if "drop" in group]
     rate, index = drops[-1] if drops else (0.0, 1)
-    shape = rescaling.output.shape
+    pixels, scale, offset = _normalization(stem_conv)
+    shape = pixels.shape
     channels_last = stem_conv.data_format == "channels_last"
     height, width, channels = shape[1:] if channels_last else (*shape[2:], shape[1])
     dropout, predictions = named.get("top_dropout"), named.get("predictions")
@@ -150,9 +156,28 @@ def _read(model: keras.Model, named: dict) -> Reading:
         ),
         layers=named,
         block_ends=tuple(list(group.values())[-1] for group in groups.values()),
-        scale=tuple(np.ravel(rescaling.scale).tolist()),
-        offset=tuple(np.ravel(rescaling.offset).tolist()),
+        scale=tuple(np.ravel(scale).tolist()),
+        offset=tuple(np.ravel(offset).tolist()),
         size=(height, width),
         channels=channels,
         classes=predictions.units if predictions else None,
     )
+
+
+def _normalization(stem_conv) -> tuple[Any, Any, Any]:
+    """Returns the pixels that a net takes, and the scale and offset that its layers before the stem amount to."""
+    tensor, scale, offset = stem_conv.input, np.ones(1), np.zeros(1)
+    while True:
+        layer = compat.producer(tensor)
+        if isinstance(layer, keras.layers.Rescaling):
+            factor, added = np.asarray(layer.scale), np.asarray(layer.offset)
+        elif isinstance(layer, keras.layers.Normalization):
+            mean, variance = (np.asarray(keras.ops.convert_to_numpy(each)) for each in (layer.mean, layer.variance))
+            deviation = np.sqrt(np.maximum(variance, keras.config.epsilon()))
+            factor, added = 1 / deviation, -mean / deviation
+        elif isinstance(layer, keras.layers.ZeroPadding2D):
+            factor, added = np.ones(1), np.zeros(1)
+        else:
+            return tensor, scale, offset
+        scale, offset = scale * np.ravel(factor), offset + scale * np.ravel(added)
+        tensor = compat.inputs_of(tensor)[0]

@@ -4,6 +4,7 @@ Line numbers refer to tensorflow/tpu @ 7dc921f, models/official/efficientnet.
 """
 
 import math
+import re
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
@@ -188,6 +189,86 @@ VARIANTS |= {
     )
     for name, widths in _PRUNED.items()
 }
+
+
+# What follows `efficientnet` in timm's names where it differs from ours: timm/models/efficientnet.py.
+TIMM_NAMES = {
+    "es": "efficientnet-edgetpu-s",
+    "em": "efficientnet-edgetpu-m",
+    "el": "efficientnet-edgetpu-l",
+    "cc_b0_4e": "efficientnet-condconv-b0-4e",
+    "cc_b0_8e": "efficientnet-condconv-b0-8e",
+    "cc_b1_8e": "efficientnet-condconv-b0-8e-depth",
+}
+
+# What follows `EfficientNet` in the names of our functions where it differs from the variant's.
+_FUNCTIONS = {
+    "CondConvB0x4": "efficientnet-condconv-b0-4e",
+    "CondConvB0x8": "efficientnet-condconv-b0-8e",
+    "CondConvB0x8Depth": "efficientnet-condconv-b0-8e-depth",
+}
+
+
+@cache
+def _aliases() -> dict[str, str]:
+    """Returns the variant of each name without case, punctuation, `tf` and `efficientnet`."""
+    own = {name: name for name in VARIANTS}
+    return {_short(alias): name for alias, name in (own | TIMM_NAMES | _FUNCTIONS).items()}
+
+
+def _short(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower()).removeprefix("tf").removeprefix("efficientnet")
+
+
+def find_model(name: str) -> str:
+    """Returns the variant that a name refers to.
+
+    Case and punctuation do not matter, and `efficientnet` may be left out: `"b0"`, `"EfficientNetB0"` and
+    `"efficientnet_b0"` are `"efficientnet-b0"`. So are timm's and keras.applications' names for the same
+    architecture.
+
+    Args:
+        name: String.
+
+    Returns:
+        String, a key of `VARIANTS`.
+
+    Raises:
+        ValueError: If there is no such variant. The message names the nearest ones.
+
+    Example:
+
+    >>> find_model("tf_efficientnet_lite0"), find_model("B7")
+    ('efficientnet-lite0', 'efficientnet-b7')
+    """
+    found = _aliases().get(_short(name)) if isinstance(name, str) else None
+    if found is None:
+        raise unknown_model(name)
+    return found
+
+
+def unknown_model(name: object) -> ValueError:
+    """Returns the error for a name that `find_model()` does not know.
+
+    Args:
+        name: The name.
+
+    Returns:
+        A `ValueError` for the caller to raise.
+    """
+    return unknown("model", name, VARIANTS, _short)
+
+
+def is_model(name: object) -> bool:
+    """Returns whether `find_model()` knows a name.
+
+    Args:
+        name: Any object.
+
+    Returns:
+        Boolean.
+    """
+    return isinstance(name, str) and _short(name) in _aliases()
 
 
 def list_models(pattern: str | None = None) -> list[str]:

@@ -1,7 +1,6 @@
 """Batches of photos and labels for `fit()`."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -17,7 +16,7 @@ class Photographs(keras.utils.PyDataset):
         shuffle: Boolean, whether to draw a new order for each epoch. Defaults to False.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, int]], load: Callable, batch_size: int, shuffle: bool = False):
+    def __init__(self, files: Sequence[tuple[str, int]], load: Callable, batch_size: int, shuffle: bool = False):
         super().__init__(workers=2)
         self.files, self.load, self.batch_size, self.shuffle = list(files), load, batch_size, shuffle
         self._random = np.random.default_rng(0)

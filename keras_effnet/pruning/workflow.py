@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_effnet import compat, files
-from keras_effnet.images.folders import labelled
+from keras_effnet import compat, files, model_metadata
+from keras_effnet.errors import few
+from keras_effnet.images.decoding import decode_image
+from keras_effnet.images.folders import labelled, readable
 from keras_effnet.images.photo_loader import image_loader
 from keras_effnet.inference.predictor import Predictor
+from keras_effnet.model_loader import load_model, resolve
 from keras_effnet.nets import inspection, pruning_plan
 from keras_effnet.plots import figure_class, plot_channels
 from keras_effnet.pruning import choose_channels, costs, cut_channels
@@ -28,13 +31,15 @@ class _Photos(NamedTuple):
     """The photos of a folder, in batches.
 
     Args:
-        classes: List of the names of the classes.
+        classes: List of the names of the classes with photos.
+        labels: List of the names of the model's classes.
         training: Batches to distill with, shuffled.
         testing: Batches to evaluate on.
         calibration: Batches of training photos to compute the importance from.
     """
 
     classes: list[str]
+    labels: list[str]
     training: Photographs
     testing: Photographs
     calibration: Photographs
@@ -65,8 +70,9 @@ def prune(
     resumes an interrupted run, with the same plan and after the last finished epoch.
 
     Args:
-        path: Path of a trained classifier as a `.keras` file.
-        data: Path of a folder of photos. See `labelled()`. The model's outputs are the classes in alphabetical order.
+        path: Path of a trained classifier as a `.keras` file, or of a run's folder.
+        data: Path of a folder of photos, or of a CSV file. See `labelled()`. Without labels, the model's outputs are
+            the classes in alphabetical order.
         out: Path of the folder to save to. It is created if it does not exist.
         reduction: See `pruning.plan()`.
         cost: See `pruning.plan()`.
@@ -78,8 +84,9 @@ def prune(
         gamma: See `distill()`.
         learning_rate: See `distill()`.
         batch_size: Integer. Defaults to 32.
-        crop: Boolean, whether to crop photos as `load_image()` does for the published weights. Choose what the model
-            was trained with. Defaults to False: the largest window with the shape of the model's input.
+        crop: Boolean, whether to crop photos as `load_image()` does for the published weights, if the model's metadata
+            do not say how. Choose what the model was trained with. Defaults to False: the largest window with the shape
+            of the model's input.
         verbose: See `keras.Model.fit()`.
         on_step: Function to call with a message before each step.
 
@@ -89,11 +96,13 @@ def prune(
     Raises:
         ImportError: If matplotlib is not installed.
         OSError: If a file cannot be read or written.
-        ValueError: If an argument is not valid, or the model and the folder differ in their number of classes.
+        ValueError: If an argument is not valid, the model and the folder differ in their classes, or too many photos
+            cannot be read.
     """
     out = Path(out)
     figure_class()  # fails before the work if matplotlib is not installed
-    teacher, photos = _inputs(path, data, calibration, batch_size, crop)
+    path = resolve(path).place
+    teacher, photos = _inputs(path, data, calibration, batch_size, crop, on_step)
     out.mkdir(parents=True, exist_ok=True)
     settings = {"reduction": reduction, "cost": cost, "solver": solver, "importance": importance, "divisor": divisor}
     distillation = {"epochs": epochs, "gamma": gamma, "learning_rate": learning_rate}
@@ -111,8 +120,10 @@ def prune(
     plan = pruning_plan.Plan.load(out / "plan.json")
     student = cut_channels.apply(teacher, plan)
     accuracies = _distill(teacher, student, photos, distillation, state / "backup", verbose, on_step)
-    with files.replacing(out / "pruned.keras") as temporary:
-        student.save(temporary)
+    student.labels, student.weights_record = photos.labels, None
+    student.expects = model_metadata.expects_of(teacher)
+    student.training_record = {"pruned_from": os.fspath(path), "data": os.fspath(data), "accuracy": accuracies}
+    model_metadata.save_model(student, out / "pruned.keras")
     on_step("Measuring the latency")
     report = {
         "model": os.fspath(path),
@@ -128,6 +139,7 @@ def prune(
         "macs": _both(teacher, student, photos.calibration, "macs"),
         "params": _both(teacher, student, photos.calibration, "params"),
         "latency": _latencies(teacher, student, on_step),
+        "metadata": model_metadata.of(student),
         "blocks": {"whole": inspection.find(teacher)[1].architecture.widths, "pruned": plan.blocks},
     }
     _save_report(report, out)
@@ -135,26 +147,44 @@ def prune(
     return report
 
 
-def _inputs(path, data, calibration: int, batch_size: int, crop: bool) -> tuple[Any, _Photos]:
+def _inputs(path, data, calibration: int, batch_size: int, crop: bool, on_step) -> tuple[Any, _Photos]:
     """Loads the model and finds the photos. Raises an error if they do not exist or do not match."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"Expected a .keras file. Received: {os.fspath(path)!r}, which does not exist")
-    names, train, test = labelled(data)
-    teacher: Any = keras.models.load_model(path, compile=False)
+    teacher: Any = load_model(path)
     inspection.find(teacher)
-    if len(teacher.outputs) != 1 or teacher.output_shape != (None, len(names)):
-        raise ValueError(
-            f"Expected a model with {len(names)} classes, as in {os.fspath(data)!r}. Received: {teacher.name!r}, whose "
-            f"output has the shape {teacher.output_shape}"
-        )
+    found = labelled(data)
+    for note in found.notes:
+        on_step(note)
+    labels, numbers = _numbered(teacher, found.labels, os.fspath(data))
+    train, test = ([(file, numbers[label]) for file, label in part] for part in (found.train, found.test))
     load = image_loader(teacher, crop=crop)
+    unreadable = {file for file, _ in (*train, *test)} - {
+        file for file, _ in readable([file for file, _ in (*train, *test)], lambda file: decode_image(file).shape)
+    }
+    train, test = ([pair for pair in part if pair[0] not in unreadable] for part in (train, test))
     chosen = np.random.default_rng(0).permutation(len(train))[:calibration]
     return teacher, _Photos(
-        classes=names,
+        classes=found.labels,
+        labels=labels,
         training=Photographs(train, load, batch_size, shuffle=True),
         testing=Photographs(test, load, batch_size),
         calibration=Photographs([train[place] for place in chosen], load, batch_size),
     )
+
+
+def _numbered(teacher, classes: list[str], data: str) -> tuple[list[str], list[int]]:
+    """Returns the names of the model's classes, and the number that the model gives to each class of the data."""
+    outputs = teacher.output_shape[-1] if len(teacher.outputs) == 1 and len(teacher.output_shape) == 2 else None
+    labels = model_metadata.labels_of(teacher)
+    if outputs is None or (labels is None and outputs != len(classes)):
+        raise ValueError(
+            f"Expected a model with {len(classes)} classes, as in {data!r}. Received: {teacher.name!r}, whose "
+            f"output has the shape {teacher.output_shape}"
+        )
+    labels = labels or classes
+    strange = [name for name in classes if name not in labels]
+    if strange:
+        raise ValueError(f"Expected classes of the model: {few(labels)}. Received: {few(strange)} in {data!r}")
+    return labels, [labels.index(name) for name in classes]
 
 
 def _can_resume(state: Path, asked: dict[str, Any]) -> bool:

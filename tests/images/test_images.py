@@ -3,6 +3,8 @@
 import io
 import struct
 import zlib
+from importlib.util import find_spec
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import keras_effnet as ke
+from keras_effnet import class_names
 from keras_effnet.images.decoding import decode_image
 from keras_effnet.images.resizing import crop_and_resize
 from keras_effnet.nets.normalization import constants, scheme_of
@@ -228,8 +231,9 @@ def test_random_damage_gives_an_image_or_a_value_error(data):
         (lambda: ke.load_image(encoded(colours()), "efficientnet-b"), "Nearest"),
         (lambda: ke.load_image(encoded(colours()), "efficientnet-b0", weights="aa"), "Unknown weights"),
         (lambda: crop_and_resize(np.zeros((4, 4, 3)), (2, 2), interpolation="cubic"), "Nearest: 'bicubic'"),
-        (lambda: ke.decode_predictions(np.zeros((1, 10))), r"\(1, 10\)"),
-        (lambda: ke.decode_predictions(np.zeros((1, 1000)), top=0), "from 1 to 1000"),
+        (lambda: ke.decode_predictions(np.zeros((1, 10))), r"\(1, 10\).*labels=model\.labels"),
+        (lambda: ke.decode_predictions(np.zeros((1, 10)), labels=["a", "b"]), r"\(batch, 2\), for 2 labels.*\(1, 10\)"),
+        (lambda: ke.decode_predictions(np.zeros((1, 1000)), top=0), "positive integer"),
     ],
 )
 def test_wrong_arguments(call, expected):
@@ -249,11 +253,30 @@ def test_constants_and_their_inverse():
     assert scheme_of(*constants(([2, 3, 4], 1), 3)) == ([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
 
 
-def test_names_are_keras_own_classes():
+def test_classes_have_the_names_of_keras_and_torchvision():
+    wnids, names = zip(*class_names.classes(), strict=True)
+    tfds = Path(find_spec("tensorflow_datasets").origin).parent / "datasets/imagenet2012/labels.txt"
+    assert list(wnids) == tfds.read_text().split()
+    assert list(names) == class_names.labels() and len(set(names)) == 1000
+    assert [names[index] for index in (0, 282, 761, 999)] == ["tench", "tiger cat", "remote control", "toilet tissue"]
+    # Keras has "crane" and "maillot" twice.
+    assert [names[index] for index in (134, 517, 638, 639)] == ["crane bird", "crane", "maillot", "maillot tank suit"]
+
+
+def test_predictions_are_decoded_as_in_keras():
     probabilities = np.zeros((2, 1000))
-    probabilities[0, [281, 282]] = 0.7, 0.3
-    probabilities[1, 967] = 1
+    probabilities[0, [281, 282]] = 0.3, 0.7
+    probabilities[1, 639] = 1
     found = ke.decode_predictions(probabilities, top=2)
-    assert found[0] == [("n02123045", "tabby cat", 0.7), ("n02123159", found[0][1][1], 0.3)]
-    assert found[1][0][:2] == ("n07920052", "espresso")
+    assert found[0] == [("n02123159", "tiger_cat", 0.7), ("n02123045", "tabby", 0.3)]
+    assert found[1][0] == ("n03710721", "maillot_tank_suit", 1)
+    assert class_names.rank(probabilities, top=1)[0] == [(282, "n02123159", "tiger cat", 0.7)]
     assert ke.decode_predictions(keras.ops.convert_to_tensor(probabilities), top=2)[0][0][:2] == found[0][0][:2]
+    assert len(ke.decode_predictions(preds=probabilities, top=2000)[0]) == 1000
+
+
+def test_predictions_of_ones_own_classes_have_the_names_as_given():
+    probabilities = np.array([[0.25, 0.0, 0.75]])
+    found = ke.decode_predictions(probabilities, labels=["my cat", "Hund", "ein_Vogel"])
+    assert found == [[(None, "ein_Vogel", 0.75), (None, "my cat", 0.25), (None, "Hund", 0.0)]]
+    assert class_names.rank(probabilities, 1, ["a", "b", "c"]) == [[(2, None, "c", 0.75)]]

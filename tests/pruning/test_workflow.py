@@ -104,12 +104,14 @@ def photographs(folder: Path, *names: str) -> Path:
 
 def test_folders_of_classes(tmp_path):
     split = photographs(tmp_path / "a", "train/x/1.png", "train/y/1.png", "val/x/2.png", "val/y/3.jpg")
-    names, train, test = folders.labelled(split)
-    assert names == ["x", "y"] and [(path.name, label) for path, label in train] == [("1.png", 0), ("1.png", 1)]
-    assert [(path.name, label) for path, label in test] == [("2.png", 0), ("3.jpg", 1)]
+    found = folders.labelled(split)
+    assert found.labels == ["x", "y"]
+    assert [(Path(path).name, label) for path, label in found.train] == [("1.png", 0), ("1.png", 1)]
+    assert [(Path(path).name, label) for path, label in found.test] == [("2.png", 0), ("3.jpg", 1)]
     plain = photographs(tmp_path / "b", *(f"{name}/{number}.png" for name in "xy" for number in range(10)))
     (plain / "x" / "notes.txt").write_text("no photograph")
-    _, train, test = folders.labelled(plain)
+    found = folders.labelled(plain)
+    train, test = found.train, found.test
     assert len(train) == 16 and len(test) == 4 and not set(train) & set(test)
     # The images have the size of the model's input, with and without the weights' crop.
     model = ke.EfficientNetLite0(weights=None, input_shape=(32, 48, 3))
@@ -119,8 +121,8 @@ def test_folders_of_classes(tmp_path):
         assert pixels.shape == (10, 32, 48, 3) and sorted([*labels, *rest]) == [0] * 8 + [1] * 8
     for folder, problem in (
         (tmp_path / "none", "one folder per class"),
-        (photographs(tmp_path / "c", "1.png"), "with none"),
-        (photographs(tmp_path / "d", "train/x/1.png", "val/y/1.png"), "the same ones"),
+        (photographs(tmp_path / "c", "1.png"), "with no photos"),
+        (photographs(tmp_path / "d", "train/x/1.png", "val/y/1.png"), "photos of y only to evaluate on"),
     ):
         with pytest.raises(ValueError, match=problem):
             folders.labelled(folder)
@@ -144,7 +146,7 @@ def test_what_does_not_fit_is_told_before_the_work(tmp_path):
         workflow.prune(tmp_path / "two.keras", folder, tmp_path / "other", solver="exakt")
     assert state.read_text() == "{}"  # the state of an interrupted call
     result = command("prune", tmp_path / "no.keras", "--data", folder, "--out", tmp_path / "out")
-    assert result.returncode == 2 and result.stderr.startswith("error: Expected a .keras file")
+    assert result.returncode == 2 and result.stderr.startswith("error: Expected a model file. Received: ")
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -1,5 +1,6 @@
 """Protects the recipes, their published numbers, and how the command line changes their fields."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -47,6 +48,14 @@ def test_a_recipe_file_tells_what_it_is(module):
         assert part in text
 
 
+def test_a_kept_classifier_has_the_classes_of_the_weights():
+    from keras_effnet.tpu import model_from_recipe
+
+    recipe = override(Recipe(), ["--model.name=efficientnet-lite0", "--model.weights=imagenet", "--model.keep-top"])
+    with pytest.raises(ValueError, match="Expected weights with a classifier for 5 classes"):
+        model_from_recipe.build(recipe, 5, "float32")
+
+
 def test_fields_are_changed_by_name_and_type():
     changed = override(EVERY["b0_baseline"], ["--optimizer.peak", "0.256", "--augment.no-flip", "--batch-size=4096"])
     assert (changed.peak, changed.augment.flip, changed.batch_size) == (0.256, False, 4096)
@@ -58,12 +67,19 @@ def test_fields_are_changed_by_name_and_type():
         override(Recipe(), ["--optimizer.peak", "0"]).peak == 0
         and override(Recipe(), ["--batch-size=256"]).peak == 0.016
     )
+    # AdamW has defaults of its own, in place of the recipe's for another optimizer. What is given stays.
+    own = override(EVERY["finetune"], ["--optimizer.name", "adamw", "--optimizer.decay", "0.99"]).optimizer
+    assert own == config.Optimizer("adamw", decay=0.99) and own.decay == 0.99
+    assert (own.per_256, own.epsilon, own.layer_decay, own.weight_decay) == (2.5e-4, 1e-7, 0.05, 0.0)
+    kept = override(EVERY["finetune"], ["--optimizer.name", "sgd"]).optimizer
+    assert kept == dataclasses.replace(EVERY["finetune"].optimizer, name="sgd")
+    assert override(Recipe(optimizer=own), ["--optimizer.name", "rmsprop"]) == Recipe()
     for arguments, told in (
         (["--optimizer.peek", "1"], "Did you mean --optimizer.peak"),
         (["--learning_rate", "1"], "Expected a field of the recipe. Received: --learning_rate"),
         (["--optimizer.peak", "fast"], "could not convert string to float: 'fast'"),
         (["--batch-size", "1.5"], "invalid literal for int"),
-        (["--optimizer.name", "adam"], "Expected one of ('rmsprop', 'rmsprop-keras', 'rmsprop-torch'"),
+        (["--optimizer.name", "adamax"], "Expected one of ('rmsprop', 'rmsprop-keras', 'rmsprop-torch'"),
         (["--model.no_name"], "Expected a field of the recipe. Received: --model.no_name"),
         (["12"], "Unrecognized options: 12"),
     ):

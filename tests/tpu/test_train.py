@@ -2,20 +2,25 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, SHORT
+from helpers import BACKEND, SHORT, same_weights
 
 if BACKEND != "tensorflow":
     pytest.skip("TensorFlow's runner", allow_module_level=True)
 
+from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu import recipes
-from keras_effnet.tpu.config import Data, Optimizer, Run, from_json, override
+from keras_effnet.tpu import train as training
+from keras_effnet.tpu.config import Data, Optimizer, Run, from_json, override, with_fields
 from keras_effnet.tpu.input import pipeline, skipped_examples
+from keras_effnet.tpu.input.example_readers import Records
 from keras_effnet.tpu.input.sources import open_source
+from keras_effnet.tpu.recipes import finetune
 from keras_effnet.tpu.runners import tensorflow_runner
 from keras_effnet.tpu.train import train
 
@@ -50,7 +55,9 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
     # Each number is in its row.
     trained, evaluated = rows(tmp_path / "run", "train"), rows(tmp_path / "run", "eval")
     assert [row["step"] for row in evaluated] == [int(0.3 * 1437 / 32), steps]
-    assert {"loss", "top1", "top5", "learning_rate", "images_per_second"} <= trained[0].keys()
+    assert {"loss", "top1", "top5", "data_loss", "learning_rate", "images_per_second"} <= trained[0].keys()
+    # Without the weight decay of 1e-5, which grows with the variables.
+    assert all(0.005 < row["loss"] - row["data_loss"] < 0.5 for row in trained)
     assert {"loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5"} <= evaluated[-1].keys()
     assert evaluated[-1]["ema_top1"] == result["ema_top1"]
     # The saved model is the moving average: Keras computes the accuracy that the run has reported.
@@ -158,6 +165,87 @@ def test_devices_that_are_not_there(tmp_path):
         train(override(RECIPE, ["--batch-size", "4096"]), tmp_path, quiet=True)
     with pytest.raises(ValueError, match="Unknown model"):
         train(override(RECIPE, ["--model.name", "efficientnet-lite9"]), tmp_path, quiet=True)
+
+
+@pytest.fixture
+def mini(monkeypatch):
+    """Reduces B0 to its first three stages, with a block each."""
+    b0 = VARIANTS["efficientnet-b0"]
+    stages = tuple(dataclasses.replace(stage, repeats=1) for stage in b0.stages[:3])
+    monkeypatch.setitem(VARIANTS, "efficientnet-b0", dataclasses.replace(b0, stages=stages))
+
+
+@pytest.mark.usefixtures("mini")
+def test_a_run_that_gets_no_better_ends_early(tmp_path, monkeypatch):
+    """Even if it is interrupted, it ends at the same step with the same bits. It trains the blocks from `freeze` on.
+
+    It keeps the numbers that it has chosen for its data, even if another version would choose others.
+    """
+    # Steps that change no prediction, so that the first evaluation is the best.
+    still = [
+        "--optimizer.peak",
+        "1e-8",
+        "--model.bn-momentum",
+        "0.99999999",
+        "--run.eval-every",
+        "0.1",
+        "--run.no-eval-raw",
+    ]
+    still += ["--batch-size", "None", "--schedule.warmup-epochs", "None"]
+    how = override(RECIPE, ["--model.name", "efficientnet-b0", "--model.freeze", "block3", *still])
+    patient = override(how, ["--run.patience", "2"])
+    result = train(patient, tmp_path / "run", quiet=True)
+    evaluated = [row["step"] for row in rows(tmp_path / "run", "eval")]
+    assert evaluated == [4, 8, 13] and (result["steps"], result["best_step"]) == (13, 4)
+    reason = "stopped early at step 13 of 22: 2 evaluations without a better top-1 than that of step 4"
+    assert result["stopped_early"] == reason
+    assert f"S{reason[1:]}" in (tmp_path / "run" / "train.log").read_text()
+    model = keras.models.load_model(tmp_path / "run" / "model.keras", compile=False)
+    config = (tmp_path / "run" / "config.json").read_text()
+    chosen = {"batch_size": 32, "schedule.warmup_epochs": 0.05}
+    assert json.loads(config)["resolved"]["chosen"] == chosen and from_json(config) == with_fields(patient, chosen)
+    told = "Chosen for 1,437 training images: batch size 32, warmup epochs 0.05"
+    assert (tmp_path / "run" / "train.log").read_text().count(told) == 1
+
+    # Training changes the values that start at 0, whatever their rounding.
+    moved = {v.path for v in model.weights if v.name in ("beta", "bias") and np.any(v.numpy())}
+    assert moved == {
+        v.path
+        for v in model.weights
+        if v.name in ("beta", "bias") and v.path.split("_")[0] not in ("stem", "block1a", "block2a")
+    }
+
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    for name in ("result.json", "model.keras", "checkpoints/ckpt-13.index"):
+        (tmp_path / "killed" / name).unlink()
+    monkeypatch.setattr(finetune, "_SIZES", ((None, 1, 8),))
+    again = train(patient, tmp_path / "killed", quiet=True)
+    assert (tmp_path / "killed" / "config.json").read_text() == config
+    assert same_weights(keras.models.load_model(tmp_path / "killed" / "model.keras", compile=False), model)
+    speed = ("seconds", "images_per_second")
+    assert {**again, **dict.fromkeys(speed)} == {**result, **dict.fromkeys(speed)}
+
+    # The run is complete. With more patience it continues.
+    assert train(patient, tmp_path / "run", quiet=True) == result
+    longer = train(how, tmp_path / "run", quiet=True)
+    assert (longer["steps"], longer["stopped_early"]) == (22, None)
+    with pytest.raises(ValueError, match=r"Expected run.patience above 0. Received: 0"):
+        train(override(how, ["--run.patience", "0"]), tmp_path / "none", quiet=True)
+    with pytest.raises(ValueError, match=r"Unknown model.freeze. .*Received: 'block4'. Nearest: 'block3'"):
+        train(override(how, ["--model.freeze", "block4"]), tmp_path / "none", quiet=True)
+
+
+@pytest.mark.usefixtures("mini")
+def test_balance_needs_labels_that_are_known(tmp_path):
+    how = override(RECIPE, ["--model.name", "efficientnet-b0", "--data.balance"])
+    machine = tensorflow_runner.connect(Run())
+    job = training._planned(how, str(tmp_path), pipeline.Host(), machine, open_source(how.data))
+    learner, *_ = training._build(job, 1)
+    counts = np.bincount(job.source.train.labels)
+    assert learner.class_weights == pytest.approx(1437 / (10 * counts)) and min(counts) < max(counts)
+    records = dataclasses.replace(job.source, train=Records([], lambda record: record, 1))
+    with pytest.raises(ValueError, match=r"Expected a folder of photos or the digits with data.balance"):
+        training._build(dataclasses.replace(job, source=records), 1)
 
 
 @pytest.mark.usefixtures("shallow")

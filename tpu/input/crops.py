@@ -56,9 +56,23 @@ def _shape(encoded):
     )
 
 
+def eval_padding(size: int, data: Data) -> int:
+    """Returns the pixels that evaluation crops away, measured at the size of the result.
+
+    Args:
+        size: Integer, side of the result in pixels.
+        data: `Data`, for the crop.
+
+    Returns:
+        Integer, `crop_padding` of `images.resizing.crop_and_resize()`.
+    """
+    return 32 if data.eval_crop is None else round(size * (1 / data.eval_crop - 1))
+
+
 def _middle(shape, size: int, data: Data):
-    padding = 32 if data.eval_crop is None else round(size * (1 / data.eval_crop - 1))
-    side = tf.cast(size / (size + padding) * tf.cast(tf.minimum(shape[0], shape[1]), tf.float32), tf.int32)
+    side = tf.cast(
+        size / (size + eval_padding(size, data)) * tf.cast(tf.minimum(shape[0], shape[1]), tf.float32), tf.int32
+    )
     return tf.stack([(shape[0] - side + 1) // 2, (shape[1] - side + 1) // 2, side, side])
 
 

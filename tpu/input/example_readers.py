@@ -1,5 +1,7 @@
 """Examples that a pipeline reads: files or pixels in any order, or records from files."""
 
+import contextlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,34 @@ SHUFFLED: Any = tf.random.experimental.index_shuffle  # pyright: ignore[reportAt
 
 def _key(seed: int, epoch):
     return tf.stack([tf.constant(seed, tf.int64), epoch])
+
+
+def viewed(encoded: bytes) -> bytes:
+    """Returns the bytes of an image that TensorFlow decodes as a viewer shows it.
+
+    Args:
+        encoded: Bytes of an image file.
+
+    Returns:
+        The same bytes of a JPEG without rotation, in gray or RGB; else a BMP of what `decode_image()` returns. Empty
+        for a file that it cannot read: TensorFlow then raises an error without a traceback of Python.
+    """
+    from PIL import Image
+
+    from keras_effnet.images.decoding import decode_image
+
+    if encoded.startswith(b"\xff\xd8"):
+        with contextlib.suppress(Exception):  # decode_image() raises an error that says more
+            image = Image.open(io.BytesIO(encoded), formats=["JPEG"])
+            if image.mode in ("L", "RGB") and image.getexif().get(_ORIENTATION, 1) == 1:
+                return encoded
+    content = io.BytesIO()
+    with contextlib.suppress(OSError, ValueError, MemoryError):
+        Image.fromarray(decode_image(encoded)).save(content, "BMP")
+    return content.getvalue()
+
+
+_ORIENTATION = 0x0112  # EXIF 2.3, table 4
 
 
 @dataclass(frozen=True)
@@ -74,9 +104,16 @@ class Items:
         if self.images.dtype == object:
             tf.io.read_file(name)
 
-    def load(self, image):
-        """Returns the bytes of a file, or the pixels."""
-        return tf.io.read_file(image) if image.dtype == tf.string else image
+    def load(self, image, python: bool = True):
+        """Returns the bytes of a file as a viewer shows it, or the pixels.
+
+        A JPEG that needs no rotation and no conversion of its colors stays as it is. All others are decoded by
+        `decode_image()`. `python` is False for a host that runs no Python: TensorFlow then decodes all files.
+        """
+        if image.dtype != tf.string:
+            return image
+        encoded = tf.io.read_file(image)
+        return tf.ensure_shape(tf.numpy_function(viewed, [encoded], tf.string, False), []) if python else encoded
 
 
 def _mixed(window, key) -> tf.data.Dataset:
@@ -190,6 +227,6 @@ class Records:
         with tf.io.gfile.GFile(name.rpartition(":")[0], "rb") as file:
             file.read(1)
 
-    def load(self, image):
+    def load(self, image, python: bool = True):
         """Returns the bytes of an image file."""
         return image

@@ -80,7 +80,11 @@ def training(
 
     def read(example):
         image = train_crop(
-            examples.load(example["image"]), size, data, recipe.augment, keys(seed, example["epoch"], example["id"])[0]
+            examples.load(example["image"], skipped is not None),
+            size,
+            data,
+            recipe.augment,
+            keys(seed, example["epoch"], example["id"])[0],
         )
         return {**_told(example), "image": image}
 
@@ -182,7 +186,7 @@ def evaluation(
     def read(example):
         image = tf.cond(
             example["ordinal"] < mine,
-            lambda: eval_image(examples.load(example["image"]), size, recipe.data),
+            lambda: eval_image(examples.load(example["image"], skipped is not None), size, recipe.data),
             lambda: tf.zeros([size, size, 3]),
         )
         return {**_told(example), "image": image}

@@ -32,8 +32,10 @@ class Skipped:
         self.problem: str | None = None
         self.probe: Callable[[str], None] | None = None
         self._found: dict[int, str] = {}
+        self._named: set[str] = set()  # each photo is named once, not once an epoch
         if path and tf.io.gfile.exists(path):
             self._found = {row["ordinal"]: row["name"] for row in cloud_files.rows(path)}
+            self._named |= set(self._found.values())
             cloud_files.write(path, self._lines(self._found))  # drops a half-written last line
 
     def __call__(self, first, count, names) -> np.int64:
@@ -47,7 +49,9 @@ class Skipped:
         self._try(new.values())
         self._found |= new
         for name in new.values():
-            logging.getLogger("keras_effnet").warning("Skipped unreadable image: %s", name)
+            if name not in self._named or name == "?":
+                logging.getLogger("keras_effnet").warning("Skipped unreadable image: %s", name)
+        self._named |= set(new.values())
         if self.path and new:
             with tf.io.gfile.GFile(self.path, "a") as file:
                 file.write(self._lines(new))

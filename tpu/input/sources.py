@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_effnet.images.folders import VALIDATION, labelled
+from keras_effnet.errors import few
+from keras_effnet.images import folders
 from keras_effnet.tpu.config import Data
 from keras_effnet.tpu.input.example_readers import Items, Part, Records
 from keras_effnet.tpu.resume import cloud_files
 
 EVALUATED = ("validation", "val", "test")  # names of splits
-
-_FEW = 8  # names in an error
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Source:
         eval_count: Integer, number of evaluation examples on all hosts.
         classes: Integer, number of classes.
         labels: List of class names, empty if unknown.
+        notes: List of sentences for the user, such as the classes that have no photos.
     """
 
     train: Items | Records
@@ -38,6 +38,7 @@ class Source:
     eval_count: int
     classes: int
     labels: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def open_source(data: Data, cache: str | None = None) -> Source:
         _only(data, "TFRecords", "holdout_shards")
         return _tfrecords(data, cache)
     if kind == "folder":
-        _only(data, "a folder of photos")
+        _only(data, "a folder of photos", "eval_share")
         return _folder(data)
     _only(data, "a TensorFlow dataset", "data_dir", "train_split", "eval_split")
     return _tensorflow_dataset(data)
@@ -142,23 +143,23 @@ def _kind(data: Data, *parts: str) -> str:
     """Returns "digits", "records", "folder" or "dataset". Files whose names begin with one of `parts` are records."""
     if data.source == "digits":
         return "digits"
+    if data.source.endswith(".csv"):
+        return "folder"
     if tf.io.gfile.isdir(data.source):
         found = (path for part in parts for path in tf.io.gfile.glob(f"{data.source}/{part}-*"))
         return "records" if any(not tf.io.gfile.isdir(path) for path in found) else "folder"
     if any(mark in data.source for mark in ("://", "\\")) or data.source.startswith((".", "/", "~")):
-        raise ValueError(f"Expected a folder, digits, or the name of a TensorFlow dataset. Received: {data.source!r}")
+        raise ValueError(
+            f"Expected a folder, a CSV file, digits, or the name of a TensorFlow dataset. Received: {data.source!r}"
+        )
     return "dataset"
 
 
 def _only(data: Data, kind: str, *fields: str) -> None:
     """Raises if a field is set that has no effect on this kind of source."""
-    for name in ("holdout_shards", "data_dir", "train_split", "eval_split"):
-        if getattr(data, name) and name not in fields:
+    for name in ("holdout_shards", "data_dir", "train_split", "eval_split", "eval_share"):
+        if getattr(data, name) != getattr(Data(), name) and name not in fields:
             raise ValueError(f"Expected no data.{name} for {kind}. Received: {getattr(data, name)!r}")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:_FEW]) + ", ..." * (len(names) > _FEW)
 
 
 def _digits() -> Source:
@@ -171,17 +172,12 @@ def _digits() -> Source:
     return Source(parts[0], parts[1], len(order) - 360, 360, 10, [str(digit) for digit in range(10)])
 
 
-def _names(place: str) -> list[str]:
-    return sorted(name for name in tf.io.gfile.listdir(place) if not name.startswith("."))
+def _read(path: str) -> bytes:
+    return tf.io.gfile.GFile(path, "rb").read()
 
 
-def _folders(place: str) -> list[str]:
-    return [name.rstrip("/") for name in _names(place) if tf.io.gfile.isdir(f"{place}/{name}")]
-
-
-def _files(place: str) -> list[str]:
-    # With any extension: files that are not images are counted and named when they are read.
-    return [f"{place}/{name}" for name in _names(place) if not name.endswith("/")]
+# Also on Cloud Storage.
+FILES = folders.Files(tf.io.gfile.listdir, tf.io.gfile.isdir, _read)
 
 
 def _items(pairs: Sequence[tuple[str, int]]) -> Items:
@@ -189,32 +185,30 @@ def _items(pairs: Sequence[tuple[str, int]]) -> Items:
 
 
 def _folder(data: Data) -> Source:
-    labels, *pairs = labelled(data.source.rstrip("/"), _folders, _files)
-    train, test = map(_items, pairs)
-    return Source(train, test, len(train.labels), len(test.labels), data.classes or len(labels), labels)
+    found = folders.labelled(data.source, data.eval_share, FILES)
+    train, test = map(_items, (found.train, found.test))
+    classes = data.classes or len(found.labels)
+    return Source(train, test, len(train.labels), len(test.labels), classes, found.labels, found.notes)
 
 
 def _evaluated_folder(data: Data) -> Evaluated:
     root = data.source.rstrip("/")
-    parts = _folders(root)
-    if data.eval_split and data.eval_split not in parts:
-        raise ValueError(
-            f"Expected a split made of {parts[:_FEW]}{' ...' * (len(parts) > _FEW)}. Received: {data.eval_split!r}"
-        )
+    parts = folders.splits_of(root, FILES)
+    named = [name.rstrip("/") for name in (() if root.endswith(".csv") else FILES.folders(root))]
+    if data.eval_split and data.eval_split not in (*parts, *named):
+        raise ValueError(f"Expected a split made of {few(parts or named)}. Received: {data.eval_split!r}")
     # A class may be called "test". Then it contains no folders.
-    divided = (name for name in VALIDATION if name in parts and ("train" in parts or _folders(f"{root}/{name}")))
-    split = data.eval_split or next(divided, None)
-    place = f"{root}/{split}" if split else root
-    found = _folders(place)
+    split = data.eval_split or next((name for name in folders.VALIDATION if name in parts), None)
+    found = {name: some for name, some in folders.classes_of(root, split, FILES).items() if some}
     # Number the classes as training on this folder does.
-    labels = _folders(f"{root}/train") if split and "train" in parts else found
-    pairs = [(file, labels.index(name)) for name in found if name in labels for file in _files(f"{place}/{name}")]
-    if not pairs or not set(found) <= set(labels):
-        trained = f"{_few(labels)} to train on, and " if labels != found else ""
-        if len(found) > _FEW:  # first those that are not in train
-            found.sort(key=lambda name: name in labels)
+    numbered = folders.classes_of(root, "train", FILES) if split and "train" in parts else found
+    labels = sorted(name for name, some in numbered.items() if some)
+    pairs = [(file, labels.index(name)) for name, some in sorted(found.items()) if name in labels for file in some]
+    strange = [name for name in found if name not in labels]
+    if not pairs or strange:
+        trained = f"{few(labels)} to train on, and " if strange else ""
         raise ValueError(
-            f"Expected a folder of photos per class. Received: {place!r} with {trained}{_few(found) or 'none'}"
+            f"Expected a folder of photos per class. Received: {root!r} with {trained}{few(strange or found) or 'none'}"
         )
     examples = _items(pairs)
     return Evaluated(examples, len(examples.labels), data.classes or len(labels), labels)
@@ -273,7 +267,7 @@ def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
         try:
             counts |= {path: int(number) for path, number in zip(todo, numbers, strict=True)}
         except tf.errors.OpError as error:
-            broken = _few([path for path in todo if not _is_whole(path)])
+            broken = few([path for path in todo if not _is_whole(path)])
             raise ValueError(f"Expected complete TFRecord files. Received: {broken}. {error.message}") from error
         if cache:
             cloud_files.write(cache, json.dumps(counts))
@@ -325,8 +319,8 @@ def _prepared(data: Data) -> _Prepared:
     except tfds.core.DatasetNotFoundError as error:
         near = difflib.get_close_matches(data.source, ["digits", *tfds.list_builders()], n=3)
         raise ValueError(
-            f"Expected --data as a folder, digits, or the name of a TensorFlow dataset. Received: {data.source!r}"
-            f"{'. Nearest: ' * bool(near)}{', '.join(map(repr, near))}"
+            "Expected --data as a folder, a CSV file, digits, or the name of a TensorFlow dataset. Received: "
+            f"{data.source!r}{'. Nearest: ' * bool(near)}{', '.join(map(repr, near))}"
         ) from error
     try:
         builder.download_and_prepare()

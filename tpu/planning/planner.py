@@ -29,6 +29,7 @@ from keras_effnet.tpu.environment import without_tpu
 from keras_effnet.tpu.input.sources import open_source
 from keras_effnet.tpu.model_from_recipe import build, make_learner, policy
 from keras_effnet.tpu.planning import memory_traffic
+from keras_effnet.tpu.recipes.finetune import decided
 from keras_effnet.tpu.runners import jax_runner, jax_step
 from keras_effnet.tpu.step import cross_replica
 from keras_effnet.weights import store
@@ -144,6 +145,7 @@ def lowered(
         ValueError: If the devices cannot share the batch evenly.
     """
     count, size = len(devices), recipe.model.image_size or VARIANTS[recipe.model.name].resolution
+    recipe = _decided(recipe, count)
     if recipe.batch_size < 1 or recipe.batch_size % count:
         raise ValueError(
             f"Expected a global batch that is a multiple of the {count} devices. Received: {recipe.batch_size}"
@@ -177,6 +179,10 @@ def lowered(
         step = jax_step.train_step(learner, machine.mesh, batch)
         lowered = step.lower(state, images, labels, array((), "int32", jax_step.ALL), stop)
     return Program(lowered, total if examples else None, size, precision)
+
+
+def _decided(recipe: Recipe, devices: int) -> Recipe:
+    return decided(recipe, _data(recipe)[1], devices)[0] if recipe.batch_size is None else recipe
 
 
 def _data(recipe: Recipe) -> tuple[int, int | None]:
@@ -298,6 +304,7 @@ def plan(
     devices = topology(where)
     chip = CHIPS[where.partition(":")[0]]
     chips = len({tuple(device.coords) for device in devices})
+    recipe = _decided(recipe, len(devices))
     per_chip = recipe.batch_size / chips
     tell(f"Tracing {_what(recipe, where)}")
     program = lowered(recipe, devices, evaluation)
@@ -421,6 +428,7 @@ def largest(
         ValueError: See `plan()`.
     """
     count, capacity = len(topology(where)), CHIPS[where.partition(":")[0]].hbm
+    recipe = _decided(recipe, count)
     tried: dict[int, dict[str, Any]] = {}
 
     def fits(images: int) -> bool:

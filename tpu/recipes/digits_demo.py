@@ -2,7 +2,7 @@
 
 Command: `keras-effnet train digits_demo --workdir runs/digits`
 Hardware: two cores of a laptop.
-Top-1: see the README; on 360 digits that are held out.
+Top-1: see docs/finetune.md; on 360 digits that are held out.
 Source: ours.
 """
 

@@ -12,11 +12,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_effnet import files, models
+from keras_effnet import class_names, files, model_metadata, models
 from keras_effnet.errors import one_of
-from keras_effnet.images import class_names, decoding, photo_loader, resizing
+from keras_effnet.images import photo_loader
+from keras_effnet.inference.predictor import Predictor
+from keras_effnet.model_loader import Reference, load_model, resolve
 from keras_effnet.nets import inspection
-from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu.config import Data
 from keras_effnet.tpu.input.sources import Evaluated, Source, open_evaluation
 from keras_effnet.tpu.reports.run_folder import labels_of, open_run, trained
@@ -34,18 +35,20 @@ def evaluate(
     batch_size: int = 32,
     limit: int | None = None,
     predictions: str | os.PathLike | None = None,
+    best: bool = False,
     on_progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Evaluates a classifier with the crop, interpolation and normalization of its published weights.
 
     Args:
         model: Name of a model; path of a `.keras` file with an EfficientNet in it; path of a training run's folder,
-            which is evaluated exactly as the run evaluates itself; or a `keras.Model`.
+            which is evaluated exactly as the run evaluates itself; path of an exported model; or a `keras.Model`.
         data: `Data`. Only `source`, `data_dir`, `eval_split`, `first_label`, `holdout_shards` and `classes` are used.
             For a 1000-class model, folders named by WordNet ids may hold any of the ImageNet classes. Defaults to the
             data of the run.
         weights: With the name of a model: tag of a published set, or path of a file. With a `.keras` file: tag of the
-            set whose crop and interpolation to use, by default the variant's usual one. Defaults to `"imagenet"`.
+            set whose crop and interpolation to use, by default those of the file's metadata, else the variant's usual
+            ones. Defaults to `"imagenet"`.
         crop: Float, share of the shorter side to keep. Defaults to what the weights expect.
         interpolation: `"bicubic"` or `"bilinear"`. Defaults to what the weights expect.
         batch_size: Integer. Defaults to 32.
@@ -53,12 +56,15 @@ def evaluate(
             Defaults to None: all.
         predictions: Path of a file to write, with one JSON object per line: the `name`, `label` and five most
             probable classes of an example. Defaults to None.
+        best: Boolean, whether to evaluate a run's best.keras instead of its model.keras, where it has one. Defaults to
+            False.
         on_progress: Function of two integers: the number of examples done, and of all examples.
 
     Returns:
         Dict: `top1` and `top5` (shares), `examples`, `skipped` (names of unreadable examples), `published` and the
-        `difference` from it in points, `preprocessing`, `classes` (a dict each: `class`, `name`, `examples`, `top1`),
-        `confusions` (`true`, `predicted`, `count`), `seconds`, `images_per_second`.
+        `difference` from it in points, `preprocessing`, `classes` (a dict each: `class`, `name`, `examples`, `top1`,
+        `precision`, None if the class was never predicted, `recall` and `f1`), `confusions` (`true`, `predicted`,
+        `count`), `seconds`, `images_per_second`.
 
     Raises:
         OSError: If a file cannot be read or written.
@@ -74,7 +80,7 @@ def evaluate(
         tensorflow/tpu efficientnet eval_ckpt_main.py.
     """
     _check_arguments(crop, interpolation, batch_size, limit)
-    subject = _subject(model, weights, crop, interpolation)
+    subject = _subject(model, weights, crop, interpolation, best)
     found, place = _open_data(model, data, subject)
     numbers, names = _classes(found, subject, place)
 
@@ -155,20 +161,24 @@ def _check_arguments(crop, interpolation, batch_size: int, limit: int | None) ->
         one_of("interpolation", interpolation, ("bicubic", "bilinear"))
 
 
-def _subject(model, weights, crop, interpolation) -> _Subject:
+def _subject(model, weights, crop, interpolation, best: bool = False) -> _Subject:
     folder = "" if isinstance(model, keras.Model) else os.fspath(model).rstrip("/")
     if not folder or not tf.io.gfile.exists(f"{folder}/config.json"):
-        return _subject_of_model(_network(model, weights), weights, crop, interpolation)
+        found = None if isinstance(model, keras.Model) else resolve(model, exports=True)
+        if found and found.kind == "export":
+            return _subject_of_export(found.place, crop, interpolation)
+        net = _network(found, weights) if found else model
+        return _subject_of_model(net, weights, crop, interpolation)
     if crop or interpolation:
         raise ValueError(
             "Expected no crop and no interpolation with the folder of a run, which has its own. "
             f"Received: crop={crop}, interpolation={interpolation!r}"
         )
-    return _subject_of_run(folder)
+    return _subject_of_run(folder, best)
 
 
-def _subject_of_run(folder: str) -> _Subject:
-    run = trained(folder)
+def _subject_of_run(folder: str, best: bool) -> _Subject:
+    run = trained(folder, best)
     how, size = run.recipe.data, run.size
     used = {"size": [size, size], "crop": round(how.eval_crop or size / (size + 32), 4)}
     used["interpolation"] = how.interpolation
@@ -179,43 +189,48 @@ def _subject_of_model(net, weights, crop, interpolation) -> _Subject:
     outputs = _outputs(net)
     # A model that does not record its weights gets the preprocessing of its variant's usual ones, or of `weights`.
     known = hasattr(net, "weights_record") or weights == "imagenet" or os.path.isfile(weights)
-    size, channels, channels_last, rules = photo_loader.expected_by(net, "auto" if known else weights)
+    read, used = _reader(photo_loader.expected_by(net, "auto" if known else weights), crop, interpolation)
+    record = getattr(net, "weights_record", None) if outputs == 1000 else None
+    return _Subject(net, outputs, read, used, record, labels=model_metadata.labels_of(net) or ())
+
+
+def _subject_of_export(path: str, crop, interpolation) -> _Subject:
+    predictor = Predictor(path)
+    read, used = _reader(photo_loader.expected_by(path, "auto"), crop, interpolation)
+    net = _Exported(predictor)
+    outputs = net.predict_on_batch(np.zeros((1, *predictor.input_shape), "float32")).shape
+    if len(outputs) != 2:
+        raise ValueError(f"Expected a classifier with one output of shape (batch, classes). Received: {outputs}")
+    return _Subject(net, outputs[-1], read, used, labels=predictor.labels or ())
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """Runs an exported model as `score()` runs a Keras model."""
+
+    predict_on_batch: Callable[[np.ndarray], Any]
+
+
+def _reader(expected, crop, interpolation) -> tuple[Callable[[bytes], np.ndarray], dict[str, Any]]:
+    """Returns a function from an image's bytes to pixels, and what it does to them."""
+    size, channels, channels_last, rules = expected
     side = min(size)
-    share = crop or (None if rules else 0.875)
+    share = crop or (None if rules and rules.crop_padding is not None else 0.875)
     padding = rules.crop_padding if share is None else round(side * (1 / share - 1))
     interpolation = interpolation or (rules.interpolation if rules else "bicubic")
-
-    # Like images.loading.image_loader(), but crop and interpolation may differ from the weights' own.
-    def read(encoded):
-        pixels = decoding.decode_image(encoded, channels)
-        pixels = resizing.crop_and_resize(pixels, size, padding, interpolation)
-        return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-    used = {"size": list(size), "crop": round(side / (side + padding), 4), "interpolation": interpolation}
-    return _Subject(net, outputs, read, used, getattr(net, "weights_record", None))
+    read = photo_loader.loader(size, channels, channels_last, model_metadata.Expects(padding, interpolation))
+    return read, {"size": list(size), "crop": round(side / (side + padding), 4), "interpolation": interpolation}
 
 
-def _network(model, weights) -> Any:
-    if isinstance(model, keras.Model):
-        return model
-    name = os.fspath(model)
-    if not name.endswith(".keras") and name not in VARIANTS and os.path.sep not in name:
-        one_of("model", name, VARIANTS)
-    if name in VARIANTS:
-        classes = 1000
-        if os.path.isfile(weights):
-            classes = convert.verify(weights, name).classes or 1000
-        return models.create_model(name, weights=weights, classes=classes)
-    if not os.path.isfile(name):
-        raise FileNotFoundError(
-            f"Expected the name of a model, a .keras file, or the folder of a run. Received: {name!r}, which is none "
-            "of these"
-        )
-    return keras.models.load_model(name, compile=False)
+def _network(found: Reference, weights) -> Any:
+    if found.kind == "name" and os.path.isfile(weights):
+        classes = convert.verify(weights, found.place).classes or 1000
+        return models.create_model(found.place, weights=weights, classes=classes)
+    return load_model(found.place, found.tag_of(weights))
 
 
 def _outputs(net) -> int:
-    inspection.find(net)
+    inspection.find(net, others=True)
     if len(net.inputs) != 1 or len(net.outputs) != 1 or len(net.output_shape) != 2 or not net.output_shape[-1]:
         raise ValueError(
             f"Expected a classifier with one input and one output of shape (batch, classes). Received: {net.name!r} "
@@ -295,8 +310,9 @@ def _summary(scores: Scores, names: Sequence[str], subject: _Subject) -> dict[st
         "difference": round(100 * scores.top1 - record.top1, 3) if record else None,
         "preprocessing": subject.used,
         "classes": [
-            {"class": label, "name": names[label], "examples": examples, "top1": top1}
-            for label, examples, top1 in scores.per_class()
+            {"class": one.number, "name": names[one.number], "examples": one.support, "top1": one.recall}
+            | {"precision": one.precision, "recall": one.recall, "f1": one.f1}
+            for one in scores.per_class()
         ],
         "confusions": [
             {"true": names[true], "predicted": names[said], "count": often} for true, said, often in scores.confusions()

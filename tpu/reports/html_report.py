@@ -2,12 +2,15 @@
 
 import base64
 import io
+import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
+from unicodedata import east_asian_width
 
 import numpy as np
 import tensorflow as tf
@@ -18,11 +21,12 @@ from keras_effnet.plots import figure_class
 from keras_effnet.tpu.config import Recipe
 from keras_effnet.tpu.input import mixing
 from keras_effnet.tpu.input.crops import train_crop
+from keras_effnet.tpu.input.example_readers import viewed
 from keras_effnet.tpu.input.pipeline import changed, keys
 from keras_effnet.tpu.input.sources import Source
 from keras_effnet.tpu.reports.evaluation import evaluate_run
 from keras_effnet.tpu.reports.run_folder import configuration, open_run
-from keras_effnet.tpu.reports.scoring import Scores, png
+from keras_effnet.tpu.reports.scoring import ClassScores, Scores, png
 from keras_effnet.tpu.resume import cloud_files
 
 MISTAKES = 24  # images
@@ -30,6 +34,8 @@ SKIPPED = 20  # names
 ORIGINALS, EPOCHS, MIXED = 4, 5, 2  # rows and columns of the grid of augmented images
 POINTS = 1500  # of a curve
 SIDE = 192  # pixels of an image on the page
+LABELLED = 30  # classes of a confusion matrix with names
+LETTERS = 20  # of such a name
 
 _COLORS = {"train": "#8a8f98", "raw": "#d97706", "average": "#2f81c7"}  # readable on white and on black
 
@@ -55,7 +61,7 @@ def write(workdir: str | os.PathLike, examples: int = 2000) -> str:
     """
     workdir = os.fspath(workdir).rstrip("/")
     recipe, resolved = configuration(workdir)
-    rows = cloud_files.rows(f"{workdir}/metrics.jsonl")
+    rows = [_comparable(row) for row in cloud_files.rows(f"{workdir}/metrics.jsonl")]
     page = _page(
         f"{recipe.model.name} on {os.path.basename(recipe.data.source.rstrip('/'))}",
         [_head(workdir, recipe, resolved, rows), *_body(workdir, recipe, resolved, rows, examples)],
@@ -66,6 +72,11 @@ def write(workdir: str | os.PathLike, examples: int = 2000) -> str:
     except tf.errors.OpError as error:
         raise OSError(f"Could not write {path!r}: {error.message}") from error
     return path
+
+
+def _comparable(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row whose loss has no weight decay, as in evaluations. Rows of earlier versions only have the other."""
+    return row | {"loss": row["data_loss"]} if "data_loss" in row else row
 
 
 def _body(workdir: str, recipe: Recipe, resolved: dict, rows: list[dict], examples: int) -> Iterable[str]:
@@ -88,6 +99,7 @@ def _body(workdir: str, recipe: Recipe, resolved: dict, rows: list[dict], exampl
 
     yield _section("Most confident mistakes", mistakes)
     if scored:
+        yield _section("Confusion matrix", lambda: _confusion_matrix(scored[0][0], scored[0][1]))
         yield _section("Classes", lambda: _classes(scored[0][0], scored[0][1]))
     yield _section("Unreadable images", lambda: _skipped(workdir, scored[0][0].skipped if scored else []))
     text = escape(tf.io.gfile.GFile(f"{workdir}/config.json").read())
@@ -121,10 +133,12 @@ def _head(workdir: str, recipe: Recipe, resolved: dict, rows: list[dict]) -> str
     path = f"{workdir}/metrics.jsonl" if rows else f"{workdir}/config.json"
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(tf.io.gfile.stat(path).mtime_nsec / 1e9))
     state = "Finished" if finished else "Not finished"
+    early = json.loads(tf.io.gfile.GFile(f"{workdir}/result.json").read()).get("stopped_early") if finished else None
     steps = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
     facts = [
-        f"{recipe.epochs:g} epochs, batch size {recipe.batch_size:,}",
+        f"{recipe.epochs:g} epochs, batch size {recipe.batch_size:,}" if total else "",  # chosen with the steps
         f"seed {recipe.run.seed}",
+        early or "",
         f"recipe from {recipe.source}" if recipe.source else "",
     ]
     share = f'<progress max="{total}" value="{done}"></progress>' if total and not finished else ""
@@ -209,8 +223,12 @@ def _svg(title: str, lines, rows: list[dict]) -> str:
         axes.grid(color="#888888", alpha=0.25, linewidth=0.6)
         for side, spine in axes.spines.items():
             spine.set(visible=side in ("left", "bottom"), color="#888888")
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        return _embedded(figure, title)
+
+
+def _embedded(figure, title: str) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
@@ -257,9 +275,10 @@ def samples(source: Source, recipe: Recipe, size: int, count: int, epochs: int) 
 
     see, found = tf.function(one), []
     for row in examples.sample(2 * count):  # some may be unreadable
-        content = examples.load(row["image"])
+        content = examples.load(row["image"], python=False)
         try:
             value = content.numpy()
+            content = tf.constant(viewed(value)) if isinstance(value, bytes) else content
             original = decode_image(value) if isinstance(value, bytes) else value
             seen = [see(content, row["id"], tf.constant(epoch, tf.int64)) for epoch in range(epochs)]
         except (OSError, ValueError, tf.errors.InvalidArgumentError):
@@ -337,29 +356,87 @@ def _mistakes(scores: Scores, names: list[str], origin: str, total: int) -> str:
     return f'<p class="quiet">{escape(caption)}</p><div class="cards">{"".join(cards)}</div>'
 
 
+def _confusion_matrix(scores: Scores, names: list[str]) -> str:
+    present, counts = scores.matrix()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    # Faint enough for text on it, on white and on black, and even a single confusion is visible.
+    colors = np.zeros((*shares.shape, 4))
+    colors[..., :3] = [int(_COLORS["average"][place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    colors[..., 3] = np.where(shares > 0, 0.12 + 0.6 * shares, 0)
+    caption = f"{len(present)} classes: a row for each label, a column for each prediction, in percent of the row."
+    if len(present) <= LABELLED:
+        picture = _labelled_matrix(shares, colors, [names[number] for number in present])
+    else:
+        picture = _plain_matrix(colors)
+        caption += " The classes are in the order of their numbers. Correct predictions are on the diagonal."
+    return f'<p class="quiet">{caption}</p><div class="wide matrix">{picture}</div>'
+
+
+def _labelled_matrix(shares: np.ndarray, colors: np.ndarray, names: Sequence[str]) -> str:
+    figures = figure_class()
+    from matplotlib import rc_context
+
+    count, cell = len(names), 0.34  # inches
+    short = [name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…" for name in names]
+    margin = 0.15 + 0.07 * max(sum(2 if east_asian_width(letter) in "FW" else 1 for letter in name) for name in short)
+    side = margin + cell * count
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "confusion matrix", "font.size": 8, "text.parse_math": False}
+    with rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has others
+        figure = figures(figsize=(side, side))
+        axes = figure.add_axes((margin / side, 0, cell * count / side, cell * count / side))
+        axes.imshow(colors, interpolation="nearest", aspect="auto")
+        for row, column in np.argwhere(shares > 0):
+            axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=7)
+        axes.set_xticks(range(count), short, rotation=90)
+        axes.set_yticks(range(count), short)
+        axes.set_xticks(np.arange(0.5, count - 1), minor=True)
+        axes.set_yticks(np.arange(0.5, count - 1), minor=True)
+        axes.grid(which="minor", color="#888888", alpha=0.25, linewidth=0.6)
+        axes.tick_params(which="both", length=0, top=True, labeltop=True, labelbottom=False)
+        axes.spines[:].set_color("#888888")
+        return _embedded(figure, "confusion matrix")
+
+
+def _plain_matrix(colors: np.ndarray) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.rint(255 * colors).astype("uint8")).save(file, "PNG")
+    side = max(600, len(colors))
+    data = base64.b64encode(file.getvalue()).decode()
+    size = f'width="{side}" height="{side}"'
+    return f'<img class="small" {size} alt="confusion matrix" src="data:image/png;base64,{data}">'
+
+
 def _classes(scores: Scores, names: list[str]) -> str:
     confusions = _table(
         ["class", "predicted as", "examples"],
         [(names[true], names[said], often) for true, said, often in scores.confusions()],
         right=(2,),
     )
-    worst = sorted(scores.per_class(), key=lambda row: (row[2], -row[1]))
+    worst = sorted(scores.per_class(), key=lambda one: (one.f1, -one.support))
 
-    def lines(some) -> str:
-        return "".join(
-            f"<tr><td>{escape(names[label])}</td><td class=right>{count}</td><td class=right>{top1:.1%}</td>"
-            f'<td class="bar"><i style="width:{100 * top1:.1f}%"></i></td></tr>'
-            for label, count, top1 in some
+    def line(one: ClassScores) -> str:
+        precision = "" if one.precision is None else f"{one.precision:.1%}"
+        cells = (one.support, precision, f"{one.recall:.1%}", f"{one.f1:.1%}")
+        return (
+            f"<tr><td>{escape(names[one.number])}</td>{''.join(f'<td class=right>{cell}</td>' for cell in cells)}"
+            f'<td class="bar"><i style="width:{100 * one.f1:.1f}%"></i></td></tr>'
         )
 
-    head = "<tr><th>class</th><th class=right>examples</th><th class=right>top-1</th><th></th></tr>"
-    first = f'<div class="wide"><table>{head}{lines(worst[:20])}</table></div>'
+    def lines(some) -> str:
+        return "".join(map(line, some))
+
+    heads = ("support", "precision", "recall", "F1")
+    head = f"<tr><th>class</th>{''.join(f'<th class=right>{head}</th>' for head in heads)}<th></th></tr>"
+    first = f'<div class="wide classes"><table>{head}{lines(worst[:20])}</table></div>'
     rest = ""
     if worst[20:]:
-        rest = f'<details><summary>{len(worst) - 20} more</summary><div class="wide"><table>{head}'
+        rest = f'<details><summary>{len(worst) - 20} more</summary><div class="wide classes"><table>{head}'
         rest += f"{lines(worst[20:])}</table></div></details>"
     return (
-        f'<div class="halves"><div><h3>Lowest top-1</h3>{first}{rest}</div>'
+        f'<div class="halves"><div><h3>Lowest F1</h3>{first}{rest}</div>'
         f"<div><h3>Most frequent confusions</h3>{confusions}</div></div>"
     )
 
@@ -401,11 +478,14 @@ td, th { padding: .25rem 1.1rem .25rem 0; border-bottom: 1px solid var(--line); 
 .right { text-align: right; white-space: nowrap; }
 .bar { width: 7rem; padding-right: 0; } .bar i { display: block; height: .55rem; border-radius: .2rem;
   background: var(--blue); min-width: 1px; }
+.classes td:first-child { min-width: 5rem; }
+@media (max-width: 30rem) { .bar { display: none; } .classes td, .classes th { padding-right: .7rem; } }
 .halves { display: grid; gap: 1rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 figure { margin: 0; } .curves { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 .curves svg { width: 100%; height: auto; display: block; }
 .curves text { fill: currentColor !important; font-family: inherit !important; }
+.matrix text { fill: currentColor !important; font-family: inherit !important; } .matrix svg { display: block; }
 .legend span { margin-right: 1.2rem; font-size: .87rem; white-space: nowrap; } .legend i { display: inline-block;
   width: 1.1rem; height: .22rem; border-radius: 2px; margin-right: .4rem; vertical-align: middle; }
 img { display: block; max-width: 100%; height: auto; border-radius: .25rem; background: var(--card); }

@@ -34,8 +34,8 @@ class Log:
         self.started = self._since = time.monotonic()
         self._step, self._rates, self._bar, self._task = 0, [], None, None
 
-    def begin(self, step: int) -> None:
-        """Resumes after a step and drops the metrics of later steps.
+    def resume(self, step: int) -> None:
+        """Reads the metrics up to a step and drops those of later steps.
 
         Args:
             step: Integer, number of completed steps.
@@ -50,7 +50,11 @@ class Log:
                 self.last |= {name: value for name, value in row.items() if name not in ("step", "split")}
             else:
                 self.last["images_per_second"] = row["images_per_second"]
-        self._step, self._since = step, time.monotonic()
+        self._step = step
+
+    def begin(self) -> None:
+        """Starts the clock and, on a terminal, the progress bar."""
+        self._since = time.monotonic()
         if not self.quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -64,7 +68,7 @@ class Log:
                 console=Console(stderr=True),
                 redirect_stdout=False,
             )
-            self._task = self._bar.add_task("", total=self.total, completed=step, status="")
+            self._task = self._bar.add_task("", total=self.total, completed=self._step, status="")
             self._bar.start()
 
     def end(self) -> None:
@@ -75,7 +79,7 @@ class Log:
             self._keep_text()
 
     def trained(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Logs training metrics.
+        """Logs training metrics. People see the loss without weight decay, as in an evaluation.
 
         Args:
             step: Integer, number of completed steps.
@@ -91,7 +95,7 @@ class Log:
         steady = sum(self._rates[1:]) / len(self._rates[1:]) if self._rates[1:] else rate
         self.last["images_per_second"] = round(steady, 2)
         left = (self.total - step) * self.batch / steady
-        status = f"loss {row['loss']:.3f}  lr {row['learning_rate']:.2e}  {rate:.1f} images/s"
+        status = f"loss {row['data_loss']:.3f}  lr {row['learning_rate']:.2e}  {rate:.1f} images/s"
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=step, status=status)
         else:
@@ -117,6 +121,11 @@ class Log:
     def best(self) -> int | None:
         """Step with the highest top-1 of the moving average; the first one if several tie."""
         return max(self.scores, key=lambda step: (self.scores[step], -step), default=None)
+
+    @property
+    def waited(self) -> int:
+        """Number of evaluations since the best one."""
+        return sum(step > self.best for step in self.scores) if self.best else 0
 
     def note(self, text: str) -> None:
         """Prints a message and saves it in train.log.

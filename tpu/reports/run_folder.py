@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu.config import Recipe, from_json
 from keras_effnet.tpu.input.crops import eval_image
+from keras_effnet.tpu.input.example_readers import viewed
 from keras_effnet.tpu.input.sources import Source, open_source
 from keras_effnet.tpu.resume.checkpoints import steps
 
@@ -38,14 +39,15 @@ class Trained:
     def read(self) -> Callable[[bytes], np.ndarray]:
         """Returns a function from an image's bytes to the pixels that the run evaluates on."""
         cut = tf.function(lambda encoded: eval_image(encoded, self.size, self.recipe.data))
-        return lambda encoded: cut(tf.constant(encoded)).numpy()
+        return lambda encoded: cut(tf.constant(viewed(encoded))).numpy()
 
 
-def trained(workdir) -> Trained:
+def trained(workdir, best: bool = False) -> Trained:
     """Loads the model of a run: `model.keras`, or else the moving average of the newest readable checkpoint.
 
     Args:
         workdir: Path of the run's folder.
+        best: Boolean, whether to load `best.keras` instead of `model.keras`, if it exists. Defaults to False.
 
     Returns:
         A `Trained`.
@@ -59,12 +61,13 @@ def trained(workdir) -> Trained:
     recipe, resolved = configuration(workdir)
     size = resolved.get("image_size") or recipe.model.image_size or VARIANTS[recipe.model.name].resolution
     problems = []
-    if tf.io.gfile.exists(f"{workdir}/model.keras"):
+    chosen = "best.keras" if best and tf.io.gfile.exists(f"{workdir}/best.keras") else "model.keras"
+    if tf.io.gfile.exists(f"{workdir}/{chosen}"):
         try:
-            net = keras.models.load_model(f"{workdir}/model.keras", compile=False)
-            return Trained(recipe, size, net, "model.keras")
+            net = keras.saving.load_model(f"{workdir}/{chosen}", compile=False)
+            return Trained(recipe, size, net, chosen)
         except Exception as error:  # whatever Keras raises for a half-written file
-            problems.append(f"model.keras: {error}")
+            problems.append(f"{chosen}: {error}")
     for step in reversed(steps(f"{workdir}/checkpoints")):
         path = f"{workdir}/checkpoints/ckpt-{step}"
         try:

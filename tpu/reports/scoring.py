@@ -1,4 +1,4 @@
-"""Runs a classifier over examples and scores it: top-1, top-5, accuracy per class, confusions."""
+"""Runs a classifier over examples and scores it: top-1, top-5, precision and recall per class, confusions."""
 
 import heapq
 import io
@@ -31,6 +31,25 @@ class Mistake:
 
     place: int
     pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """The scores of one class.
+
+    Args:
+        number: Integer, the class.
+        support: Integer, number of its examples.
+        precision: Float, share of correct ones among the examples predicted as this class. None if there are none.
+        recall: Float, share of its examples that are predicted as this class: its top-1.
+        f1: Float, harmonic mean of precision and recall.
+    """
+
+    number: int
+    support: int
+    precision: float | None
+    recall: float
+    f1: float
 
 
 @dataclass(frozen=True)
@@ -68,10 +87,23 @@ class Scores:
         """Share of examples whose true class is among the five most probable."""
         return float((self.classes == self.labels[:, None]).any(1).mean())
 
-    def per_class(self) -> list[tuple[int, int, float]]:
-        """Returns the number, examples and top-1 of each class that has examples."""
-        seen = [(int(label), self.hits[self.labels == label]) for label in np.unique(self.labels)]
-        return [(label, len(hits), float(hits.mean())) for label, hits in seen]
+    def matrix(self) -> tuple[list[int], np.ndarray]:
+        """Returns the classes that occur, and counts of examples: a row per label, a column per predicted class."""
+        said = self.classes[:, 0]
+        present, places = np.unique(np.concatenate([self.labels, said]), return_inverse=True)
+        counts = np.zeros((len(present), len(present)), int)
+        np.add.at(counts, tuple(np.split(places, 2)), 1)
+        return present.tolist(), counts
+
+    def per_class(self) -> list[ClassScores]:
+        """Returns the scores of each class that has examples."""
+        present, counts = self.matrix()
+        rows = zip(present, counts.diagonal().tolist(), counts.sum(1).tolist(), counts.sum(0).tolist(), strict=True)
+        return [
+            ClassScores(label, support, hits / said if said else None, hits / support, 2 * hits / (support + said))
+            for label, hits, support, said in rows
+            if support
+        ]
 
     def confusions(self, count: int = CONFUSIONS) -> list[tuple[int, int, int]]:
         """Returns the most frequent mistakes: true class, predicted class, count."""
@@ -228,7 +260,7 @@ def _decoded(pool, rows, examples, read, ahead: int) -> Iterator[tuple[str, int,
     def one(row):
         name = row["name"].numpy().decode(errors="replace")
         try:
-            content = examples.load(row["image"]).numpy()
+            content = examples.load(row["image"], python=False).numpy()
         except tf.errors.OpError as error:  # the storage failed: the photo is not to blame
             raise ValueError(f"Could not read {name}: {error.message}") from error
         try:

@@ -29,10 +29,17 @@ class Folders:
     Args:
         take: Function without arguments that returns the dict to write.
         give: Function that is called with the dict that was read.
+        upgrade: Function from a dict that this or an earlier version has written to one of this version. Defaults to
+            returning it unchanged.
     """
 
-    def __init__(self, take: Callable[[], dict[str, Any]], give: Callable[[dict[str, Any]], Any]):
-        self._take, self._give = take, give
+    def __init__(
+        self,
+        take: Callable[[], dict[str, Any]],
+        give: Callable[[dict[str, Any]], Any],
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found,
+    ):
+        self._take, self._give, self._upgrade = take, give, upgrade
 
     def write(self, path: str) -> None:
         """See `Format`."""
@@ -48,7 +55,7 @@ class Folders:
         problem = damage(path)
         if problem:
             return problem
-        found, mine = read(path), self._take()
+        found, mine = self._upgrade(read(path)), self._take()
         if (received := _shapes(found)) != (expected := _shapes(mine)):
             names = sorted(received.keys() ^ expected.keys())
             names = names or [name for name in received if received[name] != expected[name]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_effnet.tpu.config import Recipe, flat, from_json
+from keras_effnet.tpu.config import SIZED, Recipe, flat, from_json, with_fields
 
 _FEW = 6  # changes in an error
 
@@ -14,7 +14,8 @@ _FEW = 6  # changes in an error
 def changes_of(recipe: Recipe, workdir: str) -> list[str]:
     """Compares a recipe with that of the run in a folder.
 
-    Fields that do not change what is computed are left out: all of `run` but the seed, `source` and `expected_top1`.
+    Fields that do not change what is computed are left out: `source`, `expected_top1`, and all of `run` but the seed.
+    mixed_float16 counts, because it adds the scale of the loss to the state.
 
     Args:
         recipe: `Recipe`.
@@ -29,7 +30,39 @@ def changes_of(recipe: Recipe, workdir: str) -> list[str]:
     old, new = (flat(dataclasses.asdict(one)) for one in (from_json(tf.io.gfile.GFile(path).read()), recipe))
     changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
     ignored = ("run.", "source ", "expected_top1 ")
-    return [change for change in changed if not change.startswith(ignored) or change.startswith("run.seed")]
+    kept = ("run.seed", "mixed_float16")
+    return [change for change in changed if not change.startswith(ignored) or any(sign in change for sign in kept)]
+
+
+def recorded(recipe: Recipe, workdir: str) -> tuple[Recipe, dict[str, Any]]:
+    """Fills the fields that a recipe leaves to the size of the data as the run in a folder did.
+
+    Args:
+        recipe: `Recipe`.
+        workdir: String, path of the run folder, with its config.json.
+
+    Returns:
+        Tuple of the `Recipe`, and a dict of the fields that the run has chosen.
+    """
+    path = f"{workdir}/config.json"
+    old, new = (flat(dataclasses.asdict(one)) for one in (from_json(tf.io.gfile.GFile(path).read()), recipe))
+    kept = {name: old[name] for name in SIZED if new[name] is None}
+    return with_fields(recipe, kept), _resolved(path).get("chosen", {})
+
+
+def probed(workdir: str) -> bool:
+    """Returns whether a folder holds the results of a probe. It has no checkpoints.
+
+    Args:
+        workdir: String, path of the run folder.
+
+    Returns:
+        Boolean.
+    """
+    path = f"{workdir}/config.json"
+    if not all(tf.io.gfile.exists(one) for one in (path, f"{workdir}/result.json")):
+        return False
+    return from_json(tf.io.gfile.GFile(path).read()).probe.views > 0
 
 
 def check_runner(name: str, workdir: str) -> None:

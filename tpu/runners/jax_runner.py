@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from keras_effnet.tpu.runners.jax_fused import fuse, units
 from keras_effnet.tpu.runners.jax_step import EACH, make_mesh, score_step
 from keras_effnet.tpu.runners.jax_step import gradient as gradient
 from keras_effnet.tpu.runners.jax_step import train_step as train_step
-from keras_effnet.tpu.runners.jax_trainer import Kept, Trainer
+from keras_effnet.tpu.runners.jax_trainer import Kept, Trainer, upgraded
 from keras_effnet.tpu.step.cross_replica import group_size, spread
 from keras_effnet.tpu.step.train_step import Learner
 from keras_effnet.weights import store
@@ -65,6 +66,13 @@ class Devices:
     def is_tpu(self) -> bool:
         """Whether the devices are TPUs."""
         return self.mesh.devices.flat[0].platform == "tpu"
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The lowest compute capability of the GPUs in use. (0, 0) for other devices."""
+        texts = [str(getattr(device, "compute_capability", "")) for device in self.mesh.devices.flat]
+        found = [re.fullmatch(r"(\d+)\.(\d+)", text) for text in texts]  # not of AMD's, such as gfx90a
+        return min((int(one[1]), int(one[2])) if one else (0, 0) for one in found)
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Returns the context in which to build a model and its state: on the host's processor, if JAX may use it."""
@@ -175,7 +183,7 @@ class Devices:
             trainer.totals = np.asarray(tree["totals"])
             state.assign(tree["state"])
 
-        return Folders(take, give)
+        return Folders(take, give, lambda tree: upgraded(tree, learner.scales_loss))
 
 
 class _Fed:

@@ -12,7 +12,7 @@ from jax.extend.random import threefry2x32_p
 from jax.sharding import Mesh, PartitionSpec
 
 from keras_effnet.tpu.step.cross_replica import Place
-from keras_effnet.tpu.step.train_step import METRICS, Learner
+from keras_effnet.tpu.step.train_step import TRAINING_METRICS, Learner
 
 # Groups of replicas that share batch statistics, and the replicas in a group.
 AXES = ("group", "member")
@@ -44,7 +44,7 @@ def train_step(learner: Learner, mesh: Mesh, batch: int) -> Any:
     Returns:
         Jitted function of a `State`, which it donates; images and labels, sharded over the devices; the number of
         steps done; and one number per device, above 0 to stop. It returns the new `State` and one array: the means of
-        `METRICS` over the batch, and the sum of the last argument.
+        `TRAINING_METRICS` over the batch, and the sum of the last argument.
 
     Example:
 
@@ -54,7 +54,7 @@ def train_step(learner: Learner, mesh: Mesh, batch: int) -> Any:
     def part(state, images, labels, number, stop):
         here = _here(mesh) if mesh.size > 1 else None
         after, metrics = learner.train(state, images, labels, number, batch, gradient, here)
-        shares = jnp.stack([*(metrics[name] for name in METRICS), stop[0]])
+        shares = jnp.stack([*(metrics[name] for name in TRAINING_METRICS), stop[0]])
         return after, jax.lax.psum(shares, AXES)
 
     # Replication is not checked: `Learner` sums the gradients itself, because each replica's loss is a share.

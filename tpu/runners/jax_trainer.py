@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from keras_effnet.tpu.resume.stop_signals import Asked, NonFiniteError
 from keras_effnet.tpu.runners.jax_step import ALL, EACH, train_step
-from keras_effnet.tpu.step.train_step import METRICS, Learner, State
+from keras_effnet.tpu.step.train_step import TRAINING_METRICS, Learner, State
 
 AHEAD = 2  # steps handed to the devices before the result of the first is read
 
@@ -85,6 +85,25 @@ def _at(tree: dict[str, Any], name: str) -> Any:
     return tree
 
 
+def upgraded(tree: dict[str, Any], scales_loss: bool = False) -> dict[str, Any]:
+    """Adds what a checkpoint of an earlier version lacks: the sum of the losses without weight decay, here with it.
+
+    Args:
+        tree: Nested dict of arrays, from a checkpoint.
+        scales_loss: Boolean, whether this run scales the loss. If not, the scale of the checkpoint is dropped. Defaults
+            to False.
+
+    Returns:
+        Nested dict of arrays.
+    """
+    totals = tree["totals"]
+    added = len(TRAINING_METRICS) + 1 - len(totals)
+    tree = tree | {"totals": np.insert(totals, len(totals) - 1, [totals[0]] * added)}
+    if not scales_loss and "scaling" in tree["state"]:
+        tree["state"] = {kind: some for kind, some in tree["state"].items() if kind != "scaling"}
+    return tree
+
+
 class _Stop:
     """A number on each device, above 0 after this process is asked to stop."""
 
@@ -117,7 +136,7 @@ class Trainer(orbit.AbstractTrainer):
         )
         # Sums of the metrics since they were last reported, and the number of steps. They are part of a checkpoint, so
         # that a resumed run reports the same means.
-        self.totals = np.zeros(len(METRICS) + 1, np.float32)
+        self.totals = np.zeros(len(TRAINING_METRICS) + 1, np.float32)
         self.stop, self.asked = _Stop(mesh), False
 
     def train(self, num_steps) -> Any:
@@ -127,7 +146,8 @@ class Trainer(orbit.AbstractTrainer):
             num_steps: Integer tensor.
 
         Returns:
-            Dict of the means of the metrics, and the learning rate of the last step.
+            Dict of the means of the metrics, the learning rate of the last step, and the next scale of the loss if it
+            is scaled.
 
         Raises:
             Asked: If it was asked to stop before the last step. If asked during the last step, `asked` is True.
@@ -154,8 +174,11 @@ class Trainer(orbit.AbstractTrainer):
             raise Asked
         *sums, steps = self.totals
         self.totals = np.zeros_like(self.totals)
-        values = dict(zip(METRICS, (value / steps for value in sums), strict=True))
-        return values | {"learning_rate": self._learner.schedule(done - 1)}
+        values = dict(zip(TRAINING_METRICS, (value / steps for value in sums), strict=True))
+        last = {"learning_rate": self._learner.schedule(done - 1)}
+        if kept.state.scaling:
+            last["loss_scale"] = np.asarray(kept.state.scaling[0])
+        return values | last
 
     def close(self) -> None:
         """Stops reading: a reader thread that still runs Python when the interpreter exits would kill the process."""

@@ -19,7 +19,7 @@ from keras_effnet.tpu.resume.checkpoints import Bundles
 from keras_effnet.tpu.resume.stop_signals import Asked, NonFiniteError
 from keras_effnet.tpu.runners.eval_loop import Evaluator
 from keras_effnet.tpu.step.cross_replica import Place, spread
-from keras_effnet.tpu.step.train_step import METRICS, Learner, State
+from keras_effnet.tpu.step.train_step import TRAINING_METRICS, Learner, State
 
 NAME = "tensorflow"
 
@@ -50,6 +50,13 @@ class Devices:
     def is_tpu(self) -> bool:
         """Whether the devices are TPUs."""
         return isinstance(self.strategy, tf.distribute.TPUStrategy)
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The lowest compute capability of the GPUs in use. (0, 0) for other devices."""
+        gpus = any(":GPU:" in name for name in self.strategy.extended.worker_devices)
+        details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU") if gpus else ())
+        return min((one.get("compute_capability", (0, 0)) for one in details), default=(0, 0))
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Returns the context in which to build a model and its state."""
@@ -285,9 +292,9 @@ def variables_of(learner: Learner) -> State:
         A `State` of `tf.Variable`.
     """
     state = learner.start()
-    kept = tf.nest.map_structure(lambda value: tf.Variable(value, trainable=False), (state.slots, state.averages))
+    kept = tf.nest.map_structure(lambda value: tf.Variable(value, trainable=False), tuple(state[2:]))
     own = [[v.value for v in some] for some in (learner.model.trainable_variables, learner.moving)]
-    return State(own[0], own[1], kept[0], kept[1])
+    return State(own[0], own[1], *kept)
 
 
 def replica_step(learner: Learner, state: State, batch: int) -> Callable:
@@ -393,8 +400,15 @@ class Totals(tf.Module):
 
     def __init__(self):
         super().__init__()
-        self.sums = tf.Variable(tf.zeros([len(METRICS)]), trainable=False)
+        # Without a fixed length, because checkpoints of earlier versions lack the last of `TRAINING_METRICS`.
+        self.sums = tf.Variable(tf.zeros([len(TRAINING_METRICS)]), trainable=False, shape=[None])
         self.steps = tf.Variable(tf.constant(0), trainable=False)
+
+    def complete(self) -> None:
+        """Adds the loss without weight decay to the sums of an earlier version: up to there, the loss with it."""
+        sums = self.sums.numpy()
+        if len(sums) < len(TRAINING_METRICS):
+            self.sums.assign([*sums, sums[0]])
 
 
 class Trainer(orbit.AbstractTrainer):
@@ -411,7 +425,7 @@ class Trainer(orbit.AbstractTrainer):
     """
 
     def __init__(self, strategy, learner: Learner, state: State, step, batches: Callable, batch: int, xla=False):
-        self._batches, self._iterator, self._step, self._learner = batches, None, step, learner
+        self._batches, self._iterator, self._step, self._learner, self._state = batches, None, step, learner, state
         self.totals = totals = Totals()
         # `stop` is 1 to stop after the current step. `asked` is whether all hosts saw that one of them was asked.
         self.stop, self.asked = tf.Variable(tf.zeros([]), trainable=False), False
@@ -426,10 +440,10 @@ class Trainer(orbit.AbstractTrainer):
         def replica(images, labels, number, stop):
             metrics = one(images, labels, number)
             # One tensor, because hosts sum it over the network. With it they also agree to stop if one is asked to.
-            return tf.stack([*(metrics[name] for name in METRICS), stop])
+            return tf.stack([*(metrics[name] for name in TRAINING_METRICS), stop])
 
         def loop(iterator, count):
-            sums = tf.zeros([len(METRICS) + 1])
+            sums = tf.zeros([len(TRAINING_METRICS) + 1])
             for _ in tf.range(count):
                 images, labels = next(iterator)
                 number = tf.cast(step.read_value(), tf.int32)
@@ -457,13 +471,15 @@ class Trainer(orbit.AbstractTrainer):
             num_steps: Integer tensor.
 
         Returns:
-            Dict of the means of the metrics, and the learning rate of the last step.
+            Dict of the means of the metrics, the learning rate of the last step, and the next scale of the loss if it
+            is scaled.
 
         Raises:
             Asked: If it was asked to stop before the last step. If asked during the last step, `asked` is True.
             NonFiniteError: If the loss or a variable is not finite.
         """
         self._iterator = self._iterator or self._batches()
+        self.totals.complete()
         target = int(self._step.numpy()) + int(num_steps)
         sums, finite = self._loop(self._iterator, num_steps)
         loss, *_, asked = sums.numpy()
@@ -475,6 +491,9 @@ class Trainer(orbit.AbstractTrainer):
         if step < target:
             raise Asked
         values = self.totals.sums.numpy() / int(self.totals.steps.numpy())
-        self.totals.sums.assign(tf.zeros([len(METRICS)]))
+        self.totals.sums.assign(tf.zeros([len(TRAINING_METRICS)]))
         self.totals.steps.assign(0)
-        return dict(zip(METRICS, values, strict=True)) | {"learning_rate": self._learner.schedule(step - 1)}
+        last = {"learning_rate": self._learner.schedule(step - 1)}
+        if self._state.scaling:
+            last["loss_scale"] = self._state.scaling[0].numpy()
+        return dict(zip(TRAINING_METRICS, values, strict=True)) | last

@@ -3,17 +3,20 @@
 from typing import Any
 
 import keras
+import numpy as np
 
 ops: Any = keras.ops
 
 
-def cross_entropy(labels, logits, smoothing: float = 0.0):
+def cross_entropy(labels, logits, smoothing: float = 0.0, weights=None):
     """Returns the cross-entropy of each example.
 
     Args:
         labels: Class numbers, integers (batch,); or shares of classes, floats (batch, classes).
         logits: Floats (batch, classes), before the softmax.
         smoothing: Float, share of the label that is spread evenly over all classes. Defaults to 0.
+        weights: Floats (classes,), factors of the loss of each class. A mixed example has the sum of the losses of its
+            classes, each times its share and its factor. Defaults to None: 1 for all.
 
     Returns:
         Float32 tensor (batch,).
@@ -32,10 +35,34 @@ def cross_entropy(labels, logits, smoothing: float = 0.0):
     classes = logits.shape[-1]
     if len(labels.shape) == 1:
         labels = ops.one_hot(ops.cast(labels, "int32"), classes, dtype="float32")
-    labels = ops.cast(labels, "float32")
+    labels, total = ops.cast(labels, "float32"), 1.0
+    if weights is not None:
+        labels = labels * ops.convert_to_tensor(weights, "float32")
+        total = ops.sum(labels, axis=-1, keepdims=True)
     if smoothing:
-        labels = labels * (1.0 - smoothing) + smoothing / classes
+        labels = labels * (1.0 - smoothing) + smoothing / classes * total
     return -ops.sum(labels * ops.log_softmax(logits, axis=-1), axis=-1)
+
+
+def balancing(labels, classes: int) -> tuple[float, ...]:
+    """Returns a factor for the loss of each class, by the inverse of its frequency. Their mean over all examples is 1.
+
+    Args:
+        labels: Class numbers of all training examples, integers (examples,).
+        classes: Integer, number of classes.
+
+    Returns:
+        Tuple of floats, 1 for classes without examples.
+
+    Example:
+
+    >>> from keras_effnet.tpu.step.losses import balancing
+    >>> balancing([0, 0, 0, 2], classes=3)
+    (0.6666666666666666, 1.0, 2.0)
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = int(np.count_nonzero(counts))
+    return tuple(len(labels) / (present * count) if count else 1.0 for count in counts.tolist())
 
 
 def l2(variables):

@@ -20,11 +20,11 @@ class Hyperparameters:
     """Hyperparameters of all optimizers.
 
     Args:
-        momentum: Float, share of the previous step that is kept. Defaults to 0.9.
-        decay: Float, decay of the mean of squared gradients (`beta_2` of LAMB). Defaults to 0.9.
+        momentum: Float, share of the previous step that is kept (`beta_1` of Adam, AdamW and LAMB). Defaults to 0.9.
+        decay: Float, decay of the mean of squared gradients (`beta_2` of Adam, AdamW and LAMB). Defaults to 0.9.
         epsilon: Float, keeps the divisor away from zero. Defaults to 1e-3.
         trust: Float, trust coefficient of LARS. Defaults to 1e-3.
-        layer_decay: Float, weight decay inside LARS and LAMB, which is not part of the loss. Defaults to 0.
+        layer_decay: Float, weight decay inside AdamW, LARS and LAMB, which is not part of the loss. Defaults to 0.
     """
 
     momentum: float = 0.9
@@ -69,6 +69,19 @@ def _rmsprop_torch(g, v, slots, rate, hyper, step, is_kernel):
     return v - rate * momentum, {"rms": rms, "momentum": momentum}
 
 
+def _adam(g, v, slots, rate, hyper, step, is_kernel):
+    mean = hyper.momentum * slots["mean"] + (1 - hyper.momentum) * g
+    square = hyper.decay * slots["square"] + (1 - hyper.decay) * ops.square(g)
+    step = ops.cast(step, "float32")
+    rate = rate * ops.sqrt(1 - ops.power(hyper.decay, step)) / (1 - ops.power(hyper.momentum, step))
+    return v - rate * mean / (ops.sqrt(square) + hyper.epsilon), {"mean": mean, "square": square}
+
+
+def _adamw(g, v, slots, rate, hyper, step, is_kernel):
+    kept = v - rate * hyper.layer_decay * v if is_kernel else v
+    return _adam(g, kept, slots, rate, hyper, step, is_kernel)
+
+
 def _ratio(part, whole, otherwise: float = 1.0):
     """Returns `part / whole` where both are above zero, else `otherwise`."""
     safe = ops.where(whole > 0, whole, ops.ones_like(whole))
@@ -111,6 +124,11 @@ OPTIMIZERS = {
     "rmsprop-keras": Rule({"rms": 0.0, "momentum": 0.0}, _rmsprop),
     # torch.optim.RMSprop, as in NVIDIA's PyTorch recipe and Composer's.
     "rmsprop-torch": Rule({"rms": 0.0, "momentum": 0.0}, _rmsprop_torch),
+    # Kingma & Ba, arXiv 1412.6980. As in Keras, in the order of the end of section 2: epsilon is that text's
+    # epsilon-hat, beside the uncorrected root.
+    "adam": Rule({"mean": 0.0, "square": 0.0}, _adam),
+    # Loshchilov & Hutter, arXiv 1711.05101, algorithm 2, with the learning rate as eta * alpha. Kernels only decay.
+    "adamw": Rule({"mean": 0.0, "square": 0.0}, _adamw),
     # You et al., arXiv 1708.03888. Biases and batch-norm variables take plain momentum steps, as in tensorflow/tpu.
     "lars": Rule({"momentum": 0.0}, _lars),
     # You et al., arXiv 1904.00962, algorithm 2.
@@ -123,7 +141,7 @@ class Optimizer:
 
     Args:
         name: String, a row of `OPTIMIZERS`: `"rmsprop"`, as in the original, `"rmsprop-keras"`, `"rmsprop-torch"`,
-            `"momentum"`, `"sgd"`, `"lars"` or `"lamb"`. Defaults to `"rmsprop"`.
+            `"momentum"`, `"sgd"`, `"adam"`, `"adamw"`, `"lars"` or `"lamb"`. Defaults to `"rmsprop"`.
         hyper: `Hyperparameters`. Defaults to the original's.
         clip_norm: Float, largest global norm of the gradients, which are scaled down to it. Defaults to None.
 
@@ -162,7 +180,7 @@ class Optimizer:
             for v in variables
         ]
 
-    def step(self, gradients, variables, slots, rate, step, is_kernel):
+    def step(self, gradients, variables, slots, rate, step, is_kernel, scales=None):
         """Computes one step of all variables.
 
         Args:
@@ -172,6 +190,7 @@ class Optimizer:
             rate: Scalar, learning rate.
             step: Integer scalar, number of this step, from 1.
             is_kernel: List of booleans, false for biases and batch-norm variables.
+            scales: List of floats, a factor of the learning rate for each variable. Defaults to 1 for all.
 
         Returns:
             Tuple of the new variables and the new slots.
@@ -180,9 +199,10 @@ class Optimizer:
             size = ops.sqrt(sum(ops.sum(ops.square(g)) for g in gradients))
             scale = ops.minimum(1.0, self.clip_norm / ops.maximum(size, 1e-30))
             gradients = [g * scale for g in gradients]
+        rates = [rate if scale == 1 else rate * scale for scale in scales or [1.0] * len(variables)]
         done = [
-            self.rule.step(g, v, kept, rate, self.hyper, step, kernel)
-            for g, v, kept, kernel in zip(gradients, variables, slots, is_kernel, strict=True)
+            self.rule.step(g, v, kept, its_rate, self.hyper, step, kernel)
+            for g, v, kept, its_rate, kernel in zip(gradients, variables, slots, rates, is_kernel, strict=True)
         ]
         return [new for new, _ in done], [kept for _, kept in done]
 
@@ -197,3 +217,15 @@ def is_kernel(variable: keras.Variable) -> bool:
         Boolean.
     """
     return variable.name not in ("bias", "gamma", "beta")
+
+
+def is_classifier(variable: keras.Variable) -> bool:
+    """Returns whether a variable belongs to the classifier, the last layer.
+
+    Args:
+        variable: A `keras.Variable` of a model of this package.
+
+    Returns:
+        Boolean.
+    """
+    return "predictions" in variable.path.split("/")

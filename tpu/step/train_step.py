@@ -10,12 +10,19 @@ import keras
 from keras_effnet.errors import one_of
 from keras_effnet.tpu.step import losses, moving_average
 from keras_effnet.tpu.step.cross_replica import Place, at
-from keras_effnet.tpu.step.optimizers import Optimizer, is_kernel
+from keras_effnet.tpu.step.optimizers import Optimizer, is_classifier, is_kernel
 from keras_effnet.tpu.step.schedules import Schedule
 
 ops: Any = keras.ops
 
 METRICS = ("loss", "top1", "top5")
+
+# Those of a training step, whose loss includes the weight decay. `data_loss` does not.
+TRAINING_METRICS = (*METRICS, "data_loss")
+
+# Dynamic loss scaling: Micikevicius et al., arXiv 1710.03740. The first scale and the steps until it grows are those of
+# keras.optimizers.LossScaleOptimizer, the largest scale is NVIDIA Apex'.
+FIRST_SCALE, LARGEST_SCALE, GROWS_AFTER = 2.0**15, 2.0**24, 2000
 
 # The variables that have weight decay.
 DECAYED: dict[str, Callable[[keras.Variable], bool]] = {
@@ -33,12 +40,15 @@ class State(NamedTuple):
         moving: List of arrays: the variables without gradients, such as the statistics of batch normalization.
         slots: List of dicts of arrays, the optimizer's state of each trainable variable.
         averages: List of arrays, the moving averages of `trainable` followed by `moving`.
+        scaling: List of two scalars: the factor of the loss, and the number of steps since it has changed. Empty
+            without loss scaling, as by default.
     """
 
     trainable: Sequence[Any]
     moving: Sequence[Any]
     slots: Sequence[dict[str, Any]]
     averages: Sequence[Any]
+    scaling: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,10 @@ class Learner:
         decayed: The variables with weight decay: `"no-batch-norm"`, as in the original, with all biases; `"all"`; or
             `"kernels"`, without biases. Defaults to `"no-batch-norm"`.
         average_decay: Float, decay of the moving average. Defaults to 0.9999.
+        body_scale: Float, factor of the learning rate for all variables but the classifier's. Defaults to 1.
         seed: Integer, seed of the masks of dropout and drop connect. Defaults to 0.
+        class_weights: Tuple of floats, factors of the loss of each class in training. Defaults to None: 1 for all.
+        scales_loss: Boolean, whether to scale the loss dynamically, for gradients in float16. Defaults to False.
 
     Reference:
         tensorflow/tpu efficientnet main.py:414-467.
@@ -67,7 +80,10 @@ class Learner:
     weight_decay: float = 1e-5
     decayed: str = "no-batch-norm"
     average_decay: float = 0.9999
+    body_scale: float = 1.0
     seed: int = 0
+    class_weights: tuple[float, ...] | None = None
+    scales_loss: bool = False
 
     @property
     def moving(self) -> list[keras.Variable]:
@@ -81,11 +97,12 @@ class Learner:
             state: `State`.
 
         Returns:
-            Dict of the dicts `variables` and `averages`, by path, and `slots`, by path, colon and name of the slot.
+            Dict of the dicts `variables` and `averages`, by path; `slots`, by path, colon and name of the slot; and
+            `scaling`, if the loss is scaled.
         """
         trainable = [v.path for v in self.model.trainable_variables]
         paths = [*trainable, *(v.path for v in self.moving)]
-        return {
+        found: dict[str, dict[str, Any]] = {
             "variables": dict(zip(paths, [*state.trainable, *state.moving], strict=True)),
             "averages": dict(zip(paths, state.averages, strict=True)),
             "slots": {
@@ -94,6 +111,9 @@ class Learner:
                 for name, value in slot.items()
             },
         }
+        if state.scaling:
+            found["scaling"] = dict(zip(("scale", "steps"), state.scaling, strict=True))
+        return found
 
     def start(self) -> State:
         """Returns the state before the first step, from the model's values.
@@ -103,7 +123,8 @@ class Learner:
         """
         trainable = [ops.copy(v.value) for v in self.model.trainable_variables]
         moving = [ops.copy(v.value) for v in self.moving]
-        return State(trainable, moving, self.optimizer.start(trainable), [*trainable, *moving])
+        scaling = [ops.full((), value, dtype="float32") for value in (FIRST_SCALE, 0.0) if self.scales_loss]
+        return State(trainable, moving, self.optimizer.start(trainable), [*trainable, *moving], scaling)
 
     def logits(self, trainable, moving, images, step=None):
         """Runs the model and returns its logits in float32.
@@ -159,12 +180,13 @@ class Learner:
 
         Returns:
             Tuple of the `State` after the step, the same on all replicas, and a dict of this replica's shares of
-            `METRICS`.
+            `TRAINING_METRICS`.
         """
         count = place.count if place else 1
 
         def objective(trainable):
-            return self.objective(trainable, state.moving, images, labels, step, batch, count)
+            loss, *others = self.objective(trainable, state.moving, images, labels, step, batch, count)
+            return (loss * state.scaling[0] if state.scaling else loss, *others)
 
         with at(place):
             (_, moving, metrics), gradients = gradient(objective, state.trainable)
@@ -174,6 +196,8 @@ class Learner:
             places = [n for n, v in enumerate(self.moving) if v.name in ("moving_mean", "moving_variance")]
             for n, total in zip(places, place.sum([moving[n] for n in places]), strict=True):
                 moving[n] = total / count
+        if state.scaling:
+            gradients = [g / state.scaling[0] for g in gradients]
         return self.update(state, gradients, moving, step), metrics
 
     def objective(self, trainable, moving, images, labels, step, batch: int, replicas: int = 1):
@@ -189,17 +213,19 @@ class Learner:
             replicas: Integer, number of replicas. Defaults to 1.
 
         Returns:
-            Tuple of the loss, the new `moving`, and a dict of this replica's shares of `METRICS`.
+            Tuple of the loss, the new `moving`, and a dict of this replica's shares of `TRAINING_METRICS`.
         """
         logits, after = self.logits(trainable, moving, images, step)
-        metrics = {name: ops.sum(values) / batch for name, values in self._metrics(labels, logits).items()}
+        metrics = self._metrics(labels, logits, self.class_weights)
+        metrics = {name: ops.sum(values) / batch for name, values in metrics.items()}
+        metrics["data_loss"] = metrics["loss"]
         metrics["loss"] = metrics["loss"] + self.penalty(trainable) / replicas
         return metrics["loss"], after, metrics
 
-    def _metrics(self, labels, logits) -> dict[str, Any]:
+    def _metrics(self, labels, logits, class_weights=None) -> dict[str, Any]:
         """`METRICS` of each example."""
         return {
-            "loss": losses.cross_entropy(labels, logits, self.smoothing),
+            "loss": losses.cross_entropy(labels, logits, self.smoothing, class_weights),
             "top1": losses.hits(labels, logits, 1),
             "top5": losses.hits(labels, logits, 5),
         }
@@ -229,12 +255,15 @@ class Learner:
         Returns:
             A `State`.
         """
-        kernels = [is_kernel(v) for v in self.model.trainable_variables]
+        variables = self.model.trainable_variables
+        kernels = [is_kernel(v) for v in variables]
+        scales = [1.0 if is_classifier(v) else self.body_scale for v in variables]
         trainable, slots = self.optimizer.step(
-            gradients, state.trainable, state.slots, self.schedule(step), step + 1, kernels
+            gradients, state.trainable, state.slots, self.schedule(step), step + 1, kernels, scales
         )
         averages = moving_average.average(state.averages, [*trainable, *moving], step + 1, self.average_decay)
-        return State(trainable, moving, slots, averages)
+        after = State(trainable, moving, slots, averages)
+        return _kept_finite(state, after, gradients) if state.scaling else after
 
     def score(self, trainable, moving, images, labels, weights):
         """Sums the metrics over a batch of an evaluation.
@@ -247,10 +276,33 @@ class Learner:
             weights: Floats (batch,), 0 for examples that only fill up the batch.
 
         Returns:
-            Dict of the sums of `METRICS`. The loss has no term for the weight decay.
+            Dict of the sums of `METRICS`. The loss has no term for the weight decay and no weights of classes.
         """
         logits, _ = self.logits(trainable, moving, images)
         return {name: ops.sum(values * weights) for name, values in self._metrics(labels, logits).items()}
+
+
+def _kept_finite(before: State, after: State, gradients) -> State:
+    """Returns `after` with the next loss scale; or `before` with half the scale, if a gradient is not finite."""
+    scale, steps = before.scaling
+    finite = ops.all(ops.stack([ops.all(ops.isfinite(g)) for g in gradients]))
+    # With nothing left to halve, the variables become what the gradients are, which ends the run with an error.
+    taken = ops.logical_or(finite, scale <= 1.0)
+
+    def chosen(new, old):
+        if isinstance(new, dict):
+            return {name: chosen(new[name], old[name]) for name in new}
+        if isinstance(new, (list, tuple)):
+            return [chosen(one, other) for one, other in zip(new, old, strict=True)]
+        return ops.where(taken, new, old)
+
+    grows = steps + 1 >= GROWS_AFTER
+    larger = ops.where(grows, ops.minimum(scale * 2, LARGEST_SCALE), scale)
+    scaling = [
+        ops.where(finite, larger, ops.maximum(scale / 2, 1.0)),
+        ops.where(ops.logical_and(finite, ops.logical_not(grows)), steps + 1, 0.0),
+    ]
+    return State(*chosen(after[:4], before[:4]), scaling)
 
 
 def _is_seed(variable) -> bool:

@@ -251,10 +251,10 @@ def test_a_tensorflow_dataset_by_name(tmp_path):
 
 
 def test_other_places_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="Expected a folder, digits, or the name"):
+    with pytest.raises(ValueError, match="Expected a folder, a CSV file, digits, or the name"):
         open_source(Data("/nowhere/at/all"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no photo of empty"):
+    with pytest.raises(ValueError, match="with no photos"):
         open_source(Data(str(tmp_path)))
 
 
@@ -269,7 +269,8 @@ def spoil(folder, tmp_path, share_of):
     for place, path in enumerate(bad):
         content = path.read_bytes()
         path.write_bytes((content[: len(content) // 2], b"", b"no photograph")[place % 3])
-    (root / "val" / "b" / "50.txt").write_text("at the very end")
+    (root / "val" / "b" / "50.jpg").write_text("at the very end")
+    (root / "val" / "b" / "notes.txt").write_text("not a photo by its name")
     return root, {str(path) for path in bad}
 
 
@@ -286,7 +287,7 @@ def test_what_cannot_be_read_is_skipped_counted_and_named(folder, tmp_path):
         assert all(np.array_equal(a, b) for a, b in zip(batch, batches[step], strict=True))
     skipped = Skipped(None, 12)
     weights = [weight for *_, weights in pipeline.evaluation(source, how, 32, 4, skipped) for weight in weights.numpy()]
-    assert sum(weights) == 11 and skipped.names == [f"{root}/val/b/50.txt"]
+    assert sum(weights) == 11 and skipped.names == [f"{root}/val/b/50.jpg"]
 
 
 def test_too_much_that_cannot_be_read_stops_the_run(folder, tmp_path):

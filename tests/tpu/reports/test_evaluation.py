@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import BACKEND, ROOT
 from PIL import Image, ImageEnhance, ImageOps
+from sklearn.metrics import precision_recall_fscore_support
 
 if BACKEND != "tensorflow":
     pytest.skip("TensorFlow reads", allow_module_level=True)
@@ -107,6 +108,11 @@ def test_what_is_told_beside_the_accuracy(folder, result):
     assert [row["class"] for row in result["classes"]] == sorted(CLASSES.values())
     assert [row["examples"] for row in result["classes"]] == [10] * 4
     assert np.mean([row["top1"] for row in result["classes"]]) == pytest.approx(result["top1"])
+    # Precision, recall and F1 are scikit-learn's.
+    true, said = ([[row["label"], row["predictions"][0]["class"]][n] for row in result["rows"]] for n in (0, 1))
+    expected = precision_recall_fscore_support(true, said, labels=sorted(CLASSES.values()), zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "examples"), expected, strict=True):
+        assert [row[name] or 0 for row in result["classes"]] == pytest.approx(values.tolist()), name
     wrong = [row for row in result["rows"] if row["predictions"][0]["class"] != row["label"]]
     assert sum(row["count"] for row in result["confusions"]) <= len(wrong)
     first = result["confusions"][0]

@@ -1,6 +1,8 @@
 """The HTML report: its content for finished, killed and damaged runs, and its rendering in a real browser."""
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -10,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 from helpers import BACKEND, BROWSING, CHROMIUM, SHORT
+from PIL import Image
 
 if BACKEND != "tensorflow":
     pytest.skip("TensorFlow's runner", allow_module_level=True)
@@ -19,6 +22,7 @@ from keras_effnet.tpu.config import override
 from keras_effnet.tpu.input import pipeline, skipped_examples
 from keras_effnet.tpu.input.sources import open_source
 from keras_effnet.tpu.reports import evaluation, html_report
+from keras_effnet.tpu.reports.scoring import Scores
 from keras_effnet.tpu.train import train
 
 FLAGS = [*BROWSING, "--virtual-time-budget=4000", "--window-size=390,2000"]
@@ -96,7 +100,7 @@ def looks_right_in_a_browser(page, tmp_path):
     found = browsed(page, tmp_path)
     # 4 originals, 5 epochs and 2 mixed batches of each; 24 mistakes.
     assert found["images"] == found["whole"] == 4 * (1 + 5 + 2) + 24
-    assert found["svg"] == 4 and found["ids"] == []
+    assert found["svg"] == 5 and found["ids"] == []
     assert found["told"] == [] and found["fetched"] == 0
     assert found["over"] <= 0 and found["width"] <= 500
     assert found["headings"] == [
@@ -104,6 +108,7 @@ def looks_right_in_a_browser(page, tmp_path):
         "Curves",
         "Training images",
         "Most confident mistakes",
+        "Confusion matrix",
         "Classes",
         "Unreadable images",
     ]
@@ -165,6 +170,38 @@ def serves_when_killed(whole, result, workdir):
 
 def contents(folder) -> dict:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def scores(labels, said, classes: int) -> Scores:
+    """Returns scores of predictions that are certain."""
+    ranked = np.stack([said, (np.array(said) + 1) % classes], 1).astype("int32")
+    shares = np.tile(np.float32([1, 0]), (len(labels), 1))
+    return Scores([str(n) for n in range(len(labels))], np.array(labels, "int32"), ranked, shares, [], [])
+
+
+def test_the_confusion_matrix_is_a_picture():
+    # Class 1 is never right and class 3 has no examples; class 2 does not occur.
+    found = scores([0, 0, 0, 1, 4], [0, 0, 3, 4, 4], 5)
+    present, counts = found.matrix()
+    assert present == [0, 1, 3, 4] and counts.tolist() == [[2, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
+    picture = html_report._confusion_matrix(found, ["cats & dogs", "猫 $Käse$", "none", "x" * 40, "y"])
+    texts = re.findall(r"<text[^>]*>(.*?)</text>", picture)
+    names = ["cats &amp; dogs", "猫 $Käse$", f"{'x' * 19}…", "y"]
+    assert texts.count("67") == texts.count("33") == 1 and texts.count("100") == 2
+    assert all(texts.count(name) == 2 for name in names) and "none" not in texts
+    table = html_report._classes(found, ["cats", "Käse", "none", "x", "y"])
+    row = r"<tr><td>(.*?)</td>" + r"<td class=right>(.*?)</td>" * 4
+    assert re.findall(row, table) == [
+        ("Käse", "1", "", "0.0%", "0.0%"),
+        ("y", "1", "50.0%", "100.0%", "66.7%"),
+        ("cats", "3", "100.0%", "66.7%", "80.0%"),
+    ]
+    # Of many classes, a pixel for each pair.
+    many = html_report._confusion_matrix(scores(range(100), [*range(50), *range(50)], 100), list(map(str, range(100))))
+    data = re.search(r'src="data:image/png;base64,(.*?)"', many)
+    assert data and "<svg" not in many
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[1]))))
+    assert pixels.shape == (100, 100, 4) and (np.argwhere(pixels[..., 3]) == [[n, n % 50] for n in range(100)]).all()
 
 
 def test_the_samples_are_what_the_run_saw():

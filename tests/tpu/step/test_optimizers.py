@@ -1,15 +1,18 @@
 """Protects optimizers, schedules, the moving average and the loss: they equal the original and other libraries."""
 
 import math
+from typing import get_args, get_type_hints
 
 import keras
 import numpy as np
 import pytest
 from helpers import BACKEND, golden
 
+from keras_effnet.tpu import config
 from keras_effnet.tpu.step import losses, moving_average
 from keras_effnet.tpu.step.optimizers import OPTIMIZERS, Hyperparameters, Optimizer
 from keras_effnet.tpu.step.schedules import Schedule
+from keras_effnet.tpu.step.train_step import Learner
 
 pytestmark = pytest.mark.skipif(BACKEND == "torch", reason="training runs on TensorFlow and JAX")
 SCHEDULES = golden("tpu/schedules.json")
@@ -106,6 +109,20 @@ def test_the_other_optimizers():
         theirs.apply([keras.ops.convert_to_tensor(gradient)], [variable])
         np.testing.assert_allclose(found["v"], np.array(variable), rtol=2e-4, atol=1e-5)
 
+    # Keras' AdamW decays all variables; ours, kernels only.
+    for name, theirs, decay in (
+        ("adam", keras.optimizers.Adam(0.1, beta_2=0.99, epsilon=0.01), 0.0),
+        ("adamw", keras.optimizers.AdamW(0.1, weight_decay=0.2, beta_2=0.99, epsilon=0.01), 0.2),
+    ):
+        hyper, variable = Hyperparameters(decay=0.99, epsilon=0.01, layer_decay=decay), keras.Variable(START)
+        ours = follow(name, hyper, 0.1, GRADIENTS, START)
+        for gradient, found in zip(GRADIENTS, ours, strict=True):
+            theirs.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+            np.testing.assert_allclose(found["v"], np.array(variable), rtol=2e-6, atol=2e-7, err_msg=name)
+        undecayed = follow("adam", hyper, 0.1, GRADIENTS, START)[-1]["v"]
+        np.testing.assert_array_equal(follow(name, hyper, 0.1, GRADIENTS, START, kernels=False)[-1]["v"], undecayed)
+        assert np.array_equal(ours[-1]["v"], undecayed) == (decay == 0)
+
     # You et al., arXiv 1708.03888, algorithm 1.
     hyper = Hyperparameters(trust=0.01, layer_decay=0.1)
     value, kept = START.copy(), np.zeros_like(START)
@@ -121,7 +138,22 @@ def test_the_other_optimizers():
     assert np.abs(follow("lars", hyper, 0.5, GRADIENTS, 0 * START)[-1]["v"]).min() > 0
     with pytest.raises(ValueError, match="Nearest: 'rmsprop'"):
         Optimizer("rmsprob")
-    assert set(OPTIMIZERS) == {"sgd", "momentum", "rmsprop", "rmsprop-keras", "rmsprop-torch", "lars", "lamb"}
+    known = {"sgd", "momentum", "rmsprop", "rmsprop-keras", "rmsprop-torch", "adam", "adamw", "lars", "lamb"}
+    assert set(OPTIMIZERS) == set(get_args(get_type_hints(config.Optimizer)["name"])) == known
+
+
+def test_the_body_learns_more_slowly():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3), keras.layers.Dense(2, name="predictions")])
+    steps = {}
+    for scale in (1.0, 0.1):
+        optimizer = Optimizer("adamw", Hyperparameters(layer_decay=0.1))
+        learner = Learner(model, optimizer, Schedule(0.1, 1, 9, "constant", 0), body_scale=scale)
+        state = learner.start()
+        after = learner.update(state, [keras.ops.ones_like(v) for v in state.trainable], [], 0)
+        pairs = zip(after.trainable, state.trainable, strict=True)
+        steps[scale] = [np.array(new) - np.array(old) for new, old in pairs]
+    for slow, fast, factor in zip(steps[0.1], steps[1.0], (0.1, 0.1, 1, 1), strict=True):
+        np.testing.assert_allclose(slow, factor * fast, rtol=1e-4, atol=1e-7)
 
 
 def test_gradients_are_clipped_together():
@@ -151,6 +183,13 @@ def test_the_loss_is_keras_losses():
     for given, dense in ((labels, np.eye(7)[labels]), (shares, shares)):
         theirs = keras.losses.categorical_crossentropy(dense, logits, from_logits=True, label_smoothing=0.1)
         np.testing.assert_allclose(np.array(losses.cross_entropy(given, logits, 0.1)), np.array(theirs), rtol=1e-5)
+    # A mixed example has its classes' losses, each with its share and its weight.
+    weights = losses.balancing(np.repeat(np.arange(7), [9, 1, 4, 4, 4, 5, 1]), 7)
+    whole = [np.array(losses.cross_entropy(np.full(6, label), logits, 0.1)) for label in range(7)]
+    expected = sum(weights[label] * shares[:, label] * whole[label] for label in range(7))
+    np.testing.assert_allclose(np.array(losses.cross_entropy(shares, logits, 0.1, weights)), expected, rtol=1e-5)
+    np.testing.assert_allclose(np.dot(weights, [9, 1, 4, 4, 4, 5, 1]) / 28, 1)
+    np.testing.assert_allclose(np.multiply(weights, [9, 1, 4, 4, 4, 5, 1]), 4)
     order = np.argsort(-logits, axis=1)
     for k in (1, 3):
         expected = [label in row[:k] for label, row in zip(labels, order, strict=True)]

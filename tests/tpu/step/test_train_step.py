@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -12,6 +13,8 @@ from helpers import BACKEND, golden, image, seeded
 
 import keras_effnet as ke
 from keras_effnet.nets import inspection
+from keras_effnet.tpu import model_from_recipe
+from keras_effnet.tpu.config import Run
 from keras_effnet.tpu.step import cross_replica
 from keras_effnet.tpu.step.optimizers import Optimizer
 from keras_effnet.tpu.step.schedules import Schedule
@@ -26,6 +29,7 @@ else:
     import jax
 
     from keras_effnet.tpu.runners import jax_runner as runner
+    from keras_effnet.tpu.runners import jax_trainer
 
 GOLDEN = golden("tpu/train-efficientnet-b0.json")
 
@@ -155,6 +159,25 @@ def test_moving_variance_takes_the_variance_of_the_batch():
         layer(x, training=True)
         update = (np.array(layer.moving_variance) - rule["momentum"]) / (1 - rule["momentum"])
         np.testing.assert_allclose(update / x.var((0, 1, 2)), 1, rtol=1e-4)
+
+
+def test_totals_of_earlier_versions_are_completed(tmp_path):
+    """Checkpoints once lacked the sum of the losses without weight decay."""
+    if BACKEND == "jax":
+        state = {"slots": {"a": 1}, "scaling": {"scale": 2}}
+        found = jax_trainer.upgraded({"totals": np.array([6.0, 2.0, 3.0, 4.0], "float32"), "state": state})
+        np.testing.assert_array_equal(found["totals"], [6, 2, 3, 6, 4])
+        assert found["state"] == {"slots": {"a": 1}}
+        assert jax_trainer.upgraded(found | {"state": state}, scales_loss=True)["state"] == state
+        assert np.array_equal(jax_trainer.upgraded(found)["totals"], found["totals"])
+        return
+    old = tf.train.Checkpoint(sums=tf.Variable([6.0, 2.0, 3.0]), steps=tf.Variable(4))
+    totals = runner.Totals()
+    status = tf.train.Checkpoint(totals=totals).read(tf.train.Checkpoint(totals=old).write(str(tmp_path / "old")))
+    status.assert_existing_objects_matched()
+    totals.complete()
+    totals.complete()
+    assert (totals.sums.numpy().tolist(), totals.steps.numpy()) == ([6, 2, 3, 6], 4)
 
 
 def test_which_replicas_share_their_statistics():
@@ -337,6 +360,63 @@ def test_masks_follow_from_seed_and_step():
 
     assert np.array_equal(logits(1, 7), logits(1, 7))
     assert not np.allclose(logits(1, 7), logits(1, 8)) and not np.allclose(logits(1, 7), logits(2, 7))
+
+
+def test_an_overflow_halves_the_scale_and_changes_nothing():
+    """Gradients in float16 are those of a scaled loss. A step whose gradients are not finite is skipped."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.uniform(0, 1, (4, 8, 8, 3)).astype("float32"), np.array([0, 1, 2, 0], "int32")
+
+    def learner(policy: str, scales_loss: bool) -> Learner:
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((8, 8, 3))
+        x = keras.layers.Conv2D(4, 3, dtype=policy)(inputs)
+        x = keras.layers.GlobalAveragePooling2D(dtype=policy)(keras.layers.BatchNormalization(dtype=policy)(x))
+        model = keras.Model(inputs, keras.layers.Dense(3, dtype=policy)(x))
+        return Learner(model, Optimizer("adam"), Schedule(0.1, 10, 100, warmup_epochs=0), scales_loss=scales_loss)
+
+    def step(one: Learner, scaling: list[float] | None = None):
+        """Returns all values before and after a step, in order, and the scaling after it."""
+        before = one.start()
+        if scaling:
+            before = before._replace(scaling=[keras.ops.convert_to_tensor(value, "float32") for value in scaling])
+        after, metrics = one.train(before, images, labels, 0, 4, runner.gradient)
+        assert np.isfinite(float(metrics["loss"])) and "scaling" in one.by_name(after)
+        values = [keras.tree.map_structure(np.asarray, keras.tree.flatten(state[:4])) for state in (before, after)]
+        return *values, [float(value) for value in after.scaling]
+
+    # In float32, a power of 2 changes no bit.
+    plain, scaled = (learner("float32", scales_loss) for scales_loss in (False, True))
+    assert not plain.start().scaling and "scaling" not in plain.by_name(plain.start())
+    expected, _ = plain.train(plain.start(), images, labels, 0, 4, runner.gradient)
+    before, after, scaling = step(scaled)
+    assert scaling == [2**15, 1]
+    for found, value in zip(after, keras.tree.flatten(expected[:4]), strict=True):
+        np.testing.assert_array_equal(found, value)
+
+    low = learner("mixed_float16", True)
+    before, after, scaling = step(low)
+    assert scaling == [2**15, 1] and all(value.dtype == np.float32 for value in after)
+    assert not any(np.array_equal(old, new) for old, new in zip(before, after, strict=True) if old.ndim > 1)
+    before, after, scaling = step(low, [2.0**100, 7])
+    assert scaling == [2**99, 0]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(new, old)
+    assert step(low, [2.0**10, 1999])[-1] == [2**11, 0] and step(scaled, [2.0**24, 1999])[-1] == [2**24, 0]
+    # With nothing left to halve, the runner finds the variables that are not finite.
+    state = low.start()._replace(scaling=[keras.ops.ones(()), keras.ops.zeros(())])
+    broken = low.update(state, [value * np.inf for value in state.trainable], state.moving, 0)
+    assert not np.isfinite(np.asarray(broken.trainable[0])).all() and float(broken.scaling[0]) == 1
+
+
+def test_auto_is_bfloat16_where_a_gpu_has_it():
+    def chosen(precision="auto", is_tpu=False, capability=(0, 0)):
+        return model_from_recipe.policy(Run(precision=precision), SimpleNamespace(is_tpu=is_tpu, capability=capability))
+
+    assert chosen() == chosen(capability=(7, 5)) == chosen("float32", capability=(9, 0)) == "float32"
+    assert chosen(is_tpu=True) == chosen(capability=(8, 0)) == chosen(capability=(12, 0)) == "mixed_bfloat16"
+    assert chosen("mixed_float16", capability=(9, 0)) == "mixed_float16"
+    assert runner.connect(Run(devices="cpu")).capability == (0, 0)
 
 
 @tensorflow_only

@@ -1,0 +1,100 @@
+"""Names of the ImageNet classes, and the most likely classes of a prediction."""
+
+import csv
+from collections.abc import Sequence
+from functools import cache
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+
+_TABLE = Path(__file__).with_name("imagenet_classes.csv")  # imagenet_classes.md has its sources and license
+
+
+@cache
+def classes() -> list[tuple[str, str]]:
+    """Returns the ImageNet classes in the usual order.
+
+    Returns:
+        List of pairs (WordNet id, name). The names are torchvision's, such as `"tiger cat"`.
+    """
+    with _TABLE.open(encoding="utf-8", newline="") as file:
+        return [(row["wnid"], row["name"]) for row in csv.DictReader(file)]
+
+
+def labels() -> list[str]:
+    """Returns the names of the ImageNet classes in the usual order, as commands, exports and reports print them.
+
+    Returns:
+        List of strings.
+    """
+    return [name for _, name in classes()]
+
+
+def decode_predictions(
+    preds, top: int = 5, labels: Sequence[str] | None = None
+) -> list[list[tuple[str | None, str, float]]]:
+    """Names the most likely classes. Works offline.
+
+    The names of ImageNet classes are those of `keras.applications`, such as `"tiger_cat"`. Two of Keras' names stand
+    for two classes each, `"crane"` and `"maillot"`. Here, one of each pair has torchvision's name: `"crane_bird"` and
+    `"maillot_tank_suit"`.
+
+    Args:
+        preds: Array or tensor, (batch, classes), as returned by a classifier.
+        top: Integer, classes per row. Defaults to 5. If the model has fewer, all of them are returned.
+        labels: List of the model's class names, such as `model.labels`, for a model of your own classes. Defaults to
+            None: the 1000 ImageNet classes.
+
+    Returns:
+        List with a list per row of tuples (WordNet id, name, score), most likely first. With `labels`, the names are
+        those of the list, unchanged, and the WordNet id is None.
+
+    Raises:
+        ValueError: If there is not one column per class, or `top` is not a positive integer.
+
+    Example:
+
+    >>> import numpy as np
+    >>> decode_predictions(np.eye(1000)[[282]], top=1)
+    [[('n02123159', 'tiger_cat', 1.0)]]
+    >>> decode_predictions(np.array([[0.25, 0.75]]), labels=["my cat", "my dog"])
+    [[(None, 'my dog', 0.75), (None, 'my cat', 0.25)]]
+    """
+    named = rank(preds, top, labels)
+    if labels is None:
+        named = [[(index, wnid, name.replace(" ", "_"), score) for index, wnid, name, score in row] for row in named]
+    return [[(wnid, name, score) for _, wnid, name, score in row] for row in named]
+
+
+def rank(preds, top: int = 5, labels: Sequence[str] | None = None) -> list[list[tuple[int, str | None, str, float]]]:
+    """Names the most likely classes and their numbers. The names are those of `labels()`, or of the argument.
+
+    Args:
+        preds: See `decode_predictions()`.
+        top: See `decode_predictions()`.
+        labels: See `decode_predictions()`.
+
+    Returns:
+        List with a list per row of tuples (class number from 0, WordNet id or None, name, score), most likely first.
+
+    Raises:
+        ValueError: See `decode_predictions()`.
+    """
+    if not isinstance(preds, np.ndarray | Sequence):
+        import keras
+
+        preds = keras.ops.convert_to_numpy(preds)
+    preds = np.asarray(preds)
+    known = classes() if labels is None else [(None, str(label)) for label in labels]
+    if preds.ndim != 2 or preds.shape[1] != len(known):
+        expected = "the 1000 ImageNet classes" if labels is None else f"{len(known)} labels"
+        hint = ". For other classes, pass their names, such as labels=model.labels" if labels is None else ""
+        raise ValueError(f"Expected shape (batch, {len(known)}), for {expected}. Received: shape {preds.shape}{hint}")
+    if not (isinstance(top, Integral) and top >= 1):
+        raise ValueError(f"Expected top to be a positive integer. Received: top={top!r}")
+    order = np.argsort(-preds, axis=1, kind="stable")[:, : int(top)]
+    return [
+        [(int(index), *known[index], float(row[index])) for index in best]
+        for row, best in zip(preds, order, strict=True)
+    ]
