@@ -1,9 +1,9 @@
 """Times `probe` and `finetune` beside the same by hand, and compares the accuracy of usual fine-tuning recipes.
 
-    python benchmarks/finetune.py                               # 6 minutes on two cores
-    python benchmarks/finetune.py --compare                     # 24 minutes
+    python benchmarks/finetune.py                               # 5 minutes on two cores
+    python benchmarks/finetune.py --compare                     # some 25 minutes
     python benchmarks/finetune.py --compare --timm-python PATH  # the interpreter of an environment with timm
-    python benchmarks/finetune.py --compare --only patches --epochs 1 --seeds 1   # 2 minutes: whether all of it works
+    python benchmarks/finetune.py --compare --only patches --epochs 1 --seeds 1   # 2 minutes: does it all work?
 
 All start from the ImageNet weights of Lite0 and see images of 64 pixels. Each training is a process of its own.
 
@@ -13,7 +13,7 @@ test with). The rows take turns. The cache is an empty folder:
 - probe, first run: exports the body for the runtimes that are installed, and measures which is the fastest.
 - probe, new features: the export is cached.
 - probe, features on disk: the features too, as for a run with another penalty.
-- finetune: the recipe with its 10 epochs, and with `--augment.min-area 0.7`, as digits at the border are cut off else.
+- finetune: the recipe with its own number of epochs, and with `--augment.min-area 0.7`: smaller crops cut digits off.
 - by hand: what users of keras.applications write. `fit` for 10 epochs on a frozen body, in inference mode, then dropout
   of 0.2 and a softmax layer, Adam with its learning rate of 1e-3, batches of 32, no augmentation.
 
@@ -61,6 +61,8 @@ SIZE, BATCH = 64, 32
 PIXELS = ["--model.image-size", str(SIZE), "--data.eval-crop", "1"]
 DIGITS = ["--data", "digits", *PIXELS, "--augment.no-flip"]
 GENTLE = ["--augment.min-area", "0.7"]
+# Tests only at the end, as the other recipes do.
+ALONE = ["--run.no-report", "--run.no-eval-raw", "--run.eval-every", "1000"]
 BY_HAND, OURS, KERAS = "by hand, Keras", "ours", "Keras"
 TIMM = {"timm, RMSprop": "rmsproptf", "timm, AdamW": "adamw"}
 
@@ -277,29 +279,36 @@ def compare(only: str | None, epochs: float, seeds: int, timm_python: str, home:
     has_timm = not subprocess.run([timm_python, "-c", "import timm"], capture_output=True).returncode
     if not has_timm:
         click.echo("timm is not installed: its recipes are skipped", err=True)
+    names = [OURS, KERAS, *(TIMM if has_timm else ())]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         sources = {"digits": lambda: [*DIGITS, *GENTLE], "patches": lambda: patches(Path(folder, "patches"))}
         for data in [only] if only else sources:
             options = [*sources[data](), "--epochs", f"{epochs:g}", "--batch-size", str(BATCH)]
-            # Tests only at the end, as the others do.
-            alone = ["--run.no-report", "--run.no-eval-raw", "--run.eval-every", "1000"]
-            rows: dict[str, Any] = {}
+            rows: dict[str, Any] = {name: {"top1": [], "seconds": []} for name in names}
             work: dict[str, float] = {}
             for seed in range(seeds):
                 mine = [*options, "--run.seed", str(seed)]
                 work = serve("images", folder, *mine, home=home)
-                result = trained("finetune", [*mine, *alone], home)
-                tested = {OURS: {"top1": result["ema_top1"], "seconds": result["seconds"]}}
-                tested[KERAS] = serve("keras", folder, seed, epochs, home=home)
-                for name, optimizer in TIMM.items() if has_timm else ():
-                    tested[name] = serve("timm", folder, seed, epochs, optimizer, home=home, python=timm_python)
-                for name, one in tested.items():
-                    click.echo(f"{data}, seed {seed}, {name}: {one['top1']:.2%}, {one['seconds']:.0f} s", err=True)
-                    for key, value in one.items():
-                        rows.setdefault(name, {}).setdefault(key, []).append(value)
+                for name, row in rows.items():
+                    top1, seconds = tested(name, folder, mine, seed, epochs, timm_python, home)
+                    row["top1"].append(top1)
+                    row["seconds"].append(seconds)
+                    click.echo(f"{data}, seed {seed}, {name}: {top1:.2%}, {seconds:.0f} s", err=True)
             found[data] = {"work": work, "rows": rows} | verdict(rows)
     return found
+
+
+def tested(name: str, folder: str, mine: list[str], seed: int, epochs: float, timm_python: str, home: str):
+    """Trains with a recipe. Returns its top-1 and the seconds of the training."""
+    if name == OURS:
+        result = trained("finetune", [*mine, *ALONE], home)
+        return result["ema_top1"], result["seconds"]
+    if name == KERAS:
+        result = serve("keras", folder, seed, epochs, home=home)
+    else:
+        result = serve("timm", folder, seed, epochs, TIMM[name], home=home, python=timm_python)
+    return result["top1"], result["seconds"]
 
 
 def verdict(rows: dict[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,10 @@ _COMMANDS = {
     "weights": "keras-effnet list --weights",
     "recipe": "keras-effnet train",
 }
-_FEW = 8
+FEW = 8
 
 
-def unknown(
-    what: str, received: object, choices: Iterable[str], key: Callable[[str], str] | None = None
-) -> ValueError:
+def unknown(what: str, received: object, choices: Iterable[str], key: Callable[[str], str] | None = None) -> ValueError:
     """Returns the error for a name that is not among the choices.
 
     Args:
@@ -40,8 +38,10 @@ def unknown(
     letters = _letters if key is None else lambda name: key(str(name))
     by_letters = {letters(choice): choice for choice in choices}
     wanted = letters(received)
-    are_few = len(choices) <= _FEW
+    are_few = len(choices) <= FEW
     nearest = difflib.get_close_matches(wanted, by_letters, n=1 if are_few else 3, cutoff=0.4)
+    if not nearest and key is not None:
+        return unknown(what, received, choices)
     nearest = nearest or [choice for choice in by_letters if wanted and choice.endswith(wanted)][:1]
     parts = [f"Unknown {what}", f"Received: {received!r}"]
     if are_few:
@@ -95,7 +95,7 @@ def few(names: Iterable[Any]) -> str:
     'cat, dog'
     """
     names = [str(name) for name in names]
-    return ", ".join(names[:_FEW]) + f", ... ({len(names)})" * (len(names) > _FEW)
+    return ", ".join(names[:FEW]) + f", ... ({len(names)})" * (len(names) > FEW)
 
 
 def _letters(name: object) -> str:

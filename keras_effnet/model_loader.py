@@ -131,8 +131,8 @@ def load_model(
     Example:
 
     >>> import keras_effnet as ke
-    >>> ke.save_model(ke.EfficientNetB0(weights=None, classes=2), "pets.keras", labels=["cat", "dog"])
-    >>> ke.load_model("pets.keras").labels
+    >>> path = ke.save_model(ke.EfficientNetB0(weights=None, classes=2), "pets.keras", labels=["cat", "dog"])
+    >>> ke.load_model(path).labels
     ['cat', 'dog']
     """
     found = resolve(model, best)

@@ -161,7 +161,7 @@ def save_model(
     *,
     crop_padding: int | None = None,
     interpolation: str | None = None,
-) -> None:
+) -> Path:
     """Saves a model with its class names, and with how photos are cropped and resized for it.
 
     `keras.saving.load_model()` reads the file too. Only `keras_effnet.load_model()` returns the class names, and only
@@ -175,6 +175,9 @@ def save_model(
             0 keeps the largest window. Defaults to None: as the model's weights expect.
         interpolation: `"bicubic"` or `"bilinear"`. Defaults to None: as the model's weights expect.
 
+    Returns:
+        The path.
+
     Raises:
         OSError: If the file cannot be written.
         ValueError: If the path has another ending, or there is not one label for each output.
@@ -183,8 +186,8 @@ def save_model(
 
     >>> import keras_effnet as ke
     >>> model = ke.EfficientNetB0(weights=None, classes=2)
-    >>> ke.save_model(model, "pets.keras", labels=["cat", "dog"])
-    >>> ke.load_model("pets.keras").labels
+    >>> path = ke.save_model(model, "pets.keras", labels=["cat", "dog"])
+    >>> ke.load_model(path).labels
     ['cat', 'dog']
     """
     if not os.fspath(path).endswith(".keras"):
@@ -197,6 +200,7 @@ def save_model(
     with files.replacing(path) as temporary:
         model.save(temporary)
         add(temporary, found)
+    return Path(path)
 
 
 def add(path: str | os.PathLike, metadata: dict[str, Any]) -> None:
@@ -228,8 +232,8 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
     Example:
 
     >>> import keras_effnet as ke
-    >>> ke.save_model(ke.EfficientNetB0(weights=None, classes=2), "pets.keras", labels=["cat", "dog"])
-    >>> ke.metadata("pets.keras")["labels"]
+    >>> path = ke.save_model(ke.EfficientNetB0(weights=None, classes=2), "pets.keras", labels=["cat", "dog"])
+    >>> ke.metadata(path)["labels"]
     ['cat', 'dog']
     """
     place = Path(path)

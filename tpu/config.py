@@ -119,13 +119,15 @@ class Augment:
 # The original's: tensorflow/tpu efficientnet main.py:117-171, utils.py:83-101.
 _ORIGINAL = {"per_256": 0.016, "momentum": 0.9, "decay": 0.9, "epsilon": 1e-3, "layer_decay": 0.0, "weight_decay": 1e-5}
 
-# Where an optimizer's own defaults differ from the original's. Decay of the squares: Kingma & Ba, arXiv 1412.6980.
-# Epsilon: keras.optimizers. Learning rate and AdamW's weight decay: DeiT, arXiv 2012.12877, table 9, and, for a
-# convolutional net, ConvNeXt, arXiv 2201.03545, table 5.
+# Where an optimizer's own defaults differ from the original's. Learning rate and decay of the squares: Kingma & Ba,
+# arXiv 1412.6980. Epsilon: keras.optimizers. AdamW's weight decay: ConvNeXt, arXiv 2201.03545, table 5.
 _OWN = {
-    "adam": {"per_256": 2.5e-4, "decay": 0.999, "epsilon": 1e-7},
-    "adamw": {"per_256": 2.5e-4, "decay": 0.999, "epsilon": 1e-7, "layer_decay": 0.05, "weight_decay": 0.0},
+    "adam": {"per_256": 1e-3, "decay": 0.999, "epsilon": 1e-7},
+    "adamw": {"per_256": 1e-3, "decay": 0.999, "epsilon": 1e-7, "layer_decay": 0.05, "weight_decay": 0.0},
 }
+
+# Their steps are as long as the learning rate, whatever the gradients, and it does not follow the batch size.
+_ANY_BATCH = ("adam", "adamw")
 
 _UNSET: Any = None
 
@@ -140,7 +142,7 @@ class Optimizer:
     """rmsprop is the original's; rmsprop-keras and rmsprop-torch are those of tf.keras and PyTorch.
     With lars, the original shares batch statistics: --run.batch-norm-group all."""
     peak: float | None = None
-    """Highest learning rate. None: per_256 * batch_size / 256."""
+    """Highest learning rate. None: per_256 * batch_size / 256, with adam and adamw per_256 for any batch."""
     per_256: float = _UNSET
     """Highest learning rate for a batch of 256 images."""
     momentum: float = _UNSET
@@ -288,8 +290,10 @@ class Recipe:
     @property
     def peak(self) -> float:
         """Highest learning rate."""
-        given = self.optimizer.peak
-        return self.optimizer.per_256 * self.batch_size / 256 if given is None else given
+        how = self.optimizer
+        if how.peak is not None:
+            return how.peak
+        return how.per_256 if how.name in _ANY_BATCH else how.per_256 * self.batch_size / 256
 
 
 def with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:

@@ -13,6 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+
 class _Quiet:
     """Ignores warnings while any thread is inside. `catch_warnings()` alone is not safe with several threads.
 

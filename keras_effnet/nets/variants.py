@@ -241,6 +241,8 @@ def find_model(name: str) -> str:
     >>> find_model("tf_efficientnet_lite0"), find_model("B7")
     ('efficientnet-lite0', 'efficientnet-b7')
     """
+    if name in VARIANTS:
+        return name
     found = _aliases().get(_short(name)) if isinstance(name, str) else None
     if found is None:
         raise unknown_model(name)
@@ -268,7 +270,7 @@ def is_model(name: object) -> bool:
     Returns:
         Boolean.
     """
-    return isinstance(name, str) and _short(name) in _aliases()
+    return isinstance(name, str) and (name in VARIANTS or _short(name) in _aliases())
 
 
 def list_models(pattern: str | None = None) -> list[str]:

@@ -49,7 +49,7 @@ def test_every_variant_folds_exactly(name):
 
 def test_keras_applications_net_folds():
     model = trained(keras.applications.EfficientNetB0(weights=None, input_shape=SHAPE, classes=10))
-    normalization = model.get_layer("normalization")
+    (normalization,) = (layer for layer in model.layers if isinstance(layer, keras.layers.Normalization))
     normalization.set_weights([np.array([0.4, 0.5, 0.6]), np.array([0.04, 0.05, 0.06]), np.array(0)])
     normalization.finalize_state()
     folded = check(model)

@@ -9,37 +9,35 @@ from helpers import BACKEND, ROOT
 
 # What CI has room for, and what it has not.
 SLOW = {
-    "jax": (
-        "nets/test_condconv.py",
-        "weights/test_convert.py",
-        "tpu/step/test_optimizers.py",
-        "tpu/step/test_train_step.py",
-        "tpu/runners/test_jax_fused.py",
-    ),
+    "jax": ("weights/test_convert.py", "tpu/step/test_optimizers.py"),
     "torch": ("nets/test_condconv.py", "weights/test_convert.py", "tpu/step/test_optimizers.py"),
 }
-LONG = dict.fromkeys(
-    SLOW,
-    (
-        "inference/test_export.py",
-        "inference/test_folding.py",
-        "inference/test_predictor.py",
-        "commands/test_commands.py",
-        "pruning/test_pruning.py",
-    ),
+_BOTH = (
+    "inference/test_export.py",
+    "inference/test_folding.py",
+    "inference/test_predictor.py",
+    "commands/test_commands.py",
+    "pruning/test_pruning.py",
 )
+LONG = {
+    "jax": ("nets/test_condconv.py", "tpu/step/test_train_step.py", "tpu/runners/test_jax_fused.py", *_BOTH),
+    "torch": _BOTH,
+}
 FILES = [
     *((backend, "test_models.py") for backend in SLOW),
     *(pytest.param(backend, file, marks=pytest.mark.slow) for backend, files in SLOW.items() for file in files),
     *(pytest.param(backend, file, marks=pytest.mark.long) for backend, files in LONG.items() for file in files),
 ]
+NETS = "efficientnet-b0 or lite0 or edgetpu-s or condconv-b0-4e or b1-pruned"
+OWN = "channels_first or bfloat16 or mixed_experts or drop_connect or odd_and_unknown or input_tensor"
 # Those in which a backend's variables are read, written or trained in ways of their own. JAX compiles an eager call
 # operation by operation: its nets are compiled whole, as its users do.
 CHOSEN = {
     "jax nets/test_condconv.py": "not eager and not fresh_process",
-    # pruning/test_pruning.py trains; what is left out besides builds nets and runs none, or is about the tests.
-    "jax test_models.py": "not training_by_fit and not wrong and not reading_a_model",
-    "torch test_models.py": "not wrong and not reading_a_model",
+    # A net of each family against the original, and what a backend computes in ways of its own. pruning/test_pruning.py
+    # trains on JAX.
+    "jax test_models.py": f"original_outputs and ({NETS}) or {OWN}",
+    "torch test_models.py": f"original_outputs and ({NETS}) or {OWN} or training_by_fit and b0",
     "inference/test_export.py": "swish or fresh_process",
     "inference/test_folding.py": "edgetpu-s or channels_first or border",
     "inference/test_predictor.py": "predict_gives and onnxruntime or any_size",

@@ -223,8 +223,13 @@ def test_an_interruption_leaves_whole_files_and_the_next_call_computes_the_rest(
     assert len(done) == 48
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.long),
+    ],
+)
 def test_a_stopped_run_resumes(tmp_path, number, status):
     options = ["--model.name", "efficientnet-mini", "--model.weights", "None", "--model.image-size", "96"]
     line = [sys.executable, ROOT / "tests" / "mini.py", "train", "probe", "--data", "digits", *options]

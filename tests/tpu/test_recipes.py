@@ -70,7 +70,8 @@ def test_fields_are_changed_by_name_and_type():
     # AdamW has defaults of its own, in place of the recipe's for another optimizer. What is given stays.
     own = override(EVERY["finetune"], ["--optimizer.name", "adamw", "--optimizer.decay", "0.99"]).optimizer
     assert own == config.Optimizer("adamw", decay=0.99) and own.decay == 0.99
-    assert (own.per_256, own.epsilon, own.layer_decay, own.weight_decay) == (2.5e-4, 1e-7, 0.05, 0.0)
+    assert (own.per_256, own.epsilon, own.layer_decay, own.weight_decay) == (1e-3, 1e-7, 0.05, 0.0)
+    assert Recipe(optimizer=own, batch_size=8).peak == 1e-3  # for any batch size
     kept = override(EVERY["finetune"], ["--optimizer.name", "sgd"]).optimizer
     assert kept == dataclasses.replace(EVERY["finetune"].optimizer, name="sgd")
     assert override(Recipe(optimizer=own), ["--optimizer.name", "rmsprop"]) == Recipe()

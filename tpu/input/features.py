@@ -179,7 +179,7 @@ def _computed(view: View, predict, missing: Sequence[int]) -> Iterator[tuple[int
     """Yields the missing chunks in order, those without a readable photo included."""
 
     def rows():
-        for ordinals, labels, images in view.images(missing, view.recipe.batch_size):
+        for ordinals, labels, images in view.images(missing, view.recipe.batch_size or 32):
             yield from zip(ordinals.numpy(), labels.numpy(), predict(images.numpy()), strict=True)
 
     left = iter(missing)

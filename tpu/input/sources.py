@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_effnet.errors import few
+from keras_effnet.errors import FEW, few
 from keras_effnet.images import folders
 from keras_effnet.tpu.config import Data
 from keras_effnet.tpu.input.example_readers import Items, Part, Records
@@ -207,8 +207,12 @@ def _evaluated_folder(data: Data) -> Evaluated:
     strange = [name for name in found if name not in labels]
     if not pairs or strange:
         trained = f"{few(labels)} to train on, and " if strange else ""
+        place = f"{root}/{split}" if split else root
+        names = sorted(
+            found, key=lambda name: (len(found) > FEW and name in labels, name)
+        )  # of many, the strange first
         raise ValueError(
-            f"Expected a folder of photos per class. Received: {root!r} with {trained}{few(strange or found) or 'none'}"
+            f"Expected a folder of photos per class. Received: {place!r} with {trained}{few(names) or 'none'}"
         )
     examples = _items(pairs)
     return Evaluated(examples, len(examples.labels), data.classes or len(labels), labels)

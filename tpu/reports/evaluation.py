@@ -191,7 +191,9 @@ def _subject_of_model(net, weights, crop, interpolation) -> _Subject:
     known = hasattr(net, "weights_record") or weights == "imagenet" or os.path.isfile(weights)
     read, used = _reader(photo_loader.expected_by(net, "auto" if known else weights), crop, interpolation)
     record = getattr(net, "weights_record", None) if outputs == 1000 else None
-    return _Subject(net, outputs, read, used, record, labels=model_metadata.labels_of(net) or ())
+    # Of ImageNet's classes, data may know the WordNet ids, the names, or only the numbers.
+    labels = () if record else model_metadata.labels_of(net) or ()
+    return _Subject(net, outputs, read, used, record, labels=labels)
 
 
 def _subject_of_export(path: str, crop, interpolation) -> _Subject:

@@ -129,7 +129,7 @@ def test_what_is_missing_or_impossible_is_told_in_a_line():
 MINI = ("efficientnet-mini", "--model.image-size", "64", "--topology", "v5e:2x2")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plans_by_the_real_compiler(tmp_path):
     small = json.loads(command(*MINI, "--global-batch", "512", "--json", home=tmp_path).stdout)
     assert small["fits"] and small["chips"] == 4 and small["images_per_chip"] == 128 and small["compile_seconds"] > 1
@@ -195,7 +195,8 @@ def test_every_recipe_is_in_the_table_of_the_docs():
     table = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     assert table in (ROOT / "docs" / "tpu.md").read_text()
     record = json.loads((ROOT / "benchmarks" / "tpu_recipes.json").read_text())
-    assert list(record["recipes"]) == list(recipes.every()) and record["topology"] == "v5e:2x4"
+    trained = [name for name, recipe in recipes.every().items() if not recipe.probe.views]  # a probe has no steps
+    assert list(record["recipes"]) == trained and record["topology"] == "v5e:2x4"
     for name, (first, *smaller) in record["recipes"].items():
         recipe = recipes.find(name)
         assert (first["model"], first["global_batch"]) == (recipe.model.name, recipe.batch_size or 32)
