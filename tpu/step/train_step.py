@@ -302,7 +302,11 @@ def _kept_finite(before: State, after: State, gradients) -> State:
         ops.where(finite, larger, ops.maximum(scale / 2, 1.0)),
         ops.where(ops.logical_and(finite, ops.logical_not(grows)), steps + 1, 0.0),
     ]
-    return State._make([*chosen(after[:4], before[:4]), scaling])
+
+    def kept(name: str) -> Any:
+        return chosen(getattr(after, name), getattr(before, name))
+
+    return State(kept("trainable"), kept("moving"), kept("slots"), kept("averages"), scaling)
 
 
 def _is_seed(variable) -> bool:
