@@ -166,9 +166,9 @@ def attach(model: "keras.Model", metadata: dict[str, Any]) -> "keras.Model":
     from keras_effnet.weights import registry
 
     target: Any = model
-    pixels, record = metadata.get("preprocessing", {}), metadata.get("weights")
-    if "interpolation" in pixels:
-        target.expects = model_metadata.Expects(pixels["crop_padding"], pixels["interpolation"])
+    record, expects = metadata.get("weights"), model_metadata.expects_in(metadata)
+    if expects is not None:
+        target.expects = expects
     if metadata.get("schema"):
         target.weights_record = None
         target.training_record = metadata.get("training")

@@ -35,6 +35,19 @@ class Expects:
     interpolation: str = "bicubic"
 
 
+def expects_in(metadata: dict[str, Any]) -> Expects | None:
+    """Returns how photos are cropped and resized, from the metadata of a file.
+
+    Args:
+        metadata: See `metadata()`.
+
+    Returns:
+        An `Expects`, or None if the metadata do not say it.
+    """
+    pixels = metadata.get("preprocessing", {})
+    return Expects(pixels["crop_padding"], pixels["interpolation"]) if "interpolation" in pixels else None
+
+
 def holders(model: Any) -> list[Any]:
     """Returns a model, and the EfficientNet in it if that is a layer of it.
 

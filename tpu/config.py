@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from keras_effnet.nets.variants import find_model, is_model
+from keras_effnet.nets.variants import VARIANTS, find_model, is_model
 
 # Fields that a recipe may leave to the size of the data. `recipes.finetune.decided()` fills them before they are used.
 SIZED = ("epochs", "batch_size", "schedule.warmup_epochs", "run.eval_every", "run.save_every")
@@ -286,6 +286,11 @@ class Recipe:
     """Top-1 in percent, as published for the unchanged recipe."""
     source: str = ""
     """Source of these numbers."""
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of an image in pixels."""
+        return self.model.image_size or VARIANTS[self.model.name].resolution
 
     @property
     def peak(self) -> float:

@@ -1,18 +1,21 @@
 """Builds the model and the learner of a recipe, and the model that a run exports."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import keras
 import numpy as np
 
-from keras_effnet import models
+from keras_effnet import model_metadata, models
 from keras_effnet.errors import one_of
 from keras_effnet.nets import inspection
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu.config import Model, Recipe, Run
+from keras_effnet.tpu.input.crops import eval_padding
+from keras_effnet.tpu.input.sources import Source
+from keras_effnet.tpu.resume import cloud_files
 from keras_effnet.tpu.step import optimizers, schedules
 from keras_effnet.tpu.step.train_step import Learner
 
@@ -124,8 +127,7 @@ def freezing(how: Model) -> Callable[[keras.Layer], bool]:
 
 
 def _shape(recipe: Recipe) -> dict[str, Any]:
-    how = recipe.model
-    size = how.image_size or VARIANTS[how.name].resolution
+    how, size = recipe.model, recipe.image_size
     return {
         "input_shape": (size, size, 3),
         "dropout_rate": how.dropout_rate,
@@ -237,3 +239,57 @@ def with_classifier(recipe: Recipe, features: keras.Model, kernel: np.ndarray, b
     classifier: Any = model.get_layer("predictions")
     classifier.set_weights([kernel, bias])
     return model
+
+
+def classes_of(recipe: Recipe, source: Source) -> int:
+    """Returns the number of classes of a recipe's model.
+
+    Args:
+        recipe: `Recipe`.
+        source: `Source` of its data.
+
+    Returns:
+        Integer.
+
+    Raises:
+        ValueError: If the recipe has fewer classes than the data.
+    """
+    classes = recipe.data.classes or source.classes
+    if classes < source.classes:
+        raise ValueError(
+            f"Expected data.classes to be at least {source.classes}, as there are in the data. Received: {classes}"
+        )
+    return classes
+
+
+def save(
+    model: keras.Model, path: str, recipe: Recipe, labels: Sequence[str], step: int, epochs: float, top1: float
+) -> dict[str, Any]:
+    """Saves a trained model with all that it needs to classify photos.
+
+    Args:
+        model: A `keras.Model` that returns probabilities.
+        path: String, path of the file, which may be on Cloud Storage.
+        recipe: `Recipe`.
+        labels: Sequence of the names of the classes in the data. Empty if unknown.
+        step: Integer, number of the step.
+        epochs: Float, passes over the training images.
+        top1: Float, share.
+
+    Returns:
+        Dict, see `keras_effnet.metadata()`.
+    """
+    target: Any = model
+    if labels:  # the recipe may have more classes than the data
+        target.labels = [*labels, *map(str, range(len(labels), model.output_shape[-1]))]
+    target.expects = model_metadata.Expects(eval_padding(recipe.image_size, recipe.data), recipe.data.interpolation)
+    target.training_record = {
+        "data": recipe.data.source,
+        "weights": recipe.model.weights,
+        "step": step,
+        "epochs": epochs,
+        "top1": top1,
+    }
+    with cloud_files.replacing(path) as here:
+        model_metadata.save_model(model, here)
+    return model_metadata.of(model)

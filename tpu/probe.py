@@ -14,14 +14,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_effnet import model_metadata
 from keras_effnet.inference.predictor import Predictor
 from keras_effnet.nets import inspection
-from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu import model_from_recipe, recipes
 from keras_effnet.tpu.config import Recipe, flat, to_json
 from keras_effnet.tpu.input import features
-from keras_effnet.tpu.input.crops import eval_padding
 from keras_effnet.tpu.input.features import Features, View
 from keras_effnet.tpu.input.skipped_examples import Skipped
 from keras_effnet.tpu.input.sources import Source, open_source
@@ -156,12 +153,7 @@ def _check(recipe: Recipe, hosts: int) -> None:
 def _open(recipe: Recipe, workdir: str) -> _Job:
     """Opens the data set and builds the body."""
     source = open_source(recipe.data, cache=f"{workdir}/records.json")
-    classes = recipe.data.classes or source.classes
-    if classes < source.classes:
-        raise ValueError(
-            f"Expected data.classes to be at least {source.classes}, as there are in the data. Received: {classes}"
-        )
-    size = recipe.model.image_size or VARIANTS[recipe.model.name].resolution
+    size, classes = recipe.image_size, model_from_recipe.classes_of(recipe, source)
     keras.utils.set_random_seed(recipe.run.seed)
     body = model_from_recipe.body(recipe)
     reading = inspection.read(body)
@@ -290,19 +282,10 @@ def _evaluated(job: _Job, fit: Fit, tests: Features, skipped: set[str], log: Log
     recipe, done = job.recipe, fit.iterations
     log.total = done
     log.evaluated(done, _scores(fit.classifier, tests))
-    model: Any = model_from_recipe.with_classifier(recipe, job.body, fit.classifier.kernel, fit.classifier.bias)
-    if job.source.labels:  # the recipe may have more classes than the data
-        model.labels = [*job.source.labels, *map(str, range(len(job.source.labels), job.classes))]
-    model.expects = model_metadata.Expects(eval_padding(job.size, recipe.data), recipe.data.interpolation)
-    model.training_record = {
-        "data": recipe.data.source,
-        "weights": recipe.model.weights,
-        "step": done,
-        "epochs": recipe.probe.views,
-        "top1": log.scores[done],
-    }
-    with cloud_files.replacing(f"{job.workdir}/model.keras") as here:
-        model_metadata.save_model(model, here)
+    model = model_from_recipe.with_classifier(recipe, job.body, fit.classifier.kernel, fit.classifier.bias)
+    views, top1 = recipe.probe.views, log.scores[done]
+    path, labels = f"{job.workdir}/model.keras", job.source.labels
+    metadata = model_from_recipe.save(model, path, recipe, labels, done, views, top1)
     return {
         "model": recipe.model.name,
         "steps": done,
@@ -316,6 +299,7 @@ def _evaluated(job: _Job, fit: Fit, tests: Features, skipped: set[str], log: Log
         "expected_top1": recipe.expected_top1,
         "l2": fit.l2,
         "held_out_top1": fit.held_out,
+        "metadata": metadata,
     }
 
 

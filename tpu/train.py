@@ -18,16 +18,14 @@ import keras
 import orbit
 import tensorflow as tf
 
-from keras_effnet import model_metadata
 from keras_effnet.errors import one_of
-from keras_effnet.nets.variants import VARIANTS, find_model
+from keras_effnet.nets.variants import find_model
 from keras_effnet.tpu.config import Recipe, Run, to_json
 from keras_effnet.tpu.input import pipeline
-from keras_effnet.tpu.input.crops import eval_padding
 from keras_effnet.tpu.input.example_readers import Items
 from keras_effnet.tpu.input.skipped_examples import Skipped
 from keras_effnet.tpu.input.sources import Source, open_source
-from keras_effnet.tpu.model_from_recipe import build, export, freezing, make_learner, policy
+from keras_effnet.tpu.model_from_recipe import build, classes_of, export, freezing, make_learner, policy, save
 from keras_effnet.tpu.recipes.finetune import decided
 from keras_effnet.tpu.reports import html_report
 from keras_effnet.tpu.reports.progress import Log
@@ -273,12 +271,7 @@ def _open_source(recipe: Recipe, workdir: str, host: pipeline.Host) -> Source:
 
 def _planned(recipe: Recipe, workdir: str, host: pipeline.Host, machine: Any, source: Source) -> _Job:
     """Returns the numbers of the run, which follow from the data."""
-    size = recipe.model.image_size or VARIANTS[recipe.model.name].resolution
-    classes = recipe.data.classes or source.classes
-    if classes < source.classes:
-        raise ValueError(
-            f"Expected data.classes to be at least {source.classes}, as there are in the data. Received: {classes}"
-        )
+    size, classes = recipe.image_size, classes_of(recipe, source)
     steps_per_epoch = source.train_count / recipe.batch_size
     total = int(recipe.epochs * steps_per_epoch)
     if total < 1:
@@ -542,22 +535,10 @@ def _save_results(job: _Job, learner: Learner, state: Any, checkpoints: Checkpoi
     return result
 
 
-def _save(job: _Job, model: Any, name: str, step: int, log: Log) -> dict[str, Any]:
-    """Saves a model with all that it needs to classify photos. Returns its metadata."""
-    data = job.recipe.data
-    if job.source.labels:  # the recipe may have more classes than the data
-        model.labels = [*job.source.labels, *map(str, range(len(job.source.labels), job.classes))]
-    model.expects = model_metadata.Expects(eval_padding(job.size, data), data.interpolation)
-    model.training_record = {
-        "data": data.source,
-        "weights": job.recipe.model.weights,
-        "step": step,
-        "epochs": round(step / job.steps_per_epoch, 2),
-        "top1": log.scores[step],
-    }
-    with cloud_files.replacing(f"{job.workdir}/{name}") as here:
-        model_metadata.save_model(model, here)
-    return model_metadata.of(model)
+def _save(job: _Job, model: keras.Model, name: str, step: int, log: Log) -> dict[str, Any]:
+    """Saves a model of a step. Returns its metadata."""
+    epochs = round(step / job.steps_per_epoch, 2)
+    return save(model, f"{job.workdir}/{name}", job.recipe, job.source.labels, step, epochs, log.scores[step])
 
 
 def _skipped_names(job: _Job) -> set[str]:

@@ -179,8 +179,8 @@ def labelled(folder: str | os.PathLike, eval_share: float = EVAL_SHARE, files: F
         A `Labelled`. A class without photos is left out, and a class of one photo is not evaluated: `notes` name them.
 
     Raises:
-        OSError: If a CSV file cannot be read.
-        ValueError: If there are no photos of at least one class to train on, or none to evaluate on.
+        ValueError: If a CSV file cannot be read, or there are no photos of at least one class to train on, or none to
+            evaluate on.
     """
     root = os.fspath(folder).rstrip("/")
     if not 0 < eval_share < 1:
@@ -275,7 +275,10 @@ def _classes(place: str, files: Files) -> dict[str, list[str]]:
 
 def _of_table(path: str, files: Files) -> dict[str, dict[str, list[str]]]:
     """Reads a CSV file. Returns for each split, `""` without one, the paths of the photos of each class."""
-    rows = csv.DictReader(io.StringIO(files.read(path).decode("utf-8-sig"), newline=""))
+    try:
+        rows = csv.DictReader(io.StringIO(files.read(path).decode("utf-8-sig"), newline=""))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected a CSV file in UTF-8. Received: {path!r}, which cannot be read: {error}") from error
     place = path.rpartition("/")[0] or "."
     names = rows.fieldnames or []
     columns = [next((name for name in wanted if name in names), None) for wanted in (_PATHS, _LABELS, _SPLITS)]

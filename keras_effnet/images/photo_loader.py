@@ -71,8 +71,7 @@ def image_loader(
     if shape is None:
         size, channels, channels_last, record = expected_by(model, weights)
     else:
-        (*size, channels), channels_last = (shape, True) if shape[-1] <= 4 else ((*shape[1:], shape[0]), False)
-        record = None
+        (size, channels, channels_last), record = _parts(shape), None
         with contextlib.suppress(ValueError):
             record = expected_by(model, weights)[3]
     return loader(size, channels, channels_last, record, crop)
@@ -125,13 +124,14 @@ def _told(metadata: dict[str, Any]) -> tuple[tuple[int, int], int, bool, Any] | 
     shape = metadata.get("input_shape", ())
     if len(shape) != 3 or None in shape:
         return None
+    return *_parts(shape), model_metadata.expects_in(metadata)
+
+
+def _parts(shape) -> tuple[tuple[int, int], int, bool]:
+    """Returns (height, width), the number of channels, and whether channels come last, from the shape of an image."""
     channels_last = shape[-1] <= 4
     height, width, channels = shape if channels_last else (*shape[1:], shape[0])
-    pixels = metadata.get("preprocessing", {})
-    rules = None
-    if "interpolation" in pixels:
-        rules = model_metadata.Expects(pixels["crop_padding"], pixels["interpolation"])
-    return (height, width), channels, channels_last, rules
+    return (height, width), channels, channels_last
 
 
 def expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
@@ -151,7 +151,8 @@ def expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
         found = model_loader.resolve(model, exports=True)
         if found.kind == "name":
             variant = VARIANTS[found.place]
-            record = _rules(variant.name, found.weights or weights, found.place)
+            tag = found.weights if found.weights and weights == "auto" else weights
+            record = _rules(variant.name, tag, found.place)
             side = (record and record.resolution) or variant.resolution
             return (side, side), 3, True, record
         told = _told(model_metadata.metadata(found.place)) if weights == "auto" else None

@@ -83,6 +83,9 @@ def test_labels_from_a_csv_file(place, table):
     if table == "split.csv":
         assert names(found.test) == [("8.png", 0), ("9.png", 1)] and folders.splits_of(path) == ["train", "test"]
         assert folders.classes_of(path, "test")["Große Katze"] == [f"{root}/sub folder/8.png"]
+    path.write_bytes("path,label\n1.png,Große\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="Expected a CSV file in UTF-8"):
+        folders.labelled(root if table == "metadata.csv" else path)
     path.write_text("file,class\n1.png,a\n")
     with pytest.raises(ValueError, match="columns path and label"):
         folders.labelled(root if table == "metadata.csv" else path)

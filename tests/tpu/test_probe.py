@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from keras_effnet.model_metadata import metadata
 from keras_effnet.nets.variants import B0_STAGES, VARIANTS
 from keras_effnet.tpu import recipes
 from keras_effnet.tpu.config import Probe, override
@@ -136,6 +137,8 @@ def test_a_run_leaves_one_net_and_its_features(cache, photos, tmp_path, caplog):
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert (row["split"], row["step"], row["ema_top1"]) == ("eval", result["steps"], result["ema_top1"])
+    found = metadata(tmp_path / "run")
+    assert found == metadata(tmp_path / "run" / "result.json") and found["labels"] == result["labels"]
     # The unreadable photo is named, once.
     broken = str(sorted((photos / "train" / "one").iterdir())[3])
     assert result["skipped"] == 1 and sum(broken in record.getMessage() for record in caplog.records) == 1

@@ -173,7 +173,10 @@ def _digits() -> Source:
 
 
 def _read(path: str) -> bytes:
-    return tf.io.gfile.GFile(path, "rb").read()
+    try:
+        return tf.io.gfile.GFile(path, "rb").read()
+    except tf.errors.OpError as error:
+        raise OSError(error.message) from error
 
 
 # Also on Cloud Storage.
@@ -194,7 +197,7 @@ def _folder(data: Data) -> Source:
 def _evaluated_folder(data: Data) -> Evaluated:
     root = data.source.rstrip("/")
     parts = folders.splits_of(root, FILES)
-    named = [name.rstrip("/") for name in (() if root.endswith(".csv") else FILES.folders(root))]
+    named = [] if root.endswith(".csv") else FILES.folders(root)
     if data.eval_split and data.eval_split not in (*parts, *named):
         raise ValueError(f"Expected a split made of {few(parts or named)}. Received: {data.eval_split!r}")
     # A class may be called "test". Then it contains no folders.
@@ -208,9 +211,8 @@ def _evaluated_folder(data: Data) -> Evaluated:
     if not pairs or strange:
         trained = f"{few(labels)} to train on, and " if strange else ""
         place = f"{root}/{split}" if split else root
-        names = sorted(
-            found, key=lambda name: (len(found) > FEW and name in labels, name)
-        )  # of many, the strange first
+        # Of many, those that are not in train come first.
+        names = sorted(found, key=lambda name: (len(found) > FEW and name in labels, name))
         raise ValueError(
             f"Expected a folder of photos per class. Received: {place!r} with {trained}{few(names) or 'none'}"
         )

@@ -23,7 +23,6 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu.config import Recipe
 from keras_effnet.tpu.environment import without_tpu
 from keras_effnet.tpu.input.sources import open_source
@@ -144,7 +143,7 @@ def lowered(
     Raises:
         ValueError: If the devices cannot share the batch evenly.
     """
-    count, size = len(devices), recipe.model.image_size or VARIANTS[recipe.model.name].resolution
+    count, size = len(devices), recipe.image_size
     recipe = _decided(recipe, count)
     if recipe.batch_size < 1 or recipe.batch_size % count:
         raise ValueError(

@@ -16,7 +16,6 @@ import numpy as np
 import tensorflow as tf
 
 from keras_effnet.images.decoding import decode_image
-from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.plots import figure_class
 from keras_effnet.tpu.config import Recipe
 from keras_effnet.tpu.input import mixing
@@ -81,7 +80,7 @@ def _comparable(row: dict[str, Any]) -> dict[str, Any]:
 
 def _body(workdir: str, recipe: Recipe, resolved: dict, rows: list[dict], examples: int) -> Iterable[str]:
     yield _section("Curves", lambda: _curves(rows))
-    size = resolved.get("image_size") or recipe.model.image_size or VARIANTS[recipe.model.name].resolution
+    size = resolved.get("image_size") or recipe.image_size
     opened: list[Source] = []
 
     def source() -> Source:

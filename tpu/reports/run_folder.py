@@ -12,7 +12,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu.config import Recipe, from_json
 from keras_effnet.tpu.input.crops import eval_image
 from keras_effnet.tpu.input.example_readers import viewed
@@ -59,7 +58,7 @@ def trained(workdir, best: bool = False) -> Trained:
 
     workdir = os.fspath(workdir).rstrip("/")
     recipe, resolved = configuration(workdir)
-    size = resolved.get("image_size") or recipe.model.image_size or VARIANTS[recipe.model.name].resolution
+    size = resolved.get("image_size") or recipe.image_size
     problems = []
     chosen = "best.keras" if best and tf.io.gfile.exists(f"{workdir}/best.keras") else "model.keras"
     if tf.io.gfile.exists(f"{workdir}/{chosen}"):

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from keras_effnet.tpu.input import crops, pipeline
 from keras_effnet.tpu.input.skipped_examples import Skipped
-from keras_effnet.tpu.input.sources import open_source
+from keras_effnet.tpu.input.sources import open_evaluation, open_source
 
 PHOTOGRAPHS = {
     name: (importlib.resources.files("sklearn.datasets.images") / f"{name}.jpg").read_bytes()
@@ -253,6 +253,9 @@ def test_a_tensorflow_dataset_by_name(tmp_path):
 def test_other_places_are_refused(tmp_path):
     with pytest.raises(ValueError, match="Expected a folder, a CSV file, digits, or the name"):
         open_source(Data("/nowhere/at/all"))
+    for opened in (open_source, open_evaluation):
+        with pytest.raises(ValueError, match=r"Expected a CSV file in UTF-8\. Received: 'missing\.csv'"):
+            opened(Data("missing.csv"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="with no photos"):
         open_source(Data(str(tmp_path)))
