@@ -31,7 +31,7 @@ COLUMNS = (
     "memory per chip",
     "fits",
     "batch that fits",
-    "MB/image",
+    "memory traffic, MB/image",
     "images/s per chip, at most",
     "hours, at least",
 )
