@@ -6,7 +6,7 @@ import sys
 import hypothesis
 import keras
 import pytest
-from helpers import ROOT, VARIANTS, make_shallow
+from helpers import BACKEND, ROOT, VARIANTS, make_shallow
 
 # Every run tests the same examples, so that a commit passes or fails. HYPOTHESIS_PROFILE=default draws new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -23,11 +23,26 @@ def _seed():
 
 
 @pytest.fixture
-def shallow(monkeypatch):
+def shallow():
     """Applies `make_shallow()` for one test."""
-    for name, variant in VARIANTS.items():
-        monkeypatch.setitem(VARIANTS, name, variant)
+    before = dict(VARIANTS)
     make_shallow()
+    yield
+    VARIANTS.clear()
+    VARIANTS.update(before)
+
+
+@pytest.fixture
+def eager():
+    """Runs TensorFlow operation by operation. A few steps take less time than tracing them."""
+    if BACKEND != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_table_1_of_the_paper():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="no arithmetic")
-@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("number", [0, 1, *(pytest.param(number, marks=pytest.mark.long) for number in range(2, 8))])
 def test_layers_are_counted_as_keras_applications_has_them(number):
     theirs = getattr(keras.applications, f"EfficientNetB{number}")(
         include_top=False, weights=None, input_shape=(32, 32, 3)
@@ -39,8 +39,18 @@ def test_layers_are_counted_as_keras_applications_has_them(number):
         assert described["layers"]["keras_applications"] == {0: 237, 7: 813}[number]
 
 
+# One net of each family. All others, but the three largest, run with `-m long`.
+FAMILIES = ("b0", "b3", "lite0", "edgetpu-s", "condconv-b0-4e", "condconv-b0-8e-depth", "b1-pruned")
+LARGEST = ("efficientnet-l2", "efficientnet-b8", "efficientnet-b7")
+
+
 @pytest.mark.parametrize(
-    "name", [name for name in ke.list_models() if name not in ("efficientnet-l2", "efficientnet-b8", "efficientnet-b7")]
+    "name",
+    [
+        pytest.param(name, marks=() if name.removeprefix("efficientnet-") in FAMILIES else pytest.mark.long)
+        for name in ke.list_models()
+        if name not in LARGEST
+    ],
 )
 def test_a_name_and_its_model_are_described_alike(name):
     model = ke.create_model(name, weights=None)

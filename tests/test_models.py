@@ -104,7 +104,7 @@ def test_other_packaged_weights_know_a_cat(name):
 @pytest.mark.skipif(
     BACKEND != "tensorflow", reason="the same arithmetic is compared on every backend by the tests above"
 )
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", [0, 1, *(pytest.param(number, marks=pytest.mark.long) for number in range(2, 8))])
 def test_equals_keras_applications(number):
     theirs = getattr(keras.applications, f"EfficientNetB{number}")(
         weights=None, input_shape=(64, 64, 3), classifier_activation=None
@@ -308,7 +308,7 @@ def test_reading_a_model_gives_what_it_was_built_from(name):
     assert reading.size == (VARIANTS[name].resolution,) * 2
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("shallow", "eager")
 @pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-condconv-b0-4e"])
 def test_training_by_fit_learns_and_moves_every_variable(name):
     keras.utils.set_random_seed(0)
@@ -329,6 +329,7 @@ def test_training_by_fit_learns_and_moves_every_variable(name):
     BACKEND != "tensorflow",
     reason="ordinary convolutions round by batch, in B0 on PyTorch by 1e-6 too; the layers' own tests run everywhere",
 )
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("float64", 1e-12)])
 def test_mixed_experts_see_one_example_each(dtype, bound):
     """An example's logits do not depend on its position, on the other examples, or on the batch size."""

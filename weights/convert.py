@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,21 @@ from keras_effnet.nets.variants import VARIANTS, find_model, identify
 from keras_effnet.nets.weight_shapes import owners
 from keras_effnet.weights import registry
 from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file, tensorflow_checkpoint
+from keras_effnet.weights.keras2 import conversion
+from keras_effnet.weights.keras2.conversion import Conversion
+from keras_effnet.weights.keras2.layers import Foreign
 from keras_effnet.weights.layouts import LAYOUTS
-from keras_effnet.weights.matching import NO_TOP, SOURCES, Contents, Report, Values, identify_model, match, read_values
+from keras_effnet.weights.matching import (
+    AROUND,
+    NO_TOP,
+    SOURCES,
+    Contents,
+    Report,
+    Values,
+    identify_model,
+    match,
+    read_values,
+)
 from keras_effnet.weights.name_translation import foreign_names, scoped_layers
 from keras_effnet.weights.naming_tables import NAMINGS
 
@@ -90,7 +104,7 @@ def load(
     with opening.opened(path, raw) as tensors:
         contents = Contents(tensors, path, source, raw)
         report, plan = match(contents, reading.architecture, reading.channels, reading.classes, include_top)
-        only_the_net = report.fits and NO_TOP not in report.ignored
+        only_the_net = report.fits and not {NO_TOP, AROUND} & report.ignored.keys()
         by_keras = others and not only_the_net and prefix is None and include_top and _is_keras_file(path, source)
         values = {} if by_keras else read_values(report, plan, contents, reading.architecture, model.name)
     if by_keras:
@@ -328,8 +342,13 @@ def convert_file(
     *,
     raw: bool = False,
     preprocessing: Any = "auto",
+    labels: Sequence[str] | None = None,
+    head: str | None = None,
 ) -> str:
-    """Converts a weights file to another format.
+    """Converts a model or its weights to another format.
+
+    A whole model of Keras 2 that is converted to a `.keras` file is rebuilt with its own preprocessing, padding and
+    head, of the layers that Keras 3 has. Other files are read by the names of their tensors.
 
     Args:
         source_path: Path of the file to convert. See `path` of `load()`.
@@ -343,6 +362,10 @@ def convert_file(
         preprocessing: Preprocessing to save in a `.keras` or `.h5` file, as in `create_model()`. Defaults to `"auto"`:
             that of the source file if it contains one or is a published file, else the model's usual one. Weights
             trained with AdvProp need `"inception"`.
+        labels: List of class names to save in a `.keras` file. Defaults to None: those of the source file.
+        head: `"linear:CLASSES"` to replace what the file has around the net by this package's classifier: global
+            average pooling, dropout and softmax. Its weights are those of the file's only layer of this shape, else
+            zeros. Defaults to None: the file's own head if it can be rebuilt, else none.
 
     Returns:
         Name of the model.
@@ -360,33 +383,111 @@ def convert_file(
     >>> ke.weights.convert_file(path, f"{folder}/b0.weights.h5")
     'efficientnet-b0'
     """
+    return convert(
+        source_path,
+        path,
+        model,
+        source,
+        target,
+        raw=raw,
+        preprocessing=preprocessing,
+        labels=labels,
+        head=head,
+    ).model
+
+
+def convert(
+    source_path,
+    path,
+    model: str | None = None,
+    source: str = "auto",
+    target: str | None = None,
+    *,
+    raw: bool = False,
+    preprocessing: Any = "auto",
+    labels: Sequence[str] | None = None,
+    head: str | None = None,
+    verify: bool = False,
+) -> Conversion:
+    """Converts a model or its weights, and says what was left.
+
+    Args:
+        source_path: See `convert_file()`.
+        path: See `convert_file()`.
+        model: See `convert_file()`.
+        source: See `convert_file()`.
+        target: See `convert_file()`.
+        raw: See `convert_file()`.
+        preprocessing: See `convert_file()`.
+        labels: See `convert_file()`.
+        head: See `convert_file()`.
+        verify: Boolean, whether TensorFlow runs the SavedModel that was converted, and the outputs are compared.
+            Defaults to False.
+
+    Returns:
+        A `Conversion`.
+
+    Raises:
+        OSError: See `convert_file()`.
+        ValueError: See `convert_file()`; or if the outputs cannot be compared. Then nothing is saved.
+    """
     from keras_effnet.nets.normalization import constants
 
     _check_source(source)
     target = _checked_target(path, target)
-    if target in ("tpu", "timm") and not (isinstance(preprocessing, str) and preprocessing == "auto"):
+    automatic = isinstance(preprocessing, str) and preprocessing == "auto"
+    if target in ("tpu", "timm") and not automatic:
         raise ValueError(f"Expected no preprocessing: {target!r} files do not store it. Received: {preprocessing!r}")
+    if labels is not None and not str(path).endswith(".keras"):
+        raise ValueError(f"Expected a path that ends in .keras, to save labels in. Received: {str(path)!r}")
     model = model and find_model(model)
-    record = None
+    left: tuple[str, ...] = ()
+    if target == "own" and str(path).endswith(".keras") and head is None:
+        pixels = None if automatic else constants(preprocessing, 3)
+        found = conversion.convert(source_path, path, model, pixels, labels, verify)
+        if isinstance(found, Conversion):
+            return found
+        left = (f"{found.layer}: {found.reason}",) if isinstance(found, Foreign) else ()
+    if verify:
+        raise ValueError(
+            "Expected a SavedModel whose layers Keras 3 has, to compare the outputs. Received: "
+            f"{str(source_path)!r}{''.join(f' ({each})' for each in left)}"
+        )
     with opening.opened(source_path, raw) as tensors:
         contents = Contents(tensors, source_path, source, raw)
         model, architecture, channels, classes = identify_model(contents, model, pruned=True)
         if target != "tpu" and contents.format == "tpu" and classes == 1001:
             classes = 1000
+        if head is not None:
+            classes = None
         report, plan = match(contents, architecture, channels, classes, include_top=True)
         values = read_values(report, plan, contents, architecture, model)
-    if os.path.isfile(source_path):
-        record = registry.recognise(model, source_path)
-    if isinstance(preprocessing, str) and preprocessing == "auto":
-        known = record.preprocessing if record else keras_file.preprocessing_of(source_path)
+        if head is not None:
+            classes = _classes_of_head(head)
+            values |= contents.classifier(architecture, classes)
+        left += contents.left(architecture, classes if head else None)
+        pixels = contents.normalization(h5_file.keras_version(source_path)) if automatic else None
+    record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
+    if automatic:
+        known = record.preprocessing if record else keras_file.preprocessing_of(source_path) or pixels
         preprocessing = known or VARIANTS[model].preprocessing
     numbers = constants(preprocessing, channels)
     if target == "own":
         metadata = model_metadata.metadata(source_path) if str(source_path).endswith(".keras") else {}
+        if labels is not None and classes is not None:
+            metadata = metadata | {"labels": model_metadata.checked(labels, classes)}
         _write_own(values, path, model, architecture, channels, classes, preprocessing, record, metadata)
     else:
         _write(values, path, target, architecture, channels, classes, numbers)
-    return model
+    return Conversion(model, os.fspath(path), left=left)
+
+
+def _classes_of_head(head: str) -> int:
+    """Returns the classes of a head that a user asks for."""
+    match = re.fullmatch(r"linear:([1-9]\d{0,6})", head)
+    if match is None:
+        raise ValueError(f"Expected head as linear:CLASSES, such as linear:5. Received: {head!r}")
+    return int(match[1])
 
 
 def _checked_target(path, target: str | None) -> str:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +21,8 @@ from keras_effnet.weights.naming_tables import NAMINGS
 SOURCES = {"tpu": ("tpu",), "timm": ("timm",), "lukemelas": ("lukemelas",), "keras": ("keras", "keras3")}
 
 NO_TOP = "the classifier: the model has none"
+
+AROUND = "layers around the net"
 
 SHOWN = 3  # problems that an error names
 
@@ -126,11 +129,13 @@ class Contents:
 
     def __init__(self, tensors: Tensors, path, source: str, raw: bool):
         self.path = str(path)
+        self._all = tensors
         self.format, self.scope = _recognise(tensors, path)
         self.naming = NAMINGS[self.format]
         if source != "auto" and self.format not in SOURCES[source]:
             raise ValueError(f"Expected {NAMINGS[source].title}. Received: {self.path!r}, which is {self.naming.title}")
         self.ignored: Counter[str] = Counter()
+        self._called: dict[str, str] = {}  # names in the file of tensors that have a usual name
         found: Tensors = {}
         suffix = self.naming.average
         self.suffix = suffix if suffix and not raw and any(name.endswith(suffix) for name in tensors) else ""
@@ -144,9 +149,119 @@ class Contents:
                 found[f"{inner} "] = stored  # a name that no variable has
             else:
                 found[inner.removesuffix(self.suffix)] = stored
+        found = self._with_usual_classifier(found)
         keys = keys_of(found, self.naming)
         self.tensors: Tensors = {keys[name]: stored for name, stored in found.items()}
         self._names = {key: name for name, key in keys.items()}
+
+    def _with_usual_classifier(self, found: Tensors) -> Tensors:
+        """Returns the tensors, with the classifier under its usual name."""
+        for name, usual in self.naming.classifiers.items():
+            starts = [key for key in found if key.startswith(f"{name}/")]
+            if starts and not any(key.startswith(f"{usual}/") for key in found):
+                self._called = {f"{usual}{key[len(name) :]}": key for key in starts}
+                return {f"{usual}{key[len(name) :]}" if key in starts else key: found[key] for key in found}
+        return found
+
+    def is_around(self, key: str) -> bool:
+        """Returns whether a tensor belongs to a layer around the net.
+
+        Args:
+            key: String. See `Name.key`.
+        """
+        members = self.naming.members
+        return bool(members) and not re.match(members, self._names[key])
+
+    def left(self, architecture: Architecture, classes: int | None) -> tuple[str, ...]:
+        """Returns what of the file a net of its own cannot take, in words.
+
+        Args:
+            architecture: An `Architecture`.
+            classes: Integer, classes of a new classifier, or None without one.
+        """
+        around = [key for key in self.tensors if self.is_around(key)]
+        owners = list(dict.fromkeys(self._owner(key) for key in around))
+        heads = self._heads(architecture)
+        said = []
+        taken = [owner for owner, found in heads.items() if found == classes]
+        others = [owner for owner in owners if classes is None or taken != [owner]]
+        if others:
+            hint = "" if classes or len(heads) != 1 else f". To keep it: --head linear:{next(iter(heads.values()))}"
+            said.append(f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}: {AROUND}{hint}")
+        if classes and len(taken) != 1:
+            said.append(f"a classifier of {classes} classes: the file has {len(taken)}. The new one is of zeros")
+        return tuple(said)
+
+    def _owner(self, key: str) -> str:
+        name = self._names[key]
+        return re.split(r"[./](?=[^./]*$)", name)[0]
+
+    def _heads(self, architecture: Architecture) -> dict[str, int]:
+        """Returns the layers that can be a classifier on the pooled features, with their classes."""
+        kernel, layout = self.naming.variables["Dense"]["kernel"]
+        bias, _ = self.naming.variables["Dense"]["bias"]
+        found = {}
+        for key in self.tensors:
+            owner = self._owner(key)
+            usual = self.naming.layers.get("predictions", "predictions")
+            if self._names[key] != owner + kernel or not (self.is_around(key) or owner == usual):
+                continue
+            shape = self.tensors[key].shape
+            if len(shape) != 2:
+                continue
+            features, classes = shape if layout == "keep" else shape[::-1]
+            other = self.tensors.get(owner + bias)
+            if features == architecture.head_filters and other is not None and other.shape == (classes,):
+                found[owner] = classes
+        return found
+
+    def classifier(self, architecture: Architecture, classes: int) -> Values:
+        """Reads the only layer of a file that can be a classifier of so many classes, or returns one of zeros.
+
+        Args:
+            architecture: An `Architecture`.
+            classes: Integer.
+
+        Returns:
+            Dict of the classifier's kernel and bias, by (our layer, our variable).
+        """
+        owners = [owner for owner, found in self._heads(architecture).items() if found == classes]
+        shapes = {"kernel": (architecture.head_filters, classes), "bias": (classes,)}
+        values: Values = {}
+        for variable, shape in shapes.items():
+            suffix, layout = self.naming.variables["Dense"][variable]
+            value = np.zeros(shape, np.float32)
+            if len(owners) == 1:
+                stored = self.tensors[owners[0] + suffix].read()
+                value = LAYOUTS[layout].to_keras(stored, shape).astype(np.float32, copy=False)
+            if not np.isfinite(value).all():
+                raise ValueError(f"Expected finite numbers. Received: {self.path!r}, whose {owners[0]} has others")
+            values["predictions", variable] = value
+        return values
+
+    def normalization(self, version: str | None) -> tuple[list[float], list[float]] | None:
+        """Returns the scale and offset of pixels that the statistics in a file of keras.applications amount to.
+
+        Args:
+            version: String, the version of Keras that wrote the file, or None if it is not known.
+
+        Returns:
+            Tuple of two lists, or None where the file has no statistics.
+
+        Reference:
+            keras/src/applications/efficientnet.py. Until 2.8, the weights' variance was a standard deviation in truth;
+            2.9 and later divide by its root once more.
+        """
+        found = [self._all.get(f"{self.scope}normalization/{name}") for name in ("mean", "variance")]
+        if self.format != "keras" or None in found:
+            return None
+        mean, variance = (np.ravel(each.read()).astype(np.float64) for each in found if each is not None)
+        scale, offset = 1 / (255 * np.sqrt(variance)), -mean / np.sqrt(variance)
+        deviation = (0.229, 0.224, 0.225)
+        late = version is None or tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= (2, 9)
+        if late and variance.shape == (3,) and np.allclose(variance, deviation, rtol=1e-5):
+            scale, offset = scale / np.sqrt(deviation), offset / np.sqrt(deviation)
+        return scale.tolist(), offset.tolist()
 
     def _why_ignored(self, name: str, inner: str, tensors: Tensors) -> str | None:
         average = self.naming.average
@@ -170,6 +285,7 @@ class Contents:
             String.
         """
         name = self._names.get(key, usual)
+        name = self._called.get(name, name)
         if key not in self._names and self.naming.ranked:
             name = re.sub(self.naming.ranked, r"\g<owner>*", usual)
         return f"{self.scope}{name[:-1]}" if name.endswith(" ") else f"{self.scope}{name}{self.suffix}"
@@ -235,6 +351,9 @@ def match(
         spare = {head["predictions", variable].key for variable in ("kernel", "bias")} & contents.tensors.keys()
         ignored[why] += len(spare)
         needed |= spare
+        around = {key for key in contents.tensors.keys() - needed if contents.is_around(key)}
+        ignored[AROUND] += len(around)
+        needed |= around
     problems += [f"+ {contents.told(name)}" for name in contents.tensors if name not in needed]
     report = Report(
         contents.path,
@@ -355,9 +474,8 @@ def identify_model(
     found = []
     nets = [(name, resolve(VARIANTS[name])) for name in ([model] if model else VARIANTS)]
     nets = [(name, net) for name, net in nets if model or has_names(net, contents.naming)]
-    if pruned:
-        nets += [(name, _with_widths_of(contents, net)) for name, net in nets]
-    for name, architecture in nets:
+    others = ((name, _with_widths_of(contents, net)) for name, net in nets if pruned)
+    for name, architecture in chain(nets, others):
         stem = contents.shape_of(architecture, "stem_conv", "kernel")
         shape = stem and _as_ours(foreign_names(architecture, contents.naming)["stem_conv", "kernel"], stem)
         channels = shape[2] if shape and len(shape) == 4 else 3
@@ -365,6 +483,8 @@ def identify_model(
         classes = bias[0] if bias else None
         report, _ = match(contents, architecture, channels, classes, include_top=True)
         found.append((len(report.problems), name, architecture, channels, classes))
+        if report.fits:
+            break
     problems, name, architecture, channels, classes = min(found, key=lambda candidate: candidate[0])
     if problems and model is None:
         raise ValueError(

@@ -27,6 +27,9 @@ class Naming:
         average: String. Suffix of a tensor's moving average, where training keeps one.
         counters: Dict from a layer's class to the suffix of an integer beside its variables. The key `""` gives the
             name of one for the whole file. They are written as 0.
+        members: Regular expression that matches the start of a tensor's name, without prefix, if it belongs to the net.
+            Others belong to layers around it. Empty where names do not tell.
+        classifiers: Dict from other names of the classifier to the usual one.
         ranked: Regular expression with the groups `owner` and `number`, for names whose number counts over the whole
             model and so depends on what was built before. Only their order within the owner is compared.
     """
@@ -38,6 +41,8 @@ class Naming:
     ignored: dict[str, str] = field(default_factory=dict)
     average: str = ""
     counters: dict[str, str] = field(default_factory=dict)
+    members: str = ""
+    classifiers: dict[str, str] = field(default_factory=dict)
     ranked: str = ""
 
 
@@ -127,6 +132,7 @@ TIMM = Naming(
     variables=_TORCH,
     ignored=_TORCH_IGNORED,
     counters={"BatchNormalization": ".num_batches_tracked"},
+    members=r"(conv_stem|bn1|blocks|conv_head|bn2|classifier)\.",
 )
 
 # lukemelas/EfficientNet-PyTorch and the Lite nets derived from it.
@@ -150,6 +156,7 @@ LUKEMELAS = Naming(
     },
     variables=_TORCH,
     ignored=_TORCH_IGNORED,
+    members=r"_(conv_stem|bn0|blocks|conv_head|bn1|fc)\.",
 )
 
 _KERAS_VARIABLES = {
@@ -163,13 +170,23 @@ _KERAS_VARIABLES = {
 
 _NORMALIZATION = "statistics of the preprocessing, which is a constant here"
 
-# keras.applications, whose layer names are ours, and the files of this package's store.
+# tensorflow/python/checkpoint, 2.20: what a checkpoint of TensorFlow 2 holds beside the layers' variables.
+_OBJECTS = {
+    r"/\.OPTIMIZER_SLOT/|^optimizer/": "the optimizer's state",
+    r"^save_counter/": "the number of saved checkpoints",
+    r"^keras_api/": "the state of metrics",
+}
+
+# keras.applications, whose layer names are ours, and the files of this package's store. qubvel/efficientnet calls the
+# classifier probs (efficientnet/model.py, 1.1.1).
 KERAS = Naming(
     mark="stem_conv/kernel",
     title="an h5 file of keras.applications",
     layers={"*": "{layer}"},
     variables={kind: {name: (f"/{name}", "keep") for name in names} for kind, names in _KERAS_VARIABLES.items()},
-    ignored={r"^normalization(_\d+)?/": _NORMALIZATION},
+    ignored={r"^normalization(_\d+)?/": _NORMALIZATION} | _OBJECTS,
+    members=r"(stem|block\d+[a-z]|top)_|predictions/",
+    classifiers={"probs": "predictions"},
 )
 
 # .weights.h5 files of Keras 3, alone or inside .keras: models of this package and of keras.applications. Layers are

@@ -38,42 +38,63 @@ def download(model, tag, no_top, as_json) -> None:
     show_default=True,
     help="Preprocessing to save in a .keras or .h5 file: imagenet, inception or tpu127.",
 )
+@click.option(
+    "--labels", type=click.File(), help="Text file with the class names to save in a .keras file, one a line."
+)
+@click.option("--head", help="linear:CLASSES: use this classifier instead of the layers that SRC has around the net.")
+@click.option("--verify", "compare", is_flag=True, help="Run the SavedModel SRC with TensorFlow, and compare outputs.")
 @AS_JSON
-def convert(src, dst, model, source, target, raw, preprocessing, as_json) -> None:
-    """Convert weights from SRC to DST.
+def convert(src, dst, model, source, target, raw, preprocessing, labels, head, compare, as_json) -> None:
+    """Convert a model or its weights from SRC to DST.
 
-    SRC is a .keras, .h5, .safetensors or torch file, or a TensorFlow checkpoint (folder, prefix or .tar.gz). DST ends
-    in .keras or .weights.h5 (this package), .safetensors (timm) or .h5 (keras.applications), or is the prefix of a
-    TensorFlow checkpoint.
+    SRC is a .keras, .h5, .safetensors or torch file, a TensorFlow checkpoint (folder, prefix or .tar.gz), or a
+    SavedModel of Keras 2. DST ends in .keras or .weights.h5 (this package), .safetensors (timm) or .h5
+    (keras.applications), or is the prefix of a TensorFlow checkpoint. No code in SRC is run, except with --verify.
     """
     choose_backend()
-    from keras_effnet import weights
+    from dataclasses import asdict
 
+    from keras_effnet.weights import convert as conversion
+
+    names = [line.strip() for line in labels if line.strip()] if labels else None
+    options = {"raw": raw, "preprocessing": preprocessing, "labels": names, "head": head, "verify": compare}
     with spinner("Converting"):
-        name = weights.convert_file(src, dst, model, source, target, raw=raw, preprocessing=preprocessing)
+        done = conversion.convert(src, dst, model, source, target, **options)
     if as_json:
-        show_json({"model": name, "path": dst})
-    else:
-        click.echo(f"Saved {dst}: {name}")
+        show_json(asdict(done))
+        return
+    click.echo(f"Saved {dst}: {done.model}" + (f", from {done.writer}" if done.writer else ""))
+    for each in done.left:
+        click.echo(f"Left: {each}")
+    if done.difference is not None:
+        click.echo(f"Outputs differ by at most {done.difference:.1e} of their standard deviation.")
+    elif done.writer:
+        click.echo("The weights are complete. The outputs were not compared.")
 
 
 @click.command()
 @click.argument("file")
-@click.option("--model", required=True, help="Name of the model. `keras-effnet list` shows all.")
+@click.option("--model", help="Name of a model to compare FILE with. Default: say what FILE is.")
 @SOURCE
 @RAW
 @click.option("--no-top", is_flag=True, help="Ignore the classifier.")
 @AS_JSON
 @click.pass_context
 def verify(ctx, file, model, source, raw, no_top, as_json) -> None:
-    """Check which tensors of FILE would load into a model.
+    """Say what FILE is, or compare it with a model.
 
-    Exit status 1 if the file does not fit.
+    Exit status 1 if the file does not fit, or holds no EfficientNet.
     """
     from dataclasses import asdict
 
     from keras_effnet import weights
 
+    if model is None:
+        choose_backend()
+        found = weights.identify(file)
+        show_json(asdict(found)) if as_json else click.echo(found)
+        ctx.exit(1 if found.problem else 0)
+        return
     report = weights.verify(file, model, source, include_top=not no_top, raw=raw)
     if as_json:
         show_json(asdict(report) | {"fits": report.fits})

@@ -31,6 +31,7 @@ def test_what_libraries_say_is_shown_only_where_the_work_fails(end):
     assert ("after" in result.stderr) is not fails
 
 
+@pytest.mark.long  # .ci/run does the same with the README's first block
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="what TensorFlow prints")
 def test_the_first_prediction_prints_no_other_librarys_log(tmp_path):
     """As in a fresh environment: nothing is cached, and no variable quiets TensorFlow."""

@@ -10,8 +10,22 @@ from keras_effnet.inference.folding import for_inference
 
 layers = keras.layers
 SHAPE = (65, 65, 3)  # odd, so that strided convolutions pad both sides differently
-NETS = ["b0", "lite0", "edgetpu-s", "condconv-b0-4e", "condconv-b0-8e-depth", "b1-pruned"]
-REST = ["b1", "b2", "b3", "b4", "b5", "lite1", "lite2", "lite3", "lite4", "edgetpu-m", "edgetpu-l", "condconv-b0-8e"]
+NETS = ["b0", "lite0", "edgetpu-s", "condconv-b0-4e", "b1-pruned"]
+REST = [
+    "condconv-b0-8e-depth",
+    "b1",
+    "b2",
+    "b3",
+    "b4",
+    "b5",
+    "lite1",
+    "lite2",
+    "lite3",
+    "lite4",
+    "edgetpu-m",
+    "edgetpu-l",
+    "condconv-b0-8e",
+]
 
 
 def pixels(shape, count=2):

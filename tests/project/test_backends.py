@@ -10,7 +10,7 @@ from helpers import BACKEND, ROOT
 # What CI has room for, and what it has not.
 SLOW = {
     "jax": ("weights/test_convert.py", "tpu/step/test_optimizers.py"),
-    "torch": ("nets/test_condconv.py", "weights/test_convert.py", "tpu/step/test_optimizers.py"),
+    "torch": ("weights/test_convert.py", "tpu/step/test_optimizers.py"),
 }
 _BOTH = (
     "inference/test_export.py",
@@ -21,21 +21,21 @@ _BOTH = (
 )
 LONG = {
     "jax": ("nets/test_condconv.py", "tpu/step/test_train_step.py", "tpu/runners/test_jax_fused.py", *_BOTH),
-    "torch": _BOTH,
+    "torch": ("nets/test_condconv.py", *_BOTH),
 }
 FILES = [
     *((backend, "test_models.py") for backend in SLOW),
     *(pytest.param(backend, file, marks=pytest.mark.slow) for backend, files in SLOW.items() for file in files),
     *(pytest.param(backend, file, marks=pytest.mark.long) for backend, files in LONG.items() for file in files),
 ]
-NETS = "efficientnet-b0 or lite0 or edgetpu-s or condconv-b0-4e or b1-pruned"
+NETS = "efficientnet-b0 or condconv-b0-4e"
 OWN = "channels_first or bfloat16 or mixed_experts or drop_connect or odd_and_unknown or input_tensor"
 # Those in which a backend's variables are read, written or trained in ways of their own. JAX compiles an eager call
 # operation by operation: its nets are compiled whole, as its users do.
 CHOSEN = {
     "jax nets/test_condconv.py": "not eager and not fresh_process",
-    # A net of each family against the original, and what a backend computes in ways of its own. pruning/test_pruning.py
-    # trains on JAX.
+    # An ordinary net and one with mixed experts against the original, and what a backend computes in ways of its own.
+    # pruning/test_pruning.py trains on JAX.
     "jax test_models.py": f"original_outputs and ({NETS}) or {OWN}",
     "torch test_models.py": f"original_outputs and ({NETS}) or {OWN} or training_by_fit and b0",
     "inference/test_export.py": "swish or fresh_process",
@@ -44,9 +44,7 @@ CHOSEN = {
     "commands/test_commands.py": "predict or convert",
     "pruning/test_pruning.py": "lite0-0 or slope or modules_differences or student_learns",
     "tpu/step/test_train_step.py": "originals or moving_variance",
-    "weights/test_convert.py": (
-        "round_trips and lite1 or own_head or quantized or mixed_precision or all_or_nothing or body"
-    ),
+    "weights/test_convert.py": ("round_trips and lite1 or own_head and weights or mixed_precision or all_or_nothing"),
 }
 
 

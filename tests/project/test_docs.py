@@ -35,7 +35,9 @@ def test_examples_run(module, monkeypatch, tmp_path):
 
 @once
 @pytest.mark.parametrize("page", [name for name, path in PAGES.items() if BLOCK.search(path.read_text())])
-def test_the_python_of_the_pages_runs(page, monkeypatch, tmp_path):
+def test_the_python_of_the_pages_runs(page, monkeypatch, tmp_path, request):
+    if page in ("finetune.md", "pruning.md"):  # which train for a few steps
+        request.getfixturevalue("eager")
     os.symlink(ROOT / "docs", tmp_path / "docs")
     monkeypatch.chdir(tmp_path)
     names: dict = {}

@@ -92,7 +92,8 @@ def test_the_site_in_a_browser(tmp_path):
     built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     pages = [str(path.relative_to(site)) for path in sorted(site.rglob("*.html")) if path.name != "404.html"]
-    assert pages == sorted(str(page.relative_to(DOCS).with_suffix(".html")) for page in DOCS.rglob("*.md"))
+    docs = ROOT / "docs"
+    assert pages == sorted(str(page.relative_to(docs).with_suffix(".html")) for page in docs.rglob("*.md"))
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=site)) as server:
         server.site, server.seen, server.done = site, None, threading.Event()
         server.probe = PROBE.replace("PAGES", json.dumps(pages))

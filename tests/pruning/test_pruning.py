@@ -115,8 +115,8 @@ def check(model, plan, folder):
     return smaller
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize(("name", "seed"), [*((name, 0) for name in KINDS), (KINDS[0], 1)])
 def test_pruned_is_masked(name, seed, tmp_path):
     model = lively(ke.create_model(name, classifier_activation=None, **SMALL))
     smaller = check(model, random_plan(model, seed), tmp_path)
@@ -138,6 +138,7 @@ def test_every_pruned_variant_is_masked(name, tmp_path):
     keras.backend.clear_session()
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_head_of_ones_own_is_kept(tmp_path):
     body = fill(ke.EfficientNetB0(weights=None, include_top=False, pooling="avg"))
     body.trainable = False
@@ -163,6 +164,7 @@ def test_a_head_of_ones_own_is_kept(tmp_path):
     assert same_weights(pruning.apply(mine, plan), smaller) and mine.compiled
 
 
+@pytest.mark.usefixtures("shallow")
 def test_channels_first_and_prefix():
     inputs = keras.Input((3, 32, 32))
     ke.EfficientNetB0(include_top=False, weights=None, input_tensor=inputs, data_format="channels_first")
@@ -176,6 +178,7 @@ def test_channels_first_and_prefix():
 # Importance
 
 
+@pytest.mark.usefixtures("shallow", "eager")
 def test_taylor_importance_is_the_slope_of_the_loss(digits):
     """The sum of w * dL/dw over a channel is the slope of the loss in the scale of the channel's kernel."""
     model = lively(ke.EfficientNetB0(**SMALL), project=1)
@@ -184,7 +187,7 @@ def test_taylor_importance_is_the_slope_of_the_loss(digits):
     found = pruning.importance(model, data, "taylor", batch_size=4, verbose=0)
     assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), before, strict=True))
     assert found.keys() == {group.name for group in groups.groups(inspection.read(model).architecture)}
-    layer = model.get_layer("block5b_se_reduce")  # no other kernel outputs its channels
+    layer = model.get_layer("block5a_se_reduce")  # no other kernel outputs its channels
     kernel = np.array(keras.ops.convert_to_numpy(layer.kernel))
     for channel in np.argsort(-found[layer.name])[:3]:
         losses = []
@@ -198,6 +201,7 @@ def test_taylor_importance_is_the_slope_of_the_loss(digits):
         assert found[layer.name][channel] == pytest.approx(slope, rel=0.05)
 
 
+@pytest.mark.usefixtures("shallow", "eager")
 def test_importance_equals_gradients_of_the_backend(digits):
     if BACKEND != "tensorflow":
         pytest.skip("compared with TensorFlow's own tape")
@@ -225,14 +229,14 @@ def test_importance_equals_gradients_of_the_backend(digits):
 
     for kind in ("gradient", "taylor"):
         found = pruning.importance(model, data, kind, batch_size=4, verbose=0)
-        for block in ("block3a", "block6b"):
+        for block in ("block2b", "block6a"):
             expected = sum(
                 score(f"{block}_{name}", axis, kind)
                 for name, axis in (("expand_conv", -1), ("dwconv", -2), ("se_expand", -1))
             )
             assert found[f"{block}_expand"] == pytest.approx(expected, rel=1e-3, abs=1e-6 * float(expected.max()))
-        expected = sum(score(f"block6{letter}_project_conv", -1, kind) for letter in "abcd")
-        assert found["block6a_project"] == pytest.approx(expected, rel=1e-3, abs=1e-6 * float(expected.max()))
+        expected = sum(score(f"block2{letter}_project_conv", -1, kind) for letter in "ab")
+        assert found["block2a_project"] == pytest.approx(expected, rel=1e-3, abs=1e-6 * float(expected.max()))
 
 
 def test_magnitude_needs_no_data():
@@ -242,7 +246,7 @@ def test_magnitude_needs_no_data():
     assert found == pytest.approx(kernel.sum((0, 1, 2)), rel=1e-5)
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("shallow", "eager")
 def test_frozen_layers_are_judged_too(digits):
     model = ke.EfficientNetLite0(**SMALL)
     expected = pruning.importance(model, digits, verbose=0)
@@ -257,6 +261,7 @@ def test_frozen_layers_are_judged_too(digits):
 
 @pytest.mark.parametrize("cost", ["macs", "params"])
 @pytest.mark.parametrize("solver", ["greedy", "exact"])
+@pytest.mark.usefixtures("shallow")
 def test_a_plan_meets_its_budget(cost, solver):
     model = ke.EfficientNetB0(**SMALL)
     for reduction in (0.05, 0.4, 0.8):
@@ -282,6 +287,7 @@ def test_the_most_important_channels_stay():
         assert channels == tuple(range(len(channels))), name
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="measures the machine")
 def test_latency_as_a_cost():
     model = ke.EfficientNetLite0(weights=None, classes=3, input_shape=(96, 96, 3))
@@ -302,6 +308,7 @@ def test_a_plan_is_a_small_readable_file(tmp_path):
     assert ke.describe(ke.EfficientNetB0(blocks=rows, **SMALL))["macs"] == plan.after
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_pruned_model_can_be_pruned_again(tmp_path):
     model = lively(ke.EfficientNetB0(**SMALL))
     once = pruning.apply(model, random_plan(model, 1))
@@ -324,6 +331,7 @@ def test_a_pruned_model_can_be_pruned_again(tmp_path):
         ({"divisor": 0}, "Expected divisor"),
     ],
 )
+@pytest.mark.usefixtures("shallow")
 def test_wrong_arguments_of_a_plan_are_told(arguments, problem):
     with pytest.raises(ValueError, match=problem):
         pruning.plan(ke.EfficientNetB0(**SMALL), None, **{"importance": "magnitude", **arguments})
@@ -380,7 +388,7 @@ def test_what_a_model_is_judged_by(digits):
     assert loss_of(compiled, (x, numbers)) == "mse"
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("shallow", "eager")
 @pytest.mark.parametrize("kind", ["batches", "PyDataset", "three arrays"])
 def test_data_of_any_kind(kind, digits):
     model = ke.EfficientNetLite0(**SMALL)
@@ -404,12 +412,14 @@ def test_data_of_any_kind(kind, digits):
     assert all(np.allclose(found[name], expected[name], rtol=1e-3) for name in expected)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_data_that_are_gone_after_a_look_are_refused(digits):
     for data in ((batch for batch in [digits]), [digits, digits], 5):
         with pytest.raises(ValueError, match=r"Expected a pair of arrays \(pixels, labels\), or a dataset"):
             pruning.importance(ke.EfficientNetLite0(**SMALL), data, verbose=0)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_layers_around_the_net_count_and_keep_their_state():
     inputs = keras.Input((32, 32, 3))
     norm = keras.layers.Normalization()
@@ -436,6 +446,7 @@ def taught(digits, **kwargs):
     return teacher, student, history.history
 
 
+@pytest.mark.usefixtures("eager")
 def test_distillation_is_the_tasks_loss_and_the_modules_differences(digits):
     """Compares the terms with the outputs of both models, without training."""
     teacher = lively(ke.EfficientNetB0(dropout_rate=0, drop_connect_rate=0, bn_momentum=0.5, **SMALL))
@@ -501,7 +512,7 @@ def test_the_student_learns_and_the_teacher_stays(digits):
     assert run(student, digits[0][:2]).shape == (2, 3)
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("shallow", "eager")
 def test_a_model_with_a_head_of_ones_own_is_distilled(digits):
     def mine():
         body = lively(ke.EfficientNetB0(weights=None, include_top=False, pooling="avg", input_shape=(32, 32, 3)))
@@ -523,23 +534,24 @@ def test_a_model_with_a_head_of_ones_own_is_distilled(digits):
 
 @pytest.mark.slow
 def test_a_killed_distillation_goes_on(tmp_path):
-    """Kills a process at the start of its third epoch. The next one ends with the weights of an uninterrupted run."""
+    """Kills a process at the start of its second epoch. The next one ends with the weights of an uninterrupted run."""
     script = f"""
 import sys
 sys.path[:0] = {[str(ROOT / "tests"), str(ROOT / "tests" / "pruning")]!r}
-import numpy as np, keras, keras_effnet as ke
+import numpy as np, keras, tensorflow as tf, keras_effnet as ke
 from helpers import make_shallow
 from test_pruning import SMALL, lively, random_plan
 make_shallow()
+tf.config.run_functions_eagerly(True)  # for so few steps, less work than tracing
 keras.utils.set_random_seed(0)
 teacher = lively(ke.EfficientNetLite0(dropout_rate=0, drop_connect_rate=0, bn_momentum=0.5, **SMALL))
 student = ke.pruning.apply(teacher, random_plan(teacher, 4))
-pixels = np.random.default_rng(0).uniform(0, 255, (64, 32, 32, 3)).astype("float32")
+pixels = np.random.default_rng(0).uniform(0, 255, (32, 32, 32, 3)).astype("float32")
 class Data(keras.utils.PyDataset):
-    def __len__(self): return 4
+    def __len__(self): return 2
     def __getitem__(self, index): return pixels[16 * index : 16 * index + 16], np.arange(16) % 3
 say = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: print("epoch", epoch, flush=True))
-more = dict(epochs=4, verbose=0, shuffle=False, callbacks=[say])
+more = dict(epochs=3, verbose=0, shuffle=False, callbacks=[say])
 ke.pruning.distill(student, teacher, Data(), backup_dir=sys.argv[1], **more)
 np.savez(sys.argv[2], *student.get_weights())
 """
@@ -549,14 +561,14 @@ np.savez(sys.argv[2], *student.get_weights())
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
     whole = start("whole", "whole.npz").communicate()[0]
-    assert whole.split() == ["epoch", "0", "epoch", "1", "epoch", "2", "epoch", "3"]
+    assert whole.split() == ["epoch", "0", "epoch", "1", "epoch", "2"]
     with start("killed", "killed.npz") as first:
         for line in first.stdout:
-            if line.strip() == "epoch 2":
+            if line.strip() == "epoch 1":
                 first.send_signal(signal.SIGKILL)
                 break
     assert first.returncode == -signal.SIGKILL
-    assert start("killed", "killed.npz").communicate()[0].split() == ["epoch", "2", "epoch", "3"]
+    assert start("killed", "killed.npz").communicate()[0].split() == ["epoch", "1", "epoch", "2"]
     one, other = (np.load(tmp_path / name) for name in ("whole.npz", "killed.npz"))
     for key in one.files:
         assert np.abs(one[key] - other[key]).max() <= 1e-4 * max(1, np.abs(one[key]).max()), key

@@ -235,6 +235,7 @@ def test_an_interruption_leaves_whole_files_and_the_next_call_computes_the_rest(
 )
 def test_a_stopped_run_resumes(tmp_path, number, status):
     options = ["--model.name", "efficientnet-mini", "--model.weights", "None", "--model.image-size", "96"]
+    options += ["--probe.views", "8"]  # enough work for the signal to arrive before the end
     line = [sys.executable, ROOT / "tests" / "mini.py", "train", "probe", "--data", "digits", *options]
     environment = {**os.environ, "KERAS_EFFNET_HOME": str(tmp_path / "cache")}
     line += ["--run.report", "--workdir", tmp_path / "run"]

@@ -100,7 +100,7 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
         train(override(RECIPE, ["--epochs", "0.4"]), tmp_path / "run", quiet=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/commands/test_own_classifier.py fine-tunes too
 def test_fine_tuning_starts_from_weights(tmp_path):
     """Lite0 with ImageNet weights tells pieces of two photos apart after 24 steps of 8 images.
 

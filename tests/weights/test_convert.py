@@ -153,9 +153,16 @@ def normalised_by_batch(model):
     return model
 
 
-@pytest.mark.parametrize("kind", ["timm.safetensors", "zip.pth", "legacy.pth"])
 @pytest.mark.parametrize(
-    "name", ["tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e", "efficientnet_b1_pruned"]
+    ("name", "kind"),
+    [
+        ("tf_efficientnet_b0", "timm.safetensors"),
+        ("tf_efficientnet_lite0", "timm.safetensors"),
+        ("tf_efficientnet_lite0", "zip.pth"),
+        ("tf_efficientnet_lite0", "legacy.pth"),
+        ("tf_efficientnet_cc_b0_4e", "timm.safetensors"),
+        ("efficientnet_b1_pruned", "timm.safetensors"),
+    ],
 )
 def test_timms_files_give_timms_numbers(name, kind, tmp_path):
     path = save_torch(timm_tensors(name), tmp_path / kind)
@@ -475,7 +482,7 @@ def content(path) -> dict[str, np.ndarray]:
         return {name: stored.read() for name, stored in tensors.items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "efficientnet-b1"])  # B0 with more blocks
 def test_round_trips_are_exact(name, tmp_path):
     model = fill(ke.create_model(name, **SMALL))
     targets = {"tpu": "a/model.ckpt", "timm": "a.safetensors", "keras": "a.h5"}
@@ -590,6 +597,7 @@ def test_weights_of_a_mixed_precision_model_are_exported_as_float32(tmp_path):
     assert same_weights(model, third)
 
 
+@pytest.mark.usefixtures("eager")
 def test_a_trained_model_loads_without_its_optimizer(tmp_path):
     model = ke.EfficientNetLite0(**SMALL)
     model.compile("sgd", "sparse_categorical_crossentropy")
@@ -652,8 +660,8 @@ def test_a_net_inside_of_another_model(suffix, tmp_path):
     outer.save_weights(path) if suffix == ".weights.h5" else outer.save(path)
     report = ke.weights.verify(path, "efficientnet-b0", include_top=False)
     # In Keras 3's format the first dense layer is the classifier, whatever its name.
-    assert [problem.split("/")[0].split("_")[0] for problem in report.problems] == ["+ dense"] * 2 * (suffix == ".h5")
-    assert len(report.loaded) == 309
+    reason = "layers around the net" if suffix == ".h5" else "the classifier, by request"
+    assert report.fits and report.ignored[reason] == 2 and len(report.loaded) == 309
 
 
 def test_quantized_and_overflowing_models_are_refused(lite0_path, tmp_path):
@@ -704,7 +712,10 @@ main()
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the command does not depend on the backend")
-@pytest.mark.parametrize("name", ["x.safetensors", "x.h5", "x.weights.h5", "x.keras", "x.ckpt"])
+@pytest.mark.parametrize(
+    "name",
+    ["x.keras", "x.ckpt", *(pytest.param(name, marks=pytest.mark.long) for name in ("x.safetensors", "x.h5"))],
+)
 def test_a_full_disk_is_one_line_and_leaves_nothing(name, lite0_path, tmp_path):
     command = [sys.executable, "-c", FULL_DISK, "convert", lite0_path, tmp_path / name]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -905,12 +916,13 @@ def test_own_files_load_by_path_and_carry_their_preprocessing(suffix, tmp_path):
         assert ke.describe(ke.EfficientNetB0(weights=path, classes=5, preprocessing=None))["preprocessing"] is None
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 @pytest.mark.parametrize("fault", ["other model", "other classes", "truncated", "text"])
 def test_own_files_that_do_not_fit_change_nothing(suffix, fault, tmp_path):
     path = tmp_path / f"x{suffix}"
     other = ke.create_model(
-        "efficientnet-b1" if fault == "other model" else "efficientnet-b0",
+        "efficientnet-b2" if fault == "other model" else "efficientnet-b0",
         weights=None,
         classes=5,
         input_shape=(32, 32, 3),

@@ -407,7 +407,7 @@ CHECKED = ("tpu", "tar.gz", "zip.pth", "keras")  # formats that carry checksums 
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="reading files does not depend on the backend")
-@pytest.mark.parametrize("times", [20, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [12, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_change_nothing(kind, times, tmp_path):
     path, files = written(kind, tmp_path)

@@ -1,5 +1,6 @@
 """Reads h5 files of Keras 2, Keras 3 and keras.applications, and writes those of keras.applications."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,48 +31,99 @@ def opened_h5(file, path: Path) -> Iterator[Tensors]:
     Raises:
         ValueError: If the file is damaged, or not of Keras.
     """
-    import h5py
-
-    try:
-        opened_file = h5py.File(file, "r")
-    except Exception as error:
-        raise _not_h5(path, error) from error
-    with opened_file:
-        try:
-            limit = 1000 * path.stat().st_size
-            legacy = "model_weights" in opened_file or any(key.startswith("layer_names") for key in opened_file.attrs)
-            tensors = dict((_h5_legacy if legacy else _h5_keras3)(opened_file, limit))
-        except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
-            raise _not_h5(path, error) from error
+    with opened_h5_file(file, path) as opened_file:
+        with _damage_named(path):
+            tensors = dict((_h5_legacy if is_legacy(opened_file) else _h5_keras3)(opened_file, path))
         yield tensors
 
 
-def _not_h5(path, error) -> ValueError:
-    return ValueError(f"Expected an h5 file of Keras' structure. Received: {str(path)!r} ({error})")
+@contextmanager
+def opened_h5_file(file, path: Path) -> Iterator[Any]:
+    """Opens an h5 file.
+
+    Args:
+        file: Path of the h5 file.
+        path: Path to name in errors.
+
+    Yields:
+        A `h5py.File`.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    import h5py
+
+    with _damage_named(path):
+        opened_file = h5py.File(file, "r")
+    with opened_file:
+        yield opened_file
 
 
-def _h5_legacy(file, limit: int):
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
+        raise ValueError(f"Expected an h5 file of Keras' structure. Received: {str(path)!r} ({error})") from error
+
+
+def is_legacy(file) -> bool:
+    """Returns whether an h5 file has the structure of Keras 2 and of Keras 1.
+
+    Args:
+        file: A `h5py.File`.
+    """
+    return "model_weights" in file or any(key.startswith("layer_names") for key in file.attrs)
+
+
+def _limit(path: Path) -> int:
+    return 1000 * path.stat().st_size
+
+
+def layers_of(file, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Stored]]]:
+    """Yields the layers of a legacy file, with their variables.
+
+    Args:
+        file: A `h5py.File`.
+        path: Path whose size limits what the file may declare.
+
+    Yields:
+        Tuple of the layer's name, and a dict from (owner, variable) to `Stored`. The owner is the name that the layer
+        had when it was built or, where the layer is a model, that of a layer in it.
+
+    Raises:
+        ValueError: If two variables have the same name.
+    """
     group: Any = _inside(file, "model_weights") if "model_weights" in file else file
     for layer in _names(group, "layer_names"):
         members = _inside(group, layer)
         names = list(_names(members, "weight_names"))
-        # If the layer is a model, its members' names precede their variables.
-        nested = len({name.rpartition("/")[0] for name in names}) > 1
+        found: dict[tuple[str, str], Stored] = {}
         for name in names:
             *front, variable = name.split(":")[0].split("/")
-            owner = front[-1] if nested and front else layer
-            key = f"{owner}/{variable.replace('depthwise_kernel', 'kernel')}"
-            yield key, _dataset(_inside(members, name), limit)
+            key = (front[-1] if front else layer, variable)
+            if key in found:
+                raise ValueError(f"{name[:80]!r} occurs twice in {layer[:80]!r}")
+            found[key] = _dataset(_inside(members, name), _limit(path))
+        yield layer, found
 
 
-def _h5_keras3(file, limit: int):
+def _h5_legacy(file, path: Path) -> Iterator[tuple[str, Stored]]:
+    for layer, variables in layers_of(file, path):
+        is_model = len({owner for owner, _ in variables}) > 1
+        for (owner, variable), stored in variables.items():
+            name = "kernel" if variable == "depthwise_kernel" else variable
+            yield f"{layer}/{owner}/{name}" if is_model else f"{layer}/{name}", stored
+
+
+def _h5_keras3(file, path: Path) -> Iterator[tuple[str, Stored]]:
     import h5py
 
     found: list[str] = []
     # Follows hard links only, so that nothing is read from outside of the file, or twice.
     file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
     for name in found:
-        yield name.removeprefix("layers/").replace("/vars/", "/"), _dataset(file[name], limit)
+        yield name.removeprefix("layers/").replace("/vars/", "/"), _dataset(file[name], _limit(path))
 
 
 def _names(group, attribute: str) -> Iterator[str]:
@@ -113,6 +165,23 @@ def _dataset(dataset, limit: int) -> Stored:
         return np.asarray(dataset)
 
     return Stored(tuple(dataset.shape), read)
+
+
+def keras_version(path) -> str | None:
+    """Returns the version of Keras that wrote an h5 file, or None for any other file.
+
+    Args:
+        path: Path of a file.
+    """
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        if file.read(8) != HDF5_SIGNATURE:
+            return None
+    with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
+        group = opened_file.get("model_weights", opened_file)
+        version = group.attrs.get("keras_version", opened_file.attrs.get("keras_version"))
+    return version.decode(errors="replace") if isinstance(version, bytes) else version and str(version)
 
 
 def write_h5(path, tensors: dict[str, np.ndarray], preprocessing) -> Path:

@@ -10,13 +10,22 @@ import shutil
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from keras_effnet.files import folder_beside, writing
+from keras_effnet.weights.formats.object_graph import ObjectGraph
+from keras_effnet.weights.formats.protobuf import fields, one, varint
 from keras_effnet.weights.formats.tensors import Stored, Tensors
+
+GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"  # tensorflow/python/checkpoint/graph_view.py: name of the graph's tensor
+
+_STRING = 7  # tensorflow/core/framework/types.proto
 
 _TABLE = 0xDB4775248B80FB57  # the last eight bytes of an index
 
@@ -96,6 +105,8 @@ def prefix_of(path: Path, told: Path | None = None) -> str:
     Raises:
         ValueError: If the folder contains no checkpoint, or several and no file that names the latest.
     """
+    if (path / "saved_model.pb").is_file():
+        return str(path / "variables" / "variables")
     if path.is_dir():
         found = sorted(file.name.removesuffix(".index") for file in path.glob("*.index"))
         latest = _latest(path / "checkpoint")
@@ -126,7 +137,8 @@ def read_tensors(prefix: str) -> Tensors:
         prefix: String. The path without `.index`.
 
     Returns:
-        Dict from name to `Stored`, of the tensors that hold numbers.
+        Dict from name to `Stored`, of the tensors that hold numbers. Where TensorFlow 2 stored a graph of objects,
+        variables are called by their layers, as in an h5 file of Keras.
 
     Raises:
         OSError: If a file does not exist, or cannot be read.
@@ -134,7 +146,18 @@ def read_tensors(prefix: str) -> Tensors:
     """
     if not os.path.exists(f"{prefix}.index"):
         raise FileNotFoundError(f"Expected a weights file. Received: {prefix!r}, which does not exist")
-    return {name: Stored(*stored) for name, stored in read_checkpoint(prefix).items()}
+    found = {name: Stored(*stored) for name, stored in read_checkpoint(prefix).items()}
+    graph = read_graph(prefix)
+    if graph is None:
+        return found
+    titles: dict[str, str] = {}
+    taken: set[str] = set()
+    for variable in graph.variables():
+        if variable.key in found and variable.key not in titles:
+            title = variable.title if variable.title not in taken else "/".join(variable.path)
+            titles[variable.key] = title
+            taken.add(title)
+    return {titles.get(key, key): stored for key, stored in found.items()}
 
 
 def read_checkpoint(prefix: str) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
@@ -150,84 +173,143 @@ def read_checkpoint(prefix: str) -> dict[str, tuple[tuple[int, ...], Callable[[]
         OSError: If the files cannot be read.
         ValueError: If the files are damaged.
     """
-    data = Path(f"{prefix}.index").read_bytes()
+    with _damage_named(prefix):
+        entries = list(_entries(prefix))
+        found = {entry.name: entry.tensor() for entry in entries if entry.kind in _DTYPES}
+    return {name: (shape, read) for name, (shape, read) in found.items()}
+
+
+def read_graph(prefix: str) -> ObjectGraph | None:
+    """Reads the graph of objects that TensorFlow 2 stores in a checkpoint.
+
+    Args:
+        prefix: String. The path without `.index`.
+
+    Returns:
+        An `ObjectGraph`, or None for a checkpoint of TensorFlow 1.
+
+    Raises:
+        OSError: If the files cannot be read.
+        ValueError: If the files are damaged.
+    """
+    with _damage_named(prefix):
+        entry = next((entry for entry in _entries(prefix) if entry.name == GRAPH), None)
+        return None if entry is None else ObjectGraph(entry.string())
+
+
+@contextmanager
+def _damage_named(prefix: str) -> Iterator[None]:
     try:
-        return dict(_tensors(prefix, data))
+        yield
     except (ValueError, IndexError, KeyError, OverflowError, struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"Expected a TensorFlow checkpoint. Received: {prefix!r} ({error})") from error
 
 
-def _tensors(prefix: str, data: bytes) -> Iterator[tuple[str, tuple]]:
+@dataclass(frozen=True)
+class _Entry:
+    """An entry of the index.
+
+    Args:
+        name: String. The tensor's name.
+        kind: Integer. TensorFlow's number of its type.
+        fields: See `protobuf.fields()`.
+        path: String. The file with its bytes.
+    """
+
+    name: str
+    kind: int
+    fields: dict[int, list]
+    path: str
+
+    def _shape(self) -> tuple[int, ...]:
+        shape = tuple(one(fields(size), 1) for size in fields(one(self.fields, 2, b"")).get(2, []))
+        if any(length < 0 for length in shape):
+            raise ValueError(f"{self.name[:80]!r} has the shape {shape[:10]}")
+        return shape
+
+    def _bytes(self) -> bytes:
+        size, offset = one(self.fields, 5), one(self.fields, 4)
+        if size < 0 or offset < 0 or offset + size > os.path.getsize(self.path):
+            raise ValueError(
+                f"{self.name[:80]!r} declares {size:,} bytes that {os.path.basename(self.path)} does not hold"
+            )
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise ValueError(f"{self.name[:80]!r} is cut short")
+        return data
+
+    def _verify(self, checksum: int) -> None:
+        if checksum != one(self.fields, 6):
+            raise ValueError(f"the checksum of {self.name[:80]!r} does not match")
+
+    def tensor(self) -> tuple[tuple[int, ...], Callable[[], np.ndarray]]:
+        if 7 in self.fields:
+            raise ValueError(f"{self.name[:80]!r} is stored in slices")
+        kind = _DTYPES[self.kind]
+        if kind == "bfloat16":
+            import ml_dtypes  # noqa: F401  registers the type in NumPy
+        shape, dtype, size, offset = self._shape(), np.dtype(kind), one(self.fields, 5), one(self.fields, 4)
+        if math.prod(shape) * dtype.itemsize != size:
+            raise ValueError(f"{self.name[:80]!r} has {size} bytes for shape {shape[:10]}")
+        if offset + size > os.path.getsize(self.path):
+            raise ValueError(
+                f"{self.name[:80]!r} declares {size:,} bytes that {os.path.basename(self.path)} does not hold"
+            )
+
+        def read() -> np.ndarray:
+            data = self._bytes()
+            self._verify(_masked(google_crc32c.value(data)))
+            return np.frombuffer(data, dtype).reshape(shape)
+
+        return shape, read
+
+    def string(self) -> bytes:
+        """Returns the only string of the tensor (tensorflow/core/util/tensor_bundle/tensor_bundle.cc, 2.20)."""
+        if self.kind != _STRING or self._shape():
+            raise ValueError(f"{self.name[:80]!r} is no string")
+        data = self._bytes()
+        length, place = varint(data, 0)
+        text = data[place + 4 :]
+        wide = length.to_bytes(4 if length < 1 << 32 else 8, "little")
+        crc = _masked(google_crc32c.value(wide))
+        if len(text) != length or crc != int.from_bytes(data[place : place + 4], "little"):
+            raise ValueError(f"the length of {self.name[:80]!r} does not match")
+        crc = google_crc32c.extend(google_crc32c.value(wide), data[place : place + 4])
+        self._verify(_masked(google_crc32c.extend(crc, text)))
+        return text
+
+
+def _entries(prefix: str) -> Iterator[_Entry]:
+    data = Path(f"{prefix}.index").read_bytes()
     if len(data) < 48 or int.from_bytes(data[-8:], "little") != _TABLE:
         raise ValueError("its index has no valid footer")
     footer = data[-48:-8]
-    _, place = _varint(footer, 0)  # of the table's properties, which are not needed
-    _, place = _varint(footer, place)
-    header: dict[int, list] | None = None
+    _, place = varint(footer, 0)  # of the table's properties, which are not needed
+    _, place = varint(footer, place)
+    shards: int | None = None
     for _, handle in _block(data, *_handle(footer, place)):
-        for name, entry in _block(data, *_handle(handle, 0)):
-            fields = _fields(entry)
+        for name, value in _block(data, *_handle(handle, 0)):
+            entry = fields(value)
             if not name:
-                header = fields
-                if _one(fields, 2):
+                shards = one(entry, 1)
+                if one(entry, 2):
                     raise ValueError("it was not written on a little-endian machine")
-                continue
-            if header is None:
+            elif shards is None:
                 raise ValueError("its index has no header")
-            stored = _tensor(prefix, name.decode(), fields, _one(header, 1))
-            if stored is not None:
-                yield name.decode(), stored
+            else:
+                file = f"{prefix}.data-{one(entry, 3):05d}-of-{shards:05d}"
+                yield _Entry(name.decode(), one(entry, 1), entry, file)
 
 
-def _tensor(prefix: str, name: str, fields: dict[int, list], shards: int):
-    kind = _DTYPES.get(_one(fields, 1))
-    if kind is None:
-        return None
-    if 7 in fields:
-        raise ValueError(f"{name[:80]!r} is stored in slices")
-    if kind == "bfloat16":
-        import ml_dtypes  # noqa: F401  registers the type in NumPy
-    shape = tuple(_one(_fields(size), 1) for size in _fields(_one(fields, 2, b"")).get(2, []))
-    dtype, size, offset = np.dtype(kind), _one(fields, 5), _one(fields, 4)
-    path = f"{prefix}.data-{_one(fields, 3):05d}-of-{shards:05d}"
-    checksum = _one(fields, 6)
-    if not 0 <= math.prod(shape) * dtype.itemsize == size or any(length < 0 for length in shape):
-        raise ValueError(f"{name[:80]!r} has {size} bytes for shape {shape[:10]}")
-    if offset + size > os.path.getsize(path):
-        raise ValueError(f"{name[:80]!r} declares {size:,} bytes that {os.path.basename(path)} does not hold")
-
-    def read() -> np.ndarray:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            numbers = file.read(size)
-        if len(numbers) != size or _masked_crc(numbers) != checksum:
-            raise ValueError(f"the checksum of {name[:80]!r} does not match")
-        return np.frombuffer(numbers, dtype).reshape(shape)
-
-    return shape, read
-
-
-def _masked_crc(data: bytes) -> int:
-    import google_crc32c
-
-    crc = google_crc32c.value(data)
+def _masked(crc: int) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 64, 7):
-        byte = data[place]
-        place += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, place
-    raise ValueError("a number in its index does not end")
-
-
 def _handle(data: bytes, place: int) -> tuple[int, int]:
-    offset, place = _varint(data, place)
-    return offset, _varint(data, place)[0]
+    offset, place = varint(data, place)
+    return offset, varint(data, place)[0]
 
 
 def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -235,7 +317,7 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
     end = offset + size
     if end + 5 > len(data) or size < 4:
         raise ValueError("its index is cut short")
-    if _masked_crc(data[offset : end + 1]) != int.from_bytes(data[end + 1 : end + 5], "little"):
+    if _masked(google_crc32c.value(data[offset : end + 1])) != int.from_bytes(data[end + 1 : end + 5], "little"):
         raise ValueError("the checksum of its index does not match")
     if data[end]:
         raise ValueError("its index is compressed, which no TensorFlow release since 1.2 does")
@@ -243,45 +325,15 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
     last = end - 4 - 4 * restarts
     key, place = b"", offset
     while place < last:
-        shared, place = _varint(data, place)
-        own, place = _varint(data, place)
-        length, place = _varint(data, place)
+        shared, place = varint(data, place)
+        own, place = varint(data, place)
+        length, place = varint(data, place)
         if shared > len(key) or place + own + length > last:
             raise ValueError("an entry of its index is cut short")
         key = key[:shared] + data[place : place + own]
         place += own
         yield key, data[place : place + length]
         place += length
-
-
-def _fields(message: bytes) -> dict[int, list]:
-    """Returns the fields of a protocol buffer by their numbers."""
-    found: dict[int, list] = {}
-    place = 0
-    while place < len(message):
-        tag, place = _varint(message, place)
-        if tag & 7 == 0:
-            value, place = _varint(message, place)
-            value = value - (1 << 64) if value >> 63 else value
-        elif tag & 7 in (1, 5):
-            width = 8 if tag & 7 == 1 else 4
-            value, place = int.from_bytes(message[place : place + width], "little"), place + width
-        elif tag & 7 == 2:
-            length, place = _varint(message, place)
-            value, place = message[place : place + length], place + length
-        else:
-            raise ValueError("its index contains an invalid message")
-        if place > len(message):
-            raise ValueError("a message in its index is cut short")
-        found.setdefault(tag >> 3, []).append(value)
-    return found
-
-
-def _one(fields: dict[int, list], number: int, default: Any = 0) -> Any:
-    value = fields.get(number, [default])[-1]
-    if type(value) is not type(default):
-        raise ValueError("its index contains a message of another kind")
-    return value
 
 
 def write_checkpoint(path, tensors: dict[str, np.ndarray], counter: str) -> Path:

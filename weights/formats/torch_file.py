@@ -43,6 +43,10 @@ class _Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
+# Where training programs keep the weights: timm/models/_helpers.py, load_state_dict; Lightning; PyTorch's tutorials.
+_AVERAGES = ("state_dict_ema", "model_ema")
+_WEIGHTS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights")
+
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 _DICTS = ("collections OrderedDict", "argparse Namespace")  # the latter in timm's training checkpoints
@@ -99,9 +103,7 @@ def read_torch(path, raw: bool = False) -> dict[str, tuple[tuple[int, ...], Call
     """
     try:
         state, storage = (_read_zip if zipfile.is_zipfile(path) else _read_legacy)(Path(path))
-        # timm/models/_helpers.py, load_state_dict
-        averages, weights = ("state_dict_ema", "model_ema"), ("state_dict", "model")
-        keys = weights + averages if raw else averages + weights
+        keys = _WEIGHTS + _AVERAGES if raw else _AVERAGES + _WEIGHTS
         state = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
         wrong = [name for name, value in state.items() if not isinstance(value, _Tensor)]
         if wrong:
@@ -153,7 +155,10 @@ def _unpickle(file: io.BytesIO):
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             case "GLOBAL":
                 if argument not in _GLOBALS:
-                    raise ValueError(f"it asks for {argument[:80].replace(' ', '.')}, which no state dict needs")
+                    raise ValueError(
+                        f"it asks for {argument[:80].replace(' ', '.')}, which no state dict needs. To save a module "
+                        "without its code, in the program that made it: torch.save(model.state_dict(), path)"
+                    )
                 stack.append(_Global(argument))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()

@@ -1,0 +1,351 @@
+"""Models that Keras 2 saved are rebuilt with the same outputs. No damaged or hostile one runs code or is half read."""
+
+import json
+import random
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, command
+
+import keras_effnet as ke
+from keras_effnet.weights import convert
+from keras_effnet.weights.keras2 import files
+
+tf_keras = pytest.importorskip("tf_keras")
+if BACKEND != "tensorflow":
+    pytest.skip("the files do not depend on the backend", allow_module_level=True)
+
+from tf_keras.src.applications import efficientnet  # noqa: E402  the public module has no nets of other depths
+
+KINDS = {"h5": "m.h5", "SavedModel": "saved", "keras": "m.keras"}
+WEIGHTS = {"h5": "w.h5", "checkpoint": "ckpt/w", "weights.h5": "w.weights.h5"}
+
+
+def shuffled(model):
+    """Sets all variables far from their initial values."""
+    drawn = np.random.default_rng(0)
+    for weight in model.weights:
+        name, shape = weight.name, weight.shape
+        if "variance" in name:
+            weight.assign(drawn.uniform(0.5, 1.5, shape))
+        elif "gamma" in name:
+            weight.assign(drawn.uniform(0.8, 1.2, shape))
+        elif any(part in name for part in ("mean", "beta", "bias")):
+            weight.assign(drawn.normal(0, 0.1, shape))
+        elif weight.dtype.is_floating:
+            weight.assign(drawn.normal(0, 1, shape) / np.sqrt(max(1, np.prod(shape[:-1]))))
+    return model
+
+
+def small(size: int, **kwargs):
+    """Returns an EfficientNet of seven blocks, as B0's width has them."""
+    settings = {"weights": None, "include_top": False, "input_shape": (size, size, 3)} | kwargs
+    return efficientnet.EfficientNet(1.0, 0.2, size, model_name="small", **settings)
+
+
+def flat(body):
+    return body(64, include_top=True, classes=7)
+
+
+def nested(body):
+    layers = tf_keras.layers
+    model = tf_keras.Sequential(
+        [body(64), layers.GlobalAveragePooling2D(), layers.Dropout(0.2), layers.Dense(5, activation="softmax")]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", run_eagerly=True)
+    model.fit(np.zeros((2, 64, 64, 3)), np.zeros(2), verbose=0)  # gives the optimizer a state
+    return model
+
+
+def functional(body):
+    """A frozen body at an odd size, called as Keras' guide does; augmentation; a head of two layers; two outputs."""
+    layers, net = tf_keras.layers, body(65)
+    net.trainable = False
+    pixels = tf_keras.Input((65, 65, 3))
+    x = layers.RandomFlip("horizontal")(pixels)
+    x = layers.GlobalAveragePooling2D()(net(x, training=False))
+    x = layers.Dense(16, activation="relu", kernel_regularizer="l2")(layers.BatchNormalization()(x))
+    kind = layers.Dense(3, activation="softmax", name="kind")(x)
+    return tf_keras.Model(pixels, [kind, layers.Dense(1, activation="sigmoid", name="sick")(x)])
+
+
+def twice_wrapped(body):
+    inner = tf_keras.Sequential([body(64), tf_keras.layers.GlobalMaxPooling2D()])
+    return tf_keras.Sequential([tf_keras.layers.Rescaling(1.0), inner, tf_keras.layers.Dense(4)])
+
+
+def mixed_precision(body):
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        layers = tf_keras.layers
+        dense = layers.Dense(5, activation="softmax", dtype="float32")
+        return tf_keras.Sequential([body(64), layers.GlobalAveragePooling2D(), dense])
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+
+
+class Old:
+    """A model of Keras 2, its files, and what it computes."""
+
+    def __init__(self, model, folder: Path, kinds, weights=()):
+        self.folder = folder
+        side = model.input_shape[1]
+        self.pixels = np.random.default_rng(1).integers(0, 256, (3, side, side, 3)).astype("float32")
+        outputs = shuffled(model).predict(self.pixels, verbose=0)
+        self.outputs = outputs if isinstance(outputs, list) else [outputs]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the format is old
+            for kind in kinds:
+                model.save(folder / KINDS[kind], **({"save_format": "tf"} if kind == "SavedModel" else {}))
+            for kind in weights:
+                model.save_weights(folder / WEIGHTS[kind])
+
+    def path(self, kind: str) -> Path:
+        return self.folder / KINDS[kind]
+
+    def check(self, path, bound=1e-5) -> keras.Model:
+        """Checks that a file holds a model of Keras 3 with the same outputs."""
+        model = keras.saving.load_model(path, compile=False)
+        found = model.predict(self.pixels, verbose=0)
+        for ours, theirs in zip(found if isinstance(found, list) else [found], self.outputs, strict=True):
+            assert ours.shape == theirs.shape
+            assert np.abs(ours - theirs).max() < bound * theirs.std()
+        return model
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """Returns small models by name, each made when a test asks for it first."""
+    made: dict[str, Old] = {}
+
+    def get(make) -> Old:
+        if make.__name__ not in made:
+            folder = tmp_path_factory.mktemp(make.__name__)
+            made[make.__name__] = Old(make(small), folder, KINDS)
+        return made[make.__name__]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (flat, "h5"),
+        (nested, "h5"),
+        (nested, "SavedModel"),
+        (nested, "keras"),
+        (functional, "h5"),
+        (functional, "SavedModel"),
+        (functional, "keras"),
+        *(pytest.param(twice_wrapped, kind, marks=pytest.mark.long) for kind in KINDS),
+        *(pytest.param(mixed_precision, kind, marks=pytest.mark.long) for kind in KINDS),
+    ],
+)
+def test_a_whole_model_computes_what_it_did(make, kind, old, tmp_path):
+    source = old(make)
+    done = convert.convert(source.path(kind), tmp_path / "new.keras")
+    assert done.writer and not done.left
+    # bfloat16 has 8 bits, and its sums are rounded in another order.
+    model = source.check(tmp_path / "new.keras", 0.1 if make is mixed_precision else 1e-5)
+    assert not list(tmp_path.glob(".*"))
+    if make is functional:
+        assert not model.get_layer("small").trainable
+        assert [layer.name for layer in model.layers][-2:] == ["kind", "sick"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize("make", [nested, pytest.param(functional, marks=pytest.mark.long)])
+def test_published_nets_are_recognised_in_a_fresh_process(make, number, tmp_path):
+    def body(size, **kwargs):
+        settings = {"weights": None, "include_top": False, "input_shape": (size, size, 3)} | kwargs
+        return getattr(efficientnet, f"EfficientNetB{number}")(**settings)
+
+    source = Old(make(body), tmp_path, KINDS, WEIGHTS)
+    (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne\n")
+    for kind in KINDS:
+        new, told = tmp_path / f"{kind}.new.keras", ("--verify",) if kind == "SavedModel" else ()
+        labels = ("--labels", tmp_path / "labels.txt") if make is nested else ()
+        done = command("convert", source.path(kind), new, *told, *labels, "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["model"] == f"efficientnet-b{number}" and not found["left"]
+        assert kind != "SavedModel" or found["difference"] < 1e-5
+        source.check(new)
+        assert make is not nested or ke.load_model(new).labels == list("abcde")
+    if make is not nested:
+        return
+    for kind, name in WEIGHTS.items():
+        new = tmp_path / f"{kind}.head.keras"
+        done = convert.convert(tmp_path / name, new, head="linear:5")
+        assert done.model == f"efficientnet-b{number}" and not done.left
+        # Our nets take any size, and their pixels are normalized in another layer.
+        model = ke.create_model(done.model, weights=new, classes=5, input_shape=(64, 64, 3))
+        assert np.abs(model.predict(source.pixels, verbose=0) - source.outputs[0]).max() < 1e-5
+        body = ke.create_model(done.model, weights=None, include_top=False)
+        report = ke.weights.load(body, tmp_path / name)
+        assert report.fits and sum(report.ignored.values()) >= 2
+
+
+def edited(source: Path, target: Path, change) -> Path:
+    """Copies a whole model in h5, with its description changed."""
+    shutil.copy(source, target)
+    with h5py.File(target, "a") as file:
+        config = json.loads(file.attrs["model_config"])
+        config = change(config) or config
+        file.attrs["model_config"] = json.dumps(config)
+    return target
+
+
+MARK = "/tmp/keras_effnet-hostile"
+
+
+def test_a_foreign_layer_is_named_and_never_run(old, tmp_path):
+    import base64
+    import marshal
+
+    code = base64.b64encode(marshal.dumps(compile(f"open({MARK!r}, 'w')", "x", "exec"))).decode()
+
+    def with_lambda(config):
+        layers = config["config"]["layers"]
+        layers[-2] = {"class_name": "Lambda", "config": {"name": "mine", "function": [code, None, None]}}
+
+    Path(MARK).unlink(missing_ok=True)
+    path = edited(old(nested).path("h5"), tmp_path / "m.h5", with_lambda)
+    with files.opened_model(path) as found:
+        from keras_effnet.weights.keras2.layers import ForeignLayerError
+        from keras_effnet.weights.keras2.rebuild import rebuild
+
+        with pytest.raises(ForeignLayerError, match="mine: no layer of Keras 3 is a Lambda"):
+            rebuild(found.class_name, found.config, found.find)
+    assert not Path(MARK).exists()
+
+
+BROKEN = {
+    "not a model": lambda config: {"class_name": "Dense", "config": []},
+    "a layer twice": lambda config: config["config"]["layers"].append(config["config"]["layers"][1]),
+    "a huge layer": lambda config: config["config"]["layers"][-1]["config"].update(units=1 << 40),
+    "a huge input": lambda config: _first(config).update(batch_input_shape=[None, 1 << 30, 4, 3]),
+    "fewer units": lambda config: config["config"]["layers"][-1]["config"].update(units=4),
+    "a text for a number": lambda config: config["config"]["layers"][-2]["config"].update(rate="much"),
+    "no layers": lambda config: config["config"].update(layers=[]),
+    "a missing layer": lambda config: config["config"]["layers"].pop(),
+    "a circle": lambda config: _circle(config["config"]["layers"][1]["config"]["layers"]),
+}
+
+
+def _first(config) -> dict:
+    return config["config"]["layers"][0]["config"]
+
+
+def _circle(layers) -> None:
+    layers[1]["inbound_nodes"] = [[[layers[2]["name"], 0, 0, {}]]]
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_description_that_does_not_fit_converts_nothing(kind, old, tmp_path):
+    path = edited(old(nested).path("h5"), tmp_path / "m.h5", BROKEN[kind])
+    with pytest.raises(ValueError, match=r"Received: .*m\.h5"):
+        ke.weights.convert_file(path, tmp_path / "new.keras")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.h5"]
+
+
+@pytest.mark.parametrize(
+    "count", [20, pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_corrupted_models_are_an_error_or_right(kind, count, old, tmp_path):
+    """A byte is changed, or a part is lost, anywhere in a file. What is converted all the same has the old outputs."""
+    source, drawn = old(nested), random.Random(0)
+    whole = source.path(kind)
+    for number in range(count):
+        copy = tmp_path / f"copy{number}{whole.suffix}"
+        if whole.is_dir():
+            shutil.copytree(whole, copy)
+            parts = sorted(path for path in copy.rglob("*") if path.is_file() and path.name != "fingerprint.pb")
+            place = parts[number % len(parts)]
+        else:
+            shutil.copy(whole, copy)
+            place = copy
+        data = bytearray(place.read_bytes())
+        start = drawn.randrange(len(data))
+        # Most of a file is tensors. Half of the changes are in the rest.
+        start = start % 200_000 if number % 2 else start
+        if number % 3:
+            data[start] ^= 1 << drawn.randrange(8)
+        else:
+            del data[start : start + drawn.randrange(1, 5000)]
+        place.write_bytes(bytes(data))
+        new = tmp_path / "new.keras"
+        try:
+            with files.opened_model(copy) as found:
+                if found is not None:
+                    json.dumps(found.config)
+                    for name, stored in _variables(found):
+                        assert stored.read().shape == stored.shape, name
+        except (ValueError, OSError):
+            pass
+        if number % 10 == 0:
+            try:
+                done = convert.convert(copy, new)
+            except (ValueError, OSError):
+                assert not new.exists()
+            else:
+                assert done.left or np.isfinite(keras.saving.load_model(new, compile=False).get_weights()[0]).all()
+                new.unlink()
+        shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
+
+
+def _variables(found):
+    from keras_effnet.weights.keras2.rebuild import Place
+
+    for index, layer in enumerate(found.config["layers"]):
+        place = Place(index, str(layer["config"]["name"]), str(layer["class_name"]), 0)
+        yield from found.find((place,)).items()
+
+
+def test_what_a_file_is(old, tmp_path):
+    found = ke.weights.identify(old(nested).path("h5"))
+    assert found.kind.startswith("a whole model of Keras 2, in h5 (Keras 2.")
+    assert found.head == ("GlobalAveragePooling2D", "Dropout(0.2)", "Dense(5, softmax)")
+    assert (found.classes, found.input_size, found.left, found.problem) == (5, (64, 64), (), "")
+    np.testing.assert_allclose(found.preprocessing[0], 1 / (255 * np.sqrt(found_variance(old(nested)))), rtol=1e-6)
+    mobile = tf_keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=2, alpha=0.35)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mobile.save(tmp_path / "mobile.h5")
+    other = ke.weights.identify(tmp_path / "mobile.h5")
+    assert other.problem == "mobilenetv2_0.35_32: not an EfficientNet" and not other.command
+    with pytest.raises(ValueError, match="Expected a model with one EfficientNet"):
+        ke.weights.convert_file(tmp_path / "mobile.h5", tmp_path / "new.keras")
+
+
+def found_variance(source: Old) -> np.ndarray:
+    with h5py.File(source.path("h5")) as file:
+        names: list[str] = []
+        file.visit(names.append)
+        name = next(name for name in names if re.search(r"/normalization(_\d+)?/variance:0$", name))
+        return np.array(file[name]).ravel()
+
+
+def test_metadata_of_the_first_releases_is_in_the_saved_model(old, tmp_path):
+    """Until TensorFlow 2.4, the objects of a SavedModel held their descriptions themselves."""
+    from tensorflow.core.protobuf import saved_model_pb2
+    from tf_keras.protobuf import saved_metadata_pb2
+
+    source = old(nested)
+    folder = shutil.copytree(source.path("SavedModel"), tmp_path / "saved")
+    metadata = saved_metadata_pb2.SavedMetadata.FromString((folder / "keras_metadata.pb").read_bytes())
+    whole = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    for node in metadata.nodes:
+        whole.meta_graphs[0].object_graph_def.nodes[node.node_id].user_object.metadata = node.metadata
+    (folder / "saved_model.pb").write_bytes(whole.SerializeToString())
+    (folder / "keras_metadata.pb").unlink()
+    ke.weights.convert_file(folder, tmp_path / "new.keras")
+    source.check(tmp_path / "new.keras")

