@@ -443,8 +443,8 @@ def convert(
     model = model and find_model(model)
     left: tuple[str, ...] = ()
     if target == "own" and str(path).endswith(".keras") and head is None:
-        pixels = None if automatic else constants(preprocessing, 3)
-        found = conversion.convert(source_path, path, model, pixels, labels, verify)
+        asked = None if automatic else preprocessing
+        found = conversion.convert(source_path, path, model, asked, labels, verify)
         if isinstance(found, Conversion):
             return found
         left = (f"{found.layer}: {found.reason}",) if isinstance(found, Foreign) else ()

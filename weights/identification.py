@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keras_effnet.weights.formats import h5_file, opening
 from keras_effnet.weights.keras2 import conversion
 from keras_effnet.weights.keras2.files import opened_model
@@ -59,7 +61,9 @@ class Identified:
 
 
 def _scaled(scale: list[float], offset: list[float]) -> str:
-    pairs = [f"x * {a:.4g} {'-' if b < 0 else '+'} {abs(b):.4g}" for a, b in zip(scale, offset, strict=True)]
+    count = max(len(scale), len(offset))
+    both = zip(np.broadcast_to(scale, count), np.broadcast_to(offset, count), strict=True)
+    pairs = [f"x * {a:.4g} {'-' if b < 0 else '+'} {abs(b):.4g}" for a, b in both]
     return pairs[0] if len(set(pairs)) == 1 else ", ".join(pairs)
 
 
@@ -101,7 +105,7 @@ def _command(path) -> str:
 def _whole(path: Path, old: conversion.OldModel) -> Identified:
     from keras_effnet.nets import inspection
 
-    kind = f"a whole model of Keras 2, {'a SavedModel' if old.saved_model else 'in h5'} ({old.writer})"
+    kind = f"a whole model of Keras 2: {old.kind} of {old.writer}"
     try:
         model = conversion.model_of(old, path)
     except ForeignLayerError as error:
@@ -141,9 +145,10 @@ def _other(config: Any) -> str:
 def _name(config: Any) -> str:
     """Returns the name of a model, or of the largest model in it."""
     layers = config.get("layers", []) if isinstance(config, dict) else config
-    nested = [entry["config"] for entry in layers if isinstance(entry, dict) and "layers" in entry.get("config", {})]
+    inner = [entry.get("config") for entry in layers if isinstance(entry, dict)] if isinstance(layers, list) else []
+    nested = [each for each in inner if isinstance(each, dict) and isinstance(each.get("layers"), list)]
     if nested:
-        return _name(max(nested, key=lambda inner: len(inner["layers"])))
+        return _name(max(nested, key=lambda each: len(each["layers"])))
     return str(config.get("name", ""))[:40] if isinstance(config, dict) else ""
 
 

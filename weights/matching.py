@@ -18,7 +18,7 @@ from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
 from keras_effnet.weights.name_translation import Name, foreign_names, has_names, keys_of
 from keras_effnet.weights.naming_tables import NAMINGS
 
-SOURCES = {"tpu": ("tpu",), "timm": ("timm",), "lukemelas": ("lukemelas",), "keras": ("keras", "keras3")}
+SOURCES = {"tpu": ("tpu",), "timm": ("timm",), "lukemelas": ("lukemelas",), "keras": ("keras", "kecam", "keras3")}
 
 NO_TOP = "the classifier: the model has none"
 
@@ -135,6 +135,7 @@ class Contents:
         if source != "auto" and self.format not in SOURCES[source]:
             raise ValueError(f"Expected {NAMINGS[source].title}. Received: {self.path!r}, which is {self.naming.title}")
         self.ignored: Counter[str] = Counter()
+        self._outside: set[str] = set()  # names that do not start with the scope
         self._called: dict[str, str] = {}  # names in the file of tensors that have a usual name
         found: Tensors = {}
         suffix = self.naming.average
@@ -142,6 +143,8 @@ class Contents:
         for name, stored in tensors.items():
             inside = name.startswith(self.scope)
             inner = name.removeprefix(self.scope) if inside else name
+            if not inside:
+                self._outside.add(inner)
             reason = self._why_ignored(name, inner, tensors)
             if reason is not None:
                 self.ignored[reason] += 1
@@ -149,18 +152,19 @@ class Contents:
                 found[f"{inner} "] = stored  # a name that no variable has
             else:
                 found[inner.removesuffix(self.suffix)] = stored
-        found = self._with_usual_classifier(found)
+        found = self._spelled(found)
         keys = keys_of(found, self.naming)
         self.tensors: Tensors = {keys[name]: stored for name, stored in found.items()}
         self._names = {key: name for name, key in keys.items()}
 
-    def _with_usual_classifier(self, found: Tensors) -> Tensors:
-        """Returns the tensors, with the classifier under its usual name."""
-        for name, usual in self.naming.classifiers.items():
-            starts = [key for key in found if key.startswith(f"{name}/")]
-            if starts and not any(key.startswith(f"{usual}/") for key in found):
-                self._called = {f"{usual}{key[len(name) :]}": key for key in starts}
-                return {f"{usual}{key[len(name) :]}" if key in starts else key: found[key] for key in found}
+    def _spelled(self, found: Tensors) -> Tensors:
+        """Returns the tensors by their usual names."""
+        for rule, usual in self.naming.spellings.items():
+            names = {name: re.sub(rule, usual, name) for name in found}
+            # A name that is taken already stays as it is.
+            names = {old: new if new == old or new not in found else old for old, new in names.items()}
+            self._called |= {new: self._called.get(old, old) for old, new in names.items() if new != old}
+            found = {names[name]: stored for name, stored in found.items()}
         return found
 
     def is_around(self, key: str) -> bool:
@@ -200,10 +204,10 @@ class Contents:
         """Returns the layers that can be a classifier on the pooled features, with their classes."""
         kernel, layout = self.naming.variables["Dense"]["kernel"]
         bias, _ = self.naming.variables["Dense"]["bias"]
+        usual = foreign_names(architecture, self.naming)["predictions", "kernel"].foreign.removesuffix(kernel)
         found = {}
         for key in self.tensors:
             owner = self._owner(key)
-            usual = self.naming.layers.get("predictions", "predictions")
             if self._names[key] != owner + kernel or not (self.is_around(key) or owner == usual):
                 continue
             shape = self.tensors[key].shape
@@ -286,6 +290,8 @@ class Contents:
         """
         name = self._names.get(key, usual)
         name = self._called.get(name, name)
+        if name in self._outside:
+            return name
         if key not in self._names and self.naming.ranked:
             name = re.sub(self.naming.ranked, r"\g<owner>*", usual)
         return f"{self.scope}{name[:-1]}" if name.endswith(" ") else f"{self.scope}{name}{self.suffix}"

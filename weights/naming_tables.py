@@ -17,7 +17,8 @@ class Naming:
     """How a program names its tensors.
 
     Args:
-        mark: String. The name of the first convolution's kernel, by which files are recognized.
+        mark: String. The name of a kernel by which files are recognized: the first convolution's, where only this
+            program calls it so.
         layers: Dict from the name of our layer, without its block, to a template. `"kind:name"` has precedence in
             blocks of that kind: `"condconv"`, `"fused"`, or `"plain"` for one without expansion. `"*"` matches all
             other layers.
@@ -29,7 +30,7 @@ class Naming:
             name of one for the whole file. They are written as 0.
         members: Regular expression that matches the start of a tensor's name, without prefix, if it belongs to the net.
             Others belong to layers around it. Empty where names do not tell.
-        classifiers: Dict from other names of the classifier to the usual one.
+        spellings: Dict from a regular expression to its replacement, for other names of the same tensors.
         ranked: Regular expression with the groups `owner` and `number`, for names whose number counts over the whole
             model and so depends on what was built before. Only their order within the owner is compared.
     """
@@ -42,7 +43,7 @@ class Naming:
     average: str = ""
     counters: dict[str, str] = field(default_factory=dict)
     members: str = ""
-    classifiers: dict[str, str] = field(default_factory=dict)
+    spellings: dict[str, str] = field(default_factory=dict)
     ranked: str = ""
 
 
@@ -168,12 +169,14 @@ _KERAS_VARIABLES = {
     "Dense": ("kernel", "bias"),
 }
 
+_KERAS_SPELLINGS = {r"/depthwise_kernel$": "/kernel"}  # Keras 2
+
 _NORMALIZATION = "statistics of the preprocessing, which is a constant here"
 
 # tensorflow/python/checkpoint, 2.20: what a checkpoint of TensorFlow 2 holds beside the layers' variables.
 _OBJECTS = {
     r"/\.OPTIMIZER_SLOT/|^optimizer/": "the optimizer's state",
-    r"^save_counter/": "the number of saved checkpoints",
+    r"^(save_counter|step|epoch)(/|$)": "a counter",
     r"^keras_api/": "the state of metrics",
 }
 
@@ -186,7 +189,32 @@ KERAS = Naming(
     variables={kind: {name: (f"/{name}", "keep") for name in names} for kind, names in _KERAS_VARIABLES.items()},
     ignored={r"^normalization(_\d+)?/": _NORMALIZATION} | _OBJECTS,
     members=r"(stem|block\d+[a-z]|top)_|predictions/",
-    classifiers={"probs": "predictions"},
+    spellings={r"^probs/": "predictions/"} | _KERAS_SPELLINGS,
+)
+
+# keras_cv_attention_models/efficientnet/efficientnet_v2.py, 1.4.3, which builds its V1 nets too.
+KECAM = Naming(
+    mark="post_conv/kernel",
+    title="an h5 file of keras_cv_attention_models",
+    layers={
+        "expand_conv": "stack_{s}_block{b}_sortcut_conv",
+        "expand_bn": "stack_{s}_block{b}_sortcut_bn",
+        "dwconv": "stack_{s}_block{b}_MB_dw_",
+        "bn": "stack_{s}_block{b}_MB_dw_bn",
+        "se_reduce": "stack_{s}_block{b}_se_1_conv",
+        "se_expand": "stack_{s}_block{b}_se_2_conv",
+        "project_conv": "stack_{s}_block{b}_MB_pw_conv",
+        "project_bn": "stack_{s}_block{b}_MB_pw_bn",
+        "top_conv": "post_conv",
+        "top_bn": "post_bn",
+        "stem_conv": "stem_conv",
+        "stem_bn": "stem_bn",
+        "predictions": "predictions",
+    },
+    variables={kind: {name: (f"/{name}", "keep") for name in names} for kind, names in _KERAS_VARIABLES.items()},
+    ignored={r"^normalization(_\d+)?/": _NORMALIZATION} | _OBJECTS,
+    members=r"(stem|stack_\d+_block\d+|post)_|predictions/",
+    spellings=_KERAS_SPELLINGS,
 )
 
 # .weights.h5 files of Keras 3, alone or inside .keras: models of this package and of keras.applications. Layers are
@@ -202,8 +230,10 @@ KERAS3 = Naming(
     ignored={
         r"^normalization(_\d+)?/": _NORMALIZATION,
         r"^optimizer/": "the optimizer's state",
+        r"^metrics/": "the state of metrics",
         r"/seed_generator/": "the state of a random number generator",
     },
 )
 
-NAMINGS = {"tpu": TPU, "timm": TIMM, "lukemelas": LUKEMELAS, "keras": KERAS, "keras3": KERAS3}
+# In this order: keras_cv_attention_models also has a stem_conv.
+NAMINGS = {"tpu": TPU, "timm": TIMM, "lukemelas": LUKEMELAS, "kecam": KECAM, "keras": KERAS, "keras3": KERAS3}

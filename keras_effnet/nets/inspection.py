@@ -80,7 +80,13 @@ def read(model: keras.Model, prefix: str | None = None, others: bool = False) ->
             "pass that layer: model.get_layer(name)"
         )
     named = {name.removeprefix(prefix): layer for name, layer in found.items() if name.startswith(prefix)}
-    return _read(model, {name: layer for name, layer in named.items() if LAYER.fullmatch(name)})
+    try:
+        return _read(model, {name: layer for name, layer in named.items() if LAYER.fullmatch(name)})
+    except (AttributeError, KeyError, TypeError) as error:  # such as EfficientNetV2, whose blocks have other layers
+        raise ValueError(
+            f"Expected the layers of an EfficientNet B0 to B8, L2, Lite, EdgeTPU or CondConv. Received: {model.name!r}"
+            f", whose layers differ ({error})"
+        ) from error
 
 
 def find(model: keras.Model, others: bool = False) -> tuple[keras.Model, Reading]:

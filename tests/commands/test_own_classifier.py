@@ -266,7 +266,7 @@ def test_what_is_no_model_is_told_with_the_nearest(pets, tmp_path):
     assert resolve(tmp_path / "run").place.endswith("model.keras")
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", [pytest.param(False, marks=pytest.mark.long), True])
 def test_nets_of_keras_applications_are_models_too(nested, tmp_path):
     net = keras.applications.EfficientNetB1(weights=None, classes=2, input_shape=(64, 48, 3), include_top=not nested)
     if nested:

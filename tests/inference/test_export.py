@@ -54,7 +54,7 @@ np.save(sys.argv[4], keras.ops.convert_to_numpy(model.predict_on_batch(np.load(i
 """
 
 
-@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+@pytest.mark.parametrize("suffix", [".keras", pytest.param(".weights.h5", marks=pytest.mark.long)])
 def test_a_fresh_process_with_plain_keras_gives_the_same(model, pixels, tmp_path, suffix):
     path, images, config, output = (str(tmp_path / name) for name in (f"m{suffix}", "x.npy", "m.json", "y.npy"))
     model.save(path) if suffix == ".keras" else model.save_weights(path)

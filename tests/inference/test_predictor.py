@@ -153,7 +153,7 @@ def memory() -> int:
 
 
 @pytest.mark.parametrize(
-    "runtime", [pytest.param(name, marks=pytest.mark.long) if name == "keras" else name for name in RUNTIMES]
+    "runtime", [name if name == "litert" else pytest.param(name, marks=pytest.mark.long) for name in RUNTIMES]
 )
 def test_threads_get_equal_results_and_memory_does_not_grow(runtime, model, images):
     predictor = ke.Predictor(model, runtime)

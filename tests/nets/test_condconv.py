@@ -185,7 +185,7 @@ def test_output_and_gradients_are_those_of_the_loop(kind, mode, case):
 
 @pytest.mark.parametrize("mode", MODES[1:] or MODES)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(SETTINGS, max_examples=10)
+@settings(SETTINGS, max_examples=5)
 @given(case=cases())
 def test_bfloat16_is_right_to_its_precision(kind, mode, case):
     # Half a unit of 8 bits for the kernel, one for the sum of products, one for the upstream gradient, and a reserve.
@@ -416,7 +416,10 @@ np.save(sys.argv[3], keras.ops.convert_to_numpy(model.predict_on_batch(np.load(s
 """
 
 
-@pytest.mark.parametrize("imports", ["import keras, keras_effnet", "import keras_effnet, keras"])
+@pytest.mark.parametrize(
+    "imports",
+    ["import keras, keras_effnet", pytest.param("import keras_effnet, keras", marks=pytest.mark.long)],
+)
 def test_a_fresh_process_loads_a_model_with_these_layers(imports, tmp_path):
     model = routed()
     x = np.random.default_rng(0).random((2, 8, 8, 3), "float32")
@@ -462,6 +465,7 @@ def test_second_derivatives_do_not_depend_on_the_way(monkeypatch):
     assert np.abs(expected).max() > 1 and np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
 @pytest.mark.usefixtures("shallow")
 def test_a_replicas_training_step_compiles_under_xla_with_static_shapes():

@@ -10,7 +10,7 @@ from helpers import BACKEND, ROOT
 # What CI has room for, and what it has not.
 SLOW = {
     "jax": ("weights/test_convert.py", "tpu/step/test_optimizers.py"),
-    "torch": ("weights/test_convert.py", "tpu/step/test_optimizers.py"),
+    "torch": ("test_models.py", "weights/test_convert.py", "tpu/step/test_optimizers.py"),
 }
 _BOTH = (
     "inference/test_export.py",
@@ -24,7 +24,7 @@ LONG = {
     "torch": ("nets/test_condconv.py", *_BOTH),
 }
 FILES = [
-    *((backend, "test_models.py") for backend in SLOW),
+    ("jax", "test_models.py"),
     *(pytest.param(backend, file, marks=pytest.mark.slow) for backend, files in SLOW.items() for file in files),
     *(pytest.param(backend, file, marks=pytest.mark.long) for backend, files in LONG.items() for file in files),
 ]

@@ -270,6 +270,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_batch(tmp_path):
     assert saved == sorted(tmp_path.glob("checkpoints/*.index"))
 
 
+@pytest.mark.long  # tests/commands/test_own_classifier.py trains on such a folder too
 @pytest.mark.usefixtures("shallow")
 def test_a_folder_with_rotten_photographs(tmp_path):
     """Skips, counts and names 1 % truncated photos, an empty file and a text file. A fifth of them stops the run."""

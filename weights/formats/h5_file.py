@@ -101,7 +101,7 @@ def layers_of(file, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Sto
         found: dict[tuple[str, str], Stored] = {}
         for name in names:
             *front, variable = name.split(":")[0].split("/")
-            key = (front[-1] if front else layer, variable)
+            key = ("/".join(front) or layer, variable)
             if key in found:
                 raise ValueError(f"{name[:80]!r} occurs twice in {layer[:80]!r}")
             found[key] = _dataset(_inside(members, name), _limit(path))
@@ -112,8 +112,7 @@ def _h5_legacy(file, path: Path) -> Iterator[tuple[str, Stored]]:
     for layer, variables in layers_of(file, path):
         is_model = len({owner for owner, _ in variables}) > 1
         for (owner, variable), stored in variables.items():
-            name = "kernel" if variable == "depthwise_kernel" else variable
-            yield f"{layer}/{owner}/{name}" if is_model else f"{layer}/{name}", stored
+            yield f"{layer}/{owner}/{variable}" if is_model else f"{layer}/{variable}", stored
 
 
 def _h5_keras3(file, path: Path) -> Iterator[tuple[str, Stored]]:
@@ -123,7 +122,8 @@ def _h5_keras3(file, path: Path) -> Iterator[tuple[str, Stored]]:
     # Follows hard links only, so that nothing is read from outside of the file, or twice.
     file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
     for name in found:
-        yield name.removeprefix("layers/").replace("/vars/", "/"), _dataset(file[name], _limit(path))
+        # On Windows, tf_keras has joined the parts with backslashes.
+        yield name.replace("\\", "/").removeprefix("layers/").replace("/vars/", "/"), _dataset(file[name], _limit(path))
 
 
 def _names(group, attribute: str) -> Iterator[str]:

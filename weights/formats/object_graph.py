@@ -22,11 +22,10 @@ class Variable(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The variable's name as in an h5 file of Keras: the model's path, the layer and the attribute."""
+        """The variable's name as in an h5 file of Keras: the model's path, the layer's name and the attribute."""
         *outer, owner, attribute = ("", *self.path) if len(self.path) == 1 else self.path
-        parts = self.name.split("/")
-        attribute = "kernel" if attribute == "depthwise_kernel" else attribute
-        return "/".join(part for part in (*outer, parts[-2] if len(parts) > 1 else owner, attribute) if part)
+        layer = self.name.rpartition("/")[0] or owner
+        return "/".join(part for part in (*outer, layer, attribute) if part)
 
 
 # Lists and helpers through which Keras refers to the variables of layers a second time, and what is not the model's.
@@ -44,6 +43,8 @@ _ASIDE = {
     "variables",
     "weights",
 }
+
+_NAME = 300  # characters
 
 _DEPTH = 32  # of the paths that are followed: a deeper graph is none of a model
 
@@ -69,6 +70,8 @@ class ObjectGraph:
             of = next((each for each in stored if one(each, 1, b"") == b"VARIABLE_VALUE"), None)
             value = (one(of, 2, b"").decode().split(":")[0], one(of, 3, b"").decode()) if of else None
             self.values.append(value)
+        if any(len(name) > _NAME for names in self.children for name in names):
+            raise ValueError("its graph of objects has a name that is too long")
         count = len(self.children)
         if not all(0 <= child < count for names in self.children for child in names.values()):
             raise ValueError("its graph of objects refers to an object that it lacks")

@@ -25,6 +25,8 @@ from keras_effnet.weights.formats.tensors import Stored, Tensors
 
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"  # tensorflow/python/checkpoint/graph_view.py: name of the graph's tensor
 
+_KEY = 4096  # bytes of a name
+
 _STRING = 7  # tensorflow/core/framework/types.proto
 
 _TABLE = 0xDB4775248B80FB57  # the last eight bytes of an index
@@ -289,8 +291,13 @@ def _entries(prefix: str) -> Iterator[_Entry]:
     _, place = varint(footer, 0)  # of the table's properties, which are not needed
     _, place = varint(footer, place)
     shards: int | None = None
+    read = 0
     for _, handle in _block(data, *_handle(footer, place)):
-        for name, value in _block(data, *_handle(handle, 0)):
+        offset, size = _handle(handle, 0)
+        read += size
+        if read > len(data):
+            raise ValueError("its index refers to the same part more than once")
+        for name, value in _block(data, offset, size):
             entry = fields(value)
             if not name:
                 shards = one(entry, 1)
@@ -328,7 +335,7 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
         shared, place = varint(data, place)
         own, place = varint(data, place)
         length, place = varint(data, place)
-        if shared > len(key) or place + own + length > last:
+        if shared > len(key) or shared + own > _KEY or place + own + length > last:
             raise ValueError("an entry of its index is cut short")
         key = key[:shared] + data[place : place + own]
         place += own

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_effnet import model_metadata
+from keras_effnet.nets.normalization import constants
 from keras_effnet.weights.keras2.files import OldModel, opened_model
 from keras_effnet.weights.keras2.layers import Foreign, ForeignLayerError
 from keras_effnet.weights.keras2.rebuild import rebuild
@@ -64,7 +65,7 @@ def convert(
     source_path,
     path,
     model: str | None,
-    preprocessing: tuple[list[float], list[float]] | None,
+    preprocessing: Any,
     labels: Sequence[str] | None,
     verify: bool,
 ) -> Conversion | Foreign | None:
@@ -74,8 +75,7 @@ def convert(
         source_path: Path of the file to convert.
         path: Path of the file to save.
         model: Name of the model that is expected, or None for any.
-        preprocessing: Pair (scale, offset) of lists of floats, for a Rescaling layer in front of the model. None for
-            none.
+        preprocessing: See `convert.convert_file()`. A Rescaling layer in front of the model, or None for none.
         labels: List of class names, or None.
         verify: Boolean, whether to compare the outputs with those of a SavedModel.
 
@@ -104,7 +104,12 @@ def convert(
         raise ValueError(f"Expected a SavedModel, which TensorFlow can run. Received: {str(place)!r} of {old.writer}")
     difference = largest_difference(made, place) if verify else None
     if preprocessing is not None:
-        made = _rescaled(made, *preprocessing)
+        if _has_preprocessing(made):
+            raise ValueError(
+                f"Expected a model that takes normalized pixels. Received: {str(place)!r}, which normalizes them "
+                "itself. Omit preprocessing"
+            )
+        made = _rescaled(made, *constants(preprocessing, made.inputs[0].shape[-1]))
     model_metadata.save_model(made, path, labels)
     return Conversion(name, os.fspath(path), old.writer, left_of(made), difference)
 
@@ -236,20 +241,30 @@ def largest_difference(model: "keras.Model", path: Path) -> float:
     with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
         sent, back = Path(folder) / "in.npz", Path(folder) / "out.npz"
         np.savez(sent, *images)
-        done = subprocess.run(
-            [sys.executable, "-c", _RUN, path, sent, back], capture_output=True, text=True, timeout=60 * _MINUTES
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _RUN, path, sent, back], capture_output=True, text=True, timeout=60 * _MINUTES
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"Expected outputs within {_MINUTES} minutes. Received: none of {str(path)!r}") from error
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise ValueError(f"Expected a SavedModel that TensorFlow runs. Received: {str(path)!r} ({last[:200]})")
         with np.load(back) as found:
-            theirs = [found[key] for key in sorted(found.files)]
-    ours: list[np.ndarray] = []
+            theirs = {key: found[key] for key in found.files}
     predictor: Any = model
-    for batch in images:
+    differences = []
+    for number, batch in enumerate(images):
         outputs = predictor.predict(batch, verbose=0)
-        ours += [np.asarray(each) for each in (outputs if isinstance(outputs, list) else [outputs])]
-    return max(min(_difference(one, other) for other in theirs if other.shape == one.shape) for one in ours)
+        ours = dict(zip(model.output_names, outputs if isinstance(outputs, list) else [outputs], strict=True))
+        named = {key.partition(" ")[2]: value for key, value in theirs.items() if key.startswith(f"arr_{number} ")}
+        if len(ours) == len(named) == 1:
+            named = dict(zip(ours, named.values(), strict=True))
+        if ours.keys() != named.keys():
+            received = f"{', '.join(named)} of {str(path)!r}"
+            raise ValueError(f"Expected outputs called {', '.join(ours)}. Received: {received}")
+        differences += [_difference(ours[name], named[name]) for name in ours]
+    return max(differences)
 
 
 def _difference(one: np.ndarray, other: np.ndarray) -> float:

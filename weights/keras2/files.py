@@ -15,10 +15,11 @@ from keras_effnet.weights.formats.object_graph import ObjectGraph
 from keras_effnet.weights.formats.protobuf import fields, one
 from keras_effnet.weights.formats.tensorflow_checkpoint import read_checkpoint, read_graph
 from keras_effnet.weights.formats.tensors import Stored, Tensors
+from keras_effnet.weights.keras2.layers import MODELS
 from keras_effnet.weights.keras2.rebuild import Find
 from keras_effnet.weights.keras2.rebuild import Path as Place
 
-_CONFIG_SIZE = 64 << 20  # bytes of a description: those of EfficientNets take 0.3 MB
+_CONFIG_SIZE = 8 << 20  # bytes of a description: B7's takes 0.6 MB
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class OldModel:
         find: See `rebuild.Find`.
         variables: Integer, the number of variables of its layers.
         writer: String. The program that wrote the file.
-        saved_model: Boolean, whether TensorFlow can run it.
+        kind: String. What the file is.
     """
 
     class_name: str
@@ -39,7 +40,12 @@ class OldModel:
     find: Find
     variables: int
     writer: str
-    saved_model: bool = False
+    kind: str
+
+    @property
+    def saved_model(self) -> bool:
+        """Whether TensorFlow can run it."""
+        return self.kind == "a SavedModel"
 
 
 @contextmanager
@@ -91,7 +97,7 @@ def _parsed(text: Any) -> tuple[str, Any]:
 def _plain(value: Any) -> Any:
     """Returns a description without the marks that TensorFlow sets for tuples."""
     if isinstance(value, dict):
-        if value.get("class_name") == "__tuple__":
+        if value.get("class_name") in ("__tuple__", "TensorShape") and isinstance(value.get("items"), list):
             return _plain(value["items"])
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list) else value
@@ -103,6 +109,7 @@ def _h5(file, path: Path) -> OldModel | None:
             return None
         class_name, config = _parsed(file.attrs["model_config"])
         stored = dict(layers_of(file, path))
+        names = set(_names_of(config))
         version = _text(file.attrs.get("keras_version", b""))
         if version.startswith("3"):
             return None
@@ -113,10 +120,33 @@ def _h5(file, path: Path) -> OldModel | None:
         variables = stored.get(place[0].name, {})
         if len(place) == 1:
             return {variable: value for (_, variable), value in variables.items()}
-        return {variable: value for (owner, variable), value in variables.items() if owner == place[-1].name}
+        owner = _owner(place[-1].name, {owner for owner, _ in variables}, names)
+        return {variable: value for (other, variable), value in variables.items() if other == owner}
 
     count = sum(len(variables) for variables in stored.values())
-    return OldModel(class_name, config, find, count, f"Keras {version}".strip())
+    return OldModel(class_name, config, find, count, f"Keras {version}".strip(), "an h5 file")
+
+
+def _names_of(config: Any) -> Iterator[str]:
+    """Yields the names of all layers of a model."""
+    for entry in config.get("layers", []) if isinstance(config, dict) else config:
+        inner = entry["config"]
+        yield str(inner["name"] if isinstance(inner, dict) else entry.get("name"))
+        if entry["class_name"] in MODELS:
+            yield from _names_of(inner)
+
+
+def _owner(name: str, owners: set[str], names: set[str]) -> str | None:
+    """Returns the name by which the variables of a layer of an inner model are stored.
+
+    It is the layer's, perhaps within scopes. Where a net was built twice, TensorFlow has numbered the second's.
+    """
+    found = [owner for owner in owners if owner == name or owner.endswith(f"/{name}")]
+    if not found:
+        plain = re.sub(r"_\d+$", "", name)
+        free = [owner for owner in owners if owner.rpartition("/")[2] not in names]
+        found = [owner for owner in free if re.sub(r"_\d+$", "", owner.rpartition("/")[2]) in (name, plain)]
+    return found[0] if len(found) == 1 else None
 
 
 def _archived(path: Path) -> tuple[str, Any, str] | None:
@@ -143,7 +173,7 @@ def _keras(tensors: Tensors, class_name: str, config: Any, version: str) -> OldM
 
     aside = re.compile(r"(optimizer|metrics)/|.*/(random_generator|seed_generator)/|.*[Rr]andom_[^/]*/")
     count = sum(not aside.match(name) for name in tensors)
-    return OldModel(class_name, config, find, count, f"Keras {version}")
+    return OldModel(class_name, config, find, count, f"Keras {version}", "a .keras file")
 
 
 def _snake(name: str) -> str:
@@ -168,9 +198,8 @@ def _saved_model(path: Path) -> OldModel | None:
         raise ValueError(f"Expected a SavedModel. Received: {str(path)!r} ({error})") from error
     # Names that start with an underscore are not of layers: generators of random numbers.
     owned = [each for each in graph.variables() if not any(part.startswith("_") for part in each.path)]
-    return OldModel(
-        class_name, config, _in_graph(graph, prefix), len(owned), f"TensorFlow {version}".strip(), saved_model=True
-    )
+    find = _in_graph(graph, prefix)
+    return OldModel(class_name, config, find, len(owned), f"TensorFlow {version}".strip(), "a SavedModel")
 
 
 def _metadata(path: Path) -> tuple[str | None, str]:
@@ -194,7 +223,7 @@ def _metadata(path: Path) -> tuple[str | None, str]:
 
 
 def _in_graph(graph: ObjectGraph, prefix: str) -> Find:
-    tensors = read_checkpoint(prefix)
+    tensors = {key: Stored(*stored) for key, stored in read_checkpoint(prefix).items()}
 
     def find(place: Place) -> dict[str, Stored]:
         node = graph.at(tuple(f"layer-{step.number}" for step in place))
@@ -203,6 +232,6 @@ def _in_graph(graph: ObjectGraph, prefix: str) -> Find:
         attributes = graph.attributes(node).items()
         # Normalization has a second name for its variables.
         own = {name: key for name, (_, key) in attributes if key in tensors and not name.startswith("adapt_")}
-        return {name: Stored(*tensors[key]) for name, key in own.items()}
+        return {name: tensors[key] for name, key in own.items()}
 
     return find

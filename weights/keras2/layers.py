@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import keras
 
@@ -43,11 +45,9 @@ SAME = frozenset(
         "Minimum",
         "Multiply",
         "Normalization",
-        "PReLU",
         "Permute",
         "RandomBrightness",
         "RandomContrast",
-        "RandomCrop",
         "RandomFlip",
         "RandomRotation",
         "RandomTranslation",
@@ -66,6 +66,8 @@ SAME = frozenset(
         "ZeroPadding2D",
     )
 )
+
+# RandomCrop is not among them: it crops at inference too in Keras 2, and only in training in Keras 3.
 
 # Other names of layers: those of older releases, and the custom ones of qubvel/efficientnet and segmentation_models,
 # which are a Dropout and an Activation under another name.
@@ -86,15 +88,17 @@ MODELS = ("Functional", "Model", "Sequential")
 
 MERGING = ("Add", "Average", "Concatenate", "Dot", "Maximum", "Minimum", "Multiply", "Subtract")
 
+# hard_sigmoid is not among them: Keras 3 computes another function of this name.
 ACTIVATIONS = frozenset(
     (
         "elu",
         "exponential",
         "gelu",
-        "hard_sigmoid",
         "hard_swish",
         "leaky_relu",
         "linear",
+        "log_softmax",
+        "mish",
         "relu",
         "relu6",
         "selu",
@@ -108,12 +112,22 @@ ACTIVATIONS = frozenset(
     )
 )
 
+# What TensorFlow called the same functions.
+ALIASES = {"softmax_v2": "softmax", "log_softmax_v2": "log_softmax"}
+
+# Settings that a class writes and does not use.
+UNUSED = {"SeparableConv2D": ("kernel_initializer", "kernel_regularizer", "kernel_constraint")}
+
+# Settings that have another name in Keras 3, by class and name.
+CALLED: dict[tuple[str, str], str] = {("LeakyReLU", "alpha"): "negative_slope"}
+
 # Settings that Keras 3 lacks, with the values at which they mean nothing. None: they never change the outputs.
 NEUTRAL: dict[str, tuple | None] = {
     "batch_input_shape": None,
     "fused": None,
     "groups": (1,),
     "implementation": None,
+    "noise_shape": (None,),
     "ragged": (False,),
     "rng_type": None,
     "renorm": (False,),
@@ -192,9 +206,15 @@ def make(class_name: str, config: dict[str, Any]) -> "keras.layers.Layer":
     config = {**config, **more}
     accepted = _parameters(made)
     given: dict[str, Any] = {}
+    trainable = True
     for key, value in config.items():
-        if key in ("name", "trainable"):
-            given[key] = value
+        key = CALLED.get((class_name, key), key)
+        if key in UNUSED.get(class_name, ()):
+            continue
+        if key == "name":
+            given[key] = _name(value)
+        elif key == "trainable":
+            trainable = bool(value)
         elif key == "dtype":
             given[key] = dtype_of(config)
         elif key in accepted:
@@ -202,20 +222,25 @@ def make(class_name: str, config: dict[str, Any]) -> "keras.layers.Layer":
         elif key not in NEUTRAL or (NEUTRAL[key] is not None and value not in (NEUTRAL[key] or ())):
             raise ForeignLayerError(Foreign(name[:80], f"{class_name} has no {key[:40]}={str(value)[:40]} in Keras 3"))
     try:
-        return made(**given)
-    except (TypeError, ValueError) as error:
+        layer = made(**given)
+        layer.trainable = trainable
+        return layer
+    except Exception as error:  # whatever a layer raises for a setting that is none
         raise ForeignLayerError(Foreign(name[:80], " ".join(str(error).split())[:200])) from error
 
 
 def _parameters(made: Callable) -> set[str]:
     """Returns the arguments of a layer of Keras 3, those of its base classes included."""
-    found: set[str] = set()
+    found: set[str] = {"activity_regularizer"}
     for one in inspect.getmro(made):  # type: ignore[arg-type]
         if one.__name__ == "Layer":
             break
         if "__init__" in one.__dict__:
-            found |= set(inspect.signature(one.__init__).parameters)
-    return found - {"self", "kwargs", "args"} | {"activity_regularizer"}
+            parameters = inspect.signature(one.__init__).parameters
+            found |= set(parameters)
+            if "kwargs" not in parameters:  # nothing reaches the base class
+                return found - {"self", "activity_regularizer"}
+    return found - {"self", "kwargs", "args"}
 
 
 def _translated(class_name: str, name: str, key: str, value: Any) -> Any:
@@ -228,7 +253,10 @@ def _translated(class_name: str, name: str, key: str, value: Any) -> Any:
     if key.endswith("activation"):
         if isinstance(value, dict) and value.get("class_name") == "function":
             value = value.get("config")
-        if value is not None and value not in ACTIVATIONS:
+        if isinstance(value, dict) and value.get("class_name") in SAME and isinstance(value.get("config"), dict):
+            return make(value["class_name"], value["config"])
+        value = ALIASES.get(value, value) if isinstance(value, str) else value
+        if value is not None and (not isinstance(value, str) or value not in ACTIVATIONS):
             raise foreign("activation")
         return value
     for kind in ("initializer", "regularizer", "constraint"):
@@ -245,6 +273,13 @@ def _translated(class_name: str, name: str, key: str, value: Any) -> Any:
         value = inner.get("value") if isinstance(inner, dict) else value
     if isinstance(value, dict) or (isinstance(value, list | str) and len(value) > 10_000):
         raise foreign(f"setting {key[:40]}")
+    if key in ("scale", "offset", "mean", "variance") and value is not None:
+        try:
+            numbers = np.asarray(value, np.float64)
+        except (TypeError, ValueError) as error:
+            raise foreign(f"setting {key}") from error
+        # One number per channel, which Keras 2 broadcast from any rank.
+        return numbers.ravel().tolist() if numbers.ndim > 1 and numbers.size == numbers.shape[-1] else value
     return tuple(value) if key in ("noise_shape", "target_shape", "dims") and isinstance(value, list) else value
 
 
@@ -262,6 +297,11 @@ def _object(module: Any, value: Any) -> Any:
         return made(**plain)
     except (TypeError, ValueError):
         return None
+
+
+def _name(value: Any) -> Any:
+    """Returns a layer's name without slashes, which Keras 3 does not take."""
+    return value.replace("/", "_") if isinstance(value, str) else value
 
 
 def _shown(value: Any) -> str:

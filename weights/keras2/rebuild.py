@@ -15,6 +15,10 @@ _DEPTH = 20  # of models in models
 
 _LAYERS = 20_000
 
+_NUMBERS = 1 << 30  # of all variables: L2, the largest net, has 0.48e9
+
+_PASSES = 2_000  # over the layers of a model, most of which are in order
+
 
 class Place(NamedTuple):
     """A layer's place in its model.
@@ -56,10 +60,10 @@ def rebuild(class_name: str, config: Any, find: Find) -> tuple["keras.Model", in
         raise ForeignLayerError(Foreign("the model", f"no class of Keras 3 is a {class_name[:80]}"))
     builder = _Builder(find)
     try:
-        return builder.model(class_name, config, ()), builder.taken
+        return builder.model(class_name, config, ()), len(builder.taken)
     except ForeignLayerError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # whatever Keras raises for a description that is none
         raise ValueError(f"its description of the model is damaged ({' '.join(str(error).split())[:200]})") from error
 
 
@@ -67,7 +71,8 @@ class _Builder:
     def __init__(self, find: Find):
         self.find = find
         self.count = 0
-        self.taken = 0
+        self.numbers = 0
+        self.taken: dict[int, Stored] = {}
 
     def model(self, class_name: str, config: dict[str, Any], path: Path) -> "keras.Model":
         if len(path) > _DEPTH:
@@ -93,7 +98,8 @@ class _Builder:
         class_name, config = str(entry["class_name"]), dict(entry["config"])
         if class_name in MODELS:
             made = self.model(class_name, config, path)
-            made.trainable = config.get("trainable", True)
+            if not config.get("trainable", True):  # True would thaw frozen layers in it
+                made.trainable = False
             return made
         return make(class_name, config)
 
@@ -106,9 +112,13 @@ class _Builder:
         # The state of a generator of random numbers does not matter.
         stored = {} if type(layer).__name__.startswith("Random") else self.find(path)
         _check_size(layer, inputs, stored)
+        self.numbers += sum(int(np.prod(each.shape)) for each in stored.values())
+        if self.numbers > _NUMBERS:
+            raise ValueError(f"more than {_NUMBERS} numbers")
+        _check_meaning(layer, inputs)
         outputs = layer(inputs, **arguments)
         _assign(layer, stored)
-        self.taken += len(stored)
+        self.taken |= {id(each): each for each in stored.values()}
         return outputs
 
     def _sequential(self, config: Any, path: Path) -> "keras.Model":
@@ -124,6 +134,7 @@ class _Builder:
             entries = entries[1:]
         elif entries[0]["class_name"] not in MODELS:
             shape = first.get("batch_input_shape") or shape
+        shape = None if shape is None else _shape_of({"batch_input_shape": shape})
         places = self._places(entries, path)
         layers = [self._layer(entry, place) for entry, place in zip(entries, places, strict=True)]
         if shape is None and isinstance(layers[0], keras.Model):
@@ -134,7 +145,7 @@ class _Builder:
         tensor = entrance
         for layer, place in zip(layers, places, strict=True):
             tensor = self._call(layer, tensor, place)
-        return keras.Sequential([entrance, *layers], name=settings.get("name"))
+        return keras.Sequential([entrance, *layers], name=_without_slashes(settings.get("name")))
 
     def _functional(self, config: dict[str, Any], path: Path) -> "keras.Model":
         import keras
@@ -143,6 +154,7 @@ class _Builder:
         places = self._places(entries, path)
         outputs: dict[str, dict[int, list[Any]]] = {}
         waiting: list[tuple[Any, Path, int, Any]] = []
+        first = _first_numbers(config)
         for entry, place in zip(entries, places, strict=True):
             name = place[-1].name
             if name in outputs:
@@ -150,38 +162,64 @@ class _Builder:
             outputs[name] = {}
             if entry["class_name"] == "InputLayer":
                 one = entry["config"]
-                tensor = keras.Input(batch_shape=_shape_of(one), dtype=dtype_of(one), name=name)
+                tensor = keras.Input(batch_shape=_shape_of(one), dtype=dtype_of(one), name=_without_slashes(name))
                 outputs[name][0] = [tensor]
                 continue
             layer = self._layer(entry, place)
-            start = 1 if isinstance(layer, keras.Model) and _has_input(entry) else 0
+            start = first.get(name, 1 if isinstance(layer, keras.Model) and _has_input(entry) else 0)
             waiting += [(layer, place, start + number, node) for number, node in enumerate(entry["inbound_nodes"])]
-        while waiting:
+        for _ in range(_PASSES):
             left = []
             for layer, place, number, node in waiting:
-                ready, inputs, arguments = _inputs(node, outputs, place)
+                ready, given, arguments = _inputs(node, outputs, place)
                 if not ready:
                     left.append((layer, place, number, node))
                     continue
-                given = inputs if len(inputs) > 1 or place[-1].class_name in MERGING else inputs[0]
+                if isinstance(given, list) and len(given) == 1 and place[-1].class_name not in MERGING:
+                    given = given[0]
                 found = self._call(layer, given, place, **arguments)
                 outputs[place[-1].name][number] = list(found) if isinstance(found, list | tuple) else [found]
-            if len(left) == len(waiting):
+            if left and len(left) == len(waiting):
                 raise ValueError("its layers wait for each other")
             waiting = left
+            if not waiting:
+                break
 
         def tensors(key: str) -> Any:
-            found = config[key]
-            found = list(found.values()) if isinstance(found, dict) else found
-            found = [found] if found and isinstance(found[0], str) else found
-            return [outputs[name][number][index] for name, number, index, *_ in found]
+            found = _mapped(config[key], lambda name, number, index, *_: outputs[name][number][index])
+            return found[0] if isinstance(found, list) and len(found) == 1 else found
 
-        entrances, exits = tensors("input_layers"), tensors("output_layers")
-        return keras.Model(
-            entrances[0] if len(entrances) == 1 else entrances,
-            exits[0] if len(exits) == 1 else exits,
-            name=config.get("name"),
-        )
+        return keras.Model(tensors("input_layers"), tensors("output_layers"), name=_without_slashes(config.get("name")))
+
+
+def _without_slashes(name: Any) -> Any:
+    return name.replace("/", "_") if isinstance(name, str) else name
+
+
+def _mapped(value: Any, function: Callable) -> Any:
+    """Returns a structure of references to tensors, with a function's results in their place."""
+    if isinstance(value, dict):
+        return {key: _mapped(entry, function) for key, entry in value.items()}
+    if value and isinstance(value[0], str):
+        return function(*value)
+    return [_mapped(entry, function) for entry in value]
+
+
+def _first_numbers(config: dict[str, Any]) -> dict[str, int]:
+    """Returns the smallest number by which each layer's calls are referred to.
+
+    A model's own link from its inputs to its outputs is counted or not, depending on the release of Keras 2.
+    """
+    found: dict[str, int] = {}
+
+    def note(name, number, *_):
+        found[name] = number if name not in found else min(number, found[name])
+
+    for entry in config["layers"]:
+        for node in entry["inbound_nodes"]:
+            _mapped(node, note)
+    _mapped(config["output_layers"], note)
+    return found
 
 
 def _has_input(entry: dict[str, Any]) -> bool:
@@ -192,27 +230,40 @@ def _has_input(entry: dict[str, Any]) -> bool:
     return layers[0]["class_name"] == "InputLayer"
 
 
-def _inputs(node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path) -> tuple[bool, list[Any], dict[str, Any]]:
+def _inputs(node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path) -> tuple[bool, Any, dict[str, Any]]:
     """Returns whether the inputs of a call are there, the inputs, and the arguments of the call."""
-    node = list(node.values()) if isinstance(node, dict) else node
-    parts = [node] if node and isinstance(node[0], str) else node
-    found, arguments = [], {}
-    for part in parts:
-        name, number, index, *more = part
-        arguments |= more[0] if more else {}
+    arguments: dict[str, Any] = {}
+    missing: list[str] = []
+
+    def tensor(name, number, index, *more):
+        arguments.update(more[0] if more else {})
         if name not in outputs:
             raise ForeignLayerError(
                 Foreign(path[-1].name[:80], f"its input {str(name)[:40]!r} is no layer of the model")
             )
         if number not in outputs[name]:
-            return False, [], {}
-        found.append(outputs[name][number][index])
+            missing.append(name)
+            return None
+        return outputs[name][number][index]
+
+    found = _mapped(node, tensor)
+    if missing:
+        return False, None, {}
     arguments = {key: value for key, value in arguments.items() if value is not None}
     if arguments.keys() - {"training"} or type(arguments.get("training", False)) not in (bool, int):
         raise ForeignLayerError(Foreign(path[-1].name[:80], f"it is called with {', '.join(arguments)[:80]}"))
     if "training" in arguments:
         arguments["training"] = bool(arguments["training"])
     return True, found, arguments
+
+
+def _check_meaning(layer: Any, inputs: Any) -> None:
+    """Raises for the inputs of which a layer of Keras 3 makes something else."""
+    kind, dtype = type(layer).__name__, str(getattr(inputs, "dtype", ""))
+    if kind == "Resizing" and "int" in dtype:  # which Keras 3 rounds
+        raise ForeignLayerError(Foreign(layer.name[:80], f"Resizing of {dtype} rounds in Keras 3"))
+    if kind == "CenterCrop" and None in inputs.shape[1:]:  # smaller images than the crop
+        raise ForeignLayerError(Foreign(layer.name[:80], "CenterCrop of any size is another in Keras 3"))
 
 
 def _shape_of(config: dict[str, Any]) -> tuple[int | None, ...]:
@@ -226,27 +277,34 @@ def _shape_of(config: dict[str, Any]) -> tuple[int | None, ...]:
 _ALIASES = {"depthwise_kernel": "kernel"}
 
 
+def _expected(layer: Any, shape: tuple) -> list[tuple[int, ...]]:
+    """Returns the shapes of a layer's variables, without biases and others that are not larger."""
+    kind = type(layer).__name__
+    if kind in ("BatchNormalization", "GroupNormalization"):
+        return [(shape[layer.axis],)]
+    if kind == "LayerNormalization":
+        axes = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+        return [tuple(shape[axis] for axis in axes)]
+    if kind == "Normalization":
+        return [] if layer.input_mean is not None else [tuple(shape[axis] for axis in layer.axis or ())]
+    if kind == "Dense":
+        return [(shape[-1], layer.units)]
+    if kind not in ("Conv2D", "DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose"):
+        return []
+    channels, size = shape[-1 if layer.data_format == "channels_last" else 1], tuple(layer.kernel_size)
+    if kind == "Conv2D":
+        return [(*size, channels // layer.groups, layer.filters)]
+    if kind == "Conv2DTranspose":
+        return [(*size, layer.filters, channels)]
+    depthwise = (*size, channels, layer.depth_multiplier)
+    return [depthwise] if kind == "DepthwiseConv2D" else [depthwise, (1, 1, depthwise[2] * depthwise[3], layer.filters)]
+
+
 def _check_size(layer: Any, inputs: Any, stored: dict[str, Stored]) -> None:
     """Raises where a layer would have other variables than the file: before memory is taken for them."""
-    kernel = next((stored[name] for name in ("kernel", "depthwise_kernel", "0") if name in stored), None)
-    width = getattr(layer, "units", None) or getattr(layer, "filters", None)
-    shape: Any = getattr(inputs, "shape", None)
-    if width is None and not stored:
-        return
-    fits = shape is not None
-    shape = shape or ()
-    match type(layer).__name__:
-        case "Dense":
-            fits = fits and kernel is not None and kernel.shape == (shape[-1], width)
-        case "Conv2D" | "DepthwiseConv2D":
-            channels = shape[-1 if layer.data_format == "channels_last" else 1] if fits else 0
-            groups = getattr(layer, "groups", 1)
-            last = (channels // groups, width) if width else (channels, layer.depth_multiplier)
-            fits = kernel is not None and kernel.shape == (*layer.kernel_size, *last)
-        case _:
-            largest = max((int(np.prod(each.shape)) for each in stored.values()), default=0)
-            fits = fits and (width is None or any(width in each.shape for each in stored.values())) and largest > 0
-    if not fits:
+    expected = _expected(layer, tuple(inputs.shape)) if hasattr(inputs, "shape") else []
+    found = [each.shape for each in stored.values()]
+    if not set(expected) <= set(found) or (stored and not expected):
         shapes = ", ".join(f"{name} {each.shape}" for name, each in list(stored.items())[:5]) or "no variables"
         raise ValueError(f"layer {layer.name[:80]!r} does not fit its variables: {shapes}")
 

@@ -136,7 +136,10 @@ def test_an_epoch_holds_each_example_once_in_an_order_of_its_own(folder, records
         assert labels == ([n % 2 for n in epochs[0]] if source == folder else epochs[0])
 
 
-@pytest.mark.parametrize("augment", [{}, {"policy": "autoaugment", "mixup": 0.2, "cutmix": 1.0, "erase": 0.5}])
+@pytest.mark.parametrize(
+    "augment",
+    [pytest.param({}, marks=pytest.mark.long), {"policy": "autoaugment", "mixup": 0.2, "cutmix": 1.0, "erase": 0.5}],
+)
 def test_a_run_goes_on_with_the_very_same_batches(folder, records, augment):
     for source in (folder, records):
         how = recipe(source, crop="inception", flip=True, **augment)

@@ -109,6 +109,7 @@ def test_topologies_are_those_that_the_compiler_knows():
         assert int(devices) == int(chips) * (2 if kind in ("TPU v2", "TPU v3") else 1), kind
 
 
+@pytest.mark.long
 def test_what_is_missing_or_impossible_is_told_in_a_line():
     told = command("b0_baseline", "--topology", "v5e:3x5", status=2).stderr
     assert "v5e:2x4" in told and "v5e:16x16" in told and "Received: 'v5e:3x5'" in told

@@ -235,7 +235,7 @@ def test_files_are_whole(tmp_path):
     assert Path(path).read_text() == "[]" and [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("scheme", [pytest.param("", marks=pytest.mark.long), "file://"])
 def test_a_folder_has_one_run(tmp_path, scheme):
     """Tests the system's lock, and the one for storages without locks, which a killed process leaves behind."""
     folder = f"{scheme}{tmp_path}"
