@@ -151,7 +151,8 @@ def _inside(group, name: str):
 
 def _dataset(dataset, limit: int) -> Stored:
     """Returns a dataset of numbers in this file, no larger than a well-compressed one can be."""
-    bfloat16 = dataset.attrs.get("dtype") == "bfloat16"  # how Keras stores a type that h5 lacks
+    # How Keras 3 and Keras 2 store a type that h5 lacks.
+    bfloat16 = dataset.attrs.get("dtype") == "bfloat16" or dataset.dtype == np.dtype("V2")
     if not (dataset.dtype.kind in "fiu" or bfloat16) or dataset.external is not None or dataset.is_virtual:
         raise ValueError(f"{dataset.name[:80]} stores no numbers in this file")
     if dataset.nbytes > limit:

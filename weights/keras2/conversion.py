@@ -29,11 +29,11 @@ import numpy as np
 import tensorflow as tf
 model = tf.saved_model.load(sys.argv[1])
 call = model.signatures["serving_default"]
-(name,) = call.structured_input_signature[1]
+((name, spec),) = call.structured_input_signature[1].items()
 arrays = np.load(sys.argv[2])
 found = {}
 for batch in arrays.files:
-    outputs = call(**{name: tf.constant(arrays[batch])})
+    outputs = call(**{name: tf.cast(arrays[batch], spec.dtype)})
     found |= {f"{batch} {key}": value.numpy() for key, value in outputs.items()}
 np.savez(sys.argv[3], **found)
 """
@@ -256,7 +256,8 @@ def largest_difference(model: "keras.Model", path: Path) -> float:
     differences = []
     for number, batch in enumerate(images):
         outputs = predictor.predict(batch, verbose=0)
-        ours = dict(zip(model.output_names, outputs if isinstance(outputs, list) else [outputs], strict=True))
+        names = getattr(model, "output_names", None) or [model.layers[-1].name]  # a sequential model has one output
+        ours = dict(zip(names, outputs if isinstance(outputs, list) else [outputs], strict=True))
         named = {key.partition(" ")[2]: value for key, value in theirs.items() if key.startswith(f"arr_{number} ")}
         if len(ours) == len(named) == 1:
             named = dict(zip(ours, named.values(), strict=True))
