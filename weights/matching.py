@@ -256,10 +256,14 @@ class Contents:
             keras/src/applications/efficientnet.py. Until 2.8, the weights' variance was a standard deviation in truth;
             2.9 and later divide by its root once more.
         """
-        found = [self._all.get(f"{self.scope}normalization/{name}") for name in ("mean", "variance")]
-        if self.format != "keras" or None in found:
+        owner = rf"{re.escape(self.scope)}normalization(_\d+)?"
+        found = [
+            [stored for name, stored in self._all.items() if re.fullmatch(f"{owner}/{part}", name)]
+            for part in (("0", "1") if self.format == "keras3" else ("mean", "variance"))
+        ]
+        if self.format not in ("keras", "keras3") or [len(each) for each in found] != [1, 1]:
             return None
-        mean, variance = (np.ravel(each.read()).astype(np.float64) for each in found if each is not None)
+        mean, variance = (np.ravel(stored.read()).astype(np.float64) for (stored,) in found)
         scale, offset = 1 / (255 * np.sqrt(variance)), -mean / np.sqrt(variance)
         deviation = (0.229, 0.224, 0.225)
         late = version is None or tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= (2, 9)
