@@ -176,9 +176,7 @@ def read_checkpoint(prefix: str) -> dict[str, tuple[tuple[int, ...], Callable[[]
         ValueError: If the files are damaged.
     """
     with _damage_named(prefix):
-        entries = list(_entries(prefix))
-        found = {entry.name: entry.tensor() for entry in entries if entry.kind in _DTYPES}
-    return {name: (shape, read) for name, (shape, read) in found.items()}
+        return {entry.name: entry.tensor() for entry in _entries(prefix) if entry.kind in _DTYPES}
 
 
 def read_graph(prefix: str) -> ObjectGraph | None:
@@ -229,12 +227,17 @@ class _Entry:
             raise ValueError(f"{self.name[:80]!r} has the shape {shape[:10]}")
         return shape
 
-    def _bytes(self) -> bytes:
-        size, offset = one(self.fields, 5), one(self.fields, 4)
+    def _extent(self) -> tuple[int, int]:
+        """Returns where the bytes start, and how many there are."""
+        offset, size = one(self.fields, 4), one(self.fields, 5)
         if size < 0 or offset < 0 or offset + size > os.path.getsize(self.path):
             raise ValueError(
                 f"{self.name[:80]!r} declares {size:,} bytes that {os.path.basename(self.path)} does not hold"
             )
+        return offset, size
+
+    def _bytes(self) -> bytes:
+        offset, size = self._extent()
         with open(self.path, "rb") as file:
             file.seek(offset)
             data = file.read(size)
@@ -252,13 +255,9 @@ class _Entry:
         kind = _DTYPES[self.kind]
         if kind == "bfloat16":
             import ml_dtypes  # noqa: F401  registers the type in NumPy
-        shape, dtype, size, offset = self._shape(), np.dtype(kind), one(self.fields, 5), one(self.fields, 4)
+        shape, dtype, (_, size) = self._shape(), np.dtype(kind), self._extent()
         if math.prod(shape) * dtype.itemsize != size:
             raise ValueError(f"{self.name[:80]!r} has {size} bytes for shape {shape[:10]}")
-        if offset + size > os.path.getsize(self.path):
-            raise ValueError(
-                f"{self.name[:80]!r} declares {size:,} bytes that {os.path.basename(self.path)} does not hold"
-            )
 
         def read() -> np.ndarray:
             data = self._bytes()
