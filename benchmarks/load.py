@@ -47,12 +47,12 @@ def load_times(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     import keras
 
     import keras_effnet as ke
-    from keras_effnet.weights import convert, registry, store
+    from keras_effnet.weights import convert, downloads, registry, store
 
     record = registry.find("efficientnet-b0", "noisy-student")
     peer: Any = keras.applications.EfficientNetB0
     ours, theirs = ke.EfficientNetB0(weights=None), peer(weights=None)
-    archive = store.place(record.files[0])
+    archive = downloads.place(record.files[0])
     archive.parent.mkdir(parents=True)
     ke.weights.export(ours, folder / "model.ckpt")
     subprocess.run(

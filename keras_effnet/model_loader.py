@@ -44,8 +44,8 @@ def resolve(model: str | os.PathLike, best: bool = False, exports: bool = False)
 
     Args:
         model: A name, see `nets.variants.find_model()`, perhaps with one of timm's tags, as in
-            `"tf_efficientnet_b0.ns_jft_in1k"`; the path of a `.keras` file; the folder of a training run; or the path
-            of an exported model.
+            `"tf_efficientnet_b0.ns_jft_in1k"`; the path or the address of a `.keras` file; the folder of a training
+            run; or the path of an exported model.
         best: Boolean, whether to choose a run's best.keras instead of its model.keras. Defaults to False.
         exports: Boolean, whether exported models are valid. Defaults to False.
 
@@ -57,6 +57,8 @@ def resolve(model: str | os.PathLike, best: bool = False, exports: bool = False)
         ValueError: If the name is unknown, or a file is of another kind.
     """
     name = os.fspath(model)
+    if name.startswith("hf://"):
+        return _of_address(name)
     bare, _, tag = name.partition(".")
     path = Path(name)
     if name not in VARIANTS and path.exists():
@@ -97,6 +99,17 @@ def _of_path(path: Path, best: bool, exports: bool) -> Reference:
     )
 
 
+def _of_address(address: str) -> Reference:
+    from keras_effnet.weights import hub
+
+    place = os.fspath(hub.local(address))
+    if place.endswith(".keras"):
+        return Reference("keras", place)
+    raise ValueError(
+        f"Expected a model. Received: {address!r}, weights. Convert them: keras-effnet convert {address} model.keras"
+    )
+
+
 def _of_run(folder: Path, best: bool) -> Reference:
     last = folder / "model.keras"
     if not last.is_file():
@@ -115,7 +128,8 @@ def load_model(
     """Loads a model by its name, from a `.keras` file, or from the folder of a training run.
 
     Args:
-        model: A name such as `"efficientnet-b0"` or `"b0"`; the path of a `.keras` file; or the folder of a run.
+        model: A name such as `"efficientnet-b0"` or `"b0"`; the path of a `.keras` file, or its address on the Hugging
+            Face Hub, `"hf://owner/name"`; or the folder of a run.
         weights: For a name: tag of its weights, path of a file, or None for random weights. Defaults to `"imagenet"`.
         best: Boolean, whether to load a run's best.keras instead of its model.keras, where it has one. Defaults to
             False.

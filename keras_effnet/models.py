@@ -49,8 +49,9 @@ def create_model(
             `"tf_efficientnet_b0"`.
         include_top: Boolean, whether to include the classifier. Defaults to True.
         weights: Tag of published weights (`keras_effnet.list_weights()`); `"imagenet"` for the best known ones trained
-            on ImageNet alone; path of a file in any format that `keras_effnet.weights.load()` reads; or None for random
-            values. Defaults to `"imagenet"`. The layers are the same for every value.
+            on ImageNet alone; path of a file in any format that `keras_effnet.weights.load()` reads; address on the
+            Hugging Face Hub, `"hf://owner/name"`, `"hf://owner/name@revision/file"` or `"timm/name"`; or None for
+            random values. Defaults to `"imagenet"`. The layers are the same for every value.
         input_tensor: Keras tensor to build on, such as the output of `keras.layers.Input()`. Defaults to None. If its
             graph already has layers with the same names, the new layers are prefixed with the model's name.
         input_shape: Tuple of height, width and channels (channels, height and width for `channels_first`). Height and
@@ -169,35 +170,46 @@ class _Origin:
 
     record: Any = None
     path: Any = None  # of a file that the user named
+    description: Any = None  # of that file, by the config.json beside it
 
     @classmethod
     def of(cls, variant, weights) -> "_Origin":
         if weights is None:
             return cls()
-        from keras_effnet.weights import registry
+        from keras_effnet.weights import hub, registry
         from keras_effnet.weights.formats import opening
 
         if not isinstance(weights, str | os.PathLike):
             raise ValueError(
-                f"Expected weights to be a tag, the path of a file, or None. Received: weights={weights!r}"
+                f"Expected weights to be a tag, the path of a file, an address, or None. Received: weights={weights!r}"
             )
         is_file = os.path.isfile(weights)
+        address = hub.Address.of(weights)
         if isinstance(weights, str) and not is_file:
             try:
                 return cls(registry.find(variant, weights))
             except ValueError as error:
-                if not opening.exists(weights):
-                    path = os.sep in weights or weights.endswith(opening.SUFFIXES)
-                    if registry.is_timms(weights) or not path:
+                if address is None and not opening.exists(weights):
+                    if not (os.sep in weights or weights.endswith(opening.SUFFIXES)):
                         raise
                     raise FileNotFoundError(
                         f"Expected a weights file. Received: weights={weights!r}, which does not exist"
                     ) from error
-        return cls(registry.recognise(variant, weights) if is_file else None, weights)
+                if address is not None and registry.is_published(address.repository):
+                    raise
+        place = hub.local(weights)
+        description = hub.describe(place)
+        if description is not None and description.variant != variant:
+            raise ValueError(
+                f"Expected weights of {variant}. Received: weights={os.fspath(weights)!r}, of "
+                f"{description.architecture}"
+            )
+        return cls(registry.recognise(variant, place) if os.path.isfile(place) else None, place, description)
 
     @property
     def resolution(self) -> int | None:
-        return self.record and self.record.resolution
+        known = self.record or self.description
+        return known and known.resolution
 
     def has_classifier(self, classes: int, architecture) -> bool:
         """Returns whether the classifier comes from the weights. With 1000 classes it must, unless there are none."""
@@ -216,6 +228,8 @@ class _Origin:
         known = None
         if self.record is not None:
             known = self.record.preprocessing
+        elif self.description is not None:
+            known = self.description.preprocessing
         elif self.path is not None:
             known = keras_file.preprocessing_of(self.path)
         if isinstance(asked, str) and asked == "auto":
@@ -238,8 +252,13 @@ class _Origin:
             convert.load(model, path, include_top=include_top, prefix=prefix)
         if self.record is not None or self.path is None:  # other files have no record
             model.weights_record = self.record
-        own = os.fspath(self.path or "") if include_top else ""
-        model.labels = model_metadata.metadata(own).get("labels") if own.endswith(".keras") else None
+        model.labels = None
+        own = os.fspath(self.path or "")
+        if include_top and own.endswith(".keras"):
+            model.labels = model_metadata.metadata(own).get("labels")
+        if self.description is not None and self.record is None:
+            model.labels = self.description.labels if include_top else None
+            model.expects = model_metadata.Expects(self.description.crop_padding, self.description.interpolation)
 
 
 def _pruned(architecture, blocks, origin: _Origin):

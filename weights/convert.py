@@ -2,9 +2,10 @@
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from keras_effnet.errors import unknown
 from keras_effnet.nets.architecture import Architecture
 from keras_effnet.nets.variants import VARIANTS, find_model, identify
 from keras_effnet.nets.weight_shapes import owners
-from keras_effnet.weights import registry
+from keras_effnet.weights import hub, hub_folder, registry
 from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file, tensorflow_checkpoint
 from keras_effnet.weights.keras2 import conversion
 from keras_effnet.weights.keras2.conversion import Conversion
@@ -38,7 +39,7 @@ from keras_effnet.weights.naming_tables import NAMINGS
 if TYPE_CHECKING:
     import keras
 
-TARGETS = ("tpu", "timm", "keras")
+TARGETS = ("tpu", "timm", "keras", "hub")
 
 _ENDINGS = {"own": (".keras", ".weights.h5"), "timm": (".safetensors",), "keras": (".h5", ".hdf5")}
 
@@ -92,6 +93,7 @@ def load(
     from keras_effnet.nets import inspection
 
     _check_source(source)
+    path = hub.local(path)
     # The tables do not describe other layers, such as the user's head. Only Keras reads those, from its own files.
     try:
         reading = inspection.read(model, prefix)
@@ -110,6 +112,10 @@ def load(
     if by_keras:
         return _load_by_keras(model, path)
     _check_range(values, targets, report.path)
+    variant = identify(reading.architecture.blocks)
+    pads = conversion.padding_of(path, VARIANTS[variant].resolution) if variant else ""
+    if pads:
+        warnings.warn(f"{path}: {pads}. To keep it: keras-effnet convert {path} new.keras", stacklevel=2)
     for key, value in values.items():
         targets[key].assign(np.ascontiguousarray(value))
     return report.named("load", model.name)
@@ -153,8 +159,6 @@ def _is_keras_file(path, source: str) -> bool:
 
 def _load_by_keras(model: "keras.Model", path) -> Report:
     """Loads a Keras file into a model with other layers around the net. Restores the model if loading fails."""
-    import warnings
-
     from keras import ops
 
     everything = [*model.variables, *(model.optimizer.variables if getattr(model, "optimizer", None) else ())]
@@ -204,6 +208,7 @@ def verify(path, model: str, source: str = "auto", *, include_top: bool = True, 
     """
     _check_source(source)
     model = find_model(model)
+    path = hub.local(path)
     with opening.opened(path, raw) as tensors:
         contents = Contents(tensors, path, source, raw)
         _, architecture, channels, classes = identify_model(contents, model)
@@ -269,12 +274,13 @@ def export(model: "keras.Model", path, target: str | None = None, *, prefix: str
             `"out/model.ckpt"`, or a folder.
         target: `"tpu"` for a TensorFlow checkpoint that the original code restores (raw weights, and the same values
             as their moving averages), `"timm"` for a .safetensors file that timm loads, `"keras"` for an .h5 file
-            that keras.applications loads, with the model's preprocessing. Defaults to None: chosen by the path's
-            suffix.
+            that keras.applications loads, with the model's preprocessing; `"hub"` for a folder with the weights in
+            timm's format, their `config.json`, and a model card, which you can upload to the Hugging Face Hub.
+            Nothing is uploaded. Defaults to None: chosen by the path's suffix.
         prefix: See `load()`.
 
     Returns:
-        Path of the saved file. For `"tpu"`, the prefix.
+        Path of the saved file or folder. For `"tpu"`, the prefix.
 
     Raises:
         ValueError: If the target is unknown or cannot represent the model. Nothing is saved.
@@ -305,12 +311,21 @@ def export(model: "keras.Model", path, target: str | None = None, *, prefix: str
         for key, variable in _variables(reading).items()
     }
     return _write(
-        values, path, target, reading.architecture, reading.channels, reading.classes, (reading.scale, reading.offset)
+        values,
+        path,
+        target,
+        reading.architecture,
+        reading.channels,
+        reading.classes,
+        (reading.scale, reading.offset),
+        model_metadata.of(model) if target == "hub" else {},
     )
 
 
-def _write(values: Values, path, target: str, architecture: Architecture, channels, classes, preprocessing) -> Path:
-    naming = NAMINGS[target]
+def _write(
+    values: Values, path, target: str, architecture: Architecture, channels, classes, preprocessing, metadata
+) -> Path:
+    naming = NAMINGS["timm" if target == "hub" else target]
     variant = identify(architecture.blocks)
     # Only the original's classifier has other classes before ImageNet's.
     background = target == "tpu" and classes == 1000 and variant and VARIANTS[variant].class_offset
@@ -328,6 +343,9 @@ def _write(values: Values, path, target: str, architecture: Architecture, channe
         tensors = {f"{scope}/{name}": value for name, value in tensors.items()}
         tensors |= {f"{name}{naming.average}": value for name, value in tensors.items()}
         return tensorflow_checkpoint.write_checkpoint(path, tensors, naming.counters[""])
+    if target == "hub":
+        features = architecture.head_filters
+        return hub_folder.write(path, tensors, counters, variant, features, classes, preprocessing, metadata)
     if target == "timm":
         return safetensors_file.write_safetensors(path, tensors, counters)
     return h5_file.write_h5(path, tensors, preprocessing)
@@ -353,11 +371,12 @@ def convert_file(
     Args:
         source_path: Path of the file to convert. See `path` of `load()`.
         path: Path of the file to save: `.keras` and `.weights.h5` for this package, `.safetensors` for timm, `.h5`
-            for keras.applications; a folder, or a prefix such as `out/model.ckpt`, for a TensorFlow checkpoint.
+            for keras.applications; a folder, or a prefix such as `out/model.ckpt`, for a TensorFlow checkpoint; a
+            folder for `"hub"`.
         model: Name of the model. Defaults to None: recognized from the tensors.
         source: See `load()`.
-        target: `"tpu"`, `"timm"` or `"keras"`, or `"own"` for this package. Defaults to None: chosen by the path's
-            suffix.
+        target: `"tpu"`, `"timm"`, `"keras"` or `"hub"`, see `export()`, or `"own"` for this package. Defaults to
+            None: chosen by the path's suffix.
         raw: See `load()`.
         preprocessing: Preprocessing to save in a `.keras` or `.h5` file, as in `create_model()`. Defaults to `"auto"`:
             that of the source file if it contains one or is a published file, else the model's usual one. Weights
@@ -438,9 +457,11 @@ def convert(
     automatic = isinstance(preprocessing, str) and preprocessing == "auto"
     if target in ("tpu", "timm") and not automatic:
         raise ValueError(f"Expected no preprocessing: {target!r} files do not store it. Received: {preprocessing!r}")
-    if labels is not None and not str(path).endswith(".keras"):
+    if labels is not None and target != "hub" and not str(path).endswith(".keras"):
         raise ValueError(f"Expected a path that ends in .keras, to save labels in. Received: {str(path)!r}")
     model = model and find_model(model)
+    source_path = hub.local(source_path)
+    description = hub.describe(source_path)
     left: tuple[str, ...] = ()
     if target == "own" and str(path).endswith(".keras") and head is None:
         asked = None if automatic else preprocessing
@@ -454,7 +475,14 @@ def convert(
             f"{str(source_path)!r}{''.join(f' ({each})' for each in left)}"
         )
     with opening.opened(source_path, raw) as tensors:
-        contents = Contents(tensors, source_path, source, raw)
+        try:
+            contents = Contents(tensors, source_path, source, raw)
+        except ValueError as error:
+            if not left:
+                raise
+            raise ValueError(
+                f"Expected a model with one EfficientNet. Received: {str(source_path)!r} ({left[0]})"
+            ) from error
         model, architecture, channels, classes = identify_model(contents, model, pruned=True)
         if target != "tpu" and contents.format == "tpu" and classes == 1001:
             classes = 1000
@@ -466,20 +494,37 @@ def convert(
             classes = _classes_of_head(head)
             values |= contents.classifier(architecture, classes)
         left += contents.left(architecture, classes if head else None)
+        pads = conversion.padding_of(source_path, VARIANTS[model].resolution)
+        left += (pads,) if pads else ()
         pixels = contents.normalization(h5_file.keras_version(source_path)) if automatic else None
     record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
     if automatic:
-        known = record.preprocessing if record else keras_file.preprocessing_of(source_path) or pixels
+        said = description.preprocessing if description else keras_file.preprocessing_of(source_path)
+        known = record.preprocessing if record else said or pixels
         preprocessing = known or VARIANTS[model].preprocessing
     numbers = constants(preprocessing, channels)
+    metadata = _known(source_path, description, record)
+    if labels is not None and classes is not None:
+        metadata = metadata | {"labels": model_metadata.checked(labels, classes)}
     if target == "own":
-        metadata = model_metadata.metadata(source_path) if str(source_path).endswith(".keras") else {}
-        if labels is not None and classes is not None:
-            metadata = metadata | {"labels": model_metadata.checked(labels, classes)}
         _write_own(values, path, model, architecture, channels, classes, preprocessing, record, metadata)
     else:
-        _write(values, path, target, architecture, channels, classes, numbers)
+        _write(values, path, target, architecture, channels, classes, numbers, metadata)
     return Conversion(model, os.fspath(path), left=left)
+
+
+def _known(path, description: hub.Description | None, record: registry.Record | None) -> dict[str, Any]:
+    """Returns what is known of a file besides its weights. See `model_metadata.of()`."""
+    if str(path).endswith(".keras"):
+        return model_metadata.metadata(path)
+    if record is not None:
+        pixels = {"crop_padding": record.crop_padding, "interpolation": record.interpolation}
+        kept = {key: value for key, value in asdict(record).items() if key != "files"}
+        return {"weights": kept, "preprocessing": pixels}
+    if description is not None:
+        pixels = {"crop_padding": description.crop_padding, "interpolation": description.interpolation}
+        return {"labels": description.labels, "preprocessing": pixels}
+    return {}
 
 
 def _classes_of_head(head: str) -> int:
@@ -498,12 +543,15 @@ def _checked_target(path, target: str | None) -> str:
         raise ValueError(f"Expected a path to write to. Received: {path!r}")
     name = Path(os.fspath(path).lower())
     ended = next((key for key, endings in _ENDINGS.items() if name.name.endswith(endings)), None)
+    if ended is None and target == "hub":
+        ended = "hub"
     if ended is None and (target == "tpu" or os.path.isdir(path) or re.fullmatch(r"|\.ckpt(-\d+)?", name.suffix)):
         ended = "tpu"
     if ended is None or target not in (None, ended):
         kinds = "; ".join(f"{' or '.join(endings)} for {key!r}" for key, endings in _ENDINGS.items())
+        kinds += "; a folder or a prefix such as out/model.ckpt for 'tpu'; a folder for 'hub'"
         raise ValueError(
-            f"Expected a path that ends in {kinds}; a folder or a prefix such as out/model.ckpt for 'tpu'. Received: "
+            f"Expected a path that ends in {kinds}. Received: "
             f"{os.fspath(path)!r}" + (f" for {target!r}" if target else "")
         )
     return ended

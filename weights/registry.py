@@ -229,7 +229,7 @@ _V2 = "EfficientNetV2 is another network"
 # Tags of timm that are refused, alone or after the net's name.
 _REFUSED = (
     (r"in21k.*|(tf_|gc_)?efficientnetv2.*", _V2),
-    (r"efficientnet_(?!b[123]_pruned\.).*|(ra|ra2|ft|ra4_.*|sw_.*)_in1k|sw_in12k", _NATIVE),
+    (r"efficientnet_(?!b[123]_pruned(\.|$)).*|(ra|ra2|ft|ra4_.*|sw_.*)_in1k|sw_in12k", _NATIVE),
 )
 # First digits of the sha256 of timm's own nets, from its file names.
 _NATIVE_SHA256 = (
@@ -360,16 +360,17 @@ def _timm_records():
 RECORDS: tuple[Record, ...] = (*_b_records(), *_l2_records(), *_mobile_records(), *_timm_records())
 
 
-def is_timms(tag: str) -> bool:
-    """Returns whether a tag has a prefix that marks it as timm's.
+def is_published(repository: str) -> bool:
+    """Returns whether a repository on the hub is one of timm's sets, of this family or refused.
 
     Args:
-        tag: String.
+        repository: String, `"owner/name"`.
 
     Returns:
         Boolean.
     """
-    return bool(re.match(r"hf[-_]hub:|timm/", tag))
+    owner, _, name = repository.partition("/")
+    return owner == "timm" and (bool(why_refused(name)) or any(record.tag == name for record in RECORDS))
 
 
 def of_model(model: str) -> tuple[Record, ...]:
@@ -415,15 +416,27 @@ def find(model: str, tag: str) -> Record:
     for record in records:
         if bare in (record.tag, record.tag.split(".")[-1]) or (tag == "imagenet" and record.default):
             return record
-    for pattern, reason in _REFUSED:
-        if re.fullmatch(pattern, bare):
-            tags = ", ".join(record.tag for record in records[:3])
-            raise ValueError(
-                f"Expected weights of {model}, such as {tags} (`keras-effnet list --weights` shows all). Received: "
-                f"weights={tag!r}. {reason}"
-            )
+    reason = why_refused(bare)
+    if reason:
+        tags = ", ".join(record.tag for record in records[:3])
+        raise ValueError(
+            f"Expected weights of {model}, such as {tags} (`keras-effnet list --weights` shows all). Received: "
+            f"weights={tag!r}. {reason}"
+        )
     alias = ["imagenet"] if default(model) else []
     raise unknown(f"weights for {model}", tag, [*alias, *(record.tag for record in records)])
+
+
+def why_refused(name: str) -> str:
+    """Returns why a net of timm, or its weights, would give wrong outputs here.
+
+    Args:
+        name: String, timm's name of a net, of a set, or both.
+
+    Returns:
+        String, empty for all others.
+    """
+    return next((reason for pattern, reason in _REFUSED if re.fullmatch(pattern, name)), "")
 
 
 def default(model: str) -> Record | None:

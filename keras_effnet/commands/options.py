@@ -30,7 +30,10 @@ SOURCE = click.option(
     help="Format of the names in the file: tpu, timm, keras or lukemelas. auto: detected.",
 )
 WEIGHTS = click.option(
-    "--weights", default="imagenet", show_default=True, help="Tag of published weights, or path of a weights file."
+    "--weights",
+    default="imagenet",
+    show_default=True,
+    help="Tag of published weights, path of a weights file, or address (hf://owner/name).",
 )
 
 

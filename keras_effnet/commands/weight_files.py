@@ -30,7 +30,7 @@ def download(model, tag, no_top, as_json) -> None:
 @click.argument("dst")
 @click.option("--model", help="Name of the model. Default: detected from the tensors.")
 @SOURCE
-@click.option("--to", "target", help="Format of the names in DST: tpu, timm, keras or own. Default: from its suffix.")
+@click.option("--to", "target", help="Format of DST: tpu, timm, keras, hub or own. Default: from its suffix.")
 @RAW
 @click.option(
     "--preprocessing",
@@ -49,7 +49,8 @@ def convert(src, dst, model, source, target, raw, preprocessing, labels, head, c
 
     SRC is a .keras, .h5, .safetensors or torch file, a TensorFlow checkpoint (folder, prefix or .tar.gz), or a
     SavedModel of Keras 2. DST ends in .keras or .weights.h5 (this package), .safetensors (timm) or .h5
-    (keras.applications), or is the prefix of a TensorFlow checkpoint. No code in SRC is run, except with --verify.
+    (keras.applications), or is the prefix of a TensorFlow checkpoint. With --to hub it is a folder to upload to the
+    Hugging Face Hub. SRC may be on the Hub: hf://owner/name or timm/name. No code in SRC is run, except with --verify.
     """
     choose_backend()
     from dataclasses import asdict
@@ -81,7 +82,7 @@ def convert(src, dst, model, source, target, raw, preprocessing, labels, head, c
 @AS_JSON
 @click.pass_context
 def verify(ctx, file, model, source, raw, no_top, as_json) -> None:
-    """Say what FILE is, or compare it with a model.
+    """Say what FILE is, or compare it with a model. FILE may be an address, hf://owner/name or timm/name.
 
     Exit status 1 if the file does not fit, or holds no EfficientNet.
     """

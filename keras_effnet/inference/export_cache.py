@@ -20,7 +20,7 @@ from keras_effnet.errors import one_of
 from keras_effnet.images import folders
 from keras_effnet.inference import runtimes
 from keras_effnet.model_loader import load_model, resolve
-from keras_effnet.weights import registry, store
+from keras_effnet.weights import downloads, registry
 
 BATCH = 16  # images per call of Keras
 KEPT_AS = 2  # increased when exports change, which invalidates all that are cached
@@ -70,7 +70,7 @@ class ExportCache:
             told.append(_told(calibration))
         told += [KEPT_AS, __version__, version("keras"), input_shape and list(input_shape)]
         key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
-        self.folder = store.home() / "predictor" / key
+        self.folder = downloads.home() / "predictor" / key
 
     def model(self) -> Any:
         """Returns the Keras model, which is loaded on first use.

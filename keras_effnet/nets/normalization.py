@@ -56,6 +56,29 @@ def constants(preprocessing, channels: int) -> tuple[list[float], list[float]]:
     return scale, offset
 
 
+def scheme_near(mean: Sequence[float], deviation: Sequence[float]):
+    """Returns the preprocessing for a mean and a standard deviation of pixels 0-255.
+
+    Args:
+        mean: Sequence of floats, one per channel.
+        deviation: Sequence of floats, one per channel.
+
+    Returns:
+        Key of `SCHEMES` whose numbers differ by no more than rounding, or a pair (scale, offset) of lists.
+
+    Raises:
+        ValueError: If they do not have the same length, or a deviation is not positive.
+    """
+    if len(mean) != len(deviation) or not all(each > 0 for each in deviation):
+        raise ValueError(
+            f"Expected a mean and a positive deviation per channel. Received: mean={mean}, deviation={deviation}"
+        )
+    for name, usual in SCHEMES.items():
+        if len(mean) == len(usual[0]) and np.allclose([mean, deviation], usual, rtol=1e-6):
+            return name
+    return [1 / each for each in deviation], [-one / each for one, each in zip(mean, deviation, strict=True)]
+
+
 def scheme_of(scale: Sequence[float], offset: Sequence[float]):
     """Returns the scheme of a scale and an offset: the inverse of `constants()`.
 

@@ -18,7 +18,7 @@ import pytest
 from helpers import BACKEND, fill, same_weights
 
 import keras_effnet as ke
-from keras_effnet.weights import registry, store
+from keras_effnet.weights import downloads, registry, store
 
 MODEL = "efficientnet-edgetpu-s"  # the TPU repository's file has 1001 classes
 BODY = bytes(np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8))
@@ -91,7 +91,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_EFFNET_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.delenv("KERAS_EFFNET_MIRROR", raising=False)
-    monkeypatch.setattr(store, "PAUSE", 0)
+    monkeypatch.setattr(downloads, "PAUSE", 0)
     return tmp_path / "home"
 
 
@@ -107,11 +107,11 @@ def published(server, name="x.h5", hashed=True) -> registry.File:
 def test_a_bad_network_costs_only_time(behaviour, hashed, server, home):
     file = published(server, hashed=hashed)
     server.behaviour["/x.h5"] = list(behaviour)
-    path = store.locate(file)
+    path = downloads.locate(file)
     assert path == home / "x.h5" and path.read_bytes() == BODY
     assert not list(home.glob(".*"))
     count = len(server.requests)
-    assert store.locate(file) == path and len(server.requests) == count
+    assert downloads.locate(file) == path and len(server.requests) == count
 
 
 @pytest.mark.parametrize(
@@ -132,19 +132,19 @@ def test_what_cannot_be_brought_is_told_and_not_kept(behaviour, hashed, told, re
     if behaviour == "missing":
         del server.files["/x.h5"]
     with pytest.raises(OSError, match=told) as caught:
-        store.locate(file)
+        downloads.locate(file)
     for part in (file.url, str(home / "x.h5"), "a copy of your own", "KERAS_EFFNET_MIRROR"):
         assert part in str(caught.value)
     assert len(server.requests) == requests and not list(home.rglob("*.h5"))
     (home / "x.h5").write_bytes(BODY)  # the user's copy
-    assert store.locate(file) == home / "x.h5"
+    assert downloads.locate(file) == home / "x.h5"
 
 
 def test_no_network_is_told_at_once(home):
     file = registry.File("keras", "http://127.0.0.1:9/a/b.h5", "md5:0")
     begun = time.monotonic()
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9/a/b\.h5.*save it as .*home/a/b\.h5"):
-        store.locate(file)
+        downloads.locate(file)
     assert time.monotonic() - begun < 5
 
 
@@ -152,7 +152,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(server, home):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
-        "from keras_effnet.weights import registry, store; store.locate(registry.File('keras', sys.argv[1]))"
+        "from keras_effnet.weights import downloads, registry; downloads.locate(registry.File('keras', sys.argv[1]))"
     )
     file = published(server)
     result = subprocess.run([sys.executable, "-c", code, file.url], capture_output=True, text=True)
@@ -162,12 +162,12 @@ def test_a_full_disk_is_told_and_leaves_nothing(server, home):
 
 def test_a_damaged_file_is_brought_again(server, home):
     file = published(server)
-    store.locate(file).write_bytes(BODY[:-1])
-    assert store.locate(file).read_bytes() == BODY and len(server.requests) == 2
-    store.place(file).write_bytes(b"by hand, and wrong")
+    downloads.locate(file).write_bytes(BODY[:-1])
+    assert downloads.locate(file).read_bytes() == BODY and len(server.requests) == 2
+    downloads.place(file).write_bytes(b"by hand, and wrong")
     del server.files["/x.h5"]
     with pytest.raises(OSError, match=r"The existing file has sha256:.*, but sha256:.* is published"):
-        store.locate(file)
+        downloads.locate(file)
 
 
 def test_a_login_page_for_the_original_leaves_its_port(mirror, loaded, server, monkeypatch):
@@ -176,7 +176,7 @@ def test_a_login_page_for_the_original_leaves_its_port(mirror, loaded, server, m
     usual = ke.create_model(MODEL, weights=None)
     values = mirror[1].get_weights()
     usual.set_weights([*values[:-2], *(value[..., 1:] for value in values[-2:])])
-    path = ke.weights.export(usual, store.home().parent / "es.safetensors", target="timm")
+    path = ke.weights.export(usual, downloads.home().parent / "es.safetensors", target="timm")
     server.files[f"/{hub.url.removeprefix('https://huggingface.co/')}"] = path.read_bytes()
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", server.url)
     with pytest.warns(UserWarning, match="Using the timm file of the same weights instead"):
@@ -185,28 +185,28 @@ def test_a_login_page_for_the_original_leaves_its_port(mirror, loaded, server, m
 
 def test_a_hash_is_recorded_on_first_use_and_held_from_then_on(server, home):
     file = published(server, hashed=False)
-    path = store.locate(file)
-    store._pin(file, path)
+    path = downloads.locate(file)
+    downloads.pin(file, path)
     assert (home / "x.h5.sha256").read_text() == f"sha256:{SHA256}"
     path.write_bytes(b"damaged")
-    assert store.locate(file).read_bytes() == BODY
+    assert downloads.locate(file).read_bytes() == BODY
     path.unlink()
     server.files["/x.h5"] = b"another file"
     with pytest.raises(OSError, match=f"not sha256:{SHA256}"):
-        store.locate(file)
+        downloads.locate(file)
 
 
 def test_the_first_digits_of_a_hash_are_held(server):
     good = registry.File("timm", published(server).url, f"sha256:{SHA256[:8]}")
-    assert store.locate(good).read_bytes() == BODY
+    assert downloads.locate(good).read_bytes() == BODY
     wrong = registry.File("timm", published(server, "y.pth").url, "sha256:00000000")
     with pytest.raises(OSError, match="not sha256:00000000"):
-        store.locate(wrong)
+        downloads.locate(wrong)
 
 
 LOCATE = (
-    "import sys; from keras_effnet.weights import registry, store; "
-    "print(store.locate(registry.File('keras', sys.argv[1], sys.argv[2])))"
+    "import sys; from keras_effnet.weights import downloads, registry; "
+    "print(downloads.locate(registry.File('keras', sys.argv[1], sys.argv[2])))"
 )
 
 
@@ -232,7 +232,7 @@ def test_a_killed_process_leaves_nothing_that_is_believed(server, home):
     (left,) = home.glob(".*")
     os.utime(left / "x.h5", (0, 0))
     os.utime(left, (0, 0))
-    assert store.locate(file).read_bytes() == BODY
+    assert downloads.locate(file).read_bytes() == BODY
     assert not left.exists()  # a day later
 
 
@@ -241,23 +241,23 @@ def test_a_copy_of_keras_applications_is_found(tmp_path, server):
     copy = tmp_path / "keras/models/x.h5"
     copy.parent.mkdir(parents=True)
     copy.write_bytes(b"another file")
-    assert store.locate(file) != copy
-    store.place(file).unlink()
+    assert downloads.locate(file) != copy
+    downloads.place(file).unlink()
     copy.write_bytes(BODY)
-    assert store.locate(file) == copy
+    assert downloads.locate(file) == copy
 
 
 def test_a_missing_package_names_the_command():
     file = registry.File("lukemelas", package="efficientnet-lite9-pytorch-model", path="x", hash="sha256:0")
     with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite9-pytorch-model"):
-        store.locate(file)
+        downloads.locate(file)
 
 
 def test_a_changed_package_is_refused():
     file = next(file for file in registry.find("efficientnet-lite0", "imagenet").files if file.package)
     wrong = registry.File("lukemelas", package=file.package, path=file.path, hash="sha256:" + "0" * 64)
     with pytest.raises(OSError, match="Reinstall"):
-        store.locate(wrong)
+        downloads.locate(wrong)
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_a_mirror_may_hold_files_by_their_bare_names(mirror, loaded, server, tmp
         (flat / "efficientnet-b0.tar.gz").write_bytes(b"")
         monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(flat))
         with pytest.raises(OSError, match="has no cloud-tpu-checkpoints"):
-            store.locate(original)
+            downloads.locate(original)
 
 
 def test_a_port_stands_in_and_says_so(mirror, loaded, tmp_path, monkeypatch):
@@ -372,7 +372,7 @@ def test_what_is_no_checkpoint_is_not_kept(content, home, tmp_path, server, monk
     with pytest.raises(ValueError, match=rf"Expected (weights as|a checkpoint in).*from {server.url}{where}"):
         ke.EfficientNetEdgeTPUS()
     assert not [path for path in home.rglob("*") if path.is_file()]
-    by_hand = store.place(original)
+    by_hand = downloads.place(original)
     by_hand.write_bytes(content)
     with pytest.raises(ValueError, match=r"Expected (weights as|a checkpoint in)"):
         ke.EfficientNetEdgeTPUS()

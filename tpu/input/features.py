@@ -23,7 +23,7 @@ from keras_effnet.tpu.input.crops import eval_image, train_crop
 from keras_effnet.tpu.input.example_readers import Items, Records
 from keras_effnet.tpu.input.pipeline import changed, keys
 from keras_effnet.tpu.input.skipped_examples import Skipped
-from keras_effnet.weights import store
+from keras_effnet.weights import downloads
 
 CHUNK = 256  # photos per file: at most so many are lost when a run is killed
 
@@ -210,7 +210,7 @@ def _account(view: View, number: int, chunk: Features, skipped: Skipped) -> None
 
 def _folder(key: str) -> Path:
     """Returns the folder of some features, which exists. Removes folders that no run has used for a long time."""
-    root = store.home() / "features"
+    root = downloads.home() / "features"
     folder = root / key
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)

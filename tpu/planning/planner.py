@@ -31,7 +31,7 @@ from keras_effnet.tpu.planning import memory_traffic
 from keras_effnet.tpu.recipes.finetune import decided
 from keras_effnet.tpu.runners import jax_runner, jax_step
 from keras_effnet.tpu.step import cross_replica
-from keras_effnet.weights import store
+from keras_effnet.weights import downloads
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _remembered(lowered, name: str) -> dict[str, Any]:
     """Returns `compiled()`, cached for each program and compiler."""
     versions = [f"{package} {importlib.metadata.version(package)}" for package in ("jaxlib", "libtpu")]
     key = json.dumps([name, versions, _OPTIONS, lowered.as_text()])
-    path = store.home() / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    path = downloads.home() / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text()) | {"compile_seconds": 0.0}
     found = compiled(lowered)

@@ -31,7 +31,7 @@ from keras_effnet.tpu.runners.jax_step import train_step as train_step
 from keras_effnet.tpu.runners.jax_trainer import Kept, Trainer, upgraded
 from keras_effnet.tpu.step.cross_replica import group_size, spread
 from keras_effnet.tpu.step.train_step import Learner
-from keras_effnet.weights import store
+from keras_effnet.weights import downloads
 
 NAME = "jax"
 
@@ -215,7 +215,7 @@ def connect(run: Run) -> Devices:
     found = _found(run, hosts)
     # Cache compiled steps, which take minutes. Not for processors: another of the same kind may not run the program.
     if found[0].platform != "cpu" and not getattr(jax.config, "jax_compilation_cache_dir", None):
-        jax.config.update("jax_compilation_cache_dir", str(store.home() / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(downloads.home() / "jax"))
     return Devices(make_mesh(found, group_size(len(found), run.batch_norm_group)), hosts)
 
 

@@ -1,0 +1,302 @@
+"""Weights of a model hub: addresses `hf://owner/name[@revision][/file]` and `timm/name`, and config.json beside them.
+
+huggingface_hub downloads, into the folder `hub` of `downloads.home()`. KERAS_EFFNET_MIRROR replaces it.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_effnet.nets.normalization import scheme_near
+from keras_effnet.nets.variants import find_model, is_model
+from keras_effnet.weights import downloads, registry
+
+SERVER = "https://huggingface.co"
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.keras", "saved_model.pb", "model.weights.h5")
+_SAVEDMODEL = ("keras_metadata.pb", "variables/variables.index", "variables/variables.data-00000-of-00001")
+_CONFIG = "config.json"
+# Arguments of timm's models that do not change what the weights compute.
+_HARMLESS = {"drop_path_rate", "drop_rate", "global_pool", "img_size", "in_chans", "num_classes"}
+_LONGEST = 16 * 2**20  # bytes of a config.json, which may list thousands of class names
+
+
+@dataclass(frozen=True)
+class Address:
+    """A place on the hub.
+
+    Args:
+        repository: String, `"owner/name"`.
+        revision: String: a branch, a tag or a commit, or None for the main branch.
+        file: String, path of a file in the repository, or None for its weights.
+    """
+
+    repository: str
+    revision: str | None = None
+    file: str | None = None
+
+    @classmethod
+    def of(cls, text: Any) -> "Address | None":
+        """Returns the address that a string is, or None.
+
+        Args:
+            text: Any value.
+
+        Raises:
+            ValueError: If it starts like an address, and is none.
+        """
+        if not isinstance(text, str):
+            return None
+        short = re.fullmatch(r"(?:hf[-_]hub:)?(timm/[\w.-]+)", text)
+        if short:
+            return cls(short[1]) if text.startswith("hf") or not os.path.exists(text) else None
+        if not text.startswith("hf://"):
+            return None
+        part = r"(?!\.+(?:[/@]|$))[\w.-]+"  # not "." and not ".."
+        found = re.fullmatch(rf"hf://({part}/{part})(?:@([\w.-]+))?((?:/{part})*)/?", text)
+        if found is None:
+            raise ValueError(f"Expected an address as hf://owner/name[@revision][/file]. Received: {text!r}")
+        return cls(found[1], found[2], found[3].lstrip("/") or None)
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf://{self.repository}{revision}{f'/{self.file}' if self.file else ''}"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What timm's `config.json` says of the weights beside it.
+
+    Args:
+        architecture: String, timm's name of the net.
+        variant: String, our name of the net.
+        classes: Integer, or None.
+        preprocessing: See `nets.normalization.constants()`; or None if it is not known.
+        resolution: Integer, or None.
+        crop_padding: Integer. See `Expects`.
+        interpolation: String. See `Expects`.
+        labels: List of class names, or None.
+    """
+
+    architecture: str
+    variant: str
+    classes: int | None = None
+    preprocessing: Any = None
+    resolution: int | None = None
+    crop_padding: int | None = None
+    interpolation: str = "bicubic"
+    labels: list[str] | None = None
+
+
+def local(path: Any) -> Any:
+    """Returns the path on this machine of the weights that a path or an address names.
+
+    Args:
+        path: Path of a file; of a folder with a config.json and the weights, as timm and this package save them; or an
+            address. An address is downloaded.
+
+    Returns:
+        The path of the file, or `path` itself.
+
+    Raises:
+        ImportError: If huggingface_hub is needed and not installed.
+        OSError: If the file cannot be downloaded.
+        ValueError: If it is no address, or the config.json beside the weights names a net that this package lacks.
+    """
+    address = Address.of(path)
+    if address is not None:
+        path = fetch(address)
+    elif not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        return path
+    elif (Path(path) / _CONFIG).is_file():
+        path = next((Path(path) / name for name in WEIGHTS[:2] if (Path(path) / name).is_file()), path)
+    describe(path)
+    return path
+
+
+def fetch(address: Address) -> Path:
+    """Downloads the weights at an address, and the config.json beside them, if they are not saved already.
+
+    Args:
+        address: An `Address`.
+
+    Returns:
+        Path of the file, or of the folder of a SavedModel.
+
+    Raises:
+        ImportError: See `local()`.
+        OSError: If there is no such file, or it cannot be downloaded, or has another hash than published.
+    """
+    failures: list[str] = []
+    for name in (address.file,) if address.file else WEIGHTS:
+        found = _get(address, name, failures)
+        if found is None and failures and not downloads.is_mirrored():
+            break
+        if found is None:
+            continue
+        inside = Address(address.repository, _commit_of(found) or address.revision)
+        if Path(name).name == "saved_model.pb":
+            for other in _SAVEDMODEL:
+                _get(inside, str(Path(name).with_name("") / other) if "/" in name else other, [])
+            return found.parent
+        if Path(name).name in WEIGHTS:
+            _get(inside, str(Path(name).parent / _CONFIG), [])
+        return found
+    wanted = address.file or ", ".join(WEIGHTS)
+    raise FileNotFoundError(f"Could not download {address}: {_reason(address, wanted, failures)}")
+
+
+def _reason(address: Address, wanted: str, failures: list[str]) -> str:
+    if failures:
+        return failures[0]
+    others = [name for name in _listed(address) if name.endswith((".keras", ".h5", ".safetensors", ".bin", ".pth"))]
+    hint = f". It has {', '.join(others[:5])}: name one, as in {address}/{others[0]}" if others else ""
+    return f"the repository has no {wanted}{hint}"
+
+
+def _listed(address: Address) -> list[str]:
+    """Returns the names of a repository's files, or none where the hub does not tell."""
+    if downloads.is_mirrored():
+        return []
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi(endpoint=_endpoint()).list_repo_files(
+            address.repository, revision=address.revision
+        )
+    except (OSError, ValueError):
+        return []
+
+
+def _get(address: Address, name: str, failures: list[str]) -> Path | None:
+    """Downloads one file. Returns None, and why unless the repository has no such file, where it cannot."""
+    if downloads.is_mirrored():
+        url = f"{SERVER}/{address.repository}/resolve/{address.revision or 'main'}/{name}"
+        file = registry.File("", url)
+        try:
+            path = downloads.locate(file)
+            downloads.pin(file, path)
+        except OSError as error:
+            failures.append(str(error).partition(": ")[2])
+            return None
+        return path
+    try:
+        from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    except ImportError as error:
+        raise ImportError(
+            f"Expected the package huggingface_hub, which downloads {address}. Received: it is not installed. "
+            "Install it with: pip install 'keras_effnet[hub]'"
+        ) from error
+    place: dict[str, Any] = {"revision": address.revision, "endpoint": _endpoint()}
+    try:
+        connected = True
+        try:
+            # It asks once. hf_hub_download() asks six times, for half a minute.
+            get_hf_file_metadata(hf_hub_url(address.repository, name, **place))
+        except (errors.HfHubHTTPError, ValueError):
+            raise
+        except Exception:  # of the library that connects, which depends on the release
+            connected = False
+        cache = downloads.home() / "hub"
+        found = Path(
+            hf_hub_download(address.repository, name, cache_dir=cache, local_files_only=not connected, **place)
+        )
+    except errors.LocalEntryNotFoundError:
+        failures.append("no connection to the hub, and no copy is saved")
+    except errors.EntryNotFoundError:
+        pass
+    except errors.GatedRepoError:
+        failures.append("its owner gives access on request. Ask for it on its page, then log in: hf auth login")
+    except errors.RepositoryNotFoundError:
+        failures.append("there is no such repository, or it is private. To log in: hf auth login")
+    except errors.RevisionNotFoundError:
+        failures.append(f"it has no revision {address.revision!r}")
+    except (OSError, ValueError) as error:
+        failures.append(f"{' '.join(str(error).split())[:200]} ({type(error).__name__})")
+    else:
+        return _checked(found, failures)
+    return None
+
+
+def _endpoint() -> str | None:
+    """Returns the server that HF_ENDPOINT names now. huggingface_hub reads it once."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _checked(path: Path, failures: list[str]) -> Path | None:
+    """Compares a download with its published hash, which is its name in the cache. Removes a damaged one."""
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and not downloads.matches(blob, f"sha256:{blob.name}"):
+        received = registry.digest(blob, "sha256")
+        blob.unlink()
+        path.unlink(missing_ok=True)
+        failures.append(f"the file has {received}, but sha256:{blob.name} is published. It is removed: try again")
+        return None
+    return path
+
+
+def _commit_of(path: Path) -> str | None:
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
+    return found and found[1]
+
+
+def describe(path: Any) -> Description | None:
+    """Returns what timm's config.json beside a file of weights says of them.
+
+    Args:
+        path: Path of a file.
+
+    Returns:
+        A `Description`, or None where there is no such file.
+
+    Raises:
+        ValueError: If it names a net that is not one of this package, or is damaged.
+    """
+    config = Path(path).parent / _CONFIG
+    if Path(path).name not in WEIGHTS[:2] or not config.is_file():
+        return None
+    try:
+        if config.stat().st_size > _LONGEST:
+            raise ValueError(f"more than {_LONGEST} bytes")
+        found = json.loads(config.read_text(encoding="utf-8"))
+        architecture = found.get("architecture")
+        if not isinstance(architecture, str):
+            return None
+        return _described(architecture, found, path)
+    except (AttributeError, TypeError, KeyError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"Expected the config.json of a model. Received: {str(config)!r} ({error})") from error
+
+
+def _described(architecture: str, found: dict[str, Any], path) -> Description:
+    refused = registry.why_refused(architecture)
+    if refused or not is_model(architecture):
+        reason = f". {refused}" if refused else ""
+        raise ValueError(f"Expected weights of this family. Received: {str(path)!r} of {architecture!r:.80}{reason}")
+    changed = sorted(found.get("model_args", {}).keys() - _HARMLESS)
+    if changed:
+        raise ValueError(
+            f"Expected a net of timm as published. Received: {str(path)!r}, whose model_args change "
+            f"{', '.join(changed)[:80]}"
+        )
+    inner = found.get("pretrained_cfg") or found
+    mean, deviation = (np.asarray(inner.get(key) or [], "float64").tolist() for key in ("mean", "std"))
+    size = (inner.get("input_size") or [None])[-1]
+    crop = inner.get("crop_pct")
+    labels = found.get("label_names") or inner.get("label_names")
+    classes = found.get("num_classes", inner.get("num_classes"))
+    pixels = scheme_near([255 * each for each in mean], [255 * each for each in deviation]) if mean else None
+    return Description(
+        architecture,
+        find_model(architecture),
+        classes,
+        pixels,
+        size,
+        round(size / crop - size) if size and crop else None,
+        "bilinear" if inner.get("interpolation") == "bilinear" else "bicubic",
+        [str(label) for label in labels] if isinstance(labels, list) and len(labels) == classes else None,
+    )
