@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.weights import hub
 from keras_effnet.weights.formats import h5_file, opening
-from keras_effnet.weights.keras2 import conversion
+from keras_effnet.weights.keras2 import conversion, padding
 from keras_effnet.weights.keras2.files import opened_model
 from keras_effnet.weights.keras2.layers import ForeignLayerError
 from keras_effnet.weights.matching import Contents, identify_model, match
@@ -90,12 +92,12 @@ def identify(path) -> Identified:
     >>> found.model, found.classes, found.loaded
     ('efficientnet-lite0', 1000, 247)
     """
-    place = Path(path)
+    place = Path(hub.local(path))
     if place.exists():
         with opened_model(place) as old:
             if old is not None:
                 return _whole(place, old)
-    return _tensors(path)
+    return _tensors(place)
 
 
 def _command(path) -> str:
@@ -108,18 +110,18 @@ def _whole(path: Path, old: conversion.OldModel) -> Identified:
     kind = f"a whole model of Keras 2: {old.kind} of {old.writer}"
     try:
         model = conversion.model_of(old, path)
+        name = conversion.net_of(model)
     except ForeignLayerError as error:
         found = None
         with suppress(ValueError):
             found = _tensors(path)
         left = (f"{error.foreign.layer}: {error.foreign.reason}", *(found.left if found else ()))
+        if found is not None and found.model is not None:
+            pads = padding.difference(old.config, VARIANTS[found.model].resolution)
+            left += (pads,) if pads else ()
         if found is None:
             return Identified(str(path), kind, left=left, problem=_other(old.config))
         return Identified(str(path), kind, found.model, None, None, None, (), found.loaded, left, found.command)
-    try:
-        name = conversion.net_of(model, path)
-    except ValueError:
-        return Identified(str(path), kind, problem=_other(old.config))
     holder, reading = inspection.find(model, others=True)
     pixels = None if conversion.NO_PREPROCESSING in conversion.left_of(model) else (reading.scale, reading.offset)
     return Identified(

@@ -365,6 +365,9 @@ def match(
         ignored[AROUND] += len(around)
         needed |= around
     problems += [f"+ {contents.told(name)}" for name in contents.tensors if name not in needed]
+    theirs = contents.naming.activation or architecture.activation
+    if theirs != architecture.activation:
+        problems.append(f"! the activation: expected {architecture.activation}, received {theirs}, as its program has")
     report = Report(
         contents.path,
         contents.format,
@@ -492,14 +495,15 @@ def identify_model(
         bias = contents.shape_of(architecture, "predictions", "bias")
         classes = bias[0] if bias else None
         report, _ = match(contents, architecture, channels, classes, include_top=True)
-        found.append((len(report.problems), name, architecture, channels, classes))
+        found.append((report.problems, name, architecture, channels, classes))
         if report.fits:
             break
-    problems, name, architecture, channels, classes = min(found, key=lambda candidate: candidate[0])
+    problems, name, architecture, channels, classes = min(found, key=lambda candidate: len(candidate[0]))
     if problems and model is None:
+        more = f" ({problems[0]})" if len(problems) == 1 else ""
         raise ValueError(
             f"Expected the tensors of a known model. Received: {contents.path!r}. Nearest: {name} "
-            f"(tensors that differ: {problems}). `keras-effnet verify FILE --model {name}` lists them"
+            f"(tensors that differ: {len(problems)}). `keras-effnet verify FILE --model {name}` lists them{more}"
         )
     return name, architecture, channels, classes
 

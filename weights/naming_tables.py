@@ -33,6 +33,7 @@ class Naming:
         spellings: Dict from a regular expression to its replacement, for other names of the same tensors.
         ranked: Regular expression with the groups `owner` and `number`, for names whose number counts over the whole
             model and so depends on what was built before. Only their order within the owner is compared.
+        activation: Name of the activation of all its nets, where it is not always ours. Empty otherwise.
     """
 
     mark: str
@@ -45,6 +46,7 @@ class Naming:
     members: str = ""
     spellings: dict[str, str] = field(default_factory=dict)
     ranked: str = ""
+    activation: str = ""
 
 
 _NORM = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -215,6 +217,8 @@ KECAM = Naming(
     ignored={r"^normalization(_\d+)?/": _NORMALIZATION} | _OBJECTS,
     members=r"(stem|stack_\d+_block\d+|post)_|predictions/",
     spellings=_KERAS_SPELLINGS,
+    # keras_cv_attention_models 1.4.3, efficientnet_v1.py: its Lite nets leave EfficientNetV2()'s swish as it is.
+    activation="silu",
 )
 
 # .weights.h5 files of Keras 3, alone or inside .keras: models of this package and of keras.applications. Layers are

@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_effnet import model_metadata
 from keras_effnet.nets.normalization import constants
+from keras_effnet.weights.keras2 import padding
 from keras_effnet.weights.keras2.files import OldModel, opened_model
 from keras_effnet.weights.keras2.layers import Foreign, ForeignLayerError
 from keras_effnet.weights.keras2.rebuild import rebuild
@@ -95,9 +96,9 @@ def convert(
             return None
         try:
             made = model_of(old, place)
+            name = net_of(made)
         except ForeignLayerError as error:
             return error.foreign
-    name = net_of(made, place)
     if model not in (None, name):
         raise ValueError(f"Expected {model!r}. Received: {str(place)!r}, which holds {name!r}")
     if verify and not old.saved_model:
@@ -112,6 +113,22 @@ def convert(
         made = _rescaled(made, *constants(preprocessing, made.inputs[0].shape[-1]))
     model_metadata.save_model(made, path, labels)
     return Conversion(name, os.fspath(path), old.writer, left_of(made), difference)
+
+
+def padding_of(path: Any, resolution: int) -> str:
+    """Returns where a file's net pads otherwise than this package, in words.
+
+    Args:
+        path: Path of any file.
+        resolution: Integer. See `padding.difference()`.
+
+    Returns:
+        String, empty where both agree, or the file describes no model of Keras 2.
+    """
+    if not Path(path).exists():
+        return ""
+    with opened_model(Path(path)) as old:
+        return padding.difference(old.config, resolution) if old else ""
 
 
 def left_of(model: "keras.Model") -> tuple[str, ...]:
@@ -155,15 +172,14 @@ NO_PREPROCESSING = (
 )
 
 
-def net_of(model: "keras.Model", path: Path) -> str:
+def net_of(model: "keras.Model") -> str:
     """Returns the name of the EfficientNet in a model.
 
     Args:
         model: A `keras.Model`.
-        path: Path to name in errors.
 
     Raises:
-        ValueError: If it has none, or several.
+        ForeignLayerError: If it has none, or several.
     """
     from keras_effnet.nets import inspection
     from keras_effnet.nets.variants import identify
@@ -171,7 +187,8 @@ def net_of(model: "keras.Model", path: Path) -> str:
     try:
         reading = inspection.find(model, others=True)[1]
     except ValueError as error:
-        raise ValueError(f"Expected a model with one EfficientNet. Received: {str(path)!r}: {error}") from error
+        reason = "its layers are not those of one EfficientNet, as keras.applications names them"
+        raise ForeignLayerError(Foreign(model.name, reason)) from error
     return identify(reading.architecture.blocks) or reading.architecture.name
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_effnet.weights.formats.tensors import Stored
 from keras_effnet.weights.keras2.layers import MERGING, MODELS, Foreign, ForeignLayerError, dtype_of, make
+from keras_effnet.weights.keras2.operations import layer_of
 
 if TYPE_CHECKING:
     import keras
@@ -16,6 +17,10 @@ _DEPTH = 20  # of models in models
 _LAYERS = 20_000
 
 _NUMBERS = 1 << 30  # of all variables: L2, the largest net, has 0.48e9
+
+_CONSTANT = "_CONSTANT_VALUE"  # Keras 2's name for an operand that is no layer's output
+
+OPERATION = "TFOpLambda"  # the class of an operation of TensorFlow between layers
 
 _PASSES = 2_000  # over the layers of a model, most of which are in order
 
@@ -153,6 +158,7 @@ class _Builder:
         entries = list(config["layers"])
         places = self._places(entries, path)
         outputs: dict[str, dict[int, list[Any]]] = {}
+        configs = {place[-1].name: entry["config"] for entry, place in zip(entries, places, strict=True)}
         waiting: list[tuple[Any, Path, int, Any]] = []
         first = _first_numbers(config)
         for entry, place in zip(entries, places, strict=True):
@@ -165,16 +171,22 @@ class _Builder:
                 tensor = keras.Input(batch_shape=_shape_of(one), dtype=dtype_of(one), name=_without_slashes(name))
                 outputs[name][0] = [tensor]
                 continue
-            layer = self._layer(entry, place)
+            layer = None if entry["class_name"] == OPERATION else self._layer(entry, place)
             start = first.get(name, 1 if isinstance(layer, keras.Model) and _has_input(entry) else 0)
             waiting += [(layer, place, start + number, node) for number, node in enumerate(entry["inbound_nodes"])]
         for _ in range(_PASSES):
             left = []
             for layer, place, number, node in waiting:
-                ready, given, arguments = _inputs(node, outputs, place)
+                if layer is None:
+                    ready, given, arguments = _operands(node, outputs, place)
+                else:
+                    ready, given, arguments = _inputs(node, outputs, place)
                 if not ready:
                     left.append((layer, place, number, node))
                     continue
+                if layer is None:
+                    kind, settings, given = layer_of(configs[place[-1].name], given, arguments)
+                    layer, arguments = make(kind, settings), {}
                 if isinstance(given, list) and len(given) == 1 and place[-1].class_name not in MERGING:
                     given = given[0]
                 found = self._call(layer, given, place, **arguments)
@@ -212,8 +224,11 @@ def _first_numbers(config: dict[str, Any]) -> dict[str, int]:
     """
     found: dict[str, int] = {}
 
-    def note(name, number, *_):
+    def note(name, number, _=0, settings=None, *__):
         found[name] = number if name not in found else min(number, found[name])
+        second = settings.get("y") if isinstance(settings, dict) else None
+        if isinstance(second, list) and len(second) == 3:  # of an operation of two tensors
+            note(*second)
 
     for entry in config["layers"]:
         for node in entry["inbound_nodes"]:
@@ -255,6 +270,30 @@ def _inputs(node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path) -> 
     if "training" in arguments:
         arguments["training"] = bool(arguments["training"])
     return True, found, arguments
+
+
+def _operands(node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path) -> tuple[bool, Any, dict[str, Any]]:
+    """Returns whether the inputs of an operation are there, its operands, and its other arguments."""
+    name, number, value, *more = node if node and isinstance(node[0], str) else (None, None, None)
+    settings = {key: one for key, one in (more[0] if more else {}).items() if one is not None and key != "name"}
+    operands: list[Any] = [value] if name == _CONSTANT else [(name, number, value)]
+    if "y" in settings:
+        second = settings.pop("y")
+        is_tensor = isinstance(second, list) and len(second) == 3 and isinstance(second[0], str)
+        operands.append(tuple(second) if is_tensor else second)
+    found = []
+    for operand in operands:
+        if not isinstance(operand, tuple):
+            found.append(operand)
+            continue
+        if operand[0] not in outputs:
+            raise ForeignLayerError(
+                Foreign(path[-1].name[:80], f"its input {str(operand[0])[:40]!r} is no layer of the model")
+            )
+        if operand[1] not in outputs[operand[0]]:
+            return False, None, {}
+        found.append(outputs[operand[0]][operand[1]][operand[2]])
+    return True, found, settings
 
 
 def _check_meaning(layer: Any, inputs: Any) -> None:
