@@ -6,7 +6,7 @@ import sys
 import hypothesis
 import keras
 import pytest
-from helpers import BACKEND, ROOT, VARIANTS, make_shallow
+from helpers import BACKEND, ROOT, shallow_nets
 
 # Every run tests the same examples, so that a commit passes or fails. HYPOTHESIS_PROFILE=default draws new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -25,11 +25,8 @@ def _seed():
 @pytest.fixture
 def shallow():
     """Applies `make_shallow()` for one test."""
-    before = dict(VARIANTS)
-    make_shallow()
-    yield
-    VARIANTS.clear()
-    VARIANTS.update(before)
+    with shallow_nets():
+        yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,16 @@ def make_shallow() -> None:
         VARIANTS[name] = replace(variant, stages=stages, depth=1.0)
 
 
+@contextmanager
+def shallow_nets():
+    """Applies `make_shallow()` for a while."""
+    before = dict(VARIANTS)
+    make_shallow()
+    yield
+    VARIANTS.clear()
+    VARIANTS.update(before)
+
+
 def trained(model):
     """Sets batch-norm statistics and scales far from 0 and 1, as after training, and returns the model."""
     random = np.random.default_rng(0)
@@ -172,6 +183,19 @@ def trained(model):
         elif weight.name in ("beta", "moving_mean"):
             weight.assign(random.normal(0, 0.3, weight.shape))
     return model
+
+
+def invoked(*arguments) -> subprocess.CompletedProcess:
+    """Runs `keras-effnet` in this process, which needs no seconds to start."""
+    from click.testing import CliRunner
+
+    from keras_effnet.commands import main
+
+    line = [*map(str, arguments)]
+    done = CliRunner().invoke(main, line, prog_name="keras-effnet")
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(line, done.exit_code, done.stdout, done.stderr)
 
 
 def command(*arguments, cwd=None, **environment):

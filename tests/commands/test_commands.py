@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from helpers import BACKEND, ROOT, command, lite0_package, same_weights
+from helpers import BACKEND, ROOT, command, invoked, lite0_package, same_weights
 from PIL import Image
 
 import keras_effnet as ke
@@ -71,12 +71,14 @@ def test_predict_takes_folders_and_shows_progress_from_8_photographs_on(tmp_path
     assert "Photos" in result.stderr and "Photos" not in command("predict", CAT, "--json").stderr
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
-def test_export_and_benchmark(tmp_path):
+def test_export_and_benchmark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     net = ke.EfficientNetLite0(weights=None, input_shape=(48, 48, 3), classes=2)
     net.save(tmp_path / "mine.keras")
     (tmp_path / "labels.txt").write_text("cat\ncoffee\n")
-    result = command("export", "mine.keras", "mine.onnx", "--labels", "labels.txt", cwd=tmp_path)
+    result = invoked("export", "mine.keras", "mine.onnx", "--labels", "labels.txt")
     assert result.returncode == 0 and "largest difference from Keras, photos" in result.stdout, result.stderr
     assert ke.metadata(tmp_path / "mine.onnx")["labels"] == ["cat", "coffee"]
     line = [
@@ -99,21 +101,21 @@ def test_export_and_benchmark(tmp_path):
         assert 20e6 < row["memory"] < 1e9
     with Image.open(tmp_path / "speed.png") as picture:
         assert picture.size > (600, 200)
-    told = command("benchmark", "mine.onnx", "--batch-sizes", "0", cwd=tmp_path)
+    told = invoked("benchmark", "mine.onnx", "--batch-sizes", "0")
     assert told.returncode == 2 and "Expected batch sizes of at least 1" in told.stderr
 
 
 def test_list_describe_and_plot(tmp_path):
     listed = command("list")
     assert all(name in listed.stdout for name in ke.list_models()) and "noisy-student-475 88.2" in listed.stdout
-    assert [row["name"] for row in json.loads(command("list", "*lite*", "--json").stdout)["models"]] == ke.list_models(
+    assert [row["name"] for row in json.loads(invoked("list", "*lite*", "--json").stdout)["models"]] == ke.list_models(
         "*lite*"
     )
-    assert "CondMBConv6, 8 experts" in command("describe", "efficientnet-condconv-b0-8e").stdout
-    described = command("describe", "efficientnet-b7")
+    assert "CondMBConv6, 8 experts" in invoked("describe", "efficientnet-condconv-b0-8e").stdout
+    described = invoked("describe", "efficientnet-b7")
     assert "813" in described.stdout and "66,347,960" in described.stdout and "randaugment" in described.stdout
-    assert json.loads(command("describe", "efficientnet-b7", "--json").stdout) == ke.describe("efficientnet-b7")
-    drawn = command("plot", "efficientnet-b0", "efficientnet-l2", tmp_path / "x.svg", "--json")
+    assert json.loads(invoked("describe", "efficientnet-b7", "--json").stdout) == ke.describe("efficientnet-b7")
+    drawn = invoked("plot", "efficientnet-b0", "efficientnet-l2", tmp_path / "x.svg", "--json")
     assert (
         json.loads(drawn.stdout) == {"path": str(tmp_path / "x.svg")} and (tmp_path / "x.svg").stat().st_size > 10_000
     )
@@ -143,13 +145,13 @@ def test_convert_and_verify(tmp_path):
         "difference": None,
     }
     assert same_weights(ke.EfficientNetLite0(weights=path), ke.EfficientNetLite0())
-    fits = command("verify", path, "--model", "efficientnet-lite0")
+    fits = invoked("verify", path, "--model", "efficientnet-lite0")
     assert fits.returncode == 0 and "247 variables match. timm file with 1000 classes: fits" in fits.stdout
-    assert "keras-effnet convert" in command("verify", path).stdout
-    other = command("verify", path, "--model", "efficientnet-lite1", "--json")
+    assert "keras-effnet convert" in invoked("verify", path).stdout
+    other = invoked("verify", path, "--model", "efficientnet-lite1", "--json")
     assert other.returncode == 1 and not json.loads(other.stdout)["fits"]
     assert "- blocks.1.2.conv_pw.weight (for block2c_expand_conv/kernel)" in json.loads(other.stdout)["problems"]
-    assert command("convert", path, tmp_path / "x.keras", "--preprocessing", "inception").returncode == 0
+    assert invoked("convert", path, tmp_path / "x.keras", "--preprocessing", "inception").returncode == 0
     assert ke.describe(ke.EfficientNetLite0(weights=tmp_path / "x.keras"))["preprocessing"] == "inception"
 
 
@@ -174,7 +176,7 @@ def test_convert_and_verify(tmp_path):
     ],
 )
 def test_wrong_input_is_told_in_one_line(arguments, told):
-    result = command(*arguments)
+    result = invoked(*arguments)
     assert result.returncode == 2 and not result.stdout
     lines = [line for line in result.stderr.splitlines() if line.lower().startswith("error: ")]
     assert len(lines) == 1 and told in lines[0]

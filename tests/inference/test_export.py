@@ -8,7 +8,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT, fill, run, trained
+from helpers import BACKEND, ROOT, fill, run, shallow_nets, trained
 
 import keras_effnet as ke
 from keras_effnet.inference import export
@@ -27,13 +27,15 @@ def model():
 @pytest.fixture(scope="module")
 def swish():
     """B0, with squeeze-and-excite, unlike Lite. It returns logits: with these weights, all probabilities are alike."""
-    return fill(ke.EfficientNetB0(weights=None, input_shape=(64, 64, 3), classifier_activation=None))
+    with shallow_nets():
+        return fill(ke.EfficientNetB0(weights=None, input_shape=(64, 64, 3), classifier_activation=None))
 
 
 @pytest.fixture(scope="module")
 def mixed():
     """A CondConv model: no export format has convolutions of mixed experts."""
-    return fill(ke.EfficientNetCondConvB0x4(weights=None, input_shape=(64, 64, 3), classifier_activation=None))
+    with shallow_nets():
+        return fill(ke.EfficientNetCondConvB0x4(weights=None, input_shape=(64, 64, 3), classifier_activation=None))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,8 @@ needs_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="one run i
 
 @pytest.fixture(scope="module")
 def small():
-    return trained(ke.EfficientNetLite0(weights=None, input_shape=(48, 48, 3), classes=3))
+    with shallow_nets():
+        return trained(ke.EfficientNetLite0(weights=None, input_shape=(48, 48, 3), classes=3))
 
 
 @needs_tensorflow

@@ -70,6 +70,7 @@ def test_keras_applications_net_folds():
     assert not {"BatchNormalization", "Normalization", "Dropout"} & set(kinds(folded))
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_net_that_was_built_on_is_one_graph():
     body = ke.EfficientNetLite0(include_top=False, weights=None, pooling="avg", input_shape=SHAPE)
     model = keras.Sequential(
@@ -106,6 +107,7 @@ def test_the_border_is_as_it_was():
     ]
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_shared_rescaling_is_another_in_each_place():
     inputs = keras.Input((8, 8, 3))
     shared = layers.Rescaling(1 / 127.5, -1.0)
@@ -120,6 +122,7 @@ def test_a_shared_rescaling_is_another_in_each_place():
     check(trained(twice))
 
 
+@pytest.mark.usefixtures("shallow")
 def test_an_ensemble_is_one_graph():
     inputs = keras.Input(SHAPE)
     nets = [ke.EfficientNetB0(weights=None, input_shape=SHAPE, classes=3, name=name) for name in ("one", "two")]
@@ -161,6 +164,7 @@ def test_an_input_of_integers_is_cast():
     assert run(folded, x) == pytest.approx(run(model, x), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_what_is_called_for_training_stays_so():
     inputs = keras.Input(SHAPE)
     dropped = keras.Model(inputs, layers.Dropout(0.5)(inputs, training=True))
@@ -220,6 +224,7 @@ def test_statistics_that_are_of_the_batch_stay():
     assert "BatchNormalization" in kinds(folded)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_folded_model_is_an_ordinary_one(tmp_path):
     folded = ke.fold_batch_norm(ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 3), classes=3))
     folded.save(tmp_path / "folded.keras")

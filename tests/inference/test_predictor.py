@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, GOLDEN, ROOT, trained
+from helpers import BACKEND, GOLDEN, ROOT, shallow_nets, trained
 
 import keras_effnet as ke
 from keras_effnet.images.resizing import crop_and_resize
@@ -39,7 +39,8 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     """A user's model: a body with another head."""
-    body = ke.EfficientNetLite0(include_top=False, weights=None, pooling="avg", input_shape=SHAPE)
+    with shallow_nets():
+        body = ke.EfficientNetLite0(include_top=False, weights=None, pooling="avg", input_shape=SHAPE)
     head = [keras.layers.Dropout(0.3), keras.layers.Dense(4, activation="softmax")]
     return trained(keras.Sequential([keras.Input(SHAPE), body, *head]))
 
@@ -231,7 +232,8 @@ def test_bad_arguments_are_refused(model, tmp_path):
 
 
 def test_several_outputs_keep_their_names():
-    net = ke.features(ke.EfficientNetLite0(weights=None, include_top=False, input_shape=SHAPE), (2, 5))
+    with shallow_nets():
+        net = ke.features(ke.EfficientNetLite0(weights=None, include_top=False, input_shape=SHAPE), (2, 5))
     x = np.random.default_rng(0).uniform(0, 255, (2, *SHAPE)).astype("float32")
     expected, found = net.predict(x, verbose=0), ke.Predictor(net, "onnxruntime")(x)
     assert found.keys() == expected.keys() == {"reduction_2", "reduction_5"}
@@ -239,6 +241,7 @@ def test_several_outputs_keep_their_names():
         assert np.abs(found[name] - value).max() < 1e-4 * np.abs(value).max()
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
 @pytest.mark.parametrize("runtime", ["litert", pytest.param("onnxruntime", marks=pytest.mark.long)])
 def test_nets_of_keras_applications_and_mixed_experts(runtime):
@@ -252,7 +255,8 @@ def test_nets_of_keras_applications_and_mixed_experts(runtime):
 
 
 def test_a_model_of_any_size_takes_the_one_that_is_asked_for():
-    net = ke.EfficientNetLite0(weights=None, include_top=False, pooling="avg")
+    with shallow_nets():
+        net = ke.EfficientNetLite0(weights=None, include_top=False, pooling="avg")
     assert net.input_shape == (None, None, None, 3)
     predictor = ke.Predictor(net, RUNTIMES[-2], input_shape=(40, 56, 3))
     x = np.random.default_rng(0).uniform(0, 255, (2, 40, 56, 3)).astype("float32")

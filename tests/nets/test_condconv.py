@@ -168,7 +168,7 @@ def compare(kind: str, case: dict, mode: str, dtype: str = "float32", tolerance:
 
 
 SETTINGS = settings(
-    max_examples=15 if BACKEND != "jax" else 10,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

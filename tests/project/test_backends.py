@@ -10,7 +10,7 @@ from helpers import BACKEND, ROOT
 # What CI has room for, and what it has not.
 SLOW = {
     "jax": ("weights/test_convert.py", "tpu/step/test_optimizers.py"),
-    "torch": ("test_models.py", "weights/test_convert.py", "tpu/step/test_optimizers.py"),
+    "torch": ("test_models.py",),
 }
 _BOTH = (
     "inference/test_export.py",
@@ -21,7 +21,7 @@ _BOTH = (
 )
 LONG = {
     "jax": ("nets/test_condconv.py", "tpu/step/test_train_step.py", "tpu/runners/test_jax_fused.py", *_BOTH),
-    "torch": ("nets/test_condconv.py", *_BOTH),
+    "torch": ("nets/test_condconv.py", "weights/test_convert.py", *_BOTH),
 }
 FILES = [
     ("jax", "test_models.py"),
@@ -44,7 +44,7 @@ CHOSEN = {
     "commands/test_commands.py": "predict or convert",
     "pruning/test_pruning.py": "lite0-0 or slope or modules_differences or student_learns",
     "tpu/step/test_train_step.py": "originals or moving_variance",
-    "weights/test_convert.py": ("round_trips and lite1 or own_head and weights or mixed_precision or all_or_nothing"),
+    "weights/test_convert.py": ("round_trips and lite0 or own_head and weights or mixed_precision or all_or_nothing"),
 }
 
 

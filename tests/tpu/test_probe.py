@@ -229,10 +229,11 @@ def test_an_interruption_leaves_whole_files_and_the_next_call_computes_the_rest(
 @pytest.mark.parametrize(
     ("number", "status"),
     [
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.long),
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 75),
     ],
 )
+@pytest.mark.long  # tests/tpu/resume/test_chaos.py stops and kills runs in CI
 def test_a_stopped_run_resumes(tmp_path, number, status):
     options = ["--model.name", "efficientnet-mini", "--model.weights", "None", "--model.image-size", "96"]
     options += ["--probe.views", "8"]  # enough work for the signal to arrive before the end

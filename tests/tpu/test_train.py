@@ -24,7 +24,7 @@ from keras_effnet.tpu.recipes import finetune
 from keras_effnet.tpu.runners import tensorflow_runner
 from keras_effnet.tpu.train import train
 
-RECIPE = override(recipes.find("digits_demo"), SHORT)
+RECIPE = override(recipes.find("digits_demo"), [*SHORT, "--model.name", "efficientnet-b0"])
 
 
 def rows(workdir: Path, split: str) -> list[dict]:
@@ -45,7 +45,15 @@ def accuracy(path: Path, side: int) -> float:
     return float(np.mean(np.argmax(model.predict(images, verbose=0), -1) == labels))
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.fixture
+def mini(monkeypatch):
+    """Reduces B0 to its first three stages, with a block each."""
+    b0 = VARIANTS["efficientnet-b0"]
+    stages = tuple(dataclasses.replace(stage, repeats=1) for stage in b0.stages[:3])
+    monkeypatch.setitem(VARIANTS, "efficientnet-b0", dataclasses.replace(b0, stages=stages))
+
+
+@pytest.mark.usefixtures("mini")
 def test_a_run_leaves_what_it_learnt(tmp_path):
     result = train(RECIPE, tmp_path / "run", quiet=True)
     steps = int(0.5 * 1437 / 32)
@@ -167,14 +175,6 @@ def test_devices_that_are_not_there(tmp_path):
         train(override(RECIPE, ["--model.name", "efficientnet-lite9"]), tmp_path, quiet=True)
 
 
-@pytest.fixture
-def mini(monkeypatch):
-    """Reduces B0 to its first three stages, with a block each."""
-    b0 = VARIANTS["efficientnet-b0"]
-    stages = tuple(dataclasses.replace(stage, repeats=1) for stage in b0.stages[:3])
-    monkeypatch.setitem(VARIANTS, "efficientnet-b0", dataclasses.replace(b0, stages=stages))
-
-
 @pytest.mark.usefixtures("mini")
 def test_a_run_that_gets_no_better_ends_early(tmp_path, monkeypatch):
     """Even if it is interrupted, it ends at the same step with the same bits. It trains the blocks from `freeze` on.
@@ -248,7 +248,7 @@ def test_balance_needs_labels_that_are_known(tmp_path):
         training._build(dataclasses.replace(job, source=records), 1)
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("mini")
 def test_a_loss_that_is_not_finite_names_its_step_and_batch(tmp_path):
     changes = ["--optimizer.peak", "1e30", "--schedule.kind", "constant", "--schedule.warmup-epochs", "0"]
     wild = override(RECIPE, [*changes, "--run.save-every", "0.02", "--run.steps-per-loop", "1"])

@@ -482,7 +482,10 @@ def content(path) -> dict[str, np.ndarray]:
         return {name: stored.read() for name, stored in tensors.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "efficientnet-b1"])  # B0 with more blocks
+@pytest.mark.usefixtures("shallow")  # all names of all nets: test_names_are_a_bijection
+@pytest.mark.parametrize(
+    "name", ["efficientnet-b0", "efficientnet-lite0", "efficientnet-edgetpu-s", "efficientnet-condconv-b0-4e"]
+)
 def test_round_trips_are_exact(name, tmp_path):
     model = fill(ke.create_model(name, **SMALL))
     targets = {"tpu": "a/model.ckpt", "timm": "a.safetensors", "keras": "a.h5"}
@@ -783,7 +786,7 @@ def test_wrapped_names_are_recognised(lite0_path, tmp_path):
     assert any(problem.startswith("- module._blocks.") for problem in problems)
 
 
-@pytest.mark.parametrize("start", ["backbone.", "module.encoder.", ""])
+@pytest.mark.parametrize("start", ["module.encoder.", *(pytest.param(s, marks=pytest.mark.long) for s in ("a.", ""))])
 def test_a_net_with_another_head_of_pytorch(start, lite0_path, tmp_path):
     """A training checkpoint whose net has a prefix, beside an optimizer's state and a head of another name."""
     torch = pytest.importorskip("torch")

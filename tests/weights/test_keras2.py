@@ -224,12 +224,13 @@ def test_a_whole_model_computes_what_it_did(make, kind, old, tmp_path):
 @pytest.mark.parametrize(
     ("make", "number"),
     [
-        pytest.param(nested, 0, marks=pytest.mark.slow),
-        pytest.param(nested, 3, marks=pytest.mark.long),
-        pytest.param(functional, 0, marks=pytest.mark.long),
-        pytest.param(functional, 3, marks=pytest.mark.long),
+        (nested, 0),
+        (nested, 3),
+        (functional, 0),
+        (functional, 3),
     ],
 )
+@pytest.mark.long
 def test_published_nets_are_recognised_in_a_fresh_process(make, number, tmp_path):
     def body(size, **kwargs):
         settings = {"weights": None, "include_top": False, "input_shape": (size, size, 3)} | kwargs

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import BACKEND, fill, same_weights
+from helpers import BACKEND, fill, invoked, same_weights, shallow_nets
 
 import keras_effnet as ke
 from keras_effnet.weights import downloads, registry, store
@@ -77,6 +77,12 @@ class Server:
     def close(self):
         self.http.shutdown()
         self.http.server_close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shallow():
+    with shallow_nets():
+        yield
 
 
 @pytest.fixture
@@ -400,17 +406,12 @@ def test_everything_missing_is_one_error(tmp_path, monkeypatch, home):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the command does not depend on the backend")
-def test_the_download_command(mirror, home):
-    environment = {**os.environ, "KERAS_EFFNET_MIRROR": str(mirror[0])}
-    command = [str(Path(sys.executable).parent / "keras-effnet"), "download", MODEL, "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    path = Path(json.loads(result.stdout)["path"])
+def test_the_download_command(mirror, home, monkeypatch):
+    monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(mirror[0]))
+    path = Path(json.loads(invoked("download", MODEL, "--json").stdout)["path"])
     assert path.is_relative_to(home) and path.suffix == ".safetensors"
     model = ke.create_model(MODEL, weights=path)
     assert same_weights(model, ke.create_model(MODEL))
-    failed = subprocess.run([*command[:2], "efficientnet-b0"], capture_output=True, text=True, env=environment)
-    assert (
-        failed.returncode == 2
-        and failed.stderr.startswith("error: Could not download https://")
-        and "\n" not in (failed.stderr.strip())
-    )
+    failed = invoked("download", "efficientnet-b0")
+    assert failed.returncode == 2 and failed.stderr.startswith("error: Could not download https://")
+    assert "\n" not in failed.stderr.strip()

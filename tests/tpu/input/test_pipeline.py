@@ -141,10 +141,10 @@ def test_an_epoch_holds_each_example_once_in_an_order_of_its_own(folder, records
     [pytest.param({}, marks=pytest.mark.long), {"policy": "autoaugment", "mixup": 0.2, "cutmix": 1.0, "erase": 0.5}],
 )
 def test_a_run_goes_on_with_the_very_same_batches(folder, records, augment):
-    for source in (folder, records):
+    for source, steps in ((folder, (1, 13)), (records, (6,))):
         how = recipe(source, crop="inception", flip=True, **augment)
         whole = train(how, 15)
-        for step in (1, 6, 13):
+        for step in steps:
             (batch,) = train(how, 1, start=6 * step)
             assert all(np.array_equal(a, b) for a, b in zip(batch, whole[step], strict=True)), (source, step)
 
