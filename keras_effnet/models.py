@@ -223,15 +223,13 @@ class _Origin:
 
     def preprocessing(self, asked, usual, channels: int):
         """Returns the preprocessing to build with. Raises if the weights were trained with another scheme."""
-        from keras_effnet.weights.formats import keras_file
+        from keras_effnet.weights import convert
 
         known = None
         if self.record is not None:
             known = self.record.preprocessing
-        elif self.description is not None:
-            known = self.description.preprocessing
         elif self.path is not None:
-            known = keras_file.preprocessing_of(self.path)
+            known = convert.pixels_of(self.path)
         if isinstance(asked, str) and asked == "auto":
             return known or usual
         if known is not None and isinstance(asked, str) and constants(asked, channels) != constants(known, channels):

@@ -14,6 +14,7 @@ import numpy as np
 from keras_effnet import files, model_metadata
 from keras_effnet.errors import unknown
 from keras_effnet.nets.architecture import Architecture
+from keras_effnet.nets.normalization import scheme_near
 from keras_effnet.nets.variants import VARIANTS, find_model, identify
 from keras_effnet.nets.weight_shapes import owners
 from keras_effnet.weights import hub, hub_folder, registry
@@ -219,6 +220,29 @@ def verify(path, model: str, source: str = "auto", *, include_top: bool = True, 
         with suppress(ValueError):  # the tensors of no model
             report = replace(report, model=identify_model(contents, None)[0])
     return report.named("verify", model)
+
+
+def pixels_of(path) -> Any:
+    """Returns the preprocessing that a file of weights says it needs: in its model, its statistics or its config.json.
+
+    Args:
+        path: See `load()`.
+
+    Returns:
+        See `nets.normalization.constants()`. None if the file does not say it.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the file is damaged.
+    """
+    described = hub.describe(path)
+    if described is not None:
+        return described.preprocessing
+    found = keras_file.preprocessing_of(path)
+    if found is None and (h5_file.is_h5(path) or keras_file.is_keras(path)):
+        with opening.opened(path) as tensors:
+            found = Contents(tensors, path, "auto", raw=False).normalization(h5_file.keras_version(path))
+    return found and scheme_near(*found)
 
 
 def classes_of(path, architecture: Architecture) -> int | None:
@@ -496,11 +520,9 @@ def convert(
         left += contents.left(architecture, classes if head else None)
         pads = conversion.padding_of(source_path, VARIANTS[model].resolution)
         left += (pads,) if pads else ()
-        pixels = contents.normalization(h5_file.keras_version(source_path)) if automatic else None
     record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
     if automatic:
-        said = description.preprocessing if description else keras_file.preprocessing_of(source_path)
-        known = record.preprocessing if record else said or pixels
+        known = record.preprocessing if record else pixels_of(source_path)
         preprocessing = known or VARIANTS[model].preprocessing
     numbers = constants(preprocessing, channels)
     metadata = _known(source_path, description, record)

@@ -21,8 +21,14 @@ SERVER = "https://huggingface.co"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.keras", "saved_model.pb", "model.weights.h5")
 _SAVEDMODEL = ("keras_metadata.pb", "variables/variables.index", "variables/variables.data-00000-of-00001")
 _CONFIG = "config.json"
+_DESCRIBED = ("model.safetensors", "pytorch_model.bin", "model.weights.h5")  # files that it describes
 # Arguments of timm's models that do not change what the weights compute.
 _HARMLESS = {"drop_path_rate", "drop_rate", "global_pool", "img_size", "in_chans", "num_classes"}
+# keras-hub 0.32, efficientnet_backbone.py: `stem_conv_pad`, `dwconv_pad` and `batch_norm_epsilon`.
+_KERAS_HUB = (
+    "Its nets pad symmetrically and normalize with epsilon 1e-5, as timm's own do, so these weights would give wrong "
+    "outputs here"
+)
 _LONGEST = 16 * 2**20  # bytes of a config.json, which may list thousands of class names
 
 
@@ -114,7 +120,7 @@ def local(path: Any) -> Any:
     elif not isinstance(path, str | os.PathLike) or not os.fspath(path):
         return path
     elif (Path(path) / _CONFIG).is_file():
-        path = next((Path(path) / name for name in WEIGHTS[:2] if (Path(path) / name).is_file()), path)
+        path = next((Path(path) / name for name in _DESCRIBED if (Path(path) / name).is_file()), path)
     describe(path)
     return path
 
@@ -246,7 +252,7 @@ def _commit_of(path: Path) -> str | None:
 
 
 def describe(path: Any) -> Description | None:
-    """Returns what timm's config.json beside a file of weights says of them.
+    """Returns what the config.json beside a file of weights says of them, if timm or this package has saved it.
 
     Args:
         path: Path of a file.
@@ -258,12 +264,14 @@ def describe(path: Any) -> Description | None:
         ValueError: If it names a net that is not one of this package, or is damaged.
     """
     config = Path(path).parent / _CONFIG
-    if Path(path).name not in WEIGHTS[:2] or not config.is_file():
+    if Path(path).name not in _DESCRIBED or not config.is_file():
         return None
     try:
         if config.stat().st_size > _LONGEST:
             raise ValueError(f"more than {_LONGEST} bytes")
         found = json.loads(config.read_text(encoding="utf-8"))
+        if found.get("class_name") == "EfficientNetBackbone":
+            raise ValueError(f"Expected weights of this family. Received: {str(path)!r} of keras-hub. {_KERAS_HUB}")
         architecture = found.get("architecture")
         if not isinstance(architecture, str):
             return None
@@ -289,12 +297,18 @@ def _described(architecture: str, found: dict[str, Any], path) -> Description:
     crop = inner.get("crop_pct")
     labels = found.get("label_names") or inner.get("label_names")
     classes = found.get("num_classes", inner.get("num_classes"))
-    pixels = scheme_near([255 * each for each in mean], [255 * each for each in deviation]) if mean else None
+    if len(mean) != len(deviation) or not all(each > 0 for each in deviation):
+        raise ValueError(
+            f"Expected a mean and a positive deviation per channel. Received: {str(path)!r} with mean={mean}, "
+            f"std={deviation}"
+        )
+    scale = [1 / (255 * each) for each in deviation]
+    offset = [-one / each for one, each in zip(mean, deviation, strict=True)]
     return Description(
         architecture,
         find_model(architecture),
         classes,
-        pixels,
+        scheme_near(scale, offset) if mean else None,
         size,
         round(size / crop - size) if size and crop else None,
         "bilinear" if inner.get("interpolation") == "bilinear" else "bicubic",

@@ -56,27 +56,19 @@ def constants(preprocessing, channels: int) -> tuple[list[float], list[float]]:
     return scale, offset
 
 
-def scheme_near(mean: Sequence[float], deviation: Sequence[float]):
-    """Returns the preprocessing for a mean and a standard deviation of pixels 0-255.
+def scheme_near(scale: Sequence[float], offset: Sequence[float]):
+    """Returns the scheme of numbers that differ from it by no more than rounding to float32.
 
     Args:
-        mean: Sequence of floats, one per channel.
-        deviation: Sequence of floats, one per channel.
+        scale: Sequence of floats, one per channel.
+        offset: Sequence of floats, one per channel.
 
     Returns:
-        Key of `SCHEMES` whose numbers differ by no more than rounding, or a pair (scale, offset) of lists.
-
-    Raises:
-        ValueError: If they do not have the same length, or a deviation is not positive.
+        Key of `SCHEMES`, or the pair itself.
     """
-    if len(mean) != len(deviation) or not all(each > 0 for each in deviation):
-        raise ValueError(
-            f"Expected a mean and a positive deviation per channel. Received: mean={mean}, deviation={deviation}"
-        )
-    for name, usual in SCHEMES.items():
-        if len(mean) == len(usual[0]) and np.allclose([mean, deviation], usual, rtol=1e-6):
-            return name
-    return [1 / each for each in deviation], [-one / each for one, each in zip(mean, deviation, strict=True)]
+    found = list(scale), list(offset)
+    near = (name for name in SCHEMES if np.allclose(constants(name, len(found[0])), found, rtol=1e-6, atol=0))
+    return next(near, found)
 
 
 def scheme_of(scale: Sequence[float], offset: Sequence[float]):

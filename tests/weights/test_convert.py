@@ -24,6 +24,7 @@ from helpers import (
     save_checkpoint,
     seeded,
     seeded_as,
+    trained,
 )
 
 import keras_effnet as ke
@@ -941,14 +942,21 @@ def test_layers_around_a_model_are_left_alone(lite0_path, tmp_path):
     assert set(ke.features(headed).output) == {f"reduction_{n}" for n in range(1, 6)}
 
 
-def test_a_keras_file_of_keras_applications_keeps_the_weights_preprocessing(tmp_path):
-    theirs = keras.applications.EfficientNetB0(weights=None, classes=5, input_shape=(64, 64, 3))
-    path = tmp_path / "b0.keras"
-    theirs.save(path)
-    loaded = ke.EfficientNetB0(weights=path, classes=5, input_shape=(64, 64, 3))
-    assert ke.describe(loaded)["preprocessing"] == "imagenet"
-    kernel = theirs.get_layer("top_conv").get_weights()[0]
-    assert np.array_equal(loaded.get_layer("top_conv").get_weights()[0], kernel)
+@pytest.mark.parametrize("statistics", [([0.0] * 3, [1.0] * 3), ([0.4, 0.5, 0.6], [0.04, 0.05, 0.06])])
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+def test_a_file_of_keras_applications_keeps_its_pixels(ending, statistics, tmp_path):
+    """Its net depends on its weights: without any, pixels are divided by 255 alone."""
+    theirs = keras.applications.EfficientNetB0(weights=None, classes=5, input_shape=(32, 32, 3))
+    (normalization,) = (layer for layer in theirs.layers if isinstance(layer, keras.layers.Normalization))
+    normalization.set_weights([*map(np.array, statistics), np.array(0)])
+    normalization.finalize_state()
+    path = tmp_path / f"b0{ending}"
+    trained(theirs).save(path)
+    ours = ke.EfficientNetB0(weights=path, classes=5, input_shape=(32, 32, 3))
+    x = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype("float32")
+    np.testing.assert_allclose(run(ours, x), run(theirs, x), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="'auto' selects it"):
+        ke.EfficientNetB0(weights=path, classes=5, input_shape=(32, 32, 3), preprocessing="imagenet")
 
 
 def test_arguments_are_checked_before_anything_is_downloaded(monkeypatch):

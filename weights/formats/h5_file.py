@@ -168,17 +168,26 @@ def _dataset(dataset, limit: int) -> Stored:
     return Stored(tuple(dataset.shape), read)
 
 
+def is_h5(path) -> bool:
+    """Returns whether a path is an h5 file.
+
+    Args:
+        path: Path.
+    """
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(8) == HDF5_SIGNATURE
+
+
 def keras_version(path) -> str | None:
     """Returns the version of Keras that wrote an h5 file, or None for any other file.
 
     Args:
         path: Path of a file.
     """
-    if not os.path.isfile(path):
+    if not is_h5(path):
         return None
-    with open(path, "rb") as file:
-        if file.read(8) != HDF5_SIGNATURE:
-            return None
     with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
         group = opened_file.get("model_weights", opened_file)
         version = group.attrs.get("keras_version", opened_file.attrs.get("keras_version"))

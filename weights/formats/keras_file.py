@@ -41,6 +41,15 @@ def opened_keras(path: Path) -> Iterator[Tensors]:
             yield tensors
 
 
+def is_keras(path) -> bool:
+    """Returns whether a path is a `.keras` file, by its content.
+
+    Args:
+        path: Path.
+    """
+    return os.path.isfile(path) and zipfile.is_zipfile(path) and not is_torch(Path(path))
+
+
 def preprocessing_of(path):
     """Returns the preprocessing that a `.keras` file of this package has in its model.
 
@@ -53,7 +62,7 @@ def preprocessing_of(path):
     Raises:
         ValueError: If the file is a damaged archive.
     """
-    if not os.path.isfile(path) or not zipfile.is_zipfile(path) or is_torch(Path(path)):
+    if not is_keras(path):
         return None
     try:
         with zipfile.ZipFile(path) as archive:
