@@ -834,6 +834,36 @@ def test_qubvels_files_call_the_classifier_probs(tmp_path):
         ke.weights.load(other, h5_file.write_h5(path, tensors, ([1.0] * 3, [0.0] * 3)))
 
 
+def test_keras_cv_attention_models_nets_compute_the_same(tmp_path):
+    """Its B0 has other layer names, and no layers for pixels. Its Lite nets have swish where ours have relu6."""
+    recorded = golden("kecam/efficientnet_v1_b0.json")
+    named = {name: seeded(f"{n}/{name}", tuple(shape)) for n, (name, shape) in enumerate(recorded["variables"])}
+    path = h5_file.write_h5(tmp_path / "theirs.h5", named, ([1.0] * 3, [0.0] * 3))
+    settings = {
+        "input_shape": (64, 64, 3),
+        "classes": 10,
+        "classifier_activation": None,
+        "preprocessing": None,
+        "dtype": "float64",
+    }
+    model = ke.EfficientNetB0(weights=None, dropout_rate=0, drop_connect_rate=0, **settings)
+    ke.weights.load(model, path)
+    x = np.random.default_rng(0).normal(size=(4, 64, 64, 3))
+    found = keras.ops.convert_to_numpy(model(keras.ops.convert_to_tensor(x), training=True))
+    expected = np.array(recorded["batch_logits"])
+    assert np.abs(found - expected).max() < 1e-6 * expected.std()
+    names = name_translation.foreign_names(resolve(VARIANTS["efficientnet-lite0"]), naming_tables.KECAM)
+    lite = {name.foreign: np.ones(name.shape, np.float32) for name in names.values()}
+    h5_file.write_h5(path, lite, ([1.0] * 3, [0.0] * 3))
+    for refused in (
+        lambda: ke.EfficientNetLite0(weights=path),
+        lambda: convert.convert(path, tmp_path / "x.keras"),
+        lambda: ke.weights.identify(path),
+    ):
+        with pytest.raises(ValueError, match="the activation: expected relu6, received silu"):
+            refused()
+
+
 @pytest.mark.parametrize("version", ["2.4.0", "2.12.0"])
 def test_the_pixels_of_keras_2_are_kept(version, tmp_path):
     """Until 2.8, the published variance was a deviation in truth, and nothing corrected it."""
