@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -239,7 +239,8 @@ def pixels_of(path) -> Any:
     if described is not None:
         return described.preprocessing
     found = keras_file.preprocessing_of(path)
-    if found is None and (h5_file.is_h5(path) or keras_file.is_keras(path)):
+    # The other formats have no statistics of pixels: archives of the original, and PyTorch's.
+    if found is None and (not os.path.isfile(path) or h5_file.is_h5(path) or keras_file.is_keras(path)):
         with opening.opened(path) as tensors:
             found = Contents(tensors, path, "auto", raw=False).normalization(h5_file.keras_version(path))
     return found and scheme_near(*found)
@@ -336,18 +337,18 @@ def export(model: "keras.Model", path, target: str | None = None, *, prefix: str
     }
     return _write(
         values,
-        path,
-        target,
         reading.architecture,
         reading.channels,
         reading.classes,
+        path,
+        target,
         (reading.scale, reading.offset),
         model_metadata.of(model) if target == "hub" else {},
     )
 
 
 def _write(
-    values: Values, path, target: str, architecture: Architecture, channels, classes, preprocessing, metadata
+    values: Values, architecture: Architecture, channels, classes, path, target: str, preprocessing, metadata
 ) -> Path:
     naming = NAMINGS["timm" if target == "hub" else target]
     variant = identify(architecture.blocks)
@@ -498,15 +499,46 @@ def convert(
             "Expected a SavedModel whose layers Keras 3 has, to compare the outputs. Received: "
             f"{str(source_path)!r}{''.join(f' ({each})' for each in left)}"
         )
-    with opening.opened(source_path, raw) as tensors:
+    tensors = _by_names(source_path, model, source, raw, target, head, left)
+    model, left = tensors.model, tensors.left
+    record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
+    if automatic:
+        known = record.preprocessing if record else pixels_of(source_path)
+        preprocessing = known or VARIANTS[model].preprocessing
+    numbers = constants(preprocessing, tensors.channels)
+    metadata = _known(source_path, description, record)
+    net = tensors.values, tensors.architecture, tensors.channels, tensors.classes
+    if labels is not None and tensors.classes is not None:
+        metadata = metadata | {"labels": model_metadata.checked(labels, tensors.classes)}
+    if target == "own":
+        _write_own(*net, path, model, preprocessing, record, metadata)
+    else:
+        _write(*net, path, target, numbers, metadata)
+    return Conversion(model, os.fspath(path), left=left)
+
+
+class _Net(NamedTuple):
+    """An EfficientNet that was read from a file by the names of its tensors."""
+
+    values: Values
+    architecture: Architecture
+    channels: int
+    classes: int | None
+    model: str
+    left: tuple[str, ...]  # what the file holds besides, in words
+
+
+def _by_names(
+    path, model: str | None, source: str, raw: bool, target: str, head: str | None, left: tuple[str, ...]
+) -> _Net:
+    """Reads the net of a file, and the classifier that is asked for."""
+    with opening.opened(path, raw) as tensors:
         try:
-            contents = Contents(tensors, source_path, source, raw)
+            contents = Contents(tensors, path, source, raw)
         except ValueError as error:
             if not left:
                 raise
-            raise ValueError(
-                f"Expected a model with one EfficientNet. Received: {str(source_path)!r} ({left[0]})"
-            ) from error
+            raise ValueError(f"Expected a model with one EfficientNet. Received: {str(path)!r} ({left[0]})") from error
         model, architecture, channels, classes = identify_model(contents, model, pruned=True)
         if target != "tpu" and contents.format == "tpu" and classes == 1001:
             classes = 1000
@@ -518,21 +550,8 @@ def convert(
             classes = _classes_of_head(head)
             values |= contents.classifier(architecture, classes)
         left += contents.left(architecture, classes if head else None)
-        pads = conversion.padding_of(source_path, VARIANTS[model].resolution)
-        left += (pads,) if pads else ()
-    record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
-    if automatic:
-        known = record.preprocessing if record else pixels_of(source_path)
-        preprocessing = known or VARIANTS[model].preprocessing
-    numbers = constants(preprocessing, channels)
-    metadata = _known(source_path, description, record)
-    if labels is not None and classes is not None:
-        metadata = metadata | {"labels": model_metadata.checked(labels, classes)}
-    if target == "own":
-        _write_own(values, path, model, architecture, channels, classes, preprocessing, record, metadata)
-    else:
-        _write(values, path, target, architecture, channels, classes, numbers, metadata)
-    return Conversion(model, os.fspath(path), left=left)
+    pads = conversion.padding_of(path, VARIANTS[model].resolution)
+    return _Net(values, architecture, channels, classes, model, (*left, pads) if pads else left)
 
 
 def _known(path, description: hub.Description | None, record: registry.Record | None) -> dict[str, Any]:
@@ -581,11 +600,11 @@ def _checked_target(path, target: str | None) -> str:
 
 def _write_own(
     values: Values,
-    path,
-    model: str,
     architecture: Architecture,
     channels: int,
     classes: int | None,
+    path,
+    model: str,
     preprocessing,
     record: registry.Record | None,
     metadata: dict[str, Any],

@@ -394,6 +394,13 @@ def test_what_a_file_is(old, tmp_path):
         ke.weights.convert_file(tmp_path / "mobile.h5", tmp_path / "new.keras")
 
 
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_alone_say_what_their_pixels_are(kind, old):
+    source = old(nested)
+    scale, _ = convert.pixels_of(source.path(kind))
+    np.testing.assert_allclose(scale, 1 / (255 * np.sqrt(found_variance(source))), rtol=1e-6)
+
+
 def found_variance(source: Old) -> np.ndarray:
     with h5py.File(source.path("h5")) as file:
         names: list[str] = []

@@ -288,9 +288,8 @@ def test_groups_share_their_statistics(backend, tmp_path):
 
 
 @tensorflow_only
-@pytest.mark.parametrize(
-    "counts", [pytest.param((1,), marks=pytest.mark.slow), pytest.param((1, 8), marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("counts", [(1,), (1, 8)])
 def test_both_runners_have_the_same_curve(counts, tmp_path):
     """50 steps agree up to float32 rounding without masks, on 1 and 8 devices. With masks, their means agree."""
     one = spread("tensorflow", tmp_path / "tensorflow.npz", steps=50)
