@@ -94,7 +94,7 @@ def _reseeded(initializer, step: int):
     return own
 
 
-def apply(layer: keras.Layer, inputs):
+def apply(layer: keras.Layer, inputs, *, empty: bool = False, **arguments: Any):
     """Calls a new layer, with its variables drawn by NumPy.
 
     The layer keeps its built-in initializers. Its configuration therefore holds nothing of this package, and a saved
@@ -103,6 +103,8 @@ def apply(layer: keras.Layer, inputs):
     Args:
         layer: A Keras layer that has not been called.
         inputs: Keras tensor or list of them.
+        empty: Boolean, whether the variables start from zeros, as they are assigned next. Defaults to False.
+        **arguments: Arguments of the call.
 
     Returns:
         The layer's output.
@@ -111,8 +113,8 @@ def apply(layer: keras.Layer, inputs):
         name: value for name, value in vars(layer).items() if name.endswith("_initializer") and value is not None
     }
     for name, initializer in declared.items():
-        setattr(layer, name, _Drawn(initializer))
-    outputs = layer(inputs)
+        setattr(layer, name, _Drawn(keras.initializers.Zeros() if empty else initializer))
+    outputs = layer(inputs, **arguments)
     for name, initializer in declared.items():
         setattr(layer, name, initializer)
     return outputs

@@ -112,6 +112,8 @@ class _Builder:
         """Calls a layer on symbolic tensors, after a look at what its variables would take."""
         import keras
 
+        from keras_effnet.nets import initializers
+
         if isinstance(layer, keras.Model) or layer.built:
             return layer(inputs, **arguments)
         # The state of a generator of random numbers does not matter.
@@ -121,7 +123,7 @@ class _Builder:
         if self.numbers > _NUMBERS:
             raise ValueError(f"more than {_NUMBERS} numbers")
         _check_meaning(layer, inputs)
-        outputs = layer(inputs, **arguments)
+        outputs = initializers.apply(layer, inputs, empty=True, **arguments)
         _assign(layer, stored)
         self.taken |= {id(each): each for each in stored.values()}
         return outputs
