@@ -187,7 +187,8 @@ class _Origin:
         address = hub.Address.of(weights)
         if isinstance(weights, str) and not is_file:
             try:
-                return cls(registry.find(variant, weights))
+                named = address is not None and not (address.revision or address.file)
+                return cls(registry.find(variant, address.repository if address and named else weights))
             except ValueError as error:
                 if address is None and not opening.exists(weights):
                     if not (os.sep in weights or weights.endswith(opening.SUFFIXES)):

@@ -507,6 +507,8 @@ def convert(
         preprocessing = known or VARIANTS[model].preprocessing
     numbers = constants(preprocessing, tensors.channels)
     metadata = _known(source_path, description, record)
+    if head is not None:
+        metadata = {key: value for key, value in metadata.items() if key != "labels"}
     net = tensors.values, tensors.architecture, tensors.channels, tensors.classes
     if labels is not None and tensors.classes is not None:
         metadata = metadata | {"labels": model_metadata.checked(labels, tensors.classes)}

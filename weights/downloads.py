@@ -97,6 +97,8 @@ def _names_in_mirror(file: File) -> list[str]:
     """Returns a file's paths in a mirror: the path of its URL, and its bare name unless other files have the same."""
     path = unquote(urlsplit(file.url).path).lstrip("/")
     name = path.rsplit("/", 1)[-1]
+    if "/resolve/" in path:  # of a hub, where many repositories have files of the same name
+        return [path]
     addresses = {other.url for record in RECORDS for other in record.files if other.url.endswith(f"/{name}")}
     return [path, name] if len(addresses - {file.url}) == 0 and name != path else [path]
 

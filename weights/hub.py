@@ -21,9 +21,10 @@ SERVER = "https://huggingface.co"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.keras", "saved_model.pb", "model.weights.h5")
 _SAVEDMODEL = ("keras_metadata.pb", "variables/variables.index", "variables/variables.data-00000-of-00001")
 _CONFIG = "config.json"
+_OFFLINE = "no connection to the hub, and no copy is saved"
 _DESCRIBED = ("model.safetensors", "pytorch_model.bin", "model.weights.h5")  # files that it describes
 # Arguments of timm's models that do not change what the weights compute.
-_HARMLESS = {"drop_path_rate", "drop_rate", "global_pool", "img_size", "in_chans", "num_classes"}
+_HARMLESS = {"drop_path_rate", "drop_rate", "img_size", "in_chans", "num_classes"}
 # keras-hub 0.32, efficientnet_backbone.py: `stem_conv_pad`, `dwconv_pad` and `batch_norm_epsilon`.
 _KERAS_HUB = (
     "Its nets pad symmetrically and normalize with epsilon 1e-5, as timm's own do, so these weights would give wrong "
@@ -58,7 +59,7 @@ class Address:
         """
         if not isinstance(text, str):
             return None
-        short = re.fullmatch(r"(?:hf[-_]hub:)?(timm/[\w.-]+)", text)
+        short = re.fullmatch(r"(?:hf[-_]hub:)?(timm/(?!\.+$)[\w.-]+)", text)
         if short:
             return cls(short[1]) if text.startswith("hf") or not os.path.exists(text) else None
         if not text.startswith("hf://"):
@@ -141,20 +142,29 @@ def fetch(address: Address) -> Path:
     failures: list[str] = []
     for name in (address.file,) if address.file else WEIGHTS:
         found = _get(address, name, failures)
-        if found is None and failures and not downloads.is_mirrored():
+        if found is None and failures and failures[-1] != _OFFLINE and not downloads.is_mirrored():
             break
         if found is None:
             continue
         inside = Address(address.repository, _commit_of(found) or address.revision)
         if Path(name).name == "saved_model.pb":
             for other in _SAVEDMODEL:
-                _get(inside, str(Path(name).with_name("") / other) if "/" in name else other, [])
+                _beside(inside, (Path(name).parent / other).as_posix())
             return found.parent
         if Path(name).name in WEIGHTS:
-            _get(inside, str(Path(name).parent / _CONFIG), [])
+            _beside(inside, (Path(name).parent / _CONFIG).as_posix())
         return found
     wanted = address.file or ", ".join(WEIGHTS)
     raise FileNotFoundError(f"Could not download {address}: {_reason(address, wanted, failures)}")
+
+
+def _beside(address: Address, name: str) -> None:
+    """Downloads a file that belongs to the weights, if the repository has it."""
+    failures: list[str] = []
+    _get(address, name, failures)
+    # Without a connection or with a mirror, a file that is not there looks like one that cannot be downloaded.
+    if failures and failures[-1] != _OFFLINE and not downloads.is_mirrored():
+        raise OSError(f"Could not download {name} of {address}: {failures[-1]}")
 
 
 def _reason(address: Address, wanted: str, failures: list[str]) -> str:
@@ -213,7 +223,7 @@ def _get(address: Address, name: str, failures: list[str]) -> Path | None:
             hf_hub_download(address.repository, name, cache_dir=cache, local_files_only=not connected, **place)
         )
     except errors.LocalEntryNotFoundError:
-        failures.append("no connection to the hub, and no copy is saved")
+        failures.append(_OFFLINE)
     except errors.EntryNotFoundError:
         pass
     except errors.GatedRepoError:
@@ -276,7 +286,9 @@ def describe(path: Any) -> Description | None:
         if not isinstance(architecture, str):
             return None
         return _described(architecture, found, path)
-    except (AttributeError, TypeError, KeyError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected the config.json of a model. Received: {str(config)!r} ({error})") from error
+    except json.JSONDecodeError as error:
         raise ValueError(f"Expected the config.json of a model. Received: {str(config)!r} ({error})") from error
 
 
@@ -285,7 +297,10 @@ def _described(architecture: str, found: dict[str, Any], path) -> Description:
     if refused or not is_model(architecture):
         reason = f". {refused}" if refused else ""
         raise ValueError(f"Expected weights of this family. Received: {str(path)!r} of {architecture!r:.80}{reason}")
-    changed = sorted(found.get("model_args", {}).keys() - _HARMLESS)
+    arguments = {"global_pool": found.get("global_pool")} | (found.get("model_args") or {})
+    changed = sorted(key for key, value in arguments.items() if key not in _HARMLESS | {"global_pool"})
+    if arguments["global_pool"] not in (None, "", "avg"):
+        changed.append("global_pool")
     if changed:
         raise ValueError(
             f"Expected a net of timm as published. Received: {str(path)!r}, whose model_args change "
@@ -293,10 +308,16 @@ def _described(architecture: str, found: dict[str, Any], path) -> Description:
         )
     inner = found.get("pretrained_cfg") or found
     mean, deviation = (np.asarray(inner.get(key) or [], "float64").tolist() for key in ("mean", "std"))
-    size = (inner.get("input_size") or [None])[-1]
-    crop = inner.get("crop_pct")
+    *_, height, width = inner.get("input_size") or [None, None]
+    size = height if height == width else None
+    crop = inner.get("crop_pct") or None
     labels = found.get("label_names") or inner.get("label_names")
     classes = found.get("num_classes", inner.get("num_classes"))
+    whole = [size, crop, *mean, *deviation]
+    if not all(each is None or (type(each) in (int, float) and abs(each) < 1e6) for each in whole):
+        raise TypeError("its numbers are none")
+    if type(size) not in (int, type(None)) or not 0 < (crop or 1) <= 1:
+        raise TypeError(f"input_size={size}, crop_pct={crop}")
     if len(mean) != len(deviation) or not all(each > 0 for each in deviation):
         raise ValueError(
             f"Expected a mean and a positive deviation per channel. Received: {str(path)!r} with mean={mean}, "

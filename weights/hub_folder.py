@@ -57,6 +57,8 @@ def write(
         (folder / _NAMES[1]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / _NAMES[2]).write_text(_card(variant, config, metadata), encoding="utf-8")
         place.mkdir(exist_ok=True)
+        # Should the process end here, no weights stand beside the config of others.
+        (place / _NAMES[1]).unlink(missing_ok=True)
         for name in _NAMES:
             os.replace(folder / name, place / name)
     return place

@@ -25,6 +25,7 @@ class Hub:
     def __init__(self):
         self.files: dict[str, dict[str, bytes]] = {}
         self.damaged: set[str] = set()  # names of files that arrive with another byte
+        self.broken: set[str] = set()  # names of files for which it has an error
         self.requests: list[str] = []
         outer = self
 
@@ -55,6 +56,8 @@ class Hub:
                 second = revision in ("v2", OTHER)
                 body = outer.files[f"{repository}@v2" if second else repository].get(name)
                 commit = {"X-Repo-Commit": OTHER if second else COMMIT}
+                if name in outer.broken:
+                    return self.refuse(403, "Error", commit)
                 if body is None:
                     return self.refuse(404, "EntryNotFound", commit)
                 commit["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
@@ -209,6 +212,21 @@ def test_revisions_files_and_folders(pets, server, tmp_path):
     )
 
 
+def test_files_beside_the_weights_are_there_or_an_error(pets, server, monkeypatch):
+    server.put("me/pets", pets[0])
+    server.broken = {"config.json"}
+    with pytest.raises(OSError, match=r"config\.json of hf://me/pets"):
+        hub.local("hf://me/pets")
+    server.broken = set()
+    server.files["me/deep"] = {f"a/{name}": b"x" for name in ("saved_model.pb", *hub._SAVEDMODEL)}
+    assert (hub.local("hf://me/deep/a/saved_model.pb") / "variables/variables.index").is_file()
+    # Without a connection, a saved file is found by whatever name it has.
+    server.files["me/k"] = {"model.keras": b"x"}
+    hub.local("hf://me/k")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert hub.local("hf://me/k").name == "model.keras"
+
+
 def test_a_keras_file_on_the_hub_is_a_model(pets, server, tmp_path):
     folder, model = pets
     server.files["me/k"] = {"model.keras": folder.with_suffix(".keras").read_bytes()}
@@ -287,10 +305,17 @@ def test_a_damaged_config_is_told(pets, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "tf_efficientnet_b0", "pretrained_cfg": cfg}))
     with pytest.raises(ValueError, match="positive deviation"):
         hub.local(tmp_path)
-    changed = {"architecture": "tf_efficientnet_b0", "model_args": {"pad_type": ""}}
-    (tmp_path / "config.json").write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match="model_args change pad_type"):
-        hub.local(tmp_path)
+    for changed in ("pad_type", "global_pool"):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"architecture": "tf_efficientnet_b0", "model_args": {changed: "max"}})
+        )
+        with pytest.raises(ValueError, match=f"model_args change {changed}"):
+            hub.local(tmp_path)
+    for wrong in ('"mean": [1e400]', f'"mean": [1{"0" * 400}]', '"input_size": [3, "a", "a"]', '"crop_pct": -1'):
+        text = '{"architecture": "tf_efficientnet_b0", "pretrained_cfg": {"std": [1], ' + wrong + "}}"
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json|positive deviation"):
+            hub.local(tmp_path)
 
 
 def test_keras_hubs_presets_are_refused(tmp_path):

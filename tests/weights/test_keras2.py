@@ -454,6 +454,10 @@ def test_padding_that_differs_is_told_with_its_numbers():
     assert own.get_layer("stem_conv").output.shape[1:3] == (38, 38)
     # Where the size of the net itself is fixed, keras.applications pads as this package does.
     assert all(padding.difference(small(size).get_config(), 224) == "" for size in (64, 65, 75))
+    broken = body.get_config()
+    for layer in broken["layers"]:
+        layer["config"] |= {"padding": [["a", "b"], [1, 1]]} if layer["class_name"] == "ZeroPadding2D" else {}
+    assert padding.difference(broken, 224) == ""
     # Open sizes are compared at the variant's resolution: B0's maps are even, B3's are not.
     assert padding.difference(body.get_config(), 224) == ""
     assert "block3a_dwconv: at 300 x 300 pixels it pads (1, 2), for a map of 37 x 37" in padding.difference(

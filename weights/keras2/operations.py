@@ -77,9 +77,10 @@ def _layer_of(
         return (_OF_TWO[function], {}, tensors) if function in _OF_TWO and same else None
     if function == "math.reduce_mean":
         axis, keepdims = settings.pop("axis", None), settings.pop("keepdims", False)
-        pools = len(first.shape) == 4 and isinstance(axis, list) and sorted(axis) == [1, 2] and not settings
+        pools = len(first.shape) == 4 and axis in ([1, 2], [2, 1]) and not settings and len(operands) == 1
+        pools = pools and type(keepdims) is bool and "float" in str(first.dtype)
         more = {"keepdims": keepdims is True, "data_format": "channels_last"}
-        return ("GlobalAveragePooling2D", more, first) if pools and keepdims in (True, False) else None
+        return ("GlobalAveragePooling2D", more, first) if pools else None
     if function in _ACTIVATIONS:
         plain = settings in ({}, {"axis": -1}) and len(operands) == 1
         return ("Activation", {"activation": _ACTIVATIONS[function]}, first) if plain else None

@@ -34,9 +34,13 @@ def difference(config: Any, resolution: int) -> str:
         keras/src/applications/imagenet_utils.py, `correct_pad()`.
     """
     try:
-        sizes, padded = _read(config, [])
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):  # a damaged description
+        return _difference(config, resolution)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):  # a damaged config
         return ""
+
+
+def _difference(config: Any, resolution: int) -> str:
+    sizes, padded = _read(config, [])
     fixed = [[side for side in each if side is not None] for each in reversed(sizes)]
     size = next((each for each in fixed if len(each) == 2), [resolution] * 2)
     start = " x ".join(map(str, size))

@@ -229,7 +229,7 @@ def _first_numbers(config: dict[str, Any]) -> dict[str, int]:
     def note(name, number, _=0, settings=None, *__):
         found[name] = number if name not in found else min(number, found[name])
         second = settings.get("y") if isinstance(settings, dict) else None
-        if isinstance(second, list) and len(second) == 3:  # of an operation of two tensors
+        if isinstance(second, list) and len(second) == 3 and isinstance(second[0], str):  # of an operation of two
             note(*second)
 
     for entry in config["layers"]:
