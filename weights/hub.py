@@ -6,6 +6,8 @@ huggingface_hub downloads, into the folder `hub` of `downloads.home()`. KERAS_EF
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,29 +278,36 @@ def describe(path: Any) -> Description | None:
     config = Path(path).parent / _CONFIG
     if Path(path).name not in _DESCRIBED or not config.is_file():
         return None
-    try:
+    with _damage_named(config):
         if config.stat().st_size > _LONGEST:
             raise ValueError(f"more than {_LONGEST} bytes")
         found = json.loads(config.read_text(encoding="utf-8"))
-        if found.get("class_name") == "EfficientNetBackbone":
-            raise ValueError(f"Expected weights of this family. Received: {str(path)!r} of keras-hub. {_KERAS_HUB}")
-        architecture = found.get("architecture")
-        if not isinstance(architecture, str):
-            return None
-        return _described(architecture, found, path)
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected the config.json of a model. Received: {str(config)!r} ({error})") from error
-    except json.JSONDecodeError as error:
+        kind, architecture = found.get("class_name"), found.get("architecture")
+        arguments = {"global_pool": found.get("global_pool")} | (found.get("model_args") or {})
+    if kind == "EfficientNetBackbone":
+        raise ValueError(f"Expected weights of this family. Received: {str(path)!r} of keras-hub. {_KERAS_HUB}")
+    if not isinstance(architecture, str):
+        return None
+    _check_net(architecture, arguments, path)
+    with _damage_named(config):
+        return _described(architecture, found)
+
+
+@contextmanager
+def _damage_named(config: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"Expected the config.json of a model. Received: {str(config)!r} ({error})") from error
 
 
-def _described(architecture: str, found: dict[str, Any], path) -> Description:
+def _check_net(architecture: str, arguments: dict[str, Any], path) -> None:
+    """Raises for a net that this package lacks, or one that its arguments change."""
     refused = registry.why_refused(architecture)
     if refused or not is_model(architecture):
         reason = f". {refused}" if refused else ""
         raise ValueError(f"Expected weights of this family. Received: {str(path)!r} of {architecture!r:.80}{reason}")
-    arguments = {"global_pool": found.get("global_pool")} | (found.get("model_args") or {})
-    changed = sorted(key for key, value in arguments.items() if key not in _HARMLESS | {"global_pool"})
+    changed = sorted(arguments.keys() - _HARMLESS - {"global_pool"})
     if arguments["global_pool"] not in (None, "", "avg"):
         changed.append("global_pool")
     if changed:
@@ -306,6 +315,9 @@ def _described(architecture: str, found: dict[str, Any], path) -> Description:
             f"Expected a net of timm as published. Received: {str(path)!r}, whose model_args change "
             f"{', '.join(changed)[:80]}"
         )
+
+
+def _described(architecture: str, found: dict[str, Any]) -> Description:
     inner = found.get("pretrained_cfg") or found
     mean, deviation = (np.asarray(inner.get(key) or [], "float64").tolist() for key in ("mean", "std"))
     *_, height, width = inner.get("input_size") or [None, None]
@@ -315,14 +327,11 @@ def _described(architecture: str, found: dict[str, Any], path) -> Description:
     classes = found.get("num_classes", inner.get("num_classes"))
     whole = [size, crop, *mean, *deviation]
     if not all(each is None or (type(each) in (int, float) and abs(each) < 1e6) for each in whole):
-        raise TypeError("its numbers are none")
+        raise ValueError("expected numbers as input_size, crop_pct, mean and std")
     if type(size) not in (int, type(None)) or not 0 < (crop or 1) <= 1:
-        raise TypeError(f"input_size={size}, crop_pct={crop}")
+        raise ValueError(f"expected a size in pixels and a share. Received: input_size={size}, crop_pct={crop}")
     if len(mean) != len(deviation) or not all(each > 0 for each in deviation):
-        raise ValueError(
-            f"Expected a mean and a positive deviation per channel. Received: {str(path)!r} with mean={mean}, "
-            f"std={deviation}"
-        )
+        raise ValueError(f"expected a mean and a positive deviation per channel. Received: {mean}, {deviation}")
     scale = [1 / (255 * each) for each in deviation]
     offset = [-one / each for one, each in zip(mean, deviation, strict=True)]
     return Description(

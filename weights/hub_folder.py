@@ -11,7 +11,7 @@ from keras_effnet import class_names, files
 from keras_effnet.nets.variants import TIMM_NAMES, VARIANTS
 from keras_effnet.weights.formats import safetensors_file
 
-# What a local folder may hold besides, so that it can be saved again: a clone of a repository, for example.
+# The files of such a folder. It may hold others, as a clone of a repository does, which stay.
 _NAMES = ("model.safetensors", "config.json", "README.md")
 
 

@@ -311,7 +311,14 @@ def test_a_damaged_config_is_told(pets, tmp_path):
         )
         with pytest.raises(ValueError, match=f"model_args change {changed}"):
             hub.local(tmp_path)
-    for wrong in ('"mean": [1e400]', f'"mean": [1{"0" * 400}]', '"input_size": [3, "a", "a"]', '"crop_pct": -1'):
+    for wrong in (
+        '"input_size": [3]',
+        '"mean": [[1], [1, 2]]',
+        '"mean": [1e400]',
+        f'"mean": [1{"0" * 400}]',
+        '"input_size": [3, "a", "a"]',
+        '"crop_pct": -1',
+    ):
         text = '{"architecture": "tf_efficientnet_b0", "pretrained_cfg": {"std": [1], ' + wrong + "}}"
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config\.json|positive deviation"):

@@ -247,6 +247,10 @@ def _has_input(entry: dict[str, Any]) -> bool:
     return layers[0]["class_name"] == "InputLayer"
 
 
+def _without_input(path: Path, name: Any) -> ForeignLayerError:
+    return ForeignLayerError(Foreign(path[-1].name[:80], f"its input {str(name)[:40]!r} is no layer of the model"))
+
+
 def _inputs(node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path) -> tuple[bool, Any, dict[str, Any]]:
     """Returns whether the inputs of a call are there, the inputs, and the arguments of the call."""
     arguments: dict[str, Any] = {}
@@ -255,9 +259,7 @@ def _inputs(node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path) -> 
     def tensor(name, number, index, *more):
         arguments.update(more[0] if more else {})
         if name not in outputs:
-            raise ForeignLayerError(
-                Foreign(path[-1].name[:80], f"its input {str(name)[:40]!r} is no layer of the model")
-            )
+            raise _without_input(path, name)
         if number not in outputs[name]:
             missing.append(name)
             return None
@@ -289,9 +291,7 @@ def _operands(node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path) -
             found.append(operand)
             continue
         if operand[0] not in outputs:
-            raise ForeignLayerError(
-                Foreign(path[-1].name[:80], f"its input {str(operand[0])[:40]!r} is no layer of the model")
-            )
+            raise _without_input(path, operand[0])
         if operand[1] not in outputs[operand[0]]:
             return False, None, {}
         found.append(outputs[operand[0]][operand[1]][operand[2]])
