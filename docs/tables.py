@@ -35,7 +35,7 @@ def models() -> str:
     rows = []
     for name, function in sorted(functions().items(), key=lambda item: ke.list_models().index(item[0])):
         found = ke.describe(name)
-        original = [record for record in found["weights"] if record["publisher"] == "tpu"] or found["weights"]
+        original = [record for record in found["weights"] if record["publisher"] != "timm"] or found["weights"]
         best = max(original, key=lambda record: record["top1"])
         default = next((f"`{record['tag']}`" for record in found["weights"] if record["default"]), "none")
         cost = [f"{found['params'] / 1e6:.1f} M", f"{found['macs'] / 1e9:.2f} G"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from keras_effnet import model_loader, model_metadata
-from keras_effnet.nets.normalization import scheme_of
+from keras_effnet.nets.normalization import scheme_near, scheme_of
 from keras_effnet.nets.params_and_macs import stage_rows, total
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS, identify
@@ -25,7 +25,8 @@ def describe(model: "str | os.PathLike | keras.Model") -> dict[str, Any]:
         Dict with
 
         - `name`, `variant` (None if no known model has these blocks), `activation`, `dropout_rate`,
-          `drop_connect_rate`, `preprocessing` (name of the scheme, None, or a pair);
+          `drop_connect_rate`, `padding` and `bn_epsilon` (see `create_model()`), `preprocessing` (name of the scheme,
+          None, or a pair);
         - `resolution` ([height, width] in pixels), `channels`, `classes` (None without a top);
         - `params` (trainable, as papers count them), `non_trainable_params` (batch-norm statistics), `macs`
           (multiply-adds for one image in convolutions, classifier and, with mixed experts, routing and sums of kernels;
@@ -37,7 +38,7 @@ def describe(model: "str | os.PathLike | keras.Model") -> dict[str, Any]:
           per block;
         - `labels`, the list of class names, or None if they are not known;
         - `weights`, a dict per published set of weights: `tag`, `top1` and `top5` in percent (None if not published),
-          `preprocessing`, `source`, `publisher` (`"tpu"` or `"timm"`), and whether it is the `default` that
+          `preprocessing`, `source`, `publisher` (`"tpu"`, `"automl"` or `"timm"`), and whether it is the `default` that
           `weights="imagenet"` loads.
 
     Raises:
@@ -72,11 +73,14 @@ def describe(model: "str | os.PathLike | keras.Model") -> dict[str, Any]:
         variant = identify(architecture.blocks)
         usual = VARIANTS[variant].resolution if variant else None
         size = tuple(side or usual for side in reading.size)
-        preprocessing = scheme_of(reading.scale, reading.offset)
+        exact = scheme_of(reading.scale, reading.offset)
+        preprocessing = exact and scheme_near(reading.scale, reading.offset)
     known_size: Any = size if None not in size else None
     stages = list(stage_rows(architecture, known_size, channels, classes))
     params, norms, macs = total(stages)
     ours, theirs = (sum(stage["_layers"][side] for stage in stages) for side in (0, 1))
+    # keras.applications' V2 has one more layer where it divides by ImageNet's deviations.
+    theirs += architecture.depthwise_name == "dwconv2" and preprocessing == "imagenet"
     return {
         "name": architecture.name,
         "variant": variant,
@@ -90,6 +94,8 @@ def describe(model: "str | os.PathLike | keras.Model") -> dict[str, Any]:
         "activation": architecture.activation,
         "dropout_rate": architecture.dropout_rate,
         "drop_connect_rate": architecture.drop_connect_rate,
+        "padding": architecture.padding,
+        "bn_epsilon": architecture.bn_epsilon,
         "preprocessing": preprocessing,
         "labels": labels,
         "stages": [{key: value for key, value in stage.items() if not key.startswith("_")} for stage in stages],

@@ -8,7 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,24 @@ class Expects:
     Args:
         crop_padding: Integer. See `images.resizing.crop_and_resize()`.
         interpolation: String. See `images.resizing.crop_and_resize()`.
+        crop_mode: String. See `images.resizing.crop_and_resize()`.
     """
 
     crop_padding: int | None = None
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
+
+    @classmethod
+    def of(cls, rules: Any) -> "Expects":
+        """Returns the fields that an object shares with this class.
+
+        Args:
+            rules: An `Expects`, or a `Record` or `Description` of weights.
+
+        Returns:
+            An `Expects`.
+        """
+        return cls(**{key.name: getattr(rules, key.name) for key in fields(cls)})
 
 
 def expects_in(metadata: dict[str, Any]) -> Expects | None:
@@ -45,7 +59,9 @@ def expects_in(metadata: dict[str, Any]) -> Expects | None:
         An `Expects`, or None if the metadata do not say it.
     """
     pixels = metadata.get("preprocessing", {})
-    return Expects(pixels["crop_padding"], pixels["interpolation"]) if "interpolation" in pixels else None
+    if "interpolation" not in pixels:
+        return None
+    return Expects(**{key.name: pixels[key.name] for key in fields(Expects) if key.name in pixels})
 
 
 def holders(model: Any) -> list[Any]:
@@ -151,7 +167,7 @@ def of(
     except ValueError:  # a net of another package
         pass
     if expects is not None:
-        pixels |= {"crop_padding": expects.crop_padding, "interpolation": expects.interpolation}
+        pixels |= asdict(Expects.of(expects))
     labels = labels_of(model) if labels is None else labels
     shape = model.inputs[0].shape[1:] if input_shape is None else input_shape
     return {
@@ -186,7 +202,8 @@ def save_model(
         labels: List of class names, in the order of the outputs. Defaults to None: `model.labels`, if there are any.
         crop_padding: Integer, pixels that are cropped away around a photo, measured at the size of the model's input:
             0 keeps the largest window. Defaults to None: as the model's weights expect.
-        interpolation: `"bicubic"` or `"bilinear"`. Defaults to None: as the model's weights expect.
+        interpolation: `"bicubic"`, `"bilinear"` or `"half-pixel-bilinear"`. Defaults to None: as the model's weights
+            expect.
 
     Returns:
         The path.

@@ -41,6 +41,7 @@ def create_model(
     data_format: str | None = None,
     dtype: Any = None,
     blocks: Any = None,
+    padding: str | None = None,
 ) -> keras.Model:
     """Builds an EfficientNet as a functional model that takes pixels 0-255.
 
@@ -49,9 +50,10 @@ def create_model(
             `"tf_efficientnet_b0"`.
         include_top: Boolean, whether to include the classifier. Defaults to True.
         weights: Tag of published weights (`keras_effnet.list_weights()`); `"imagenet"` for the best known ones trained
-            on ImageNet alone; path of a file in any format that `keras_effnet.weights.load()` reads; address on the
-            Hugging Face Hub, `"hf://owner/name"`, `"hf://owner/name@revision/file"` or `"timm/name"`; or None for
-            random values. Defaults to `"imagenet"`. The layers are the same for every value.
+            on ImageNet alone; `"best"` for those of them with the highest published top-1; path of a file in any format
+            that `keras_effnet.weights.load()` reads; address on the Hugging Face Hub, `"hf://owner/name"`,
+            `"hf://owner/name@revision/file"` or `"timm/name"`; or None for random values. Defaults to `"imagenet"`.
+            The layers are the same for every value, but for the padding.
         input_tensor: Keras tensor to build on, such as the output of `keras.layers.Input()`. Defaults to None. If its
             graph already has layers with the same names, the new layers are prefixed with the model's name.
         input_shape: Tuple of height, width and channels (channels, height and width for `channels_first`). Height and
@@ -70,14 +72,16 @@ def create_model(
             to `"auto"`.
         dropout_rate: Float, rate before the classifier. Defaults to the variant's.
         drop_connect_rate: Float, rate at which the last blocks are dropped. Defaults to the variant's, 0.2.
-        bn_momentum: Float, momentum of batch normalization. Defaults to 0.99.
-        bn_epsilon: Float, epsilon of batch normalization. Defaults to 1e-3.
+        bn_momentum: Float, momentum of batch normalization. Defaults to the variant's: 0.99, or 0.9 for V2.
+        bn_epsilon: Float, epsilon of batch normalization. Defaults to 1e-3, or 1e-5 with symmetric padding.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras' setting.
         dtype: Dtype or dtype policy, such as `"mixed_bfloat16"`. Defaults to Keras' policy. The input's arithmetic and
             the classifier stay in the policy's variable dtype.
         blocks: Channels of a pruned net: a `keras_effnet.pruning.Plan`, the path of its file, or `(expand, se, out)`
             for each block, as a sequence or as a dict by block name. `weights` must then be None, or the path of a
             pruned net's weights. Defaults to None: the variant's channels.
+        padding: `"same"` as in TensorFlow, or `"symmetric"` as in PyTorch: timm's own nets, keras-hub, NVIDIA's and
+            Composer's. Defaults to None: that of the weights, else the variant's.
 
     Returns:
         A `keras.Model`. Its `labels` are the class names that a `.keras` file of weights contains, else None.
@@ -99,7 +103,14 @@ def create_model(
     variant = find_model(variant)
     row = VARIANTS[variant]
     origin = _Origin.of(variant, weights)
-    architecture = override(resolve(row), dropout_rate=dropout_rate, drop_connect_rate=drop_connect_rate)
+    architecture = override(
+        resolve(row),
+        origin.padding(padding, row.padding),
+        dropout_rate=dropout_rate,
+        drop_connect_rate=drop_connect_rate,
+        bn_momentum=bn_momentum,
+        bn_epsilon=bn_epsilon,
+    )
     if blocks is not None:
         architecture = _pruned(architecture, blocks, origin)
     data_format = one_of(
@@ -120,13 +131,11 @@ def create_model(
         classes=classes,
         classifier_activation=classifier_activation,
         name=name,
-        bn_momentum=bn_momentum,
-        bn_epsilon=bn_epsilon,
         data_format=data_format,
         dtype=dtype,
         prefix=prefix,
     )
-    origin.load_into(model, include_top and not is_new, classes, prefix)
+    origin.load_into(model, include_top and not is_new, classes, prefix, padding)
     if is_new:
         _start_classifier(model.get_layer(f"{prefix}predictions"), weights, classes)
     return model
@@ -212,15 +221,31 @@ class _Origin:
         known = self.record or self.description
         return known and known.resolution
 
+    def padding(self, asked: str | None, usual: str) -> str:
+        """Returns the padding to build with. Raises if the weights were trained with another."""
+        from keras_effnet.weights import padding
+
+        known = None
+        if self.record is not None:
+            known = self.record.padding or usual
+        elif self.path is not None:
+            known = padding.stated_padding(self.path)
+        if asked is not None and known is not None and asked != known:
+            raise ValueError(
+                f"Expected padding={known!r}, which these weights were trained with (None selects it). Received: "
+                f"padding={asked!r}"
+            )
+        return asked or known or usual
+
     def has_classifier(self, classes: int, architecture) -> bool:
         """Returns whether the classifier comes from the weights. With 1000 classes it must, unless there are none."""
         from keras_effnet.weights import convert
 
-        if classes == 1000:
+        if classes == 1000 and (self.record is None or self.record.classes == 1000):
             return True
         if self.path is not None:
             return convert.classes_of(self.path, architecture) == classes
-        return self.record is None or classes in [1000 + file.class_offset for file in self.record.files]
+        return self.record is None or classes in [self.record.classes + file.class_offset for file in self.record.files]
 
     def preprocessing(self, asked, usual, channels: int):
         """Returns the preprocessing to build with. Raises if the weights were trained with another scheme."""
@@ -241,14 +266,16 @@ class _Origin:
             )
         return asked
 
-    def load_into(self, model, include_top: bool, classes: int, prefix: str) -> None:
+    def load_into(self, model, include_top: bool, classes: int, prefix: str, padding: str | None) -> None:
         from keras_effnet.weights import convert, store
 
         path = self.path
         if path is None and self.record is not None:
             path = store.fetch(self.record, include_top, classes)
+        if self.record is not None:
+            padding = inspection.read(model, prefix).architecture.padding
         if path is not None:
-            convert.load(model, path, include_top=include_top, prefix=prefix)
+            convert.load(model, path, include_top=include_top, prefix=prefix, padding=padding)
         if self.record is not None or self.path is None:  # other files have no record
             model.weights_record = self.record
         model.labels = None
@@ -257,7 +284,7 @@ class _Origin:
             model.labels = model_metadata.metadata(own).get("labels")
         if self.description is not None and self.record is None:
             model.labels = self.description.labels if include_top else None
-            model.expects = model_metadata.Expects(self.description.crop_padding, self.description.interpolation)
+            model.expects = model_metadata.Expects.of(self.description)
 
 
 def _pruned(architecture, blocks, origin: _Origin):
@@ -296,11 +323,12 @@ def features(model: keras.Model, levels: int | tuple[int, ...] = (1, 2, 3, 4, 5)
     """
     reading = inspection.read(model)
     reductions = reading.architecture.reductions
+    ends = (reading.layers["stem_activation"], *reading.block_ends)
     outputs = {}
     for level in (levels,) if isinstance(levels, int) else levels:
         if level not in range(1, len(reductions) + 1):
             raise ValueError(f"Expected levels from 1 to {len(reductions)}. Received: levels={levels}")
-        outputs[f"reduction_{level}"] = reading.block_ends[reductions[level - 1]].output
+        outputs[f"reduction_{level}"] = ends[reductions[level - 1] + 1].output
     return functional(model.inputs, outputs, f"{model.name}_features")
 
 
@@ -368,6 +396,50 @@ EfficientNetB1Pruned = _named(create_model, "efficientnet-b1-pruned")
 EfficientNetB2Pruned = _named(create_model, "efficientnet-b2-pruned")
 
 EfficientNetB3Pruned = _named(create_model, "efficientnet-b3-pruned")
+
+EfficientNetV2B0 = _named(create_model, "efficientnetv2-b0")
+
+EfficientNetV2B1 = _named(create_model, "efficientnetv2-b1")
+
+EfficientNetV2B2 = _named(create_model, "efficientnetv2-b2")
+
+EfficientNetV2B3 = _named(create_model, "efficientnetv2-b3")
+
+EfficientNetV2S = _named(create_model, "efficientnetv2-s")
+
+EfficientNetV2M = _named(create_model, "efficientnetv2-m")
+
+EfficientNetV2L = _named(create_model, "efficientnetv2-l")
+
+EfficientNetV2XL = _named(create_model, "efficientnetv2-xl")
+
+EfficientNetV2RWT = _named(create_model, "efficientnetv2-rw-t")
+
+EfficientNetV2RWS = _named(create_model, "efficientnetv2-rw-s")
+
+EfficientNetV2RWM = _named(create_model, "efficientnetv2-rw-m")
+
+EfficientNetXB0 = _named(create_model, "efficientnet-x-b0")
+
+EfficientNetXB1 = _named(create_model, "efficientnet-x-b1")
+
+EfficientNetXB2 = _named(create_model, "efficientnet-x-b2")
+
+EfficientNetXB3 = _named(create_model, "efficientnet-x-b3")
+
+EfficientNetXB4 = _named(create_model, "efficientnet-x-b4")
+
+EfficientNetXB5 = _named(create_model, "efficientnet-x-b5")
+
+EfficientNetXB6 = _named(create_model, "efficientnet-x-b6")
+
+EfficientNetXB7 = _named(create_model, "efficientnet-x-b7")
+
+EfficientNetHB5 = _named(create_model, "efficientnet-h-b5")
+
+EfficientNetXB5Timm = _named(create_model, "efficientnet-x-b5-timm")
+
+EfficientNetHB5Timm = _named(create_model, "efficientnet-h-b5-timm")
 
 for _name, _function in list(globals().items()):
     if _name.startswith("EfficientNet"):

@@ -108,6 +108,8 @@ def tradeoff() -> list[dict[str, Any]]:
     for name, variant in VARIANTS.items():
         architecture, params = resolve(variant), describe(name)["params"]
         for record in registry.of_model(name):
+            if record.top1 is None:
+                continue
             side = record.resolution or variant.resolution
             macs = costs(architecture, (side, side), 3, 1000)["macs"]
             rows.append(
@@ -160,7 +162,7 @@ def plot_tradeoff(path: str | os.PathLike) -> Path:
                 for row in rows
                 if (match := re.fullmatch(models, row["model"]))
                 and re.fullmatch(tag, row["tag"])
-                and (row["publisher"] == "tpu" or "pruned" in row["model"])
+                and (row["publisher"] != "timm" or "pruned" in row["model"])
             ]
             if not chosen:
                 continue

@@ -13,9 +13,9 @@ import numpy as np
 
 from keras_effnet import files, model_metadata
 from keras_effnet.errors import unknown
-from keras_effnet.nets.architecture import Architecture
+from keras_effnet.nets.architecture import EPSILONS, Architecture
 from keras_effnet.nets.normalization import scheme_near
-from keras_effnet.nets.variants import VARIANTS, find_model, identify
+from keras_effnet.nets.variants import VARIANTS, find_model, identify, timm_name
 from keras_effnet.nets.weight_shapes import owners
 from keras_effnet.weights import hub, hub_folder, registry
 from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file, tensorflow_checkpoint
@@ -36,6 +36,7 @@ from keras_effnet.weights.matching import (
 )
 from keras_effnet.weights.name_translation import foreign_names, scoped_layers
 from keras_effnet.weights.naming_tables import NAMINGS
+from keras_effnet.weights.padding import check_padding, stated_padding
 
 if TYPE_CHECKING:
     import keras
@@ -53,6 +54,7 @@ def load(
     include_top: bool = True,
     raw: bool = False,
     prefix: str | None = None,
+    padding: str | None = None,
 ) -> Report:
     """Loads weights of any known format into a model. Loads everything or nothing.
 
@@ -70,13 +72,16 @@ def load(
             False.
         prefix: String. The prefix of the layers' names, needed only where the model contains several EfficientNets.
             Defaults to None: found from the layers.
+        padding: `"same"` or `"symmetric"`, the padding that the file's weights are for, see `create_model()`. Defaults
+            to None: what the file says. If it does not say it and both are possible, a warning names them.
 
     Returns:
         A `Report`. Its `not_loaded` names the variables that `include_top=False` leaves unchanged.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the file is damaged, or its tensors are not exactly the model's. The model is unchanged.
+        ValueError: If the file is damaged, its tensors are not exactly the model's, or they are for another padding.
+            The model is unchanged.
 
     Example:
 
@@ -104,12 +109,14 @@ def load(
         return _load_by_keras(model, path)
     others = {layer for layer in model.layers if layer.weights} - set(reading.layers.values())
     targets = _variables(reading)
+    architecture = reading.architecture
     with opening.opened(path, raw) as tensors:
         contents = Contents(tensors, path, source, raw)
         report, plan = match(contents, reading.architecture, reading.channels, reading.classes, include_top)
         only_the_net = report.fits and not {NO_TOP, AROUND} & report.ignored.keys()
         by_keras = others and not only_the_net and prefix is None and include_top and _is_keras_file(path, source)
         values = {} if by_keras else read_values(report, plan, contents, reading.architecture, model.name)
+    check_padding(path, contents.format, architecture, padding)
     if by_keras:
         return _load_by_keras(model, path)
     _check_range(values, targets, report.path)
@@ -328,9 +335,12 @@ def export(model: "keras.Model", path, target: str | None = None, *, prefix: str
             f"Expected the format of another program. To save a .keras file, call model.save(). Received: {str(path)!r}"
         )
     reading = inspection.read(model, prefix)
-    epsilon = reading.layers["stem_bn"].epsilon
-    if epsilon != 1e-3:
-        raise ValueError(f"Expected bn_epsilon=1e-3, which other programs use. Received: {model.name!r} with {epsilon}")
+    padding, epsilon = reading.architecture.padding, reading.architecture.bn_epsilon
+    if epsilon != EPSILONS[padding]:
+        raise ValueError(
+            f"Expected bn_epsilon={EPSILONS[padding]}, which other programs use with padding={padding!r}. Received: "
+            f"{model.name!r} with {epsilon}"
+        )
     values = {
         key: np.asarray(ops.convert_to_numpy(ops.cast(variable, "float32")))
         for key, variable in _variables(reading).items()
@@ -352,6 +362,11 @@ def _write(
 ) -> Path:
     naming = NAMINGS["timm" if target == "hub" else target]
     variant = identify(architecture.blocks)
+    if architecture.padding != "same" and target in ("tpu", "keras"):
+        raise ValueError(
+            f"Expected padding='same', which {naming.title} is for. Received: padding={architecture.padding!r}. "
+            "Save it with model.save(), or for timm with target='timm' or 'hub'"
+        )
     # Only the original's classifier has other classes before ImageNet's.
     background = target == "tpu" and classes == 1000 and variant and VARIANTS[variant].class_offset
     tensors: dict[str, np.ndarray] = {}
@@ -370,10 +385,15 @@ def _write(
         return tensorflow_checkpoint.write_checkpoint(path, tensors, naming.counters[""])
     if target == "hub":
         features = architecture.head_filters
-        return hub_folder.write(path, tensors, counters, variant, features, classes, preprocessing, metadata)
+        padding = architecture.padding
+        return hub_folder.write(path, tensors, counters, variant, padding, features, classes, preprocessing, metadata)
     if target == "timm":
-        return safetensors_file.write_safetensors(path, tensors, counters)
-    return h5_file.write_h5(path, tensors, preprocessing)
+        net = variant and timm_name(variant, architecture.padding)
+        told = {"format": "pt"} | ({"architecture": net} if net else {})
+        return safetensors_file.write_safetensors(path, tensors, counters, told)
+    # In V2, keras.applications has the statistics in its layers' configuration.
+    has_statistics = architecture.depthwise_name == "dwconv"
+    return h5_file.write_h5(path, tensors, preprocessing if has_statistics else None)
 
 
 def convert_file(
@@ -387,6 +407,7 @@ def convert_file(
     preprocessing: Any = "auto",
     labels: Sequence[str] | None = None,
     head: str | None = None,
+    padding: str | None = None,
 ) -> str:
     """Converts a model or its weights to another format.
 
@@ -410,6 +431,7 @@ def convert_file(
         head: `"linear:CLASSES"` to replace what the file has around the net by this package's classifier: global
             average pooling, dropout and softmax. Its weights are those of the file's only layer of this shape, else
             zeros. Defaults to None: the file's own head if it can be rebuilt, else none.
+        padding: See `load()`.
 
     Returns:
         Name of the model.
@@ -437,6 +459,7 @@ def convert_file(
         preprocessing=preprocessing,
         labels=labels,
         head=head,
+        padding=padding,
     ).model
 
 
@@ -452,6 +475,7 @@ def convert(
     labels: Sequence[str] | None = None,
     head: str | None = None,
     verify: bool = False,
+    padding: str | None = None,
 ) -> Conversion:
     """Converts a model or its weights, and says what was left.
 
@@ -467,6 +491,7 @@ def convert(
         head: See `convert_file()`.
         verify: Boolean, whether TensorFlow runs the SavedModel that was converted, and the outputs are compared.
             Defaults to False.
+        padding: See `load()`.
 
     Returns:
         A `Conversion`.
@@ -475,6 +500,7 @@ def convert(
         OSError: See `convert_file()`.
         ValueError: See `convert_file()`; or if the outputs cannot be compared. Then nothing is saved.
     """
+    from keras_effnet.nets.build import override
     from keras_effnet.nets.normalization import constants
 
     _check_source(source)
@@ -502,6 +528,9 @@ def convert(
     tensors = _by_names(source_path, model, source, raw, target, head, left)
     model, left = tensors.model, tensors.left
     record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
+    padding = padding or (record and (record.padding or VARIANTS[model].padding)) or stated_padding(source_path)
+    tensors = tensors._replace(architecture=override(tensors.architecture, padding))
+    check_padding(source_path, tensors.format, tensors.architecture, padding, model)
     if automatic:
         known = record.preprocessing if record else pixels_of(source_path)
         preprocessing = known or VARIANTS[model].preprocessing
@@ -522,6 +551,7 @@ def convert(
 class _Net(NamedTuple):
     """An EfficientNet that was read from a file by the names of its tensors."""
 
+    format: str  # key of `NAMINGS`
     values: Values
     architecture: Architecture
     channels: int
@@ -553,7 +583,7 @@ def _by_names(
             values |= contents.classifier(architecture, classes)
         left += contents.left(architecture, classes if head else None)
     pads = conversion.padding_of(path, VARIANTS[model].resolution)
-    return _Net(values, architecture, channels, classes, model, (*left, pads) if pads else left)
+    return _Net(contents.format, values, architecture, channels, classes, model, (*left, pads) if pads else left)
 
 
 def _known(path, description: hub.Description | None, record: registry.Record | None) -> dict[str, Any]:
@@ -561,11 +591,11 @@ def _known(path, description: hub.Description | None, record: registry.Record | 
     if str(path).endswith(".keras"):
         return model_metadata.metadata(path)
     if record is not None:
-        pixels = {"crop_padding": record.crop_padding, "interpolation": record.interpolation}
+        pixels = asdict(model_metadata.Expects.of(record))
         kept = {key: value for key, value in asdict(record).items() if key != "files"}
         return {"weights": kept, "preprocessing": pixels}
     if description is not None:
-        pixels = {"crop_padding": description.crop_padding, "interpolation": description.interpolation}
+        pixels = asdict(model_metadata.Expects.of(description))
         return {"labels": description.labels, "preprocessing": pixels}
     return {}
 
@@ -613,7 +643,8 @@ def _write_own(
 ) -> None:
     from keras_effnet.nets.build import build, input_of
 
-    shape = (None, None, channels) if classes is None else (*[VARIANTS[model].resolution] * 2, channels)
+    resolution = (record and record.resolution) or VARIANTS[model].resolution
+    shape = (None, None, channels) if classes is None else (resolution, resolution, channels)
     net = build(
         architecture,
         input_of(None, shape, None, classes is not None, "channels_last"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from keras_effnet.nets.normalization import scheme_near
-from keras_effnet.nets.variants import find_model, is_model
+from keras_effnet.nets.variants import is_model, of_timm
 from keras_effnet.weights import downloads, registry
 
 SERVER = "https://huggingface.co"
@@ -89,6 +89,8 @@ class Description:
         resolution: Integer, or None.
         crop_padding: Integer. See `Expects`.
         interpolation: String. See `Expects`.
+        crop_mode: String. See `Expects`.
+        padding: Key of `nets.architecture.EPSILONS`.
         labels: List of class names, or None.
     """
 
@@ -99,6 +101,8 @@ class Description:
     resolution: int | None = None
     crop_padding: int | None = None
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
+    padding: str = "same"
     labels: list[str] | None = None
 
 
@@ -319,6 +323,7 @@ def _check_net(architecture: str, arguments: dict[str, Any], path) -> None:
 
 def _described(architecture: str, found: dict[str, Any]) -> Description:
     inner = found.get("pretrained_cfg") or found
+    variant, padding = of_timm(architecture)
     mean, deviation = (np.asarray(inner.get(key) or [], "float64").tolist() for key in ("mean", "std"))
     *_, height, width = inner.get("input_size") or [None, None]
     size = height if height == width else None
@@ -336,11 +341,13 @@ def _described(architecture: str, found: dict[str, Any]) -> Description:
     offset = [-one / each for one, each in zip(mean, deviation, strict=True)]
     return Description(
         architecture,
-        find_model(architecture),
+        variant,
         classes,
         scheme_near(scale, offset) if mean else None,
         size,
         round(size / crop - size) if size and crop else None,
         "bilinear" if inner.get("interpolation") == "bilinear" else "bicubic",
+        "squash" if inner.get("crop_mode") == "squash" else "center",
+        padding,
         [str(label) for label in labels] if isinstance(labels, list) and len(labels) == classes else None,
     )

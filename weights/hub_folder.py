@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_effnet import class_names, files
-from keras_effnet.nets.variants import TIMM_NAMES, VARIANTS
+from keras_effnet.nets.variants import VARIANTS, timm_name
 from keras_effnet.weights.formats import safetensors_file
 
 # The files of such a folder. It may hold others, as a clone of a repository does, which stay.
@@ -20,6 +20,7 @@ def write(
     tensors: dict[str, np.ndarray],
     counters: list[str],
     variant: str | None,
+    padding: str,
     features: int,
     classes: int | None,
     pixels: tuple[list[float], list[float]],
@@ -31,7 +32,8 @@ def write(
         path: Path of the folder. It is made. Files of the same names in it are replaced.
         tensors: Dict from timm's names to arrays.
         counters: See `safetensors_file.write_safetensors()`.
-        variant: Name of the model, or None for a net that timm does not have.
+        variant: Name of the model, or None for a net that has other channels than any.
+        padding: Key of `nets.architecture.EPSILONS`.
         features: Integer, channels of the features.
         classes: Integer, or None without a classifier.
         pixels: Tuple of scale and offset, see `nets.normalization.constants()`.
@@ -44,16 +46,20 @@ def write(
         OSError: If it cannot be written.
         ValueError: If timm does not have the net.
     """
-    if variant is None:
+    architecture = variant and timm_name(variant, padding)
+    if not (variant and architecture):
+        found = f"{variant} with padding={padding!r}" if variant else "a net with other channels"
         raise ValueError(
-            "Expected a net that timm has, since the folder names it in its config.json. Received: a net with other "
-            "channels. Save it with model.save(), and upload that file"
+            f"Expected a net that timm has, since the folder names it in its config.json. Received: {found}. Save it "
+            "with model.save(), and upload that file"
         )
-    config = _config(variant, features, classes, pixels, metadata)
+    size = VARIANTS[variant].resolution
+    config = _config(architecture, size, features, classes, pixels, metadata)
     place = Path(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     with files.folder_beside(place) as folder:
-        safetensors_file.write_safetensors(folder / _NAMES[0], tensors, counters)
+        told = {"format": "pt", "architecture": architecture}
+        safetensors_file.write_safetensors(folder / _NAMES[0], tensors, counters, told)
         (folder / _NAMES[1]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / _NAMES[2]).write_text(_card(variant, config, metadata), encoding="utf-8")
         place.mkdir(exist_ok=True)
@@ -64,27 +70,23 @@ def write(
     return place
 
 
-def _timms(variant: str) -> str:
-    short = next((short for short, name in TIMM_NAMES.items() if name == variant), None)
-    bare = (short or variant.removeprefix("efficientnet-")).replace("-", "_")
-    return f"efficientnet_{bare}" if bare.endswith("_pruned") else f"tf_efficientnet_{bare}"
-
-
-def _config(variant: str, features: int, classes: int | None, pixels, metadata: dict[str, Any]) -> dict[str, Any]:
+def _config(
+    architecture: str, resolution: int, features: int, classes: int | None, pixels, metadata: dict[str, Any]
+) -> dict[str, Any]:
     scale, offset = (np.asarray(each, np.float64) for each in pixels)
     expects = metadata.get("preprocessing", {})
     shape = metadata.get("input_shape") or [None, None, len(scale)]
     sides = shape[:2] if shape[2] == len(scale) else shape[1:]  # else channels come first
-    size = [side or VARIANTS[variant].resolution for side in sides]
+    size = [side or resolution for side in sides]
     crop_padding = expects.get("crop_padding")
     labels = metadata.get("labels")
     pretrained = {
         "num_classes": classes or 0,
         "input_size": [len(scale), *size],
-        "interpolation": expects.get("interpolation", "bicubic"),
+        "interpolation": expects.get("interpolation", "bicubic").removeprefix("half-pixel-"),
         # Without a padding, an eighth is cropped away, as in the original's newest evaluation code.
         "crop_pct": 0.875 if crop_padding is None else round(size[0] / (size[0] + crop_padding), 6),
-        "crop_mode": "center",
+        "crop_mode": expects.get("crop_mode", "center"),
         # timm divides by 255 first: (x / 255 - mean) / std.
         "mean": (-offset / scale / 255).round(9).tolist(),
         "std": (1 / scale / 255).round(9).tolist(),
@@ -93,7 +95,7 @@ def _config(variant: str, features: int, classes: int | None, pixels, metadata: 
         "classifier": "classifier",
         "license": _licence(metadata).lower(),
     }
-    config: dict[str, Any] = {"architecture": _timms(variant), "num_classes": classes or 0, "num_features": features}
+    config: dict[str, Any] = {"architecture": architecture, "num_classes": classes or 0, "num_features": features}
     if labels is not None and labels != class_names.labels():
         config["label_names"] = labels
     if len(scale) != 3:

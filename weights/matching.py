@@ -16,7 +16,7 @@ from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
 from keras_effnet.weights.name_translation import Name, foreign_names, has_names, keys_of
-from keras_effnet.weights.naming_tables import NAMINGS
+from keras_effnet.weights.naming_tables import NAMINGS, Naming
 
 SOURCES = {"tpu": ("tpu",), "timm": ("timm",), "lukemelas": ("lukemelas",), "keras": ("keras", "kecam", "keras3")}
 
@@ -103,7 +103,8 @@ def _recognise(tensors: Tensors, path) -> tuple[str, str]:
         # in "_conv_stem".
         marks = (naming.mark, naming.mark + naming.average) if naming.average else (naming.mark,)
         pattern = rf"(|.*[/.])({'|'.join(map(re.escape, marks))})"
-        scopes = {match[1] for name in tensors if (match := re.fullmatch(pattern, name))}
+        names = (_respelled(name, naming) for name in tensors)
+        scopes = {match[1] for name in names if (match := re.fullmatch(pattern, name))}
         if len(scopes) > 1:
             shown = ", ".join(map(repr, sorted(scopes)[:5]))
             raise ValueError(f"Expected one net. Received: {str(path)!r}, which holds {len(scopes)}: {shown}")
@@ -112,6 +113,12 @@ def _recognise(tensors: Tensors, path) -> tuple[str, str]:
     marks = ", ".join(f"{key} ({naming.mark})" for key, naming in NAMINGS.items())
     shown = ", ".join(list(tensors)[:3])[:150] or "no tensor"
     raise ValueError(f"Expected the names of an EfficientNet: {marks}. Received: {str(path)!r} with {shown}")
+
+
+def _respelled(name: str, naming: Naming) -> str:
+    for rule, usual in naming.spellings.items():
+        name = re.sub(rule, usual, name)
+    return name
 
 
 class Contents:

@@ -44,7 +44,7 @@ def foreign_names(
         ValueError: If the other program has no such net.
     """
     if not has_names(architecture, naming):
-        raise ValueError(f"Expected a net that {naming.title} can hold. Received: a net with mixed experts")
+        raise ValueError(f"Expected a net that {naming.title} can hold. Received: {architecture.name!r}")
     found = [
         (layer, variable, scope, shape, *naming.variables[kind][variable])
         for layer, scope, (kind, shapes) in scoped_layers(architecture, naming, channels, classes)
@@ -58,7 +58,7 @@ def foreign_names(
 
 
 def has_names(architecture: Architecture, naming: Naming) -> bool:
-    """Returns whether a naming covers all layers of a net. Some have none for mixed experts.
+    """Returns whether a naming covers all layers of a net. Some have none for mixed experts, or space-to-depth.
 
     Args:
         architecture: An `Architecture`.
@@ -67,8 +67,9 @@ def has_names(architecture: Architecture, naming: Naming) -> bool:
     Returns:
         Boolean.
     """
-    routed = any(block.num_experts for block in architecture.blocks)
-    return not routed or bool({"routing", "*"} & naming.layers.keys())
+    needed = {"routing" for block in architecture.blocks if block.num_experts}
+    needed |= {"s2d_conv" for block in architecture.blocks if block.space_to_depth}
+    return "*" in naming.layers or needed <= naming.layers.keys()
 
 
 def keys_of(names: Iterable[str], naming: Naming) -> dict[str, str]:
@@ -113,16 +114,22 @@ def scoped_layers(
         Tuple of our layer's name, its name in the other program, and the `Layer`.
     """
     blocks = {block.name: (index, block) for index, block in enumerate(architecture.blocks)}
+    places: Counter[int] = Counter()  # in the block's stage
+    within = {}
+    for block in architecture.blocks:
+        within[block.name] = places[block.stage]
+        places[block.stage] += 1
     seen: Counter[str] = Counter()
     routed = [block.name for block in architecture.blocks if block.num_experts]
     for layer, owner in owners(architecture, channels, classes).items():
-        match = re.fullmatch(r"block(\d+)([a-z])_(.+)", layer)
+        match = re.fullmatch(r"block(\d+[a-z]+)_(.+)", layer)
         fields: dict[str, Any] = {"layer": layer, "type": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", owner.kind).lower()}
         role, kind = layer, ""
         if match:
-            role, (index, block) = match[3], blocks[match[1] + match[2]]
-            kind = "fused" if block.operator == "fused" else "" if block.expand_filters else "plain"
-            fields |= {"i": index, "s": int(match[1]) - 1, "b": ord(match[2]) - ord("a")}
+            role, (index, block) = match[2].replace("dwconv2", "dwconv"), blocks[match[1]]
+            plain = block.operator == "mbconv" and not block.expand_filters
+            kind = "plain" if plain else {"mbconv": ""}.get(block.operator, block.operator)
+            fields |= {"i": index, "s": block.stage - 1, "b": within[block.name]}
             if block.num_experts:
                 kind, place = "condconv", routed.index(block.name)
                 fields |= {"once": _number(place), "thrice": [_number(3 * place + step) for step in range(3)]}

@@ -20,8 +20,8 @@ class Naming:
         mark: String. The name of a kernel by which files are recognized: the first convolution's, where only this
             program calls it so.
         layers: Dict from the name of our layer, without its block, to a template. `"kind:name"` has precedence in
-            blocks of that kind: `"condconv"`, `"fused"`, or `"plain"` for one without expansion. `"*"` matches all
-            other layers.
+            blocks of that kind: `"condconv"`, `"fused"`, `"conv"`, or `"plain"` for a depthwise one without expansion.
+            `"*"` matches all other layers.
         variables: Dict from the layer's class to a dict from our variable's name to (suffix, layout).
         title: String. How users know these files.
         ignored: Dict from a regular expression to the reason why tensors of that name are not needed.
@@ -59,6 +59,8 @@ TPU = Naming(
         "stem_conv": "stem/conv2d",
         "stem_bn": "stem/tpu_batch_normalization",
         "routing": "blocks_{i}/dense",
+        "s2d_conv": "blocks_{i}/space2depth/conv2d",
+        "s2d_bn": "blocks_{i}/space2depth/tpu_batch_normalization",
         "expand_conv": "blocks_{i}/conv2d{n}",
         # The first of the three belongs to a layer that is created but not used.
         "condconv:expand_conv": "model/blocks_{i}/cond_conv2d{thrice[1]}",
@@ -90,6 +92,8 @@ TPU = Naming(
     },
     average="/ExponentialMovingAverage",
     counters={"": "global_step"},
+    # Keras layers of google/automl's efficientnetv2/effnetv2_model.py, which are numbered over a whole process.
+    spellings={r"(^|/)(stem|head)_\d+(?=/)": r"\1\2", r"(^|/)head/dense_\d+(?=/)": r"\1head/dense"},
     # tensorflow/tpu condconv/condconv_layers.py: Keras layers, under a scope of their model.
     ranked=r"(?:model(?:_\d+)?/)?(?P<owner>blocks_\d+/(?:depthwise_)?cond_conv2d)(?:_(?P<number>\d{1,9}))?(?=/)",
 )
@@ -118,6 +122,8 @@ TIMM = Naming(
         "stem_conv": "conv_stem",
         "stem_bn": "bn1",
         "routing": "blocks.{s}.{b}.routing_fn",
+        "s2d_conv": "blocks.{s}.{b}.conv_s2d",
+        "s2d_bn": "blocks.{s}.{b}.bn_s2d",
         "expand_conv": "blocks.{s}.{b}.conv_pw",
         "fused:expand_conv": "blocks.{s}.{b}.conv_exp",
         "expand_bn": "blocks.{s}.{b}.bn{m}",
@@ -127,6 +133,7 @@ TIMM = Naming(
         "se_expand": "blocks.{s}.{b}.se.conv_expand",
         "project_conv": "blocks.{s}.{b}.conv_pwl",
         "plain:project_conv": "blocks.{s}.{b}.conv_pw",
+        "conv:project_conv": "blocks.{s}.{b}.conv",
         "project_bn": "blocks.{s}.{b}.bn{m}",
         "top_conv": "conv_head",
         "top_bn": "bn2",
@@ -190,7 +197,7 @@ KERAS = Naming(
     layers={"*": "{layer}"},
     variables={kind: {name: (f"/{name}", "keep") for name in names} for kind, names in _KERAS_VARIABLES.items()},
     ignored={r"^normalization(_\d+)?/": _NORMALIZATION} | _OBJECTS,
-    members=r"(stem|block\d+[a-z]|top)_|predictions/",
+    members=r"(stem|block\d+[a-z]+|top)_|predictions/",
     spellings={r"^probs/": "predictions/"} | _KERAS_SPELLINGS,
 )
 

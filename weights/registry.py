@@ -1,8 +1,9 @@
 """The published checkpoints, one `Record` each: URLs, hashes, preprocessing and accuracy. No Keras.
 
 Accuracies and paths are from the READMEs of tensorflow/tpu @ 7dc921f, models/official/efficientnet (`where` below).
-timm's ports are from timm/models/efficientnet.py 1.0.31, and their accuracies, measured by timm, from its
-results/results-imagenet.csv @ 0173a139.
+Those of EfficientNetV2 are from google/automl @ 6a54c874, efficientnetv2/README.md. timm's ports and its own sets are
+from timm/models/efficientnet.py 1.0.31, and their accuracies, measured by timm, from its results/results-imagenet.csv
+@ 0173a139.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from keras_effnet.errors import unknown
-from keras_effnet.nets.variants import TIMM_NAMES, find_model
+from keras_effnet.nets.variants import TIMM_NAMES, VARIANTS, find_model, of_timm
 
 
 @dataclass(frozen=True)
@@ -45,39 +46,50 @@ class Record:
     Args:
         model: Name of the variant.
         tag: Name of the set, unique for the model.
-        top1: Float. Published top-1 accuracy on ImageNet's validation set in percent.
+        top1: Float. Published top-1 accuracy on ImageNet's validation set in percent, or None.
         files: Tuple of `File`, the preferred one first.
         preprocessing: Key of `nets.normalization.SCHEMES`.
         source: String. Where the accuracy and the URL are published.
         crop_padding: Integer. Pixels around the crop for evaluation. See `images.resizing.crop_and_resize()`.
         interpolation: String. See `images.resizing.crop_and_resize()`.
+        crop_mode: String. See `images.resizing.crop_and_resize()`.
         resolution: Integer. Side of the input. Defaults to None: the variant's.
         default: Boolean, whether `weights="imagenet"` selects this set.
         licence: String.
         top5: Float. Published top-5 accuracy in percent. Defaults to None: not published.
+        padding: See `nets.architecture.Architecture`. Defaults to None: the variant's.
+        classes: Integer, classes of the set, without background. Defaults to 1000.
     """
 
     model: str
     tag: str
-    top1: float
+    top1: float | None
     files: tuple[File, ...]
     preprocessing: str
     source: str
     crop_padding: int = 32  # tensorflow/tpu preprocessing.py before 22d5cab, as the READMEs' accuracies were measured
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
     resolution: int | None = None
     default: bool = False
     licence: str = "Apache-2.0"
     top5: float | None = None
+    padding: str | None = None
+    classes: int = 1000
+
+    @property
+    def extra_data(self) -> bool:
+        """Whether the set was trained on more than ImageNet's 1000 classes."""
+        return bool(re.search("noisy-student|jft|12k|21k", self.tag))
 
     @property
     def publisher(self) -> str:
-        """Who measured `top1`, `"tpu"` or `"timm"`."""
-        return "timm" if "." in self.tag else "tpu"
+        """Who measured `top1`: `"tpu"`, `"automl"` or `"timm"`."""
+        return "timm" if "." in self.tag else "automl" if "v2" in self.model else "tpu"
 
 
 _TPU = "https://storage.googleapis.com/cloud-tpu-checkpoints/efficientnet/"
-_KERAS = "https://storage.googleapis.com/keras-applications/"
+_KERAS = "https://storage.googleapis.com/"
 _TIMM = "https://github.com/huggingface/pytorch-image-models/releases/download/"
 _HUB_PREFIX = r"^(hf[-_]hub:)?(timm/)?"  # prefixes that timm accepts before a name
 _HUB = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"
@@ -217,33 +229,84 @@ _TIMM_TAGS = {  # our tag: the tag of timm's port
     "noisy-student": "ns_jft_in1k",
     "noisy-student-475": "ns_jft_in1k_475",
 }
+# google/automl's sets of V2: tag, suffix of the file, top-1 of each.
+_V2_SETS = (
+    (
+        "1k",
+        "",
+        {"b0": 78.7, "b1": 79.8, "b2": 80.5, "b3": 82.1, "s": 83.9, "m": 85.2, "l": 85.7},
+    ),
+    ("21k", "-21k", dict.fromkeys(("b0", "b1", "b2", "b3", "s", "m", "l", "xl"))),
+    (
+        "21k-ft1k",
+        "-21k-ft1k",
+        dict.fromkeys(("b0", "b1", "b2", "b3")) | {"s": 84.9, "m": 86.2, "l": 86.9, "xl": 87.2},
+    ),
+)
+
+# md5 of the 1k sets in Keras, with and without top: keras/src/applications/efficientnet_v2.py, 3.15.1.
+_KERAS_V2_MD5 = {
+    "b0": ("21ecbf6da12460d5c40bb2f29ceb2188", "893217f2bb855e2983157299931e43ff"),
+    "b1": ("069f0534ff22adf035c89e2d9547a9dc", "0e80663031ca32d657f9caa404b6ec37"),
+    "b2": ("424e49f28180edbde1e94797771950a7", "1dfe2e7a5d45b6632553a8961ea609eb"),
+    "b3": ("1f1fc43bd98a6e4fd8fdfd551e02c7a0", "f6abf7b5849ac99a89b50dd3fd532856"),
+    "s": ("e1d88a8495beba45748fedd0cecbe016", "af0682fb74e8c54910f2d4393339c070"),
+    "m": ("a3bf6aa3276309f4fc6a34aa114c95cd", "1b8dc055df72dde80d614482840fe342"),
+    "l": ("27e6d408b53c7ebc868fefa357689935", "b0b66b5c863aef5b46e8608fe1711615"),
+}
+
+# timm's sets of V2 and of its own nets, at the size of their tests: name, pixels, share of the crop, crop mode,
+# preprocessing, top-1, top-5, and the file of a release. - where there is none.
+_TIMM_OWN = """
+efficientnet_b0.ra_in1k             224 0.875 center imagenet  77.698 93.538 efficientnet_b0_ra-3dd342df
+efficientnet_b0.ra4_e3600_r224_in1k 256 1.0   center inception 79.364 94.754 -
+efficientnet_b1.ra4_e3600_r240_in1k 288 1.0   center inception 81.444 95.698 -
+efficientnet_b1.ft_in1k             256 1.0   center imagenet  78.806 94.346 efficientnet_b1-533bc792
+efficientnet_b2.ra_in1k             288 1.0   center imagenet  80.612 95.32  efficientnet_b2_ra-bcdf34b7
+efficientnet_b3.ra2_in1k            320 1.0   center imagenet  82.296 96.124 efficientnet_b3_ra2-cf984f9c
+efficientnet_b4.ra2_in1k            384 1.0   center imagenet  83.468 96.574 efficientnet_b4_ra2_320-7eb33cd5
+efficientnet_b5.sw_in12k_ft_in1k    448 1.0   squash imagenet  85.894 97.742 -
+efficientnet_b5.sw_in12k            416 0.95  center imagenet  -      -      -
+efficientnet_h_b5.sw_r448_e450_in1k 576 1.0   squash imagenet  84.942 97.39  -
+efficientnet_x_b5.sw_r448_e450_in1k 576 1.0   squash imagenet  84.928 97.312 -
+efficientnet_es.ra_in1k             224 0.875 center imagenet  78.1   93.928 efficientnet_es_ra-f111e99c
+efficientnet_em.ra2_in1k            240 0.882 center imagenet  79.256 94.794 efficientnet_em_ra2-66250f76
+efficientnet_el.ra_in1k             300 0.904 center imagenet  81.308 95.538 efficientnet_el-3b455510
+efficientnet_es_pruned.in1k         224 0.875 center imagenet  75.01  92.438 efficientnet_es_pruned75-1b7248cf
+efficientnet_el_pruned.in1k         300 0.904 center imagenet  80.284 95.218 efficientnet_el_pruned70-ef2a2ccf
+efficientnet_lite0.ra_in1k          224 0.875 center imagenet  75.488 92.508 efficientnet_lite0_ra-37913777
+efficientnetv2_rw_t.ra2_in1k        288 1.0   center imagenet  82.354 96.178 efficientnetv2_t_agc-3620981a
+efficientnetv2_rw_s.ra2_in1k        384 1.0   center imagenet  83.83  96.712 efficientnet_v2s_ra2_288-a6477665
+efficientnetv2_rw_m.agc_in1k        416 1.0   center imagenet  84.83  97.148 efficientnetv2_rw_m_agc-3d90cb1e
+tf_efficientnetv2_s.in21k_ft_in1k   384 1.0   center inception 84.332 97.274 tf_efficientnetv2_s_21ft1k-d7dafa41
+tf_efficientnetv2_s.in1k            384 1.0   center inception 83.9   96.702 tf_efficientnetv2_s-eb54923e
+tf_efficientnetv2_s.in21k           384 1.0   center inception -      -      tf_efficientnetv2_s_21k-6337ad01
+tf_efficientnetv2_m.in21k_ft_in1k   480 1.0   squash inception 86.014 97.956 tf_efficientnetv2_m_21ft1k-bf41664a
+tf_efficientnetv2_m.in1k            480 1.0   squash inception 85.208 97.358 tf_efficientnetv2_m-cc09e0cd
+tf_efficientnetv2_m.in21k           480 1.0   squash inception -      -      tf_efficientnetv2_m_21k-361418a2
+tf_efficientnetv2_l.in21k_ft_in1k   480 1.0   squash inception 86.802 98.124 tf_efficientnetv2_l_21ft1k-60127a9d
+tf_efficientnetv2_l.in1k            480 1.0   squash inception 85.66  97.472 tf_efficientnetv2_l-d664b728
+tf_efficientnetv2_l.in21k           480 1.0   squash inception -      -      tf_efficientnetv2_l_21k-91a19ec9
+tf_efficientnetv2_xl.in21k_ft_in1k  512 1.0   squash inception 86.754 98.014 tf_efficientnetv2_xl_in21ft1k-06c35c48
+tf_efficientnetv2_xl.in21k          512 1.0   squash inception -      -      tf_efficientnetv2_xl_in21k-fd7e8abf
+tf_efficientnetv2_b0.in1k           224 0.875 center imagenet  78.386 94.034 tf_efficientnetv2_b0-c7cc451f
+tf_efficientnetv2_b1.in1k           240 0.882 center imagenet  79.518 94.71  tf_efficientnetv2_b1-be6e41b0
+tf_efficientnetv2_b2.in1k           260 0.89  center imagenet  80.226 95.01  tf_efficientnetv2_b2-847de54e
+tf_efficientnetv2_b3.in21k_ft_in1k  300 0.9   squash inception 82.634 96.628 -
+tf_efficientnetv2_b3.in1k           300 0.904 center imagenet  81.96  95.78  tf_efficientnetv2_b3-57773f13
+tf_efficientnetv2_b3.in21k          300 0.904 center inception -      -      -
+"""
+
 # Where timm evaluates at another size, or with another interpolation, than the TPU repository.
 _TIMM_SIZES = {"lite3": 300, "lite4": 380, "cc_b1_8e": 240}
 _TIMM_BILINEAR = ("lite3", "lite4")
 
-_NATIVE = (
-    "timm's own efficientnet_* nets pad symmetrically and normalize with epsilon 1e-5, so these weights would give "
-    "wrong outputs here"
-)
-_V2 = "EfficientNetV2 is another network"
-# Tags of timm that are refused, alone or after the net's name.
+# Nets of timm that are not of this package, by their names.
 _REFUSED = (
-    (r"in21k.*|(tf_|gc_)?efficientnetv2.*", _V2),
-    (r"efficientnet_(?!b[123]_pruned(\.|$)).*|(ra|ra2|ft|ra4_.*|sw_.*)_in1k|sw_in12k", _NATIVE),
-)
-# First digits of the sha256 of timm's own nets, from its file names.
-_NATIVE_SHA256 = (
-    "3dd342df",
-    "533bc792",
-    "bcdf34b7",
-    "cf984f9c",
-    "7eb33cd5",
-    "f111e99c",
-    "66250f76",
-    "3b455510",
-    "1b7248cf",
-    "ef2a2ccf",
-    "37913777",
+    (
+        r"gc_efficientnet.*",
+        "Its blocks have global context in place of squeeze-and-excite, which this package does not build",
+    ),
 )
 
 
@@ -267,11 +330,11 @@ def _port(model: str, tag: str) -> tuple[File, ...]:
     return _PORTS.get((model, _TIMM_TAGS[tag]), ())
 
 
-def _keras_files(short: str) -> tuple[File, ...]:
+def _keras_files(start: str, hashes: tuple[str, ...]) -> tuple[File, ...]:
     suffixes = (("", True), ("_notop", False))
     return tuple(
-        File("keras", url=f"{_KERAS}efficientnet{short}{suffix}.h5", hash=f"md5:{md5}", include_top=top)
-        for md5, (suffix, top) in zip(_KERAS_MD5.get(short, ()), suffixes, strict=False)
+        File("keras", url=f"{_KERAS}{start}{suffix}.h5", hash=f"md5:{md5}", include_top=top)
+        for md5, (suffix, top) in zip(hashes, suffixes, strict=False)
     )
 
 
@@ -289,12 +352,15 @@ def _b_records():
         for number, top1 in enumerate(accuracies):
             if top1 is not None:
                 short = f"b{number}"
+                hashes = _KERAS_MD5.get(short, ())
                 yield Record(
                     model=f"efficientnet-{short}",
                     tag=tag,
                     top1=top1,
                     files=(
-                        *(_keras_files(short) if tag == "autoaugment" else ()),
+                        *_keras_files(
+                            f"keras-applications/efficientnet{short}", hashes if tag == "autoaugment" else ()
+                        ),
                         File("tpu", _TPU + path.format(short)),
                         *_port(f"efficientnet-{short}", tag),
                     ),
@@ -302,6 +368,69 @@ def _b_records():
                     source=f"tensorflow/tpu {where}",
                     default=tag == ("advprop" if short == "b8" else "autoaugment"),
                 )
+
+
+def _v2_ports() -> dict[tuple[str, str], tuple[File, ...]]:
+    """Returns the files of timm's ports of google/automl's sets, by our model and tag."""
+    tags = {"in1k": "1k", "in21k": "21k", "in21k_ft_in1k": "21k-ft1k"}
+    return {
+        (record.model, tags[record.tag.split(".")[1]]): record.files
+        for record in _timm_own_records()
+        if record.tag.startswith("tf_")
+    }
+
+
+def _v2_records():
+    ports = _v2_ports()
+    for tag, suffix, accuracies in _V2_SETS:
+        for short, top1 in accuracies.items():
+            model = f"efficientnetv2-{short}"
+            legacy = tag == "1k" and short.startswith("b")  # evaluated as V1: "effnetv1_autoaug"
+            # preprocessing.py: the others are resized without a crop from 320 pixels on, and always after fine-tuning.
+            crops = {"resolution": 224} if tag == "21k" else {"crop_padding": 0, "crop_mode": "squash"}
+            hashes = _KERAS_V2_MD5[short] if tag == "1k" else ()
+            keras = _keras_files(f"tensorflow/keras-applications/efficientnet_v2/{model}", hashes)
+            yield Record(
+                model,
+                tag,
+                top1,
+                (*keras, File("tpu", f"{_TPU}v2/{model}{suffix}.tgz"), *ports.get((model, tag), ())),
+                "imagenet" if legacy else "inception" if tag == "21k-ft1k" else "tpu128",
+                source="google/automl efficientnetv2/README.md",
+                default=tag == "1k",
+                classes=21843 if tag == "21k" else 1000,
+                **({} if legacy else {"interpolation": "half-pixel-bilinear"} | crops),
+            )
+
+
+def _timm_own_records():
+    defaults = set()
+    for line in _TIMM_OWN.strip().splitlines():
+        tag, pixels, share, crop_mode, preprocessing, top1, top5, file = line.split()
+        name, _, bare = tag.partition(".")
+        model, padding = of_timm(name)
+        size, row = int(pixels), VARIANTS[model]
+        release = "v0.1-effv2-weights" if name.startswith("tf_") else "v0.1-weights"
+        url = f"{_TIMM}{release}/{file}.pth"
+        files = [File("timm", url, f"sha256:{file.split('-')[1]}")] if file != "-" else []
+        # The only sets of these nets.
+        default = row.source.startswith("timm/") and model not in defaults
+        defaults.add(model)
+        yield Record(
+            model,
+            tag,
+            None if top1 == "-" else float(top1),
+            (*files, File("timm", _HUB.format(tag))),
+            preprocessing,
+            source="timm results-imagenet.csv",
+            crop_padding=round(size / float(share) - size),
+            crop_mode=crop_mode,
+            resolution=None if size == row.resolution else size,
+            default=default,
+            top5=None if top5 == "-" else float(top5),
+            padding=None if padding == row.padding else padding,
+            classes={"in21k": 21843, "sw_in12k": 11821}.get(bare, 1000),
+        )
 
 
 def _l2_records():
@@ -357,7 +486,14 @@ def _timm_records():
         )
 
 
-RECORDS: tuple[Record, ...] = (*_b_records(), *_l2_records(), *_mobile_records(), *_timm_records())
+RECORDS: tuple[Record, ...] = (
+    *_b_records(),
+    *_l2_records(),
+    *_v2_records(),
+    *_mobile_records(),
+    *_timm_records(),
+    *_timm_own_records(),
+)
 
 
 def is_published(repository: str) -> bool:
@@ -380,14 +516,14 @@ def of_model(model: str) -> tuple[Record, ...]:
         model: Name of a variant, see `nets.variants.find_model()`.
 
     Returns:
-        Tuple of `Record`: the TPU repository's sets, then timm's, each with the lowest published top-1 first.
+        Tuple of `Record`, with the highest published top-1 first.
 
     Raises:
         ValueError: If the model is unknown.
     """
     model = find_model(model)
     found = (record for record in RECORDS if record.model == model)
-    return tuple(sorted(found, key=lambda record: (record.publisher == "timm", record.top1)))
+    return tuple(sorted(found, key=lambda record: -(record.top1 or 0)))
 
 
 def find(model: str, tag: str) -> Record:
@@ -396,7 +532,8 @@ def find(model: str, tag: str) -> Record:
     Args:
         model: Name of a variant.
         tag: Tag of a set. timm's tags may include the net's name. `"imagenet"` selects the best-known set that was
-            trained on ImageNet alone (for B0-B7 the AutoAugment set, which Keras also uses).
+            trained on ImageNet alone (for B0-B7 the AutoAugment set, which Keras also uses); `"best"` the one of them
+            with the highest published top-1.
 
     Returns:
         A `Record`.
@@ -413,17 +550,22 @@ def find(model: str, tag: str) -> Record:
     if not isinstance(tag, str):
         raise ValueError(f"Expected the tag of published weights. Received: {tag!r}")
     bare = re.sub(_HUB_PREFIX, "", tag)
-    for record in records:
-        if bare in (record.tag, record.tag.split(".")[-1]) or (tag == "imagenet" and record.default):
-            return record
-    reason = why_refused(bare)
+    named = {"imagenet": default(model), "best": best(model)}.get(tag)
+    if named is not None:
+        return named
+    matching = [record for record in records if bare in (record.tag, record.tag.split(".")[-1])]
+    # Without the net's name, a tag is that of the port where timm has both.
+    for record in sorted(matching, key=lambda record: (record.tag != bare, not record.tag.startswith("tf_"))):
+        return record
+    others = [record.model for record in RECORDS if record.tag == bare]
+    reason = f"They are of {others[0]}" if others else why_refused(bare)
     if reason:
         tags = ", ".join(record.tag for record in records[:3])
         raise ValueError(
             f"Expected weights of {model}, such as {tags} (`keras-effnet list --weights` shows all). Received: "
             f"weights={tag!r}. {reason}"
         )
-    alias = ["imagenet"] if default(model) else []
+    alias = [name for name, found in (("imagenet", default(model)), ("best", best(model))) if found]
     raise unknown(f"weights for {model}", tag, [*alias, *(record.tag for record in records)])
 
 
@@ -451,6 +593,19 @@ def default(model: str) -> Record | None:
     return next((record for record in of_model(model) if record.default), None)
 
 
+def best(model: str) -> Record | None:
+    """Returns the set that `weights="best"` selects: the highest published top-1 without more data than ImageNet's.
+
+    Args:
+        model: Name of a variant.
+
+    Returns:
+        A `Record`, or None if there is no such set.
+    """
+    found = (record for record in of_model(model) if record.top1 and record.classes == 1000 and not record.extra_data)
+    return next(found, None)
+
+
 def digest(path, algorithm: str) -> str:
     """Returns the hash of a file. See `File.hash`.
 
@@ -465,20 +620,6 @@ def digest(path, algorithm: str) -> str:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
-def refuse(path, sha256: str | None = None) -> None:
-    """Raises an error for timm's own nets, which are recognized by their hash.
-
-    Args:
-        path: Path of a file.
-        sha256: String. The file's `digest()`. Defaults to None: computed.
-
-    Raises:
-        ValueError: If the file is one of timm's own nets.
-    """
-    if (sha256 or digest(path, "sha256")).removeprefix("sha256:")[:8] in _NATIVE_SHA256:
-        raise ValueError(f"Expected weights of this family. Received: {str(path)!r}. {_NATIVE}")
-
-
 def recognise(model: str, path) -> Record | None:
     """Returns the set that a file contains, recognized by its hash.
 
@@ -491,11 +632,9 @@ def recognise(model: str, path) -> Record | None:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the file is one of timm's own nets.
     """
     records = of_model(model)
     digests = [digest(path, algorithm) for algorithm in ("sha256", "md5")]
-    refuse(path, digests[0])
     for record in records:
         if any(file.hash and value.startswith(file.hash) for file in record.files for value in digests):
             return record
@@ -509,7 +648,7 @@ def list_weights(model: str) -> list[str]:
         model: Name of a model.
 
     Returns:
-        List of strings: the TPU repository's sets, then timm's ports, each with the lowest published top-1 first.
+        List of strings, with the highest published top-1 first.
 
     Raises:
         ValueError: If the model is unknown.
@@ -518,6 +657,6 @@ def list_weights(model: str) -> list[str]:
 
     >>> import keras_effnet as ke
     >>> ke.list_weights("efficientnet-lite3")
-    ['baseline', 'tf_efficientnet_lite3.in1k']
+    ['tf_efficientnet_lite3.in1k', 'baseline']
     """
     return [record.tag for record in of_model(model)]

@@ -35,7 +35,7 @@ def list_(pattern, of_weights, as_json) -> None:
         sets = ", ".join(
             "{tag} {top1}".format(**record) + "*" * record["default"]
             for record in row["weights"]
-            if record["publisher"] == "tpu" or len(row["weights"]) == 1
+            if record["publisher"] != "timm" or len(row["weights"]) == 1
         )
         models.add_row(
             row["name"], str(row["resolution"][0]), f"{row['params'] / 1e6:.1f} M", f"{row['macs'] / 1e9:.2f} G", sets

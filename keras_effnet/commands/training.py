@@ -90,7 +90,7 @@ def _list_recipes(found, as_json: bool) -> None:
 @click.option("--split", "eval_split", help="Split of a TensorFlow dataset or of TFRecords, or a subfolder of --data.")
 @click.option("--first-label", default=1, show_default=True, help="Number of the first class in TFRecords.")
 @click.option("--eval-crop", "crop", type=float, help="Share of the shorter side to keep. Default: as for the weights.")
-@click.option("--interpolation", help="bicubic or bilinear. Default: as for the weights.")
+@click.option("--interpolation", help="bicubic, bilinear or half-pixel-bilinear. Default: as for the weights.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Images per batch.")
 @click.option("--limit", type=click.IntRange(1), help="Evaluate at most this many examples.")
 @click.option("--predictions", metavar="FILE.jsonl", help="Save one line per image: its class and the top 5.")

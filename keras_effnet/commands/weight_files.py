@@ -42,9 +42,10 @@ def download(model, tag, no_top, as_json) -> None:
     "--labels", type=click.File(), help="Text file with the class names to save in a .keras file, one a line."
 )
 @click.option("--head", help="linear:CLASSES: use this classifier instead of the layers that SRC has around the net.")
+@click.option("--padding", help="Padding that the weights are for, where SRC does not say it: same or symmetric.")
 @click.option("--verify", "compare", is_flag=True, help="Run the SavedModel SRC with TensorFlow, and compare outputs.")
 @AS_JSON
-def convert(src, dst, model, source, target, raw, preprocessing, labels, head, compare, as_json) -> None:
+def convert(src, dst, model, source, target, raw, preprocessing, labels, head, padding, compare, as_json) -> None:
     """Convert a model or its weights from SRC to DST.
 
     SRC is a .keras, .h5, .safetensors or torch file, a TensorFlow checkpoint (folder, prefix or .tar.gz), or a
@@ -58,9 +59,9 @@ def convert(src, dst, model, source, target, raw, preprocessing, labels, head, c
     from keras_effnet.weights import convert as conversion
 
     names = [line.strip() for line in labels if line.strip()] if labels else None
-    options = {"raw": raw, "preprocessing": preprocessing, "labels": names, "head": head, "verify": compare}
+    options = {"raw": raw, "preprocessing": preprocessing, "labels": names, "head": head, "padding": padding}
     with spinner("Converting"):
-        done = conversion.convert(src, dst, model, source, target, **options)
+        done = conversion.convert(src, dst, model, source, target, verify=compare, **options)
     if as_json:
         show_json(asdict(done))
         return

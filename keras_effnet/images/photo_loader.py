@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,12 +91,12 @@ def loader(size, channels: int, channels_last: bool, rules: Any, crop: bool = Tr
     Returns:
         Function from a path or bytes to the array of pixels.
     """
-    used: tuple[Any, ...] = (rules.crop_padding, rules.interpolation) if rules else ()
+    used = model_metadata.Expects.of(rules) if rules else model_metadata.Expects()
     if not crop and not isinstance(rules, model_metadata.Expects):
-        used = (0, "bilinear")
+        used = model_metadata.Expects(0, "bilinear")
 
     def load(source) -> np.ndarray:
-        pixels = crop_and_resize(decode_image(source, channels), tuple(size), *used)
+        pixels = crop_and_resize(decode_image(source, channels), tuple(size), **asdict(used))
         return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     return load

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -316,5 +317,5 @@ def metadata_of(model: keras.Model, shape: Sequence[int], precision: str, labels
     with suppress(ValueError):  # a model of another package
         rules = photo_loader.expected_by(model, "auto")[3]
         if rules is not None:
-            found["preprocessing"] |= {"crop_padding": rules.crop_padding, "interpolation": rules.interpolation}
+            found["preprocessing"] |= asdict(model_metadata.Expects.of(rules))
     return found

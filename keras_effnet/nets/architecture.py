@@ -11,6 +11,9 @@ from numbers import Integral
 
 Widths = tuple[int, int, int]  # (expand_filters, se_filters, filters_out) of a block
 
+# Epsilon of batch normalization with each padding: the original's, and that of timm's own nets, keras-hub and Composer.
+EPSILONS = {"same": 1e-3, "symmetric": 1e-5}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -25,9 +28,16 @@ class Stage:
             a different number of channels (EdgeTPU declares 24 after a stem of 32).
         filters_out: Integer, output channels.
         se_ratio: Float, squeeze-and-excite width over `filters_in`. 0: none.
-        operator: `"mbconv"` (depthwise) or `"fused"` (one full convolution in place of expansion and depthwise).
+        operator: See `Block`.
         residual: Boolean, whether blocks that keep the shape of their input have a skip connection.
         num_experts: Integer, kernels per convolution, mixed for each example. 0: an ordinary convolution.
+        activation: Name of a Keras activation. Empty: the net's.
+        project_activation: Boolean, whether the activation also follows the projection. Always with `"conv"`.
+        space_to_depth: Boolean, whether the first block starts with `Block.space_to_depth`. All blocks then have four
+            times `filters_out`.
+        first_kernel_size: Integer, side of the first block's kernel where it differs. 0: `kernel_size`.
+        se_of_input: Boolean, whether squeeze-and-excite takes its width from the channels that arrive, where they
+            differ from `filters_in`.
     """
 
     repeats: int
@@ -40,6 +50,11 @@ class Stage:
     operator: str = "mbconv"
     residual: bool = True
     num_experts: int = 0
+    activation: str = ""
+    project_activation: bool = False
+    space_to_depth: bool = False
+    first_kernel_size: int = 0
+    se_of_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,8 @@ class Block:
 
     Args:
         name: String, stage and position in it, as in keras.applications: `"1a"`, `"2a"`, `"2b"`, ...
-        operator: `"mbconv"` or `"fused"`.
+        operator: `"mbconv"` (depthwise), `"fused"` (one full convolution in place of expansion and depthwise) or
+            `"conv"` (the projection alone, as one full convolution).
         kernel_size: Integer, side of the spatial convolution's kernel.
         strides: Integer, 1 or 2.
         filters_in: Integer, input channels.
@@ -57,6 +73,10 @@ class Block:
         filters_out: Integer, output channels.
         residual: Boolean, whether the input is added to the output.
         num_experts: Integer, see `Stage`.
+        activation: See `Stage`.
+        project_activation: See `Stage`.
+        space_to_depth: Boolean, whether a learnt 2 x 2 convolution with strides of 2 comes first. It has four times
+            `filters_in` channels.
     """
 
     name: str
@@ -69,6 +89,9 @@ class Block:
     filters_out: int
     residual: bool
     num_experts: int = 0
+    activation: str = ""
+    project_activation: bool = False
+    space_to_depth: bool = False
 
     @property
     def stage(self) -> int:
@@ -78,7 +101,12 @@ class Block:
     @property
     def inner_filters(self) -> int:
         """Channels between expansion and projection."""
-        return self.expand_filters or self.filters_in
+        return self.expand_filters or self.filters_in * (4 if self.space_to_depth else 1)
+
+    @property
+    def reduction(self) -> int:
+        """Strides of the whole block."""
+        return self.strides * (2 if self.space_to_depth else 1)
 
 
 @dataclass(frozen=True)
@@ -89,7 +117,7 @@ class Variant:
         name: String, as the TPU repository spells it.
         stages: Tuple of `Stage`.
         width: Float, width coefficient.
-        depth: Float, depth coefficient.
+        depth: Float, depth coefficient, or a tuple of one for each stage.
         resolution: Integer, side of the input in pixels.
         dropout_rate: Float, rate before the classifier.
         source: String, where the numbers come from.
@@ -100,12 +128,18 @@ class Variant:
         class_offset: Integer, classes before ImageNet's 1000 in the original checkpoints.
         widths: Tuple of `(expand_filters, se_filters, filters_out)` per block of a pruned net. Defaults to None: the
             widths follow from the stages.
+        stem_filters: Integer, channels of the first convolution before scaling.
+        head_filters: Integer, channels of the last convolution before scaling.
+        least_share: Float, see `scaling.round_filters()`.
+        padding: See `Architecture`.
+        bn_momentum: See `Architecture`.
+        depthwise_name: See `Architecture`.
     """
 
     name: str
     stages: tuple[Stage, ...]
     width: float
-    depth: float
+    depth: float | tuple[float, ...]
     resolution: int
     dropout_rate: float
     source: str
@@ -115,6 +149,12 @@ class Variant:
     preprocessing: str = "imagenet"
     class_offset: int = 0
     widths: tuple[Widths, ...] | None = None
+    stem_filters: int = 32  # tensorflow/tpu efficientnet_model.py:518-521
+    head_filters: int = 1280  # efficientnet_model.py:586-589
+    least_share: float = 0.9
+    padding: str = "same"
+    bn_momentum: float = 0.99
+    depthwise_name: str = "dwconv"
 
 
 @dataclass(frozen=True)
@@ -129,6 +169,12 @@ class Architecture:
         activation: Name of a Keras activation.
         dropout_rate: Float, rate before the classifier.
         drop_connect_rate: Float, see `drop_connect_rates`.
+        padding: Key of `EPSILONS`. `"same"`: TensorFlow's, which adds an odd row and column at the end. `"symmetric"`:
+            PyTorch's, which adds equal numbers on both sides. They differ where a convolution has strides.
+        bn_epsilon: Float, epsilon of batch normalization.
+        bn_momentum: Float, momentum of batch normalization.
+        depthwise_name: String, how the names of depthwise convolutions end: `"dwconv"`, or `"dwconv2"` as
+            keras.applications calls those of V2.
     """
 
     name: str
@@ -138,6 +184,10 @@ class Architecture:
     activation: str
     dropout_rate: float
     drop_connect_rate: float
+    padding: str = "same"
+    bn_epsilon: float = EPSILONS["same"]
+    bn_momentum: float = 0.99
+    depthwise_name: str = "dwconv"
 
     @property
     def drop_connect_rates(self) -> tuple[float, ...]:
@@ -154,9 +204,12 @@ class Architecture:
 
     @property
     def reductions(self) -> tuple[int, ...]:
-        """Index of the block of each endpoint reduction_1, ...: the last before each stride, and the last of all."""
-        following = [block.strides for block in self.blocks[1:]] + [2]
-        return tuple(index for index, strides in enumerate(following) if strides > 1)
+        """Index of the block of each endpoint reduction_1, ...: the last before each stride, and the last of all.
+
+        -1 is the stem, where the first block has strides.
+        """
+        following = [block.reduction for block in self.blocks] + [2]
+        return tuple(index - 1 for index, strides in enumerate(following) if strides > 1)
 
 
 def with_widths(

@@ -1,6 +1,6 @@
 """Functional builders of stem, blocks, head and classifier."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 from keras import layers
@@ -20,6 +20,8 @@ class Style:
         bn_epsilon: Float, added to the variance.
         data_format: `"channels_last"` or `"channels_first"`.
         dtype: A `keras.DTypePolicy`.
+        padding: See `Architecture`.
+        depthwise_name: See `Architecture`.
         prefix: String in front of every layer's name.
     """
 
@@ -28,6 +30,8 @@ class Style:
     bn_epsilon: float
     data_format: str
     dtype: keras.DTypePolicy
+    padding: str = "same"
+    depthwise_name: str = "dwconv"
     prefix: str = ""
 
     @property
@@ -69,7 +73,7 @@ class Style:
         """
         kwargs = {"kernel_initializer": initializers.kernel(), **kwargs}
         return self._convolve(
-            (layers.Conv2D, CondConv2D), name, x, routing, filters, kernel_size, strides=strides, **kwargs
+            (layers.Conv2D, CondConv2D), name, x, routing, (filters, kernel_size), strides=strides, **kwargs
         )
 
     def depthwise(self, x, kernel_size: int, name: str, strides: int = 1, routing=None):
@@ -87,12 +91,17 @@ class Style:
         """
         kwargs = {"depthwise_initializer": initializers.kernel()}
         return self._convolve(
-            (layers.DepthwiseConv2D, DepthwiseCondConv2D), name, x, routing, kernel_size, strides=strides, **kwargs
+            (layers.DepthwiseConv2D, DepthwiseCondConv2D), name, x, routing, (kernel_size,), strides=strides, **kwargs
         )
 
-    def _convolve(self, layer_classes, name: str, x, routing, *args, **kwargs):
+    def _convolve(self, layer_classes, name: str, x, routing, args: tuple[int, ...], **kwargs):
         kwargs = {"use_bias": False, "padding": "same", "data_format": self.data_format, **kwargs}
         plain, mixed = layer_classes
+        side = args[-1]
+        # Without strides both paddings are equal. Even kernels are padded as in TensorFlow by timm too.
+        if self.padding == "symmetric" and kwargs["strides"] > 1 and side % 2:
+            x = self.apply(layers.ZeroPadding2D, f"{name}_pad", x, side // 2, data_format=self.data_format)
+            kwargs["padding"] = "valid"
         if routing is None:
             return self.apply(plain, name, x, *args, **kwargs)
         return self.apply(mixed, name, [x, routing], *args, num_experts=routing.shape[-1], **kwargs)
@@ -170,18 +179,32 @@ def mbconv(style: Style, x, block: Block, name: str):
         tensorflow/tpu efficientnet_model.py:306-396.
     """
     routing = _routing(style, x, block.num_experts, name) if block.num_experts else None
+    if block.space_to_depth:
+        x = style.conv(x, block.inner_filters, 2, f"{name}s2d_conv", strides=2)
+        x = style.norm(x, f"{name}s2d_bn", f"{name}s2d_activation")
     if block.expand_filters:
         x = style.conv(x, block.expand_filters, 1, f"{name}expand_conv", routing=routing)
         x = style.norm(x, f"{name}expand_bn", f"{name}expand_activation")
-    x = style.depthwise(x, block.kernel_size, f"{name}dwconv", block.strides, routing=routing)
+    x = style.depthwise(x, block.kernel_size, name + style.depthwise_name, block.strides, routing=routing)
     x = style.norm(x, f"{name}bn", f"{name}activation")
-    if block.se_filters:
-        gate = style.pool(x, "avg", keepdims=True, name=f"{name}se_squeeze")
-        gate = style.conv(gate, block.se_filters, 1, f"{name}se_reduce", use_bias=True, activation=style.activation)
-        gate = style.conv(gate, block.inner_filters, 1, f"{name}se_expand", use_bias=True, activation="sigmoid")
-        x = style.apply(layers.Multiply, f"{name}se_excite", [x, gate])
-    x = style.conv(x, block.filters_out, 1, f"{name}project_conv", routing=routing)
-    return style.norm(x, f"{name}project_bn")
+    x = _excited(style, x, block, name)
+    return _projected(style, x, block, name, routing=routing)
+
+
+def _excited(style: Style, x, block: Block, name: str):
+    """Applies squeeze-and-excite, if the block has it."""
+    if not block.se_filters:
+        return x
+    gate = style.pool(x, "avg", keepdims=True, name=f"{name}se_squeeze")
+    gate = style.conv(gate, block.se_filters, 1, f"{name}se_reduce", use_bias=True, activation=style.activation)
+    gate = style.conv(gate, block.inner_filters, 1, f"{name}se_expand", use_bias=True, activation="sigmoid")
+    return style.apply(layers.Multiply, f"{name}se_excite", [x, gate])
+
+
+def _projected(style: Style, x, block: Block, name: str, kernel_size: int = 1, strides: int = 1, routing=None):
+    """Applies the projection, and the activation if the block has one there."""
+    x = style.conv(x, block.filters_out, kernel_size, f"{name}project_conv", strides, routing)
+    return style.norm(x, f"{name}project_bn", f"{name}project_activation" if block.project_activation else None)
 
 
 def _routing(style: Style, x, num_experts: int, name: str):
@@ -195,7 +218,7 @@ def _routing(style: Style, x, num_experts: int, name: str):
 
 
 def fused(style: Style, x, block: Block, name: str):
-    """Applies one full convolution, in place of expansion and depthwise convolution, and the projection.
+    """Applies one full convolution in place of expansion and depthwise convolution, squeeze-and-excite and projection.
 
     Args:
         style: A `Style`.
@@ -207,15 +230,33 @@ def fused(style: Style, x, block: Block, name: str):
         Keras tensor of `block.filters_out` channels.
 
     Reference:
-        tensorflow/tpu efficientnet_model.py:399-469.
+        tensorflow/tpu efficientnet_model.py:399-469; google/automl efficientnetv2/effnetv2_model.py `FusedMBConvBlock`.
     """
-    x = style.conv(x, block.inner_filters, block.kernel_size, f"{name}expand_conv", block.strides)
+    x = style.conv(x, block.expand_filters, block.kernel_size, f"{name}expand_conv", block.strides)
     x = style.norm(x, f"{name}expand_bn", f"{name}expand_activation")
-    x = style.conv(x, block.filters_out, 1, f"{name}project_conv")
-    return style.norm(x, f"{name}project_bn")
+    x = _excited(style, x, block, name)
+    return _projected(style, x, block, name)
 
 
-OPERATORS = {"mbconv": mbconv, "fused": fused}
+def conv(style: Style, x, block: Block, name: str):
+    """Applies the projection alone, as one full convolution with the activation after it.
+
+    Args:
+        style: A `Style`.
+        x: Keras tensor of `block.filters_in` channels.
+        block: A `Block`.
+        name: String in front of the name of each layer.
+
+    Returns:
+        Keras tensor of `block.filters_out` channels.
+
+    Reference:
+        google/automl efficientnetv2/effnetv2_model.py `FusedMBConvBlock`, with an expansion of 1.
+    """
+    return _projected(style, x, block, name, block.kernel_size, block.strides)
+
+
+OPERATORS = {"mbconv": mbconv, "fused": fused, "conv": conv}
 
 
 def body(style: Style, x, block: Block, drop_connect_rate: float):
@@ -231,10 +272,12 @@ def body(style: Style, x, block: Block, drop_connect_rate: float):
         Keras tensor of `block.filters_out` channels.
     """
     name = f"block{block.name}_"
-    y = OPERATORS[block.operator](style, x, block, name)
+    inside = replace(style, activation=block.activation or style.activation)
+    y = OPERATORS[block.operator](inside, x, block, name)
     if block.residual:
         y = style.apply(layers.Dropout, f"{name}drop", y, drop_connect_rate, noise_shape=(None, 1, 1, 1))
-        y = style.apply(layers.Add, f"{name}add", [y, x])
+        # The short way first: Keras walks a graph from its end by recursion, which V2-XL would make too deep.
+        y = style.apply(layers.Add, f"{name}add", [x, y])
     return y
 
 

@@ -11,7 +11,7 @@ import keras
 from keras_effnet import compat
 from keras_effnet.errors import one_of
 from keras_effnet.nets import blocks, inspection
-from keras_effnet.nets.architecture import Architecture
+from keras_effnet.nets.architecture import EPSILONS, Architecture
 from keras_effnet.nets.normalization import constants
 
 
@@ -25,8 +25,6 @@ def build(
     classes: int = 1000,
     classifier_activation: Any = "softmax",
     name: str | None = None,
-    bn_momentum: float | None = None,
-    bn_epsilon: float | None = None,
     data_format: str = "channels_last",
     dtype: Any = None,
     prefix: str = "",
@@ -42,8 +40,6 @@ def build(
         classes: Integer, outputs of the classifier. Defaults to 1000.
         classifier_activation: Activation of the classifier, None for logits. Defaults to `"softmax"`.
         name: String. Defaults to the name of the architecture.
-        bn_momentum: Float, momentum of batch normalization. Defaults to 0.99.
-        bn_epsilon: Float, epsilon of batch normalization. Defaults to 1e-3.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to `"channels_last"`.
         dtype: Dtype or dtype policy. Defaults to Keras' policy.
         prefix: String in front of the name of each layer. Defaults to `""`.
@@ -66,10 +62,12 @@ def build(
     scale, offset = constants(preprocessing, channels)
     style = blocks.Style(
         activation=architecture.activation,
-        bn_momentum=between("bn_momentum", bn_momentum, 0.99),
-        bn_epsilon=between("bn_epsilon", bn_epsilon, 1e-3),
+        bn_momentum=architecture.bn_momentum,
+        bn_epsilon=architecture.bn_epsilon,
         data_format=data_format,
         dtype=policy(dtype),
+        padding=architecture.padding,
+        depthwise_name=architecture.depthwise_name,
         prefix=prefix,
     )
     x = blocks.stem(style, inputs, architecture.stem_filters, scale, offset)
@@ -102,20 +100,24 @@ def functional(inputs, outputs, name: str) -> keras.Model:
     return model
 
 
-def override(architecture: Architecture, **rates: float | None) -> Architecture:
-    """Replaces rates of an architecture.
+def override(architecture: Architecture, padding: str | None = None, **rates: float | None) -> Architecture:
+    """Replaces the padding and rates of an architecture.
 
     Args:
         architecture: An `Architecture`.
+        padding: See `Architecture`. It brings its epsilon. Defaults to None: the architecture's.
         **rates: Floats by field name, such as `dropout_rate`. None keeps the architecture's rate.
 
     Returns:
         An `Architecture`.
 
     Raises:
-        ValueError: If a rate is not at least 0 and less than 1.
+        ValueError: If the padding is unknown, or a rate is not at least 0 and less than 1.
     """
-    given = {name: between(name, rate, None) for name, rate in rates.items() if rate is not None}
+    given: dict[str, Any] = {}
+    if padding is not None:
+        given = {"padding": one_of("padding", padding, tuple(EPSILONS)), "bn_epsilon": EPSILONS[padding]}
+    given |= {name: between(name, rate, None) for name, rate in rates.items() if rate is not None}
     return dataclasses.replace(architecture, **given)
 
 
@@ -183,13 +185,10 @@ def check_head(include_top, pooling, classes, classifier_activation, pretrained:
         return
     if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
         raise ValueError(f"Expected classes to be a positive integer. Received: classes={classes!r}")
-    if pretrained and classifier_activation not in (
-        None,
-        "softmax",
-        keras.activations.softmax,
-        keras.activations.linear,
-        "linear",
-    ):
+    known = [None, "softmax", keras.activations.softmax, keras.activations.linear, "linear"]
+    if classes > 1001:  # ImageNet-21k, whose sets are trained with a sigmoid
+        known += ["sigmoid", keras.activations.sigmoid]
+    if pretrained and classifier_activation not in known:
         raise ValueError(
             "Expected classifier_activation to be 'softmax' or None for a pretrained top. "
             f"Received: classifier_activation={classifier_activation!r}"

@@ -39,8 +39,8 @@ class Reading:
 
 # Names of the layers without prefix. The groups of a block's layer are its block and its part.
 LAYER = re.compile(
-    r"preprocessing|stem_(?:conv|bn|activation)|top_(?:conv|bn|activation|dropout)|(?:avg|max)_pool|predictions"
-    r"|block(\d+[a-z])_((?:expand_|project_)?(?:conv|bn|activation)|dwconv|bn|activation"
+    r"preprocessing|stem_(?:conv(?:_pad)?|bn|activation)|top_(?:conv|bn|activation|dropout)|(?:avg|max)_pool|predictions"
+    r"|block(\d+[a-z]+)_((?:s2d_|expand_|project_)(?:conv(?:_pad)?|bn|activation)|dwconv2?(?:_pad)?|bn|activation"
     r"|se_(?:squeeze|reduce|expand|excite)|routing(?:_pool)?|drop|add)"
 )
 
@@ -82,9 +82,9 @@ def read(model: keras.Model, prefix: str | None = None, others: bool = False) ->
     named = {name.removeprefix(prefix): layer for name, layer in found.items() if name.startswith(prefix)}
     try:
         return _read(model, {name: layer for name, layer in named.items() if LAYER.fullmatch(name)})
-    except (AttributeError, KeyError, TypeError) as error:  # such as EfficientNetV2, whose blocks have other layers
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"Expected the layers of an EfficientNet B0 to B8, L2, Lite, EdgeTPU or CondConv. Received: {model.name!r}"
+            f"Expected the layers of an EfficientNet of this package. Received: {model.name!r}"
             f", whose layers differ ({error})"
         ) from error
 
@@ -122,26 +122,33 @@ def _read(model: keras.Model, named: dict) -> Reading:
         if match and match[1]:
             groups.setdefault(match[1], {})[match[2]] = layer
     stem_conv, top_conv = named["stem_conv"], named["top_conv"]
-    blocks, arriving = [], stem_conv.filters
+    activation = named["stem_activation"].get_config()["activation"]
+    blocks, arriving, depthwise = [], stem_conv.filters, "dwconv"
     for name, group in groups.items():
-        spatial = group.get("dwconv") or group["expand_conv"]
-        expand, reduce = group.get("expand_conv"), group.get("se_reduce")
-        filters_out = group["project_conv"].filters
+        depthwise = next((key for key in ("dwconv", "dwconv2") if key in group), depthwise)
+        expand, reduce, project = group.get("expand_conv"), group.get("se_reduce"), group["project_conv"]
+        spatial = group.get(depthwise) or expand or project
+        operator = {depthwise: "mbconv", "expand_conv": "fused", "project_conv": "conv"}
+        acting = group.get("activation") or group.get("expand_activation") or group["project_activation"]
+        own = acting.get_config()["activation"]
         blocks.append(
             Block(
                 name=name,
-                operator="mbconv" if "dwconv" in group else "fused",
+                operator=next(kind for key, kind in operator.items() if key in group),
                 kernel_size=spatial.kernel_size[0],
                 strides=spatial.strides[0],
                 filters_in=arriving,
                 expand_filters=expand.filters if expand else 0,
                 se_filters=reduce.filters if reduce else 0,
-                filters_out=filters_out,
+                filters_out=project.filters,
                 residual="add" in group,
                 num_experts=group["routing"].units if "routing" in group else 0,
+                activation="" if own == activation else own,
+                project_activation="project_activation" in group,
+                space_to_depth="s2d_conv" in group,
             )
         )
-        arriving = filters_out
+        arriving = project.filters
     # The last residual block has the largest rate, so the base rate computed from it has the least rounding error.
     drops = [(group["drop"].rate, index) for index, group in enumerate(groups.values()) if "drop" in group]
     rate, index = drops[-1] if drops else (0.0, 1)
@@ -156,9 +163,13 @@ def _read(model: keras.Model, named: dict) -> Reading:
             stem_filters=stem_conv.filters,
             blocks=tuple(blocks),
             head_filters=top_conv.filters,
-            activation=named["stem_activation"].get_config()["activation"],
+            activation=activation,
             dropout_rate=dropout.rate if dropout else 0.0,
             drop_connect_rate=round(rate * len(blocks) / index, 12),
+            padding=_padding(named),
+            bn_epsilon=named["stem_bn"].epsilon,
+            bn_momentum=named["stem_bn"].momentum,
+            depthwise_name=depthwise,
         ),
         layers=named,
         block_ends=tuple(list(group.values())[-1] for group in groups.values()),
@@ -168,6 +179,17 @@ def _read(model: keras.Model, named: dict) -> Reading:
         channels=channels,
         classes=predictions.units if predictions else None,
     )
+
+
+def _padding(named: dict) -> str:
+    """Returns the padding of the convolutions with strides.
+
+    keras.applications has padding layers too. At the size that they were built for, they pad as TensorFlow does: one
+    side of them is shorter wherever the map has an even size.
+    """
+    pads = [layer for name, layer in named.items() if name.endswith("_pad")]
+    equal = all(before == after for layer in pads for before, after in layer.padding)
+    return "symmetric" if pads and equal else "same"
 
 
 def _normalization(stem_conv) -> tuple[Any, Any, Any]:

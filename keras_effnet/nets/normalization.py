@@ -11,6 +11,7 @@ SCHEMES = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # efficientnet_builder.py:31-32
     "inception": ((127.5,) * 3, (127.5,) * 3),  # AdvProp, eval_ckpt_main.py:66-68; timm's mean and std of 0.5
     "tpu127": ((127.0,) * 3, (128.0,) * 3),  # lite, edgetpu and condconv builders:30-32
+    "tpu128": ((128.0,) * 3, (128.0,) * 3),  # V2 S to XL: google/automl efficientnetv2/preprocessing.py
 }
 
 

@@ -49,15 +49,18 @@ def stage_rows(architecture: Architecture, size, channels: int, classes: int | N
 
     filters = architecture.stem_filters
     params, after = 9 * channels * filters, _halved(size, 2)
-    cost = {"_params": params, "_norms": filters, "_macs": math.prod(after) * params, "_layers": (5, 7)}
+    pads = architecture.padding == "symmetric"
+    # In V1, keras.applications has a padding layer, and another one that divides by deviations.
+    cost = {"_params": params, "_norms": filters, "_macs": math.prod(after) * params}
+    cost["_layers"] = (5 + pads, 7 if _pads_explicitly(architecture) else 5)
     yield row(1, "Conv3x3", filters, 1, 3, 2, **cost)
     size = after
     rates = iter(architecture.drop_connect_rates)
     for number, group in groupby(architecture.blocks, key=lambda block: block.stage):
         members, leaving, counts = list(group), size, []
         for block in members:
-            counts.append((*_block_cost(block, leaving), *_block_layers(block, next(rates) > 0)))
-            leaving = _halved(leaving, block.strides)
+            counts.append((*_block_cost(block, leaving), *_block_layers(architecture, block, next(rates) > 0)))
+            leaving = _halved(leaving, block.reduction)
         params, norms, macs, ours, theirs = map(sum, zip(*counts, strict=True))
         first = members[0]
         yield row(
@@ -98,37 +101,51 @@ def total(stages) -> tuple[int, int, int]:
 
 
 def _operator(block: Block) -> str:
-    name = {"mbconv": "MBConv", "fused": "FusedMBConv"}[block.operator]
+    name = {"mbconv": "MBConv", "fused": "FusedMBConv", "conv": "FusedMBConv"}[block.operator]
     ratio = block.inner_filters / block.filters_in if block.expand_filters else 1
     return f"{'Cond' * bool(block.num_experts)}{name}{ratio:.2g}"
 
 
 def _block_cost(block: Block, size: tuple[int, int]) -> tuple[int, int, int]:
     """Counts kernel and bias parameters, batch-norm channels, and multiply-adds for one image of `size`."""
-    inside, pixels, out_pixels = block.inner_filters, math.prod(size), math.prod(_halved(size, block.strides))
-    taps = block.kernel_size**2
-    project = inside * block.filters_out
-    if block.operator == "fused":
-        spatial = taps * block.filters_in * inside
-        return spatial + project, inside + block.filters_out, out_pixels * (spatial + project)
-    expand = block.filters_in * block.expand_filters
+    inside, taps = block.inner_filters, block.kernel_size**2
+    start, arriving = 0, block.filters_in
+    if block.space_to_depth:
+        start, arriving, size = 4 * arriving * inside, inside, _halved(size, 2)
+    pixels, out_pixels = math.prod(size), math.prod(_halved(size, block.strides))
+    expand, spatial, project = arriving * block.expand_filters, taps * inside, inside * block.filters_out
+    norms = inside * bool(start) + block.expand_filters + block.filters_out
+    if block.operator == "mbconv":
+        macs = pixels * (start + expand) + out_pixels * (spatial + project)
+        norms += inside
+    else:
+        expand, spatial, project = taps * expand, 0, project * (1 if block.expand_filters else taps)
+        macs = out_pixels * (expand + project)
     gate = 2 * inside * block.se_filters
     biases = block.se_filters + inside if block.se_filters else 0
-    kernels, routing = expand + taps * inside + project, block.filters_in * block.num_experts
-    params = max(block.num_experts, 1) * kernels + gate + biases + routing + block.num_experts
+    kernels, routing = expand + spatial + project, block.filters_in * block.num_experts
+    params = start + max(block.num_experts, 1) * kernels + gate + biases + routing + block.num_experts
     # Mixed experts add the sums of their kernels: arXiv 1904.04971, section 3.
     mixing = block.num_experts * kernels + routing
-    macs = pixels * expand + out_pixels * (taps * inside + project) + gate + mixing
-    return params, block.expand_filters + inside + block.filters_out, macs
+    return params, norms, macs + gate + mixing
 
 
-def _block_layers(block: Block, drops: bool) -> tuple[int, int]:
+def _pads_explicitly(architecture: Architecture) -> bool:
+    """Returns whether keras.applications has padding layers: in V1."""
+    return architecture.depthwise_name == "dwconv"
+
+
+def _block_layers(architecture: Architecture, block: Block, drops: bool) -> tuple[int, int]:
     """Counts the layers of a block: in this package and in keras.applications."""
-    shared = 5 if block.operator == "fused" else 5 + 3 * bool(block.expand_filters) + 2 * bool(block.num_experts)
-    ours = shared + 4 * bool(block.se_filters) + 2 * block.residual
-    # keras.applications has a padding layer before strided convolutions, a reshaping layer in squeeze-and-excite, and
-    # no dropout layer for a rate of 0.
-    theirs = shared + 5 * bool(block.se_filters) + block.residual * (1 + drops) + (block.strides > 1)
+    shared = 3 * (bool(block.expand_filters) + (block.operator == "mbconv") + block.space_to_depth)
+    shared += 2 + block.project_activation + 2 * bool(block.num_experts)
+    strided = block.strides > 1
+    pads = strided and architecture.padding == "symmetric"
+    ours = shared + 4 * bool(block.se_filters) + 2 * block.residual + pads
+    # keras.applications has a padding layer before V1's strided convolutions, a reshaping layer in squeeze-and-excite,
+    # and no dropout layer for a rate of 0.
+    pads = strided and _pads_explicitly(architecture)
+    theirs = shared + 5 * bool(block.se_filters) + block.residual * (1 + drops) + pads
     return ours, theirs
 
 

@@ -2,18 +2,17 @@
 
 import math
 
-from keras_effnet.nets.architecture import Architecture, Block, Variant, with_widths
-
-STEM_FILTERS, HEAD_FILTERS = 32, 1280  # before scaling: tensorflow/tpu efficientnet_model.py:518-521, :586-589
+from keras_effnet.nets.architecture import EPSILONS, Architecture, Block, Variant, with_widths
 
 
-def round_filters(filters: int, width: float, divisor: int = 8) -> int:
+def round_filters(filters: int, width: float, divisor: int = 8, least_share: float = 0.9) -> int:
     """Scales a width to the nearest multiple of `divisor`, but never down by more than a tenth.
 
     Args:
         filters: Integer, channels before scaling.
         width: Float, width coefficient. With 1, `filters` is still rounded to a multiple of `divisor`.
         divisor: Integer. Defaults to 8.
+        least_share: Float, share of the scaled width that has to remain. Defaults to 0.9. 0 for EfficientNetV2.
 
     Returns:
         Integer, channels after scaling.
@@ -24,11 +23,11 @@ def round_filters(filters: int, width: float, divisor: int = 8) -> int:
     (24, 40, 5504)
 
     Reference:
-        tensorflow/tpu efficientnet_model.py:106-122.
+        tensorflow/tpu efficientnet_model.py:106-122; google/automl efficientnetv2/effnetv2_model.py `round_filters`.
     """
     scaled = filters * width
     rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * scaled else rounded
+    return rounded + divisor if rounded < least_share * scaled else rounded
 
 
 def round_repeats(repeats: int, depth: float) -> int:
@@ -71,31 +70,40 @@ def resolve(variant: Variant) -> Architecture:
     Reference:
         tensorflow/tpu efficientnet_model.py:211, :253-263, :518-545, :586-589.
     """
+
+    def rounded(filters: int) -> int:
+        return round_filters(filters, variant.width, least_share=variant.least_share)
+
     stem_filters, head_filters = (
-        filters if variant.fixed_ends else round_filters(filters, variant.width)
-        for filters in (STEM_FILTERS, HEAD_FILTERS)
+        filters if variant.fixed_ends else rounded(filters) for filters in (variant.stem_filters, variant.head_filters)
     )
+    depths = variant.depth if isinstance(variant.depth, tuple) else (variant.depth,) * len(variant.stages)
     ends = (0, len(variant.stages) - 1) if variant.fixed_ends else ()
     blocks: list[Block] = []
     arriving = stem_filters
-    for number, stage in enumerate(variant.stages):
-        filters_out = round_filters(stage.filters_out, variant.width)
-        declared = round_filters(stage.filters_in, variant.width)
-        repeats = stage.repeats if number in ends else round_repeats(stage.repeats, variant.depth)
+    for number, (stage, depth) in enumerate(zip(variant.stages, depths, strict=True)):
+        filters_out = rounded(stage.filters_out) * (4 if stage.space_to_depth else 1)
+        declared = rounded(stage.filters_in)
+        repeats = stage.repeats if number in ends else round_repeats(stage.repeats, depth)
         for repeat in range(repeats):
             strides = stage.strides if repeat == 0 else 1
+            expands = stage.operator == "fused" or (stage.operator == "mbconv" and stage.expand_ratio != 1)
+            squeezed = arriving if stage.se_of_input else declared
             blocks.append(
                 Block(
-                    name=f"{number + 1}{chr(ord('a') + repeat)}",
+                    name=f"{number + 1}{_letters(repeat)}",
                     operator=stage.operator,
-                    kernel_size=stage.kernel_size,
+                    kernel_size=(stage.first_kernel_size if repeat == 0 else 0) or stage.kernel_size,
                     strides=strides,
                     filters_in=arriving,
-                    expand_filters=declared * stage.expand_ratio if stage.expand_ratio != 1 else 0,
-                    se_filters=max(1, int(declared * stage.se_ratio)) if stage.se_ratio else 0,
+                    expand_filters=declared * stage.expand_ratio if expands else 0,
+                    se_filters=max(1, int(squeezed * stage.se_ratio)) if stage.se_ratio else 0,
                     filters_out=filters_out,
                     residual=stage.residual and strides == 1 and arriving == filters_out,
                     num_experts=stage.num_experts,
+                    activation=stage.activation,
+                    project_activation=stage.project_activation,
+                    space_to_depth=stage.space_to_depth and repeat == 0,
                 )
             )
             arriving = declared = filters_out
@@ -107,5 +115,15 @@ def resolve(variant: Variant) -> Architecture:
         activation=variant.activation,
         dropout_rate=variant.dropout_rate,
         drop_connect_rate=variant.drop_connect_rate,
+        padding=variant.padding,
+        bn_epsilon=EPSILONS[variant.padding],
+        bn_momentum=variant.bn_momentum,
+        depthwise_name=variant.depthwise_name,
     )
     return architecture if variant.widths is None else with_widths(architecture, variant.widths)
+
+
+def _letters(index: int) -> str:
+    """Returns a, b, ..., z, aa, ab, ..., as keras.applications names the blocks of a stage."""
+    letter = chr(ord("a") + index % 26)
+    return letter if index < 26 else _letters(index // 26 - 1) + letter

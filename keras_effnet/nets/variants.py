@@ -13,15 +13,17 @@ from keras_effnet.errors import unknown
 from keras_effnet.nets.architecture import Architecture, Block, Stage, Variant, Widths
 from keras_effnet.nets.scaling import resolve
 
+# Stage(repeats, kernel_size, strides, expand_ratio, filters_in, filters_out, se_ratio, operator)
+
 # Table 1 of arXiv 1905.11946; efficientnet_builder.py:172-177.
 B0_STAGES = (
-    Stage(repeats=1, kernel_size=3, strides=1, expand_ratio=1, filters_in=32, filters_out=16),
-    Stage(repeats=2, kernel_size=3, strides=2, expand_ratio=6, filters_in=16, filters_out=24),
-    Stage(repeats=2, kernel_size=5, strides=2, expand_ratio=6, filters_in=24, filters_out=40),
-    Stage(repeats=3, kernel_size=3, strides=2, expand_ratio=6, filters_in=40, filters_out=80),
-    Stage(repeats=3, kernel_size=5, strides=1, expand_ratio=6, filters_in=80, filters_out=112),
-    Stage(repeats=4, kernel_size=5, strides=2, expand_ratio=6, filters_in=112, filters_out=192),
-    Stage(repeats=1, kernel_size=3, strides=1, expand_ratio=6, filters_in=192, filters_out=320),
+    Stage(1, 3, 1, 1, 32, 16),
+    Stage(2, 3, 2, 6, 16, 24),
+    Stage(2, 5, 2, 6, 24, 40),
+    Stage(3, 3, 2, 6, 40, 80),
+    Stage(3, 5, 1, 6, 80, 112),
+    Stage(4, 5, 2, 6, 112, 192),
+    Stage(1, 3, 1, 6, 192, 320),
 )
 
 # lite/efficientnet_lite_builder.py:49-54 and use_se=False.
@@ -29,45 +31,95 @@ LITE_STAGES = tuple(replace(stage, se_ratio=0.0) for stage in B0_STAGES)
 
 # edgetpu/efficientnet_edgetpu_builder.py:51-58. A fused block's kernel is 3 (efficientnet_model.py:399-469).
 EDGETPU_STAGES = (
-    Stage(
-        repeats=1,
-        kernel_size=3,
-        strides=1,
-        expand_ratio=4,
-        filters_in=24,
-        filters_out=24,
-        se_ratio=0.0,
-        operator="fused",
-        residual=False,
-    ),
-    Stage(
-        repeats=2,
-        kernel_size=3,
-        strides=2,
-        expand_ratio=8,
-        filters_in=24,
-        filters_out=32,
-        se_ratio=0.0,
-        operator="fused",
-    ),
-    Stage(
-        repeats=4,
-        kernel_size=3,
-        strides=2,
-        expand_ratio=8,
-        filters_in=32,
-        filters_out=48,
-        se_ratio=0.0,
-        operator="fused",
-    ),
-    Stage(repeats=5, kernel_size=5, strides=2, expand_ratio=8, filters_in=48, filters_out=96, se_ratio=0.0),
-    Stage(repeats=4, kernel_size=5, strides=1, expand_ratio=8, filters_in=96, filters_out=144, se_ratio=0.0),
-    Stage(repeats=2, kernel_size=5, strides=2, expand_ratio=8, filters_in=144, filters_out=192, se_ratio=0.0),
+    Stage(1, 3, 1, 4, 24, 24, 0.0, "fused", residual=False),
+    Stage(2, 3, 2, 8, 24, 32, 0.0, "fused"),
+    Stage(4, 3, 2, 8, 32, 48, 0.0, "fused"),
+    Stage(5, 5, 2, 8, 48, 96, 0.0),
+    Stage(4, 5, 1, 8, 96, 144, 0.0),
+    Stage(2, 5, 2, 8, 144, 192, 0.0),
 )
 
 # condconv/efficientnet_condconv_builder.py:52-60: the blocks of the last three stages mix this many experts.
 CONDCONV_STAGES = {
     experts: (*B0_STAGES[:4], *(replace(stage, num_experts=experts) for stage in B0_STAGES[4:])) for experts in (4, 8)
+}
+
+# Table 4 of arXiv 2104.00298 (S); google/automl @ 6a54c874, efficientnetv2/effnetv2_configs.py, `v2_*_block`.
+V2_STAGES = {
+    "b": (
+        Stage(1, 3, 1, 1, 32, 16, 0.0, "conv", project_activation=True),
+        Stage(2, 3, 2, 4, 16, 32, 0.0, "fused"),
+        Stage(2, 3, 2, 4, 32, 48, 0.0, "fused"),
+        Stage(3, 3, 2, 4, 48, 96),
+        Stage(5, 3, 1, 6, 96, 112),
+        Stage(8, 3, 2, 6, 112, 192),
+    ),
+    "s": (
+        Stage(2, 3, 1, 1, 24, 24, 0.0, "conv", project_activation=True),
+        Stage(4, 3, 2, 4, 24, 48, 0.0, "fused"),
+        Stage(4, 3, 2, 4, 48, 64, 0.0, "fused"),
+        Stage(6, 3, 2, 4, 64, 128),
+        Stage(9, 3, 1, 6, 128, 160),
+        Stage(15, 3, 2, 6, 160, 256),
+    ),
+    "m": (
+        Stage(3, 3, 1, 1, 24, 24, 0.0, "conv", project_activation=True),
+        Stage(5, 3, 2, 4, 24, 48, 0.0, "fused"),
+        Stage(5, 3, 2, 4, 48, 80, 0.0, "fused"),
+        Stage(7, 3, 2, 4, 80, 160),
+        Stage(14, 3, 1, 6, 160, 176),
+        Stage(18, 3, 2, 6, 176, 304),
+        Stage(5, 3, 1, 6, 304, 512),
+    ),
+    "l": (
+        Stage(4, 3, 1, 1, 32, 32, 0.0, "conv", project_activation=True),
+        Stage(7, 3, 2, 4, 32, 64, 0.0, "fused"),
+        Stage(7, 3, 2, 4, 64, 96, 0.0, "fused"),
+        Stage(10, 3, 2, 4, 96, 192),
+        Stage(19, 3, 1, 6, 192, 224),
+        Stage(25, 3, 2, 6, 224, 384),
+        Stage(7, 3, 1, 6, 384, 640),
+    ),
+    "xl": (
+        Stage(4, 3, 1, 1, 32, 32, 0.0, "conv", project_activation=True),
+        Stage(8, 3, 2, 4, 32, 64, 0.0, "fused"),
+        Stage(8, 3, 2, 4, 64, 96, 0.0, "fused"),
+        Stage(16, 3, 2, 4, 96, 192),
+        Stage(24, 3, 1, 6, 192, 256),
+        Stage(32, 3, 2, 6, 256, 512),
+        Stage(8, 3, 1, 6, 512, 640),
+    ),
+}
+
+# timm/models/efficientnet.py 1.0.31, `_gen_efficientnetv2_s` with rw=True: built before the original was published.
+_RW_STAGES = (
+    replace(V2_STAGES["s"][0], operator="fused", project_activation=False),
+    *V2_STAGES["s"][1:5],
+    replace(V2_STAGES["s"][5], filters_out=272),
+)
+
+# tpu/efficientnet_x_builder.py:81-100, by the family. The strides of stage 2 are those of the space-to-depth before it.
+_X_STAGES = {
+    family: (
+        Stage(1, 2, 1, 1, 32, 16, space_to_depth=True),
+        Stage(2, 3, 1, expand_ratio, 16, 24, operator="fused", activation="silu"),
+        Stage(2, 5, 2, expand_ratio, 24, 40, operator="fused", activation="silu"),
+        Stage(3, 3, 2, expand_ratio, 40, 80),
+        *B0_STAGES[4:],
+    )
+    for family, expand_ratio in (("x", 6), ("h", 4))
+}
+
+# timm/models/efficientnet.py 1.0.31, `_gen_efficientnet_x`. Its activations are the other way round, only the first
+# kernel is smaller, and the first block of stage 2 squeezes the channels that it receives.
+_TIMM_X_STAGES = {
+    family: (
+        replace(first, kernel_size=3, first_kernel_size=2),
+        replace(second, activation="relu", se_of_input=True),
+        replace(third, activation="relu"),
+        *others,
+    )
+    for family, (first, second, third, *others) in _X_STAGES.items()
 }
 
 # name: (width, depth, resolution, dropout_rate)
@@ -106,6 +158,46 @@ _CONDCONV = {  # condconv/efficientnet_condconv_builder.py:36-42, by the number 
     },
 }
 
+# google/automl efficientnetv2/effnetv2_configs.py, `efficientnetv2_params`, at the size of its evaluation.
+_V2_B = {
+    "efficientnetv2-b0": (1.0, 1.0, 224, 0.2),
+    "efficientnetv2-b1": (1.0, 1.1, 240, 0.2),
+    "efficientnetv2-b2": (1.1, 1.2, 260, 0.3),
+    "efficientnetv2-b3": (1.2, 1.4, 300, 0.3),
+}
+_V2 = {
+    "s": (1.0, 1.0, 384, 0.2),
+    "m": (1.0, 1.0, 480, 0.3),
+    "l": (1.0, 1.0, 480, 0.4),
+    "xl": (1.0, 1.0, 512, 0.4),
+}
+
+# timm/models/efficientnet.py 1.0.31: `efficientnetv2_rw_*`, at the size of their tests. Dropout is that of V2-S.
+_V2_RW = {
+    "efficientnetv2-rw-t": (0.8, 0.9, 288, 0.2),
+    "efficientnetv2-rw-s": (1.0, 1.0, 384, 0.2),
+    "efficientnetv2-rw-m": (1.2, (1.2,) * 4 + (1.6,) * 2, 416, 0.2),
+}
+
+# tpu/efficientnet_x_builder.py:36-55, by the coefficient of the squeeze-and-excite ratio.
+_X = {
+    4: {"efficientnet-x-b0": (1.0, 1.0, 224, 0.2)},
+    2: {"efficientnet-x-b1": (1.0, 1.1, 240, 0.2)},
+    1: {
+        "efficientnet-x-b2": (1.1, 1.2, 260, 0.3),
+        "efficientnet-x-b3": (1.2, 1.4, 300, 0.3),
+        "efficientnet-x-b4": (1.4, 1.8, 380, 0.4),
+        "efficientnet-x-b5": (1.6, 2.2, 456, 0.4),
+        "efficientnet-x-b6": (1.8, 2.6, 528, 0.5),
+        "efficientnet-x-b7": (2.0, 3.1, 600, 0.5),
+    },
+}
+_H = {"efficientnet-h-b5": (1.92, 2.2, 456, 0.4)}
+
+# timm/models/efficientnet.py 1.0.31: `efficientnet_x_b5` and `efficientnet_h_b5`, at the size of their tests.
+_TIMM_X = {"efficientnet-x-b5-timm": (1.6, 2.2, 576, 0.4)}
+_TIMM_H = {"efficientnet-h-b5-timm": (1.92, 2.2, 576, 0.4)}
+
 # Channels (expand, se, out) of each block, one line per stage: timm/models/_pruned/efficientnet_b*_pruned.txt, 1.0.31.
 _PRUNED: dict[str, tuple[Widths, ...]] = {
     "efficientnet-b1": (
@@ -136,6 +228,15 @@ _PRUNED: dict[str, tuple[Widths, ...]] = {
         *((1392, 58, 384), (2301, 96, 384)),
     ),
 }
+
+_V2_SHARED = {
+    "source": "arXiv 2104.00298; google/automl efficientnetv2",
+    "least_share": 0.0,
+    "bn_momentum": 0.9,
+    "depthwise_name": "dwconv2",
+}
+_X_SHARED = {"source": "tensorflow/tpu efficientnet/tpu", "activation": "relu"}
+_TIMM_SHARED = {"source": "timm/models/efficientnet.py", "padding": "symmetric", "bn_momentum": 0.9}
 
 # Each table, and the fields that its rows share.
 _FAMILIES: tuple[tuple[dict, dict], ...] = (
@@ -171,6 +272,36 @@ _FAMILIES: tuple[tuple[dict, dict], ...] = (
         )
         for experts, rows in _CONDCONV.items()
     ),
+    (_V2_B, {"stages": V2_STAGES["b"]} | _V2_SHARED),
+    *(
+        (
+            {f"efficientnetv2-{short}": row},
+            {
+                "stages": V2_STAGES[short],
+                "stem_filters": V2_STAGES[short][0].filters_in,
+                "preprocessing": "tpu128",
+            }
+            | _V2_SHARED,
+        )
+        for short, row in _V2.items()
+    ),
+    *(
+        (
+            {name: row},
+            {"stages": stages, "stem_filters": 24, "head_filters": head_filters, "depthwise_name": "dwconv2"}
+            | _TIMM_SHARED,
+        )
+        for (name, row), stages, head_filters in zip(
+            _V2_RW.items(), (V2_STAGES["s"], _RW_STAGES, _RW_STAGES), (1280, 1792, 1792), strict=True
+        )
+    ),
+    *(
+        (rows, {"stages": tuple(replace(stage, se_ratio=0.25 * se) for stage in _X_STAGES["x"])} | _X_SHARED)
+        for se, rows in _X.items()
+    ),
+    (_H, {"stages": _X_STAGES["h"]} | _X_SHARED),
+    (_TIMM_X, {"stages": _TIMM_X_STAGES["x"]} | _TIMM_SHARED),
+    (_TIMM_H, {"stages": _TIMM_X_STAGES["h"]} | _TIMM_SHARED),
 )
 
 VARIANTS: dict[str, Variant] = {
@@ -199,7 +330,12 @@ TIMM_NAMES = {
     "cc_b0_4e": "efficientnet-condconv-b0-4e",
     "cc_b0_8e": "efficientnet-condconv-b0-8e",
     "cc_b1_8e": "efficientnet-condconv-b0-8e-depth",
+    "es_pruned": "efficientnet-edgetpu-s",  # pruned by zeros: all channels are there
+    "el_pruned": "efficientnet-edgetpu-l",
 }
+
+# timm's names of nets that it builds otherwise than the TPU repository, whose names differ in punctuation alone.
+_TIMM_EXACT = {"efficientnet_x_b5": "efficientnet-x-b5-timm", "efficientnet_h_b5": "efficientnet-h-b5-timm"}
 
 # What follows `EfficientNet` in the names of our functions where it differs from the variant's.
 _FUNCTIONS = {
@@ -207,6 +343,50 @@ _FUNCTIONS = {
     "CondConvB0x8": "efficientnet-condconv-b0-8e",
     "CondConvB0x8Depth": "efficientnet-condconv-b0-8e-depth",
 }
+
+
+def of_timm(name: str) -> tuple[str, str]:
+    """Returns the variant and the padding of one of timm's nets.
+
+    Args:
+        name: String, timm's name of a net, such as `"tf_efficientnet_b0"`.
+
+    Returns:
+        Tuple of a key of `VARIANTS`, and a key of `EPSILONS`.
+
+    Raises:
+        ValueError: If there is no such variant.
+
+    Reference:
+        timm/models/efficientnet.py 1.0.31: nets whose names start with `tf_`, and those pruned by channels, pad as
+        TensorFlow does. It has V2's B0 to B3 with `tf_` alone.
+    """
+    variant = find_model(name)
+    row = VARIANTS[variant]
+    ported = name.startswith("tf_") or row.widths is not None or variant.startswith("efficientnetv2-b")
+    return variant, row.padding if ported else "symmetric"
+
+
+def timm_name(variant: str, padding: str) -> str | None:
+    """Returns timm's name of a net: the inverse of `of_timm()`.
+
+    Args:
+        variant: Key of `VARIANTS`.
+        padding: Key of `EPSILONS`.
+
+    Returns:
+        String, or None where timm has no such net.
+    """
+    bare = next((short for short, name in TIMM_NAMES.items() if name == variant), None)
+    exact = next((name for name, found in _TIMM_EXACT.items() if found == variant), None)
+    name = exact or re.sub("^efficientnet-", "efficientnet_", variant).replace("-", "_")
+    if bare:
+        name = f"efficientnet_{bare}"
+    row = VARIANTS[variant]
+    is_tpus_own = row.source.endswith("efficientnet/tpu")
+    if padding == "same" and row.widths is None:
+        name = f"tf_{name}"
+    return None if is_tpus_own or of_timm(name) != (variant, padding) else name
 
 
 @cache
@@ -243,6 +423,8 @@ def find_model(name: str) -> str:
     """
     if name in VARIANTS:
         return name
+    if name in _TIMM_EXACT:
+        return _TIMM_EXACT[name]
     found = _aliases().get(_short(name)) if isinstance(name, str) else None
     if found is None:
         raise unknown_model(name)

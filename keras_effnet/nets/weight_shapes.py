@@ -54,19 +54,24 @@ def owners(architecture: Architecture, channels: int = 3, classes: int | None = 
     conv("stem_conv", 3, channels, architecture.stem_filters, norm="stem_bn")
     for block in architecture.blocks:
         start, inside, experts = f"block{block.name}_", block.inner_filters, block.num_experts
+        arriving = block.filters_in
         if experts:
-            found[f"{start}routing"] = Layer("Dense", {"kernel": (block.filters_in, experts), "bias": (experts,)})
-        if block.operator == "fused":
-            conv(f"{start}expand_conv", block.kernel_size, block.filters_in, inside, norm=f"{start}expand_bn")
-        else:
-            if block.expand_filters:
-                conv(f"{start}expand_conv", 1, block.filters_in, inside, norm=f"{start}expand_bn", experts=experts)
-            kernels(f"{start}dwconv", "DepthwiseConv2D", (block.kernel_size, block.kernel_size, inside, 1), experts)
+            found[f"{start}routing"] = Layer("Dense", {"kernel": (arriving, experts), "bias": (experts,)})
+        if block.space_to_depth:
+            conv(f"{start}s2d_conv", 2, arriving, inside, norm=f"{start}s2d_bn")
+            arriving = inside
+        if block.expand_filters:
+            size = block.kernel_size if block.operator == "fused" else 1
+            conv(f"{start}expand_conv", size, arriving, inside, norm=f"{start}expand_bn", experts=experts)
+        if block.operator == "mbconv":
+            shape = (block.kernel_size, block.kernel_size, inside, 1)
+            kernels(start + architecture.depthwise_name, "DepthwiseConv2D", shape, experts)
             batch_norm(f"{start}bn", inside)
         if block.se_filters:
             conv(f"{start}se_reduce", 1, inside, block.se_filters)
             conv(f"{start}se_expand", 1, block.se_filters, inside)
-        conv(f"{start}project_conv", 1, inside, block.filters_out, norm=f"{start}project_bn", experts=experts)
+        size = block.kernel_size if block.operator == "conv" else 1
+        conv(f"{start}project_conv", size, inside, block.filters_out, norm=f"{start}project_bn", experts=experts)
     filters = architecture.head_filters
     conv("top_conv", 1, architecture.blocks[-1].filters_out, filters, norm="top_bn")
     if classes is not None:

@@ -238,6 +238,8 @@ def _style(reading: inspection.Reading) -> blocks.Style:
         bn_epsilon=norm.epsilon,
         data_format=conv.data_format,
         dtype=conv.dtype_policy,
+        padding=reading.architecture.padding,
+        depthwise_name=reading.architecture.depthwise_name,
     )
 
 

@@ -170,7 +170,7 @@ def _cuts(reading: inspection.Reading, kept: dict) -> tuple[dict[int, tuple], di
         tensors: dict[str, Any] = {"": None, "arriving": arriving}
         for width in ("expand_filters", "se_filters", "filters_out"):
             tensors[width] = kept.get((index, width))
-        if not block.expand_filters and block.operator == "mbconv":
+        if not block.expand_filters:
             tensors["expand_filters"] = arriving
         for name, (come, go) in CHANNELS.items():
             layer = reading.layers.get(f"block{block.name}_{name}")

@@ -13,6 +13,7 @@ CHANNELS = {
     "expand_conv": ("arriving", "expand_filters"),
     "expand_bn": ("", "expand_filters"),
     "dwconv": ("expand_filters", ""),
+    "dwconv2": ("expand_filters", ""),
     "bn": ("", "expand_filters"),
     "se_reduce": ("expand_filters", "se_filters"),
     "se_expand": ("se_filters", "expand_filters"),
@@ -121,4 +122,4 @@ def kernels_of(reading: inspection.Reading) -> dict[str, list[tuple[Any, int]]]:
 
 def _outer(block_layer: str) -> int:
     """Returns the axis of a kernel's output channels. In a depthwise kernel, they precede the multiplier."""
-    return -2 if block_layer == "dwconv" else -1
+    return -2 if block_layer.startswith("dwconv") else -1

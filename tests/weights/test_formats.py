@@ -376,7 +376,7 @@ def written(kind: str, folder: Path) -> tuple[Path, list[Path]]:
         torch = pytest.importorskip("torch")
         from safetensors.torch import load_file
 
-        path = folder / "x.pth"
+        path = folder / "tf_efficientnet_lite0.pth"
         state = load_file(ke.weights.export(model, folder / "x.safetensors", target="timm"))
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip.pth")
     elif kind == "safetensors":

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras_effnet import class_names, files, model_metadata, models
 from keras_effnet.errors import one_of
 from keras_effnet.images import photo_loader
+from keras_effnet.images.resizing import INTERPOLATIONS
 from keras_effnet.inference.predictor import Predictor
 from keras_effnet.model_loader import Reference, load_model, resolve
 from keras_effnet.nets import inspection
@@ -50,7 +51,7 @@ def evaluate(
             set whose crop and interpolation to use, by default those of the file's metadata, else the variant's usual
             ones. Defaults to `"imagenet"`.
         crop: Float, share of the shorter side to keep. Defaults to what the weights expect.
-        interpolation: `"bicubic"` or `"bilinear"`. Defaults to what the weights expect.
+        interpolation: See `images.resizing.crop_and_resize()`. Defaults to what the weights expect.
         batch_size: Integer. Defaults to 32.
         limit: Integer, maximum number of examples, taken from all over a folder or from the beginning of records.
             Defaults to None: all.
@@ -158,7 +159,7 @@ def _check_arguments(crop, interpolation, batch_size: int, limit: int | None) ->
     if crop is not None and not 0 < crop <= 1:
         raise ValueError(f"Expected a crop above 0 and up to 1. Received: {crop}")
     if interpolation is not None:
-        one_of("interpolation", interpolation, ("bicubic", "bilinear"))
+        one_of("interpolation", interpolation, INTERPOLATIONS)
 
 
 def _subject(model, weights, crop, interpolation, best: bool = False) -> _Subject:
@@ -219,9 +220,11 @@ def _reader(expected, crop, interpolation) -> tuple[Callable[[bytes], np.ndarray
     side = min(size)
     share = crop or (None if rules and rules.crop_padding is not None else 0.875)
     padding = rules.crop_padding if share is None else round(side * (1 / share - 1))
-    interpolation = interpolation or (rules.interpolation if rules else "bicubic")
-    read = photo_loader.loader(size, channels, channels_last, model_metadata.Expects(padding, interpolation))
-    return read, {"size": list(size), "crop": round(side / (side + padding), 4), "interpolation": interpolation}
+    usual = model_metadata.Expects.of(rules) if rules else model_metadata.Expects()
+    used = replace(usual, crop_padding=padding, interpolation=interpolation or usual.interpolation)
+    read = photo_loader.loader(size, channels, channels_last, used)
+    shown = {"size": list(size), "crop": round(side / (side + padding), 4), "interpolation": used.interpolation}
+    return read, shown | ({"crop_mode": used.crop_mode} if used.crop_mode != "center" else {})
 
 
 def _network(found: Reference, weights) -> Any:

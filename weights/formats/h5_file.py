@@ -194,27 +194,56 @@ def keras_version(path) -> str | None:
     return version.decode(errors="replace") if isinstance(version, bytes) else version and str(version)
 
 
-def write_h5(path, tensors: dict[str, np.ndarray], preprocessing) -> Path:
+def padding_of(path) -> str | None:
+    """Returns the padding of a net of this package in an h5 file: its layers are listed, also those without weights.
+
+    Args:
+        path: Path of a file of any format.
+
+    Returns:
+        Key of `nets.architecture.EPSILONS`, or None where the file is of another format or program.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    if not is_h5(path):
+        return None
+    with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
+        group = opened_file.get("model_weights", opened_file)
+        if is_legacy(opened_file):
+            names, own, pad = list(_names(group, "layer_names")), "preprocessing", "stem_conv_pad"
+        else:
+            names, own, pad = list(opened_file.get("layers", ())), "rescaling", "zero_padding2d"
+    # keras.applications has padding layers too, and normalizes in a layer of its own.
+    if own not in names or any(name.startswith("normalization") for name in names):
+        return None
+    return "symmetric" if pad in names else "same"
+
+
+def write_h5(path, tensors: dict[str, np.ndarray], preprocessing=None) -> Path:
     """Writes an h5 file for keras.applications, which loads it by the order of its layers.
 
     Args:
         path: Path of the file.
         tensors: Dict of arrays by layer/variable, in the order of the layers.
-        preprocessing: Pair (scale, offset) of sequences of floats, the model's preprocessing.
+        preprocessing: Pair (scale, offset) of sequences of floats, the model's preprocessing. Defaults to None: its net
+            has no weights for it, as in V2.
 
     Returns:
         The path.
     """
     import h5py
 
-    # keras.applications divides by 255, then subtracts a mean and divides by the root of a variance.
-    scale, offset = (np.asarray(numbers, np.float64) for numbers in preprocessing)
-    deviation = 1 / (255 * scale)
-    statistics = {
-        "normalization/mean": np.float32(-offset * deviation),
-        "normalization/variance": np.float32(deviation**2),
-        "normalization/count": np.zeros((), np.int32),
-    }
+    statistics: dict[str, Any] = {}
+    if preprocessing is not None:
+        # keras.applications divides by 255, then subtracts a mean and divides by the root of a variance.
+        scale, offset = (np.asarray(numbers, np.float64) for numbers in preprocessing)
+        deviation = 1 / (255 * scale)
+        statistics = {
+            "normalization/mean": np.float32(-offset * deviation),
+            "normalization/variance": np.float32(deviation**2),
+            "normalization/count": np.zeros((), np.int32),
+        }
     layers: dict[str, dict[str, np.ndarray]] = {}
     for name, value in (statistics | tensors).items():
         layer, variable = name.split("/")
@@ -232,4 +261,4 @@ def write_h5(path, tensors: dict[str, np.ndarray], preprocessing) -> Path:
 
 
 def _keras2(layer: str, variable: str) -> str:
-    return "depthwise_kernel" if layer.endswith("dwconv") and variable == "kernel" else variable
+    return "depthwise_kernel" if layer.endswith(("dwconv", "dwconv2")) and variable == "kernel" else variable

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,16 +63,50 @@ def preprocessing_of(path):
     Raises:
         ValueError: If the file is a damaged archive.
     """
+    with _layers(path) as layers:
+        for layer in layers:
+            if layer["class_name"] == "Rescaling" and layer["config"]["name"].endswith("preprocessing"):
+                return tuple(np.ravel(layer["config"][key]).tolist() for key in ("scale", "offset"))
+    return None
+
+
+def padding_of(path) -> str | None:
+    """Returns the padding of the EfficientNet in a `.keras` file.
+
+    Args:
+        path: Path of a file of any format.
+
+    Returns:
+        Key of `nets.architecture.EPSILONS`, or None where the file is of another format or has no such net.
+
+    Raises:
+        ValueError: If the file is a damaged archive.
+    """
+    with _layers(path) as layers:
+        found = {layer["config"]["name"]: layer["config"] for layer in layers}
+        pads = [config["padding"] for name, config in found.items() if name.endswith("_conv_pad")]
+        if not any(name.endswith("stem_conv") for name in found):
+            return None
+        equal = all(before == after for pad in pads for before, after in pad)
+        return "symmetric" if pads and equal else "same"
+
+
+@contextmanager
+def _layers(path) -> Iterator[list[dict[str, Any]]]:
+    """Yields the layers of the model in a `.keras` file, none for other files. Damage becomes a ValueError."""
     if not is_keras(path):
-        return None
+        yield []
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.getinfo("config.json").file_size > 1 << 28:
                 raise ValueError("its config.json is too large")
-            layers = json.loads(archive.read("config.json"))["config"]["layers"]
-        for layer in layers:
-            if layer["class_name"] == "Rescaling" and layer["config"]["name"].endswith("preprocessing"):
-                return tuple(np.ravel(layer["config"][key]).tolist() for key in ("scale", "offset"))
+            config = json.loads(archive.read("config.json"))["config"]
+        yield _flat(config["layers"])
     except Exception as error:  # zipfile, zlib and json raise exceptions of many kinds for a damaged file
         raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
-    return None
+
+
+def _flat(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the layers of a model and of the models nested in it."""
+    return [inner for layer in layers for inner in (layer, *_flat(layer["config"].get("layers") or []))]

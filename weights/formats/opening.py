@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from keras_effnet.weights import registry
 from keras_effnet.weights.formats import torch_file
 from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, opened_h5
 from keras_effnet.weights.formats.keras_file import opened_keras
@@ -64,7 +63,6 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
         with opened_keras(path) as tensors:
             yield tensors
     elif start.startswith((b"PK", b"\x80")):
-        registry.refuse(path)
         yield {name: Stored(*stored) for name, stored in torch_file.read_torch(path, raw).items()}
     elif len(start) > 8 and start[8:9] == b"{":
         yield read_safetensors(path)

@@ -1,5 +1,6 @@
 """Reads and writes `.safetensors` files."""
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -31,6 +32,41 @@ def read_safetensors(path: Path) -> Tensors:
         raise ValueError(f"Expected a .safetensors file. Received: {str(path)!r} ({error})") from error
 
 
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in a header, which the library writes in random order: equal weights give equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
+
+
+def metadata_of(path) -> dict[str, str]:
+    """Returns the metadata in the header of a .safetensors file, none for other files.
+
+    Args:
+        path: Path of a file of any format.
+
+    Returns:
+        Dict of strings.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    import safetensors
+
+    if not str(path).endswith(".safetensors"):
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except Exception as error:  # safetensors raises its own exception class
+        raise ValueError(f"Expected a .safetensors file. Received: {str(path)!r} ({error})") from error
+
+
 def _getter(function: Callable, name: str) -> Callable[[], np.ndarray]:
     return lambda: np.asarray(function(name))
 
@@ -55,5 +91,6 @@ def write_safetensors(path, tensors: dict[str, np.ndarray], counters: Iterable[s
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(everything, temporary, metadata=metadata or {"format": "pt"})
+        _sort_metadata(temporary)
         temporary.chmod(mode)  # the library makes it unreadable for other users
     return Path(path)

@@ -163,7 +163,7 @@ def head_of(model: "keras.Model") -> tuple[str, ...]:
     return tuple(found)
 
 
-_OF_THE_NET = re.compile(r"(^|_)(stem_|block\d+[a-z]_|top_conv|top_bn|top_activation)")
+_OF_THE_NET = re.compile(r"(^|_)(stem_|block\d+[a-z]+_|top_conv|top_bn|top_activation)")
 
 
 NO_PREPROCESSING = (

@@ -1,0 +1,25 @@
+"""The names of `keras.applications.efficientnet_v2`: code that uses it runs with only the import changed."""
+
+from keras_effnet.class_names import decode_predictions
+from keras_effnet.efficientnet import preprocess_input
+from keras_effnet.models import (
+    EfficientNetV2B0,
+    EfficientNetV2B1,
+    EfficientNetV2B2,
+    EfficientNetV2B3,
+    EfficientNetV2L,
+    EfficientNetV2M,
+    EfficientNetV2S,
+)
+
+__all__ = [
+    "EfficientNetV2B0",
+    "EfficientNetV2B1",
+    "EfficientNetV2B2",
+    "EfficientNetV2B3",
+    "EfficientNetV2L",
+    "EfficientNetV2M",
+    "EfficientNetV2S",
+    "decode_predictions",
+    "preprocess_input",
+]
