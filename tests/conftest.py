@@ -1,7 +1,6 @@
 """Settings and fixtures of all tests."""
 
 import os
-import sys
 
 import hypothesis
 import keras
@@ -11,9 +10,6 @@ from helpers import BACKEND, ROOT, shallow_nets
 # Every run tests the same examples, so that a commit passes or fails. HYPOTHESIS_PROFILE=default draws new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-
-# Keras goes through L2's graph in 890 nested calls. pytest and its workers add theirs.
-sys.setrecursionlimit(3000)
 
 
 @pytest.fixture(autouse=True)

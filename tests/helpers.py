@@ -16,9 +16,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import keras
 import numpy as np
+import pytest
 
 from keras_effnet.nets import inspection
-from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.nets.scaling import resolve
+from keras_effnet.nets.variants import VARIANTS, of_timm
 from keras_effnet.weights import name_translation, naming_tables
 from keras_effnet.weights.layouts import LAYOUTS
 
@@ -123,6 +125,33 @@ def save_checkpoint(prefix, tensors: dict[str, np.ndarray]) -> str:
     tf.raw_ops.SaveV2(prefix=str(prefix), tensor_names=[*tensors], shape_and_slices=[""] * len(tensors), tensors=values)
     (prefix.parent / "checkpoint").write_text(f'model_checkpoint_path: "{prefix.name}"\n')
     return str(prefix)
+
+
+def timm_tensors(name: str) -> dict[str, np.ndarray]:
+    """Returns timm's state dict with the values of its reference."""
+    tensors = {}
+    # A kernel's output sums over all of our axes except the last and, for mixed experts, the first.
+    shapes = name_translation.foreign_names(resolve(VARIANTS[of_timm(name)[0]]), naming_tables.TIMM).values()
+    sums = {one.foreign: one.shape[1 if len(one.shape) == 5 else 0 : -1] for one in shapes}
+    for key, shape in golden(f"timm/{name}.json")["state_dict"]:
+        if key.endswith("num_batches_tracked"):
+            tensors[key] = np.zeros((), np.int64)
+        else:
+            taps = sums[key][:2] if "conv_dw" in key else sums[key]
+            tensors[key] = seeded(key, shape, int(np.prod(taps)) if len(shape) > 1 else None)
+    return tensors
+
+
+def save_torch(tensors, path):
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        torch = pytest.importorskip("torch")
+        state = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
+        torch.save(state, path, _use_new_zipfile_serialization=path.stem == "zip")
+    return path
 
 
 def lite0_package() -> Path:

@@ -22,14 +22,16 @@ from helpers import (
     run,
     same_weights,
     save_checkpoint,
+    save_torch,
     seeded,
     seeded_as,
+    timm_tensors,
     trained,
 )
 
 import keras_effnet as ke
 from keras_effnet.nets.scaling import resolve
-from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.nets.variants import VARIANTS, of_timm
 from keras_effnet.nets.weight_shapes import owners
 from keras_effnet.weights import convert, name_translation, naming_tables, registry, store
 from keras_effnet.weights.formats import h5_file, opening
@@ -98,7 +100,7 @@ def test_names_and_shapes_are_the_published_ones(file, naming):
         model, listed, scope = file.split("/")[1].lower(), reference["variables"], file.split("/")[1] + "/"
         listed = [row[:2] for row in listed]
     else:
-        model, scope = ours_of(file.split("/")[1]), ""
+        model, scope = of_timm(file.split("/")[1])[0], ""
         listed = [row for row in reference["state_dict"] if not row[0].endswith("num_batches_tracked")]
     names = name_translation.foreign_names(
         resolve(VARIANTS[model]), naming_tables.NAMINGS[naming], classes=listed[-1][1][0]
@@ -108,42 +110,6 @@ def test_names_and_shapes_are_the_published_ones(file, naming):
         for name, layout, shape, _ in names.values()
     }
     assert found == dict(listed)
-
-
-def ours_of(timms: str) -> str:
-    """Returns our name of a model of timm."""
-    return next(
-        name
-        for name in VARIANTS
-        if any(record.tag.startswith(f"{timms}.") for record in registry.of_model(name) if record.publisher == "timm")
-    )
-
-
-def timm_tensors(name: str) -> dict[str, np.ndarray]:
-    """Returns timm's state dict with the values of its reference."""
-    tensors = {}
-    # A kernel's output sums over all of our axes except the last and, for mixed experts, the first.
-    shapes = name_translation.foreign_names(resolve(VARIANTS[ours_of(name)]), naming_tables.TIMM).values()
-    sums = {one.foreign: one.shape[1 if len(one.shape) == 5 else 0 : -1] for one in shapes}
-    for key, shape in golden(f"timm/{name}.json")["state_dict"]:
-        if key.endswith("num_batches_tracked"):
-            tensors[key] = np.zeros((), np.int64)
-        else:
-            taps = sums[key][:2] if "conv_dw" in key else sums[key]
-            tensors[key] = seeded(key, shape, int(np.prod(taps)) if len(shape) > 1 else None)
-    return tensors
-
-
-def save_torch(tensors, path):
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import save_file
-
-        save_file(tensors, path, metadata={"format": "pt"})
-    else:
-        torch = pytest.importorskip("torch")
-        state = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
-        torch.save(state, path, _use_new_zipfile_serialization=path.stem == "zip")
-    return path
 
 
 def normalised_by_batch(model):
@@ -167,7 +133,9 @@ def normalised_by_batch(model):
 )
 def test_timms_files_give_timms_numbers(name, kind, tmp_path):
     path = save_torch(timm_tensors(name), tmp_path / kind)
-    model = ke.create_model(ours_of(name), weights=None, preprocessing=None, classifier_activation=None, dropout_rate=0)
+    model = ke.create_model(
+        of_timm(name)[0], weights=None, preprocessing=None, classifier_activation=None, dropout_rate=0
+    )
     report = ke.weights.load(model, path, padding="same")
     assert report.format == "timm" and report.fits
     norms = sum(key.endswith("num_batches_tracked") for key in timm_tensors(name))
@@ -508,9 +476,10 @@ def test_round_trips_are_exact(name, tmp_path):
 
 def test_timm_finds_what_it_loads_strictly(tmp_path):
     """`load_state_dict(strict=True)` requires exactly these names and shapes."""
-    for name in ("tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e"):
+    v1 = ("tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e", "efficientnet_b2")
+    for name in (*v1, "tf_efficientnetv2_s", "efficientnetv2_rw_t", "efficientnet_x_b5"):
         path = save_torch(timm_tensors(name), tmp_path / f"{name}.safetensors")
-        model = ke.create_model(ours_of(name), weights=path)
+        model = ke.create_model(of_timm(name)[0], weights=path)
         found = content(ke.weights.export(model, tmp_path / "out.safetensors", target="timm"))
         assert {key: list(value.shape) for key, value in found.items()} == dict(
             golden(f"timm/{name}.json")["state_dict"]

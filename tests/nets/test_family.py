@@ -1,0 +1,231 @@
+"""V2, X, H and timm's own nets compute what the programs of their authors compute, with both paddings."""
+
+import re
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from helpers import (
+    BACKEND,
+    GOLDEN,
+    fill,
+    golden,
+    image,
+    run,
+    same_weights,
+    save_checkpoint,
+    save_torch,
+    seeded,
+    timm_tensors,
+)
+
+import keras_effnet as ke
+from keras_effnet.nets import inspection
+from keras_effnet.nets.variants import of_timm, timm_name
+from keras_effnet.weights import convert
+
+pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="test_backends.py repeats some on the others")
+
+LONG = pytest.mark.long
+RAW = {"preprocessing": None, "classifier_activation": None}  # logits of the input as it is
+NETS = [
+    "tf_efficientnetv2_b0",
+    "efficientnetv2_rw_t",
+    "efficientnet_b0",
+    "efficientnet_b2",
+    pytest.param("efficientnet_x_b5", marks=LONG),
+    pytest.param("tf_efficientnetv2_s", marks=LONG),
+]
+
+
+def logits_by_batch(model, x):
+    """Returns the logits that batch normalization by the statistics of the batch gives, without dropout."""
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0
+    return keras.ops.convert_to_numpy(model(keras.ops.convert_to_tensor(x), training=True))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_timms_nets_give_timms_numbers(name, tmp_path):
+    """In float64: the evaluation logits of V2's seeded weights reach 1e4, and float32 loses all of their digits."""
+    variant, padding = of_timm(name)
+    reference, values = golden(f"timm/{name}.json"), np.load(GOLDEN / f"timm/{name}.npz")
+    size = reference["golden"]["resolution"]
+    # The file's name says which padding its weights are for.
+    path = save_torch(timm_tensors(name), tmp_path / f"{name}.safetensors")
+    model = ke.create_model(variant, weights=path, **RAW, dtype="float64", input_shape=(size, size, 3))
+    found = inspection.read(model).architecture
+    assert (found.padding, found.bn_epsilon) == (padding, reference["bn_eps"])
+    x = image(size).astype("float64")
+    for ours, key in ((run(model, x), "logits_f64"), (logits_by_batch(model, x), "logits_train_bn_f64")):
+        assert np.abs(ours - values[key]).max() < 1e-6 * values[key].std()
+
+
+@pytest.mark.parametrize("size", ["b0", pytest.param("s", marks=LONG)])
+def test_v2_gives_the_originals_numbers(size, tmp_path):
+    """The reference of S was the second net of its process: its variables are stem_1/..., head_1/..., head/dense_1."""
+    name = f"efficientnetv2-{size}"
+    reference = golden(f"tpu/{name}.json")
+    expected, side = reference["golden"], reference["golden"]["resolution"]
+    tensors = {name: seeded(name, shape) for name, shape in reference["variables"]}
+    assert any("stem_1/" in name for name in tensors) == (size == "s")
+    # In float64: the difference is the reference's own error in float32.
+    model = ke.create_model(name, weights=None, **RAW, dtype="float64", input_shape=(side, side, 3))
+    x = image(side).astype("float64")
+    report = ke.weights.load(model, save_checkpoint(tmp_path / "model.ckpt", tensors))
+    assert len(report.loaded) == len(tensors) and ke.describe(model)["params"] == reference["params"]
+    ends = run(ke.features(model), x)
+    for level, row in expected["endpoints"].items():
+        assert list(ends[level].shape) == row["shape"]
+        # The reference's error grows with the depth: to more than the deviation at the end of S.
+        if size == "b0" or level < "reduction_4":
+            assert np.linalg.norm(ends[level]) == pytest.approx(row["l2"], rel=2e-5)
+    if size == "b0":
+        found = run(model, x)[:, :16] - expected["logits_first16"]
+        assert np.abs(found).max() < 2e-5 * expected["logits_std"]
+    by_batch = logits_by_batch(model, x)[:, :16] - expected["train_bn_logits_first16"]
+    assert np.abs(by_batch).max() < 2e-5 * expected["train_bn_logits_std"]
+
+
+@pytest.mark.parametrize("name", ["B0", pytest.param("B3", marks=LONG), pytest.param("S", marks=LONG)])
+def test_v2_equals_keras_applications(name, tmp_path):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    try:
+        theirs = getattr(keras.applications, f"EfficientNetV2{name}")(weights=None, classifier_activation=None)
+        ours, again = (getattr(ke, f"EfficientNetV2{name}")(weights=None, classifier_activation=None) for _ in range(2))
+    finally:
+        keras.config.set_dtype_policy(before)
+    for layer in theirs.layers:
+        if layer.weights:
+            ours.get_layer(layer.name).set_weights(layer.get_weights())
+    x = np.random.default_rng(0).uniform(0, 255, (2, *theirs.input_shape[1:]))
+    expected = run(theirs, x)
+    assert np.abs(run(ours, x) - expected).max() < 1e-5 * (expected[0] - expected[1]).std()
+    # Files both ways.
+    theirs.load_weights(ke.weights.export(fill(ours), tmp_path / "ours.h5"))
+    assert all(map(np.array_equal, theirs.get_weights(), ours.get_weights()))
+    theirs.save_weights(tmp_path / "theirs.weights.h5")
+    ke.weights.load(again, tmp_path / "theirs.weights.h5")
+    assert same_weights(again, ours)
+
+
+@pytest.mark.parametrize("size", [225, 260, 301])
+def test_both_paddings_differ_at_every_size(size):
+    """Against convolutions that pad by hand: PyTorch's rule, (strides - 1 + kernel - 1) // 2 on both sides."""
+    from keras import layers, ops
+
+    for kernel in (3, 5):
+        model = ke.EfficientNetB0(weights=None, include_top=False, padding="symmetric", input_shape=(size, size, 3))
+        name = {3: "block2a_dwconv", 5: "block3a_dwconv"}[kernel]
+        layer = model.get_layer(name)
+        assert isinstance(layer, layers.DepthwiseConv2D) and layer.kernel_size == (kernel, kernel)
+        x = np.random.default_rng(0).normal(size=(1, size, size, layer.kernel.shape[2])).astype("float32")
+        pad = (2 - 1 + kernel - 1) // 2
+        rows = [(0, 0), (pad, pad), (pad, pad), (0, 0)]
+        right = ops.depthwise_conv(np.pad(x, rows), layer.kernel, 2, "valid")
+        before = model.get_layer(f"{name}_pad")
+        assert np.array_equal(ops.convert_to_numpy(layer(before(x))), ops.convert_to_numpy(right))
+        assert right.shape[1:3] == (-(-size // 2), -(-size // 2))
+
+
+def test_the_other_padding_is_far_from_the_bound(tmp_path):
+    path = save_torch(timm_tensors("efficientnet_b0"), tmp_path / "mine.safetensors")
+    made = {}
+    for padding in ("same", "symmetric"):
+        model = ke.EfficientNetB0(
+            weights=path, preprocessing=None, classifier_activation=None, padding=padding, bn_epsilon=1e-5
+        )
+        made[padding] = logits_by_batch(model, image(225)[:, :224, :224])
+    reference = made["symmetric"]
+    assert np.abs(made["same"] - reference).max() > 100 * 2e-5 * reference.std()
+
+
+def test_a_file_that_does_not_say_its_padding_is_told(tmp_path):
+    path = save_torch(timm_tensors("efficientnet_b0"), tmp_path / "pets.safetensors")
+    for do in (
+        lambda: ke.EfficientNetB0(weights=path),
+        lambda: ke.weights.convert_file(path, tmp_path / "x.keras"),
+        lambda: ke.weights.load(ke.EfficientNetB0(weights=None), path),
+    ):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            do()
+        (message,) = [str(each.message) for each in told if each.category is UserWarning]
+        assert re.search(r"fit two nets of timm.*tf_efficientnet_b0.*efficientnet_b0.*padding=", message)
+    model = ke.EfficientNetB0(weights=None, padding="symmetric")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ke.EfficientNetB0(weights=path, padding="same")
+        ke.weights.load(model, path)
+        ke.weights.load(ke.EfficientNetB0(weights=None), path, padding="same")
+        ke.weights.convert_file(path, tmp_path / "y.keras", padding="symmetric")
+        assert ke.describe(tmp_path / "y.keras")["padding"] == "symmetric"
+    with pytest.raises(ValueError, match="Expected weights for padding='symmetric'"):
+        ke.weights.load(model, path, padding="same")
+
+
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+@pytest.mark.parametrize("kind", ["safetensors", "hub", "keras", "weights.h5"])
+def test_what_we_save_says_its_padding(kind, padding, shallow, tmp_path):
+    model = ke.EfficientNetB0(weights=None, padding=padding, input_shape=(32, 32, 3), classes=3)
+    fill(model)
+    path = tmp_path / f"pets.{kind}"
+    if kind == "keras":
+        ke.save_model(model, path)
+    elif kind == "weights.h5":
+        model.save_weights(path)
+    else:
+        ke.weights.export(model, path, target="hub" if kind == "hub" else "timm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = ke.EfficientNetB0(weights=path, input_shape=(32, 32, 3), classes=3)
+    assert inspection.read(again).architecture == inspection.read(model).architecture
+    assert same_weights(again, model)
+    other = "same" if padding == "symmetric" else "symmetric"
+    with pytest.raises(ValueError, match=f"padding='{padding}'"):
+        ke.EfficientNetB0(weights=path, input_shape=(32, 32, 3), classes=3, padding=other)
+    with pytest.raises(ValueError, match=f"padding='{padding}'"):
+        ke.weights.load(ke.EfficientNetB0(weights=None, classes=3, padding=other), path)
+    assert ke.weights.convert_file(path, tmp_path / "new.keras") == "efficientnet-b0"
+    assert ke.describe(tmp_path / "new.keras")["padding"] == padding
+
+
+def test_programs_without_symmetric_padding_get_no_such_file(tmp_path):
+    model = ke.EfficientNetB0(weights=None, padding="symmetric", classes=2)
+    for target, file in (("tpu", "x.ckpt"), ("keras", "x.h5")):
+        with pytest.raises(ValueError, match="Expected padding='same'"):
+            ke.weights.export(model, tmp_path / file, target=target)
+    with pytest.raises(ValueError, match="efficientnet-x-b0"):
+        ke.weights.export(ke.EfficientNetXB0(weights=None, classes=2), tmp_path / "x", target="hub")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_timm_and_ours_are_inverse():
+    for name in golden("timm/v2_native_cfgs.json"):
+        bare = name.split(".")[0]
+        if bare.startswith("gc_") or bare.endswith("_pruned"):
+            continue
+        assert timm_name(*of_timm(bare)) == bare
+    assert of_timm("tf_efficientnet_b3") == ("efficientnet-b3", "same")
+    assert of_timm("efficientnet_b1_pruned") == ("efficientnet-b1-pruned", "same")
+    assert timm_name("efficientnet-x-b5", "same") is None and timm_name("efficientnetv2-b0", "symmetric") is None
+
+
+def test_a_set_of_timm_builds_its_net(shallow, tmp_path, monkeypatch):
+    """Padding, epsilon, size and pixels are those of the set, whatever the row has."""
+    monkeypatch.setattr(convert, "load", lambda *arguments, **named: None)
+    monkeypatch.setattr("keras_effnet.weights.store.fetch", lambda *arguments: tmp_path)
+    model = ke.EfficientNetB0(weights="efficientnet_b0.ra4_e3600_r224_in1k")
+    found = ke.describe(model)
+    assert (found["padding"], found["bn_epsilon"], found["preprocessing"]) == ("symmetric", 1e-5, "inception")
+    assert found["resolution"] == [256, 256] and model.weights_record.crop_padding == 0
+    assert ke.describe(ke.EfficientNetB0(weights="best"))["padding"] == "symmetric"
+    with pytest.raises(ValueError, match="Expected padding='symmetric', which these weights"):
+        ke.EfficientNetB0(weights="best", padding="same")
+    large = ke.EfficientNetV2S(weights="21k", classes=21843, classifier_activation="sigmoid")
+    assert large.output_shape == (None, 21843) and large.input_shape[1] == 224
+    with pytest.warns(UserWarning, match="none for 1000 classes"):
+        ke.EfficientNetV2S(weights="21k")
