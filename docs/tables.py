@@ -22,26 +22,33 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def models() -> str:
-    """A row per model."""
+    """A table per family, with a row per model."""
+    from keras_effnet.weights import registry
+
     columns = [
         "model",
         "function",
         ">pixels",
         ">parameters",
         ">multiply-adds",
-        ">best published top-1 in %",
+        ">top-1 in %, `best`",
+        ">top-1 with more data",
         "default weights",
     ]
-    rows = []
+    groups: dict[str, list[list[str]]] = {}
     for name, function in sorted(functions().items(), key=lambda item: ke.list_models().index(item[0])):
         found = ke.describe(name)
-        original = [record for record in found["weights"] if record["publisher"] != "timm"] or found["weights"]
-        best = max(original, key=lambda record: record["top1"])
+        more = [record for record in registry.of_model(name) if record.extra_data and record.top1]
+        reached = [_reached(record) for record in (registry.best(name), more[0] if more else None)]
         default = next((f"`{record['tag']}`" for record in found["weights"] if record["default"]), "none")
         cost = [f"{found['params'] / 1e6:.1f} M", f"{found['macs'] / 1e9:.2f} G"]
-        reached = f"{best['top1']} (`{best['tag']}`)"
-        rows.append([f"`{name}`", f"`{function}`", str(found["resolution"][0]), *cost, reached, default])
-    return table(columns, rows)
+        row = [f"`{name}`", f"`{function}`", str(found["resolution"][0]), *cost, *reached, default]
+        groups.setdefault(found["family"], []).append(row)
+    return "\n\n".join(f"### {family}\n\n{table(columns, rows)}" for family, rows in groups.items())
+
+
+def _reached(record) -> str:
+    return f"{record.top1} (`{record.tag}`)" if record else ""
 
 
 def weights() -> str:
@@ -49,15 +56,16 @@ def weights() -> str:
     from keras_effnet.nets.variants import VARIANTS
     from keras_effnet.weights import registry
 
-    columns = ["model", "tag", ">top-1 in %", ">top-5 in %", ">pixels", "preprocessing", "source"]
+    columns = ["model", "tag", ">top-1 in %", ">top-5 in %", ">pixels", "preprocessing", "padding", "source"]
     rows = [
         [
             f"`{record.model}`",
             f"`{record.tag}`" + " (default)" * record.default,
-            str(record.top1),
+            str(record.top1 or ""),
             str(record.top5 or ""),
             str(record.resolution or VARIANTS[record.model].resolution),
             record.preprocessing,
+            record.padding or VARIANTS[record.model].padding,
             record.source,
         ]
         for record in registry.RECORDS

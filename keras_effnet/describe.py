@@ -24,9 +24,9 @@ def describe(model: "str | os.PathLike | keras.Model") -> dict[str, Any]:
     Returns:
         Dict with
 
-        - `name`, `variant` (None if no known model has these blocks), `activation`, `dropout_rate`,
-          `drop_connect_rate`, `padding` and `bn_epsilon` (see `create_model()`), `preprocessing` (name of the scheme,
-          None, or a pair);
+        - `name`, `variant` (None if no known model has these blocks), its `family` (`"V1"`, `"V2"`, ...), `activation`,
+          `dropout_rate`, `drop_connect_rate`, `padding` and `bn_epsilon` (see `create_model()`), `preprocessing` (name
+          of the scheme, None, or a pair);
         - `resolution` ([height, width] in pixels), `channels`, `classes` (None without a top);
         - `params` (trainable, as papers count them), `non_trainable_params` (batch-norm statistics), `macs`
           (multiply-adds for one image in convolutions, classifier and, with mixed experts, routing and sums of kernels;
@@ -84,6 +84,7 @@ def describe(model: "str | os.PathLike | keras.Model") -> dict[str, Any]:
     return {
         "name": architecture.name,
         "variant": variant,
+        "family": VARIANTS[variant].family if variant else None,
         "resolution": list(known_size) if known_size else None,
         "channels": channels,
         "classes": classes,

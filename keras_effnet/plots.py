@@ -16,7 +16,7 @@ from keras_effnet.nets.variants import VARIANTS
 if TYPE_CHECKING:
     import keras
 
-_COLORS = {1: "#8c8c8c", 3: "#3b76af", 5: "#c8553d"}  # by kernel size
+_COLORS = {1: "#8c8c8c", 2: "#d68a2e", 3: "#3b76af", 5: "#c8553d"}  # by kernel size
 
 _SUFFIXES = (".svg", ".png", ".pdf")
 
@@ -35,6 +35,8 @@ _LINES = {
     "Lite": (r"efficientnet-(lite\d)", "baseline", "#d68a2e", (4, -9)),
     "EdgeTPU": (r"efficientnet-edgetpu-([sml])", "baseline", "#3a9c9c", (-9, 3)),
     "CondConv": (r"efficientnet-condconv-b0-(.*)", "baseline", "#b85c9a", (4, -9)),
+    "V2": (r"efficientnetv2-(\w+)", "1k", "#6b4f2a", (-12, 4)),
+    "V2, from ImageNet-21k": (r"efficientnetv2-(\w+)", "21k-ft1k", "#c7a17a", None),
     "pruned": (r"efficientnet-(b\d)-pruned", ".*", "#222222", (4, -9)),
 }
 

@@ -1,6 +1,7 @@
 """`keras-effnet list`, `describe` and `plot`: the models and weights, and their structure."""
 
 import contextlib
+from itertools import groupby
 
 import click
 
@@ -27,20 +28,27 @@ def list_(pattern, of_weights, as_json) -> None:
         return
     rows = [describe(name) for name in names]
     if as_json:
-        keys = ("name", "resolution", "params", "macs", "weights")
+        keys = ("name", "family", "resolution", "params", "macs", "weights")
         show_json({"models": [{key: row[key] for key in keys} for row in rows]})
         return
-    models = table("", "name", ">pixels", ">parameters", ">multiply-adds", "weights: top-1 in %")
+    shown = []
+    for family, group in groupby(rows, key=lambda row: row["family"]):
+        shown += [_models(family, group), ""]
+    show(*shown, '* the default, weights="imagenet". For timm\'s ports, run: keras-effnet list --weights')
+
+
+def _models(family: str, rows):
+    models = table(family, "name", ">pixels", ">parameters", ">multiply-adds", "weights: top-1 in %")
     for row in rows:
         sets = ", ".join(
-            "{tag} {top1}".format(**record) + "*" * record["default"]
+            f"{record['tag']} {record['top1'] or ''}".strip() + "*" * record["default"]
             for record in row["weights"]
-            if record["publisher"] != "timm" or len(row["weights"]) == 1
+            if not record["tag"].startswith("tf_") or len(row["weights"]) == 1
         )
         models.add_row(
             row["name"], str(row["resolution"][0]), f"{row['params'] / 1e6:.1f} M", f"{row['macs'] / 1e9:.2f} G", sets
         )
-    show(models, '* the default, weights="imagenet". For timm\'s ports, run: keras-effnet list --weights')
+    return models
 
 
 def _list_weights(names: list[str], as_json: bool) -> None:
@@ -53,20 +61,26 @@ def _list_weights(names: list[str], as_json: bool) -> None:
     if as_json:
         show_json({"weights": [asdict(record) for record in records]})
         return
-    sets = table("", "model", "tag", ">top-1", ">top-5", ">pixels", "preprocessing", "files")
+    sets = table("", "model", "tag", ">top-1", ">top-5", ">pixels", "preprocessing", "padding", "more data", "files")
     for record in records:
         formats = ", ".join(dict.fromkeys(file.format for file in record.files))
         cells = (
             record.model.removeprefix("efficientnet-"),
-            record.tag + "*" * record.default,
-            record.top1,
+            record.tag + "*" * record.default + "+" * (record is registry.best(record.model)),
+            record.top1 or "",
             record.top5 or "",
             record.resolution or VARIANTS[record.model].resolution,
             record.preprocessing,
+            record.padding or VARIANTS[record.model].padding,
+            "yes" if record.extra_data else "",
             formats,
         )
         sets.add_row(*map(str, cells))
-    show(sets, '* the default, weights="imagenet". All are Apache-2.0. --json adds sources, addresses and hashes.')
+    show(
+        sets,
+        '* the default, weights="imagenet". + the best without more data, weights="best". All are Apache-2.0. --json '
+        "adds sources, addresses and hashes.",
+    )
 
 
 @click.command("describe", short_help="Show the stages, cost and published weights of MODEL.")
@@ -104,6 +118,7 @@ def describe_(name, as_json) -> None:
         ("layers without top", f"{counted['ours']:,}"),
         ("the same in keras.applications", f"{counted['keras_applications']:,}"),
         ("activation", found["activation"]),
+        ("padding, epsilon", f"{found['padding']}, {found['bn_epsilon']}"),
         ("dropout, drop connect", f"{found['dropout_rate']}, {found['drop_connect_rate']}"),
         *([("classes", few(found["labels"]))] if found["labels"] else []),
     ):
@@ -111,7 +126,10 @@ def describe_(name, as_json) -> None:
     sets = table("Published weights (* default)", "tag", ">top-1 %", "preprocessing", "source")
     for record in found["weights"]:
         sets.add_row(
-            record["tag"] + "*" * record["default"], str(record["top1"]), record["preprocessing"], record["source"]
+            record["tag"] + "*" * record["default"],
+            str(record["top1"] or ""),
+            record["preprocessing"],
+            record["source"],
         )
     show(facts, "", stages, "", sets)
 

@@ -115,6 +115,7 @@ class Variant:
 
     Args:
         name: String, as the TPU repository spells it.
+        family: String, the group that lists show it in.
         stages: Tuple of `Stage`.
         width: Float, width coefficient.
         depth: Float, depth coefficient, or a tuple of one for each stage.
@@ -137,6 +138,7 @@ class Variant:
     """
 
     name: str
+    family: str
     stages: tuple[Stage, ...]
     width: float
     depth: float | tuple[float, ...]

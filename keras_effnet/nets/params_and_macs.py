@@ -69,7 +69,7 @@ def stage_rows(architecture: Architecture, size, channels: int, classes: int | N
             first.filters_out,
             len(members),
             first.kernel_size,
-            first.strides,
+            first.reduction,
             expand_filters=[block.expand_filters for block in members],
             se_filters=[block.se_filters for block in members],
             num_experts=[block.num_experts for block in members],

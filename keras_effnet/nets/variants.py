@@ -173,8 +173,8 @@ _V2 = {
 }
 
 # timm/models/efficientnet.py 1.0.31: `efficientnetv2_rw_*`, at the size of their tests. Dropout is that of V2-S.
+_V2_RW_T = {"efficientnetv2-rw-t": (0.8, 0.9, 288, 0.2)}
 _V2_RW = {
-    "efficientnetv2-rw-t": (0.8, 0.9, 288, 0.2),
     "efficientnetv2-rw-s": (1.0, 1.0, 384, 0.2),
     "efficientnetv2-rw-m": (1.2, (1.2,) * 4 + (1.6,) * 2, 416, 0.2),
 }
@@ -229,49 +229,21 @@ _PRUNED: dict[str, tuple[Widths, ...]] = {
     ),
 }
 
+_TPU = "tensorflow/tpu efficientnet/"
 _V2_SHARED = {
+    "family": "V2",
     "source": "arXiv 2104.00298; google/automl efficientnetv2",
     "least_share": 0.0,
     "bn_momentum": 0.9,
     "depthwise_name": "dwconv2",
 }
-_X_SHARED = {"source": "tensorflow/tpu efficientnet/tpu", "activation": "relu"}
+_RW_SHARED = {"family": "V2, timm's own", "stem_filters": 24, "depthwise_name": "dwconv2"}
+_X_SHARED = {"family": "X and H", "source": f"{_TPU}tpu", "activation": "relu"}
 _TIMM_SHARED = {"source": "timm/models/efficientnet.py", "padding": "symmetric", "bn_momentum": 0.9}
 
 # Each table, and the fields that its rows share.
 _FAMILIES: tuple[tuple[dict, dict], ...] = (
-    (_B, {"stages": B0_STAGES, "source": "arXiv 1905.11946, table 1"}),
-    (
-        _LITE,
-        {
-            "stages": LITE_STAGES,
-            "source": "tensorflow/tpu efficientnet/lite",
-            "activation": "relu6",
-            "fixed_ends": True,
-            "preprocessing": "tpu127",
-        },
-    ),
-    (
-        _EDGETPU,
-        {
-            "stages": EDGETPU_STAGES,
-            "source": "tensorflow/tpu efficientnet/edgetpu",
-            "activation": "relu",
-            "preprocessing": "tpu127",
-            "class_offset": 1,  # background: edgetpu/README.md:35
-        },
-    ),
-    *(
-        (
-            rows,
-            {
-                "stages": CONDCONV_STAGES[experts],
-                "source": "tensorflow/tpu efficientnet/condconv",
-                "preprocessing": "tpu127",
-            },
-        )
-        for experts, rows in _CONDCONV.items()
-    ),
+    (_B, {"family": "V1", "stages": B0_STAGES, "source": "arXiv 1905.11946, table 1"}),
     (_V2_B, {"stages": V2_STAGES["b"]} | _V2_SHARED),
     *(
         (
@@ -285,23 +257,49 @@ _FAMILIES: tuple[tuple[dict, dict], ...] = (
         )
         for short, row in _V2.items()
     ),
+    (_V2_RW_T, {"stages": V2_STAGES["s"]} | _RW_SHARED | _TIMM_SHARED),
+    (_V2_RW, {"stages": _RW_STAGES, "head_filters": 1792} | _RW_SHARED | _TIMM_SHARED),
+    (
+        _LITE,
+        {
+            "family": "Lite",
+            "stages": LITE_STAGES,
+            "source": f"{_TPU}lite",
+            "activation": "relu6",
+            "fixed_ends": True,
+            "preprocessing": "tpu127",
+        },
+    ),
+    (
+        _EDGETPU,
+        {
+            "family": "EdgeTPU",
+            "stages": EDGETPU_STAGES,
+            "source": f"{_TPU}edgetpu",
+            "activation": "relu",
+            "preprocessing": "tpu127",
+            "class_offset": 1,  # background: edgetpu/README.md:35
+        },
+    ),
     *(
         (
-            {name: row},
-            {"stages": stages, "stem_filters": 24, "head_filters": head_filters, "depthwise_name": "dwconv2"}
-            | _TIMM_SHARED,
+            rows,
+            {
+                "family": "CondConv",
+                "stages": CONDCONV_STAGES[experts],
+                "source": f"{_TPU}condconv",
+                "preprocessing": "tpu127",
+            },
         )
-        for (name, row), stages, head_filters in zip(
-            _V2_RW.items(), (V2_STAGES["s"], _RW_STAGES, _RW_STAGES), (1280, 1792, 1792), strict=True
-        )
+        for experts, rows in _CONDCONV.items()
     ),
     *(
         (rows, {"stages": tuple(replace(stage, se_ratio=0.25 * se) for stage in _X_STAGES["x"])} | _X_SHARED)
         for se, rows in _X.items()
     ),
     (_H, {"stages": _X_STAGES["h"]} | _X_SHARED),
-    (_TIMM_X, {"stages": _TIMM_X_STAGES["x"]} | _TIMM_SHARED),
-    (_TIMM_H, {"stages": _TIMM_X_STAGES["h"]} | _TIMM_SHARED),
+    (_TIMM_X, {"family": "X and H", "stages": _TIMM_X_STAGES["x"]} | _TIMM_SHARED),
+    (_TIMM_H, {"family": "X and H", "stages": _TIMM_X_STAGES["h"]} | _TIMM_SHARED),
 )
 
 VARIANTS: dict[str, Variant] = {
@@ -314,6 +312,7 @@ VARIANTS |= {
     f"{name}-pruned": replace(
         VARIANTS[name],
         name=f"{name}-pruned",
+        family="Pruned",
         widths=widths,
         preprocessing="inception",
         source="arXiv 2002.08258; timm's efficientnet_*_pruned",
