@@ -102,7 +102,7 @@ def tradeoff() -> list[dict[str, Any]]:
 
     >>> rows = tradeoff()
     >>> rows[0]["model"], rows[0]["tag"], rows[0]["top1"]
-    ('efficientnet-b0', 'baseline', 76.7)
+    ('efficientnet-b0', 'efficientnet_b0.ra4_e3600_r224_in1k', 79.364)
     """
     from keras_effnet.weights import registry
 

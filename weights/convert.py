@@ -529,8 +529,8 @@ def convert(
     model, left = tensors.model, tensors.left
     record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
     padding = padding or (record and (record.padding or VARIANTS[model].padding)) or stated_padding(source_path)
-    tensors = tensors._replace(architecture=override(tensors.architecture, padding))
-    check_padding(source_path, tensors.format, tensors.architecture, padding, model)
+    architecture = override(tensors.architecture, padding)
+    check_padding(source_path, tensors.format, architecture, padding, model)
     if automatic:
         known = record.preprocessing if record else pixels_of(source_path)
         preprocessing = known or VARIANTS[model].preprocessing
@@ -538,7 +538,7 @@ def convert(
     metadata = _known(source_path, description, record)
     if head is not None:
         metadata = {key: value for key, value in metadata.items() if key != "labels"}
-    net = tensors.values, tensors.architecture, tensors.channels, tensors.classes
+    net = tensors.values, architecture, tensors.channels, tensors.classes
     if labels is not None and tensors.classes is not None:
         metadata = metadata | {"labels": model_metadata.checked(labels, tensors.classes)}
     if target == "own":

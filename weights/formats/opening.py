@@ -62,10 +62,10 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
     elif start.startswith(b"PK") and not is_torch(path):
         with opened_keras(path) as tensors:
             yield tensors
+    elif len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        yield read_safetensors(path)  # before PyTorch's: the length of its header may begin like a pickle
     elif start.startswith((b"PK", b"\x80")):
         yield {name: Stored(*stored) for name, stored in torch_file.read_torch(path, raw).items()}
-    elif len(start) > 8 and start[8:9] == b"{":
-        yield read_safetensors(path)
     elif start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar":
         with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
             unpack(path, Path(folder))
