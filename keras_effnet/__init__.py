@@ -1,4 +1,4 @@
-"""EfficientNets in Keras 3: B0-B8, L2, Lite, EdgeTPU, CondConv and pruned nets, with their published weights.
+"""EfficientNets in Keras 3: V1, V2, L2, Lite, EdgeTPU, CondConv, X, H and pruned nets, with their published weights.
 
 `__init__.pyi` lists the public names. Each is imported on first use (PEP 562), so a command that needs no Keras starts
 without it.

@@ -12,6 +12,7 @@ from .model_loader import load_model as load_model
 from .model_metadata import metadata as metadata
 from .model_metadata import save_model as save_model
 from .models import EfficientNetB0 as EfficientNetB0
+from .models import EfficientNetB0Composer as EfficientNetB0Composer
 from .models import EfficientNetB1 as EfficientNetB1
 from .models import EfficientNetB1Pruned as EfficientNetB1Pruned
 from .models import EfficientNetB2 as EfficientNetB2

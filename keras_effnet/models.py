@@ -160,6 +160,24 @@ def has_classifier(variant: str, weights: str | os.PathLike | None, classes: int
     return _Origin.of(variant, weights).has_classifier(classes, resolve(VARIANTS[variant]))
 
 
+def padding_of(variant: str, weights: str | os.PathLike | None) -> str:
+    """Returns the padding that `create_model()` builds with.
+
+    Args:
+        variant: See `create_model()`.
+        weights: See `create_model()`.
+
+    Returns:
+        `"same"` or `"symmetric"`.
+
+    Raises:
+        ValueError: If the weights are unknown.
+        OSError: If the file cannot be read.
+    """
+    variant = find_model(variant)
+    return _Origin.of(variant, weights).padding(None, VARIANTS[variant].padding)
+
+
 def _start_classifier(classifier: Any, weights, classes: int) -> None:
     # Zeros, as in Big Transfer (arXiv 1912.11370, `zero_head` in its code), and as `keras-effnet train` starts it.
     classifier.set_weights([np.zeros_like(values) for values in classifier.get_weights()])
@@ -440,6 +458,8 @@ EfficientNetHB5 = _named(create_model, "efficientnet-h-b5")
 EfficientNetXB5Timm = _named(create_model, "efficientnet-x-b5-timm")
 
 EfficientNetHB5Timm = _named(create_model, "efficientnet-h-b5-timm")
+
+EfficientNetB0Composer = _named(create_model, "efficientnet-b0-composer")
 
 for _name, _function in list(globals().items()):
     if _name.startswith("EfficientNet"):

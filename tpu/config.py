@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from keras_effnet.nets.architecture import EPSILONS
 from keras_effnet.nets.variants import VARIANTS, find_model, is_model
 
 # Fields that a recipe may leave to the size of the data. `recipes.finetune.decided()` fills them before they are used.
@@ -32,10 +33,12 @@ class Model:
     """Dropout rate before the classifier. None: the model's own."""
     drop_connect_rate: float | None = None
     """Rate at which the last blocks are dropped. None: the model's own, 0.2."""
-    bn_momentum: float = 0.99
-    """Share of the moving statistics that each step keeps."""
-    bn_epsilon: float = 1e-3
-    """Added to the variance in batch normalization."""
+    bn_momentum: float | None = None
+    """Share of the moving statistics that each step keeps. None: the model's own, 0.99, or 0.9 for V2."""
+    bn_epsilon: float | None = None
+    """Added to the variance in batch normalization. None: 1e-3, or 1e-5 with symmetric padding."""
+    padding: Literal["same", "symmetric"] | None = None
+    """same as in TensorFlow, or symmetric as in PyTorch. None: that of the weights, or the model's own."""
     preprocessing: str = "auto"
     """Pixel normalization: auto, imagenet, inception or tpu127."""
     weights: str | None = None
@@ -78,14 +81,16 @@ class Data:
     """The run stops when a larger share of an epoch's images is unreadable."""
     transfer: Literal["uint8", "float32"] = "uint8"
     """How training images leave the host. float32 keeps interpolated values outside 0-255, at four times the bytes."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Interpolation of every resize."""
+    interpolation: Literal["bicubic", "bilinear", "half-pixel-bilinear"] = "bicubic"
+    """Interpolation of every resize. half-pixel-bilinear: that of TensorFlow 2, the others that of TensorFlow 1."""
     balance: bool = False
     """Whether to weight the loss of each class by the inverse of its frequency, in training only. The mean weight is 1.
     Needs a source that knows its labels: a folder or the digits.
     """
     eval_crop: float | None = None
     """Share of the shorter side to keep in evaluation. None: size / (size + 32), the original's first rule."""
+    crop_mode: Literal["center", "squash"] = "center"
+    """center: evaluate the square in the middle; squash: the whole image, whatever its proportions."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Augment:
     """inception: a random part of the image, resized; none: as in evaluation."""
     min_area: float = 0.08
     """Smallest area of the random part, as a share of the image."""
+    min_covered: float = 0.1
+    """Smallest share of the image that the random part must cover, whatever min_area allows."""
     flip: bool = True
     """Whether to mirror half of the images."""
     policy: Literal["none", "autoaugment", "randaugment"] = "none"
@@ -113,7 +120,21 @@ class Augment:
     mixup: float = 0.0
     """Parameter of mixup's beta distribution. 0: no mixup."""
     cutmix: float = 0.0
-    """Parameter of cutmix's beta distribution. 0: no cutmix."""
+    """Parameter of cutmix's beta distribution. 0: no cutmix. With mixup too, each takes half of the batch."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Progressive learning: stages of equal length, each with its own image size and augmentation. A row per field."""
+
+    sizes: tuple[int, ...] = ()
+    """Height and width of the training images in each stage. Empty: one stage. image_size is for evaluation only."""
+    magnitudes: tuple[float, ...] = ()
+    """RandAugment's magnitude in each stage. Empty: augment.magnitude."""
+    mixups: tuple[float, ...] = ()
+    """Parameter of mixup in each stage. Empty: augment.mixup."""
+    cutmixes: tuple[float, ...] = ()
+    """Parameter of cutmix in each stage. Empty: augment.cutmix."""
 
 
 # The original's: tensorflow/tpu efficientnet main.py:117-171, utils.py:83-101.
@@ -254,6 +275,7 @@ class Recipe:
         model: `Model`, the model and the values it starts from.
         data: `Data`, the data set and how it is read.
         augment: `Augment`, how training images are augmented.
+        progress: `Progress`, how their size and augmentation change.
         optimizer: `Optimizer`, how a step updates the variables.
         schedule: `Schedule`, how the learning rate changes.
         probe: `Probe`, a classifier on the features of the frozen body.
@@ -261,6 +283,8 @@ class Recipe:
         epochs: Float, passes over the training images. None: as fits their number. Defaults to 350.
         batch_size: Integer, images per step on all replicas together. None: as fits the number of training images.
             Defaults to 2048.
+        loss: `"softmax"`: cross-entropy with one class for each image; `"sigmoid"`: one yes or no for each class.
+            Defaults to `"softmax"`.
         label_smoothing: Float, share of a label that is spread evenly over all classes. Defaults to 0.1.
         average_decay: Float, decay of the moving average of all variables. Defaults to 0.9999.
         expected_top1: Float, top-1 in percent as published for the unchanged recipe. None if there is none.
@@ -270,6 +294,7 @@ class Recipe:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
+    progress: Progress = field(default_factory=Progress)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     probe: Probe = field(default_factory=Probe)
@@ -278,6 +303,8 @@ class Recipe:
     """Passes over the training images. None: as fits their number."""
     batch_size: SizedInt = 2048
     """Images per step, on all replicas together. None: as fits the number of training images."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: cross-entropy with one class for each image; sigmoid: one yes or no for each class."""
     label_smoothing: float = 0.1
     """Share of a label that is spread evenly over all classes."""
     average_decay: float = 0.9999
@@ -292,6 +319,38 @@ class Recipe:
         """Height and width of an image in pixels."""
         return self.model.image_size or VARIANTS[self.model.name].resolution
 
+    def stage(self, number: int) -> "Recipe":
+        """Returns the recipe of one stage of progressive learning: `image_size` and `augment` are that stage's.
+
+        Args:
+            number: Integer, from 0.
+
+        Returns:
+            `Recipe`, without `progress`.
+        """
+        rows = self.progress
+        if not rows.sizes:
+            return self
+        columns = {"magnitude": rows.magnitudes, "mixup": rows.mixups, "cutmix": rows.cutmixes}
+        changed = {name: column[number] for name, column in columns.items() if column}
+        model = replace(self.model, image_size=rows.sizes[number])
+        return replace(self, model=model, augment=replace(self.augment, **changed), progress=Progress())
+
+    def stage_ends(self, total: int) -> list[int]:
+        """Returns the step after the last of each stage.
+
+        Args:
+            total: Integer, steps of the whole run.
+
+        Returns:
+            List of integers, one for each stage. The last is `total`.
+
+        Reference:
+            google/automl efficientnetv2/main.py: `max_steps = int(ratio * train_steps)`.
+        """
+        count = max(1, len(self.progress.sizes))
+        return [int((number + 1) / count * total) for number in range(count)]
+
     @property
     def peak(self) -> float:
         """Highest learning rate."""
@@ -299,6 +358,28 @@ class Recipe:
         if how.peak is not None:
             return how.peak
         return how.per_256 if how.name in _ANY_BATCH else how.per_256 * self.batch_size / 256
+
+
+def settled(recipe: Recipe, padding: str | None = None) -> Recipe:
+    """Fills the fields of a recipe that follow from its model.
+
+    Args:
+        recipe: `Recipe`.
+        padding: String, the padding of its weights. Defaults to None: the model's own.
+
+    Returns:
+        `Recipe`.
+
+    Example:
+
+    >>> from keras_effnet.tpu.config import Model, Recipe, settled
+    >>> settled(Recipe(Model("efficientnetv2-s"))).model.bn_momentum
+    0.9
+    """
+    how, row = recipe.model, VARIANTS[recipe.model.name]
+    padding = how.padding or padding or row.padding
+    usual = {"padding": padding, "bn_momentum": row.bn_momentum, "bn_epsilon": EPSILONS[padding]}
+    return replace(recipe, model=replace(how, **{k: v for k, v in usual.items() if getattr(how, k) is None}))
 
 
 def with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
@@ -429,6 +510,11 @@ def to_json(recipe: Recipe, **resolved: Any) -> str:
     return json.dumps(dataclasses.asdict(recipe) | ({"resolved": resolved} if resolved else {}), indent=2) + "\n"
 
 
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields with tuples, which JSON writes as lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
 def from_json(text: str) -> Recipe:
     """Reads a recipe that `to_json()` has written.
 
@@ -446,7 +532,10 @@ def from_json(text: str) -> Recipe:
     parts: dict[str, Any] = {one.name: one.default_factory for one in dataclasses.fields(Recipe)}
     try:
         return Recipe(
-            **{name: parts[name](**value) if isinstance(value, dict) else value for name, value in tree.items()}
+            **{
+                name: parts[name](**_tuples(value)) if isinstance(value, dict) else value
+                for name, value in tree.items()
+            }
         )
     except (TypeError, KeyError) as error:
         raise ValueError(f"Expected a recipe of this version. Received: {error}") from error

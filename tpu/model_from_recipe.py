@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import keras
@@ -11,8 +12,8 @@ from keras_effnet import model_metadata, models
 from keras_effnet.errors import one_of
 from keras_effnet.nets import inspection
 from keras_effnet.nets.scaling import resolve
-from keras_effnet.nets.variants import VARIANTS
-from keras_effnet.tpu.config import Model, Recipe, Run
+from keras_effnet.nets.variants import VARIANTS, find_model
+from keras_effnet.tpu.config import Model, Recipe, Run, settled
 from keras_effnet.tpu.input.crops import eval_padding
 from keras_effnet.tpu.input.sources import Source
 from keras_effnet.tpu.resume import cloud_files
@@ -36,6 +37,24 @@ def policy(run: Run, machine) -> str:
     if run.precision != "auto":
         return run.precision
     return "mixed_bfloat16" if machine.is_tpu or machine.capability >= BFLOAT16 else "float32"
+
+
+def whole(recipe: Recipe) -> Recipe:
+    """Fills the fields of a recipe that follow from its model and its weights.
+
+    Args:
+        recipe: `Recipe`.
+
+    Returns:
+        `Recipe`.
+
+    Raises:
+        ValueError: If there is no such model, or there are no such weights.
+        OSError: If the file of the weights cannot be read.
+    """
+    how = replace(recipe.model, name=find_model(recipe.model.name))
+    padding = how.padding or models.padding_of(how.name, how.weights)
+    return settled(replace(recipe, model=how), padding)
 
 
 def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
@@ -69,7 +88,7 @@ def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
         classifier_activation=None,
         preprocessing=scheme,
         dtype=dtype,
-        **_shape(recipe),
+        **_shape(recipe) | ({"input_shape": (None, None, 3)} if recipe.progress.sizes else {}),
     )
     for layer in donor.layers if donor else ():
         model.get_layer(layer.name).set_weights(layer.get_weights())
@@ -134,6 +153,7 @@ def _shape(recipe: Recipe) -> dict[str, Any]:
         "drop_connect_rate": how.drop_connect_rate,
         "bn_momentum": how.bn_momentum,
         "bn_epsilon": how.bn_epsilon,
+        "padding": how.padding,
     }
 
 
@@ -169,6 +189,7 @@ def make_learner(
         model,
         optimizers.Optimizer(how.name, optimizers.Hyperparameters(**hyper), how.clip_norm),
         schedules.Schedule(recipe.peak, steps_per_epoch, total, **schedule),
+        loss=recipe.loss,
         smoothing=recipe.label_smoothing,
         weight_decay=how.weight_decay,
         decayed=how.decayed,
@@ -194,7 +215,12 @@ def export(recipe: Recipe, classes: int, learner: Learner, state) -> keras.Model
     """
     scheme = _scheme(learner.model)
     model = models.create_model(
-        recipe.model.name, weights=None, classes=classes, preprocessing=scheme, **_shape(recipe)
+        recipe.model.name,
+        weights=None,
+        classes=classes,
+        preprocessing=scheme,
+        classifier_activation=recipe.loss,
+        **_shape(recipe),
     )
     names = [v.path for v in (*learner.model.trainable_variables, *learner.moving)]
     averages = dict(zip(names, state.averages, strict=True))
@@ -282,7 +308,8 @@ def save(
     target: Any = model
     if labels:  # the recipe may have more classes than the data
         target.labels = [*labels, *map(str, range(len(labels), model.output_shape[-1]))]
-    target.expects = model_metadata.Expects(eval_padding(recipe.image_size, recipe.data), recipe.data.interpolation)
+    data = recipe.data
+    target.expects = model_metadata.Expects(eval_padding(recipe.image_size, data), data.interpolation, data.crop_mode)
     target.training_record = {
         "data": recipe.data.source,
         "weights": recipe.model.weights,

@@ -157,7 +157,8 @@ def _open(recipe: Recipe, workdir: str) -> _Job:
     keras.utils.set_random_seed(recipe.run.seed)
     body = model_from_recipe.body(recipe)
     reading = inspection.read(body)
-    hashed = hashlib.sha256(f"{recipe.model.name} {recipe.model.bn_epsilon} {reading.scale} {reading.offset}".encode())
+    how, pixels = recipe.model, (reading.scale, reading.offset)
+    hashed = hashlib.sha256(" ".join(map(str, (how.name, how.bn_epsilon, how.padding, *pixels))).encode())
     for values in body.get_weights():
         hashed.update(np.ascontiguousarray(values).tobytes())
     return _Job(recipe, workdir, source, size, classes, body, hashed.hexdigest())

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -11,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -19,13 +20,12 @@ import orbit
 import tensorflow as tf
 
 from keras_effnet.errors import one_of
-from keras_effnet.nets.variants import find_model
 from keras_effnet.tpu.config import Recipe, Run, to_json
 from keras_effnet.tpu.input import pipeline
 from keras_effnet.tpu.input.example_readers import Items
 from keras_effnet.tpu.input.skipped_examples import Skipped
 from keras_effnet.tpu.input.sources import Source, open_source
-from keras_effnet.tpu.model_from_recipe import build, classes_of, export, freezing, make_learner, policy, save
+from keras_effnet.tpu.model_from_recipe import build, classes_of, export, freezing, make_learner, policy, save, whole
 from keras_effnet.tpu.recipes.finetune import decided
 from keras_effnet.tpu.reports import html_report
 from keras_effnet.tpu.reports.progress import Log
@@ -99,7 +99,7 @@ def train(
         tensorflow/tpu efficientnet main.py.
     """
     workdir = os.fspath(workdir).rstrip("/")
-    recipe = replace(recipe, model=replace(recipe.model, name=find_model(recipe.model.name)))
+    recipe = whole(recipe)
     _check(recipe)
     index, hosts = runner.place()
     try:
@@ -222,7 +222,7 @@ def _train(
     log.begin()
     stack.callback(log.end)
     with _explained(job, step, checkpoints, log, watch):
-        done = _loop(job, controller, checkpoints, log, done)
+        done = _loop(job, controller, trainer, checkpoints, log, done)
     return _save_results(job, learner, state, checkpoints, log, done)
 
 
@@ -245,6 +245,8 @@ def _write_numbers(job: _Job, devices: dict[str, int], chosen: dict[str, Any]) -
     numbers = {"image_size": job.size, "classes": job.classes, "steps": job.total}
     numbers |= {"steps_per_epoch": job.steps_per_epoch, "peak": job.recipe.peak}
     numbers |= {"chosen": chosen} if chosen else {}
+    if job.recipe.progress.sizes:
+        numbers["stage_ends"] = job.recipe.stage_ends(job.total)
     _write_config(job.recipe, job.workdir, **numbers, **devices, runner=runner.NAME)
 
 
@@ -313,10 +315,17 @@ def _train_batches(job: _Job, step: tf.Variable) -> Callable[[], Iterator]:
         if not step.numpy() and tf.io.gfile.exists(path):
             tf.io.gfile.remove(path)  # left by a run that ended before its first checkpoint
         skipped = job.account("train", path, job.source.train.count(host.index, host.count)) if python else None
-        start = int(step.numpy()) * batch
-        return pipeline.training(job.source, job.recipe, job.size, batch, skipped, parts=parts, start=start, host=host)
+        done = int(step.numpy())
+        how, start = _stage(job, done), done * batch
+        return pipeline.training(job.source, how, how.image_size, batch, skipped, parts=parts, start=start, host=host)
 
     return lambda: iter(job.machine.batches(part))
+
+
+def _stage(job: _Job, done: int) -> Recipe:
+    """Returns the recipe of the stage that trains after a step. A stage's first batch has its own compiled step."""
+    number = sum(end <= done for end in job.recipe.stage_ends(job.total)[:-1])
+    return job.recipe.stage(number)
 
 
 def _eval_batches(job: _Job) -> Callable[[], Iterator]:
@@ -404,8 +413,9 @@ def _controller(job: _Job, trainer, evaluator, step: tf.Variable, checkpoints: C
     )
 
 
-def _loop(job: _Job, controller: orbit.Controller, checkpoints: Checkpoints, log: Log, done: int) -> int:
+def _loop(job: _Job, controller: orbit.Controller, trainer, checkpoints: Checkpoints, log: Log, done: int) -> int:
     """Trains and evaluates in turn until the last step, or an early end. Returns the number of steps done."""
+    ends = job.recipe.stage_ends(job.total)
     while True:
         due = done >= job.total or (done and done == _next_stop(job, done - 1))
         if due and done not in log.scores:
@@ -418,8 +428,11 @@ def _loop(job: _Job, controller: orbit.Controller, checkpoints: Checkpoints, log
             log.note(reason.capitalize())
         if done >= job.total or reason:
             return done
-        controller.train(_next_stop(job, done), checkpoint_at_completion=False)
+        stop = min(_next_stop(job, done), next(end for end in ends if end > done))
+        controller.train(stop, checkpoint_at_completion=False)
         done = int(controller.global_step.numpy())
+        if done in ends:
+            trainer.close()  # it then reads the next stage
 
 
 def _early(job: _Job, log: Log, done: int) -> str | None:
@@ -550,6 +563,10 @@ def _skipped_names(job: _Job) -> set[str]:
 
 def _check(recipe: Recipe) -> None:
     freezing(recipe.model)
+    rows = dataclasses.asdict(recipe.progress)
+    if any(column and len(column) != len(rows["sizes"]) for column in rows.values()):
+        found = ", ".join(f"{len(column)} {name}" for name, column in rows.items() if column)
+        raise ValueError(f"Expected as many values in each column of progress as sizes. Received: {found}")
     named = {"batch_size": recipe.batch_size, "epochs": recipe.epochs}
     named |= {f"run.{name}": getattr(recipe.run, name) for name in ("steps_per_loop", "keep", "cpu_replicas")}
     named |= {f"run.{name}": getattr(recipe.run, name) for name in ("eval_every", "save_every", "patience")}

@@ -362,6 +362,11 @@ def _write(
 ) -> Path:
     naming = NAMINGS["timm" if target == "hub" else target]
     variant = identify(architecture.blocks)
+    if any(block.operator == "mbconv" and block.project_activation for block in architecture.blocks):
+        raise ValueError(
+            f"Expected a net that other programs than Composer have. Received: {architecture.name!r}, with an "
+            "activation after a projection. Save it with model.save()"
+        )
     if architecture.padding != "same" and target in ("tpu", "keras"):
         raise ValueError(
             f"Expected padding='same', which {naming.title} is for. Received: padding={architecture.padding!r}. "

@@ -95,6 +95,10 @@ def _show_plan(result: dict) -> None:
         rows.add_row(f"batch of {images}", "fits" if fits else "does not fit")
     rows.add_row("global batch", f"{result['global_batch']} on {result['chips']} chips")
     row("images per chip", result["images_per_chip"], "{:g}")
+    for stage in result.get("stages", ()):
+        peak, seconds = stage["peak_hbm_bytes_per_chip"], stage["roofline_seconds_per_step"]
+        told = f"{peak / 2**30:.2f} GiB" + ("" if seconds is None else f", {seconds / 1e-3:.1f} ms per step at least")
+        rows.add_row(f"stage of {stage['image_size']} pixels", told)
     side = result["image_size"]
     rows.add_row("pixels, precision", f"{side} x {side}, {result['precision']}")
     rows.add_row("fused", result["fused"])

@@ -241,6 +241,9 @@ _RW_SHARED = {"family": "V2, timm's own", "stem_filters": 24, "depthwise_name": 
 _X_SHARED = {"family": "X and H", "source": f"{_TPU}tpu", "activation": "relu"}
 _TIMM_SHARED = {"source": "timm/models/efficientnet.py", "padding": "symmetric", "bn_momentum": 0.9}
 
+# Composer @ 3c149064, composer/models/efficientnetb0/_layers.py:164-166: an activation after the first projection.
+_COMPOSER = {"efficientnet-b0-composer": (1.0, 1.0, 224, 0.2)}
+
 # Each table, and the fields that its rows share.
 _FAMILIES: tuple[tuple[dict, dict], ...] = (
     (_B, {"family": "V1", "stages": B0_STAGES, "source": "arXiv 1905.11946, table 1"}),
@@ -300,6 +303,16 @@ _FAMILIES: tuple[tuple[dict, dict], ...] = (
     (_H, {"stages": _X_STAGES["h"]} | _X_SHARED),
     (_TIMM_X, {"family": "X and H", "stages": _TIMM_X_STAGES["x"]} | _TIMM_SHARED),
     (_TIMM_H, {"family": "X and H", "stages": _TIMM_X_STAGES["h"]} | _TIMM_SHARED),
+    (
+        _COMPOSER,
+        {
+            "family": "Composer",
+            "stages": (replace(B0_STAGES[0], project_activation=True), *B0_STAGES[1:]),
+            "source": "Composer, composer/models/efficientnetb0",
+            "padding": "symmetric",
+            "bn_momentum": 0.9,
+        },
+    ),
 )
 
 VARIANTS: dict[str, Variant] = {
@@ -382,10 +395,10 @@ def timm_name(variant: str, padding: str) -> str | None:
     if bare:
         name = f"efficientnet_{bare}"
     row = VARIANTS[variant]
-    is_tpus_own = row.source.endswith("efficientnet/tpu")
+    known = row.source.startswith(("arXiv", _TPU, "timm")) and not row.source.endswith("efficientnet/tpu")
     if padding == "same" and row.widths is None:
         name = f"tf_{name}"
-    return None if is_tpus_own or of_timm(name) != (variant, padding) else name
+    return None if not known or of_timm(name) != (variant, padding) else name
 
 
 @cache

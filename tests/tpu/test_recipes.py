@@ -8,7 +8,7 @@ import pkgutil
 
 import pytest
 from click.testing import CliRunner
-from helpers import BACKEND
+from helpers import BACKEND, same_weights
 
 from keras_effnet.commands import main
 from keras_effnet.nets.variants import VARIANTS
@@ -28,17 +28,70 @@ def test_all_that_was_published_is_there():
         **{f"lite{n}": top1 for n, top1 in enumerate((75.1, 76.7, 77.6, 79.8, 81.5))},
         **{"edgetpu_s": 77.23, "edgetpu_m": 78.69, "edgetpu_l": 80.62},
         **{"condconv_b0_4e": 77.8, "condconv_b0_8e": 78.3, "condconv_b0_8e_depth": 79.5},
+        **{f"v2_b{n}": top1 for n, top1 in enumerate((78.7, 79.8, 80.5, 82.1))},
+        **{"v2_s": 83.9, "v2_m": 85.2, "v2_l": 85.7},
+        **{"v2_s_21k_ft1k": 84.9, "v2_m_21k_ft1k": 86.2, "v2_l_21k_ft1k": 86.9, "v2_xl_21k_ft1k": 87.2},
         **{"b0_timm": 77.7, "b0_composer": 77.22, "b0_nvidia_pytorch": 77.42, "b0_nvidia_tensorflow": 77.59},
     }
     assert {"b6_baseline", "b7_baseline", "b0_randaugment", "b8_randaugment", "finetune", "digits_demo"} <= EVERY.keys()
     assert [EVERY[f"b{n}_randaugment"].augment.magnitude for n in (5, 7, 8)] == [17, 28, 28]
-    assert all(
-        recipe.model.name in VARIANTS and bool(recipe.source) == bool(recipe.expected_top1) for recipe in EVERY.values()
-    )
+    assert all(recipe.model.name in VARIANTS for recipe in EVERY.values())
+    known = {name: recipe for name, recipe in EVERY.items() if "21k" not in name}  # 21k has no top-1
+    assert all(bool(recipe.source) == bool(recipe.expected_top1) for recipe in known.values())
     # The original's defaults, main.py:117-171 and :235.
     recipe = EVERY["b0_baseline"]
     assert recipe.peak == 0.128 and int(350 * 1281167 / recipe.batch_size) == 218949
     assert EVERY["b0_composer"].optimizer.decayed == "all" and EVERY["b0_composer"].model.bn_epsilon == 1e-5
+
+
+def test_v2_grows_as_its_code_does():
+    """google/automl efficientnetv2: main.py's loop over stages, with ibase=128 of hparams.py."""
+    sizes = {name: EVERY[f"v2_{name}"].progress.sizes for name in ("b0", "b2", "s", "m")}
+    assert sizes == {
+        "b0": (144, 160, 176, 192),
+        "b2": (148, 168, 188, 208),
+        "s": (171, 214, 257, 300),
+        "m": (192, 256, 320, 384),
+    }
+    small, large = EVERY["v2_s"], EVERY["v2_l"]
+    assert small.progress.magnitudes == pytest.approx((5, 20 / 3, 25 / 3, 10)) and not small.progress.mixups
+    assert large.progress.mixups == large.progress.cutmixes == pytest.approx((0, 1 / 6, 1 / 3, 0.5))
+    assert (large.image_size, large.stage(3).image_size, large.stage(1).augment.magnitude) == (480, 384, 10)
+    assert large.stage_ends(1001) == [250, 500, 750, 1001]
+    assert EVERY["b0_baseline"].stage(0) == EVERY["b0_baseline"] and EVERY["b0_baseline"].stage_ends(7) == [7]
+    assert config.from_json(config.to_json(large)) == large
+    settled = config.settled(EVERY["v2_s"]).model
+    assert (settled.padding, settled.bn_momentum, settled.bn_epsilon) == ("same", 0.9, 1e-3)
+    assert EVERY["v2_s_21k"].loss == "sigmoid" and EVERY["v2_s_21k"].data.classes == 21843
+
+
+def test_recipes_of_other_programs_train_their_very_nets():
+    from keras_effnet.nets import inspection
+    from keras_effnet.tpu import model_from_recipe
+
+    nvidia = inspection.read(model_from_recipe.build(model_from_recipe.whole(EVERY["b0_nvidia_pytorch"]), 3, "float32"))
+    assert (nvidia.architecture.padding, nvidia.architecture.bn_epsilon) == ("symmetric", 1e-3)
+    composer = inspection.read(model_from_recipe.build(model_from_recipe.whole(EVERY["b0_composer"]), 3, "float32"))
+    found = composer.architecture
+    assert (found.padding, found.bn_epsilon, found.bn_momentum) == ("symmetric", 1e-5, 0.9)
+    assert [block.project_activation for block in found.blocks] == [True] + [False] * 15
+    assert "block1a_project_activation" in composer.layers and "block2a_project_activation" not in composer.layers
+
+
+def test_training_starts_from_the_net_of_its_weights(tmp_path, shallow):
+    """The padding, epsilon and values of weights that say theirs are those of the net that is trained and exported."""
+    import keras_effnet as ke
+    from keras_effnet.nets import inspection
+    from keras_effnet.tpu import model_from_recipe
+
+    donor = ke.EfficientNetB0(weights=None, padding="symmetric", classes=3, input_shape=(32, 32, 3))
+    path = ke.save_model(donor, tmp_path / "mine.keras")
+    recipe = override(Recipe(), ["--model.weights", str(path), "--model.image-size", "32", "--model.keep-top"])
+    recipe = model_from_recipe.whole(recipe)
+    model = model_from_recipe.build(recipe, 3, "float32")
+    assert recipe.model.padding == inspection.read(model).architecture.padding == "symmetric"
+    assert inspection.read(model).architecture.bn_epsilon == recipe.model.bn_epsilon == 1e-5
+    assert same_weights(model, donor)
 
 
 @pytest.mark.parametrize("module", sorted(info.name for info in pkgutil.iter_modules(recipes.__path__)))

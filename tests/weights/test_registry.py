@@ -46,7 +46,12 @@ def test_records_are_unique_and_their_defaults_too():
     defaults = collections.Counter(record.model for record in registry.RECORDS if record.default)
     assert set(defaults.values()) == {1}
     tpus_own = {name for name in VARIANTS if name[13:15] in ("x-", "h-") and not name.endswith("timm")}
-    assert set(VARIANTS) - set(defaults) == {"efficientnet-l2", "efficientnetv2-xl", *tpus_own}
+    assert set(VARIANTS) - set(defaults) == {
+        "efficientnet-l2",
+        "efficientnetv2-xl",
+        "efficientnet-b0-composer",
+        *tpus_own,
+    }
     # keras.applications: the same URLs and md5s as in the installed Keras.
     from keras.src.applications import efficientnet, efficientnet_v2
 

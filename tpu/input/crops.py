@@ -42,7 +42,7 @@ def train_crop(encoded, size: int, data: Data, how: Augment, key):
     shape = _shape(encoded)
     window = _middle(shape, size, data)
     if how.crop == "inception":
-        window = _random_window(shape, window, how.min_area, key)
+        window = _random_window(shape, window, how, key)
     return _resized(_decoded(encoded, window), size, data)
 
 
@@ -70,20 +70,19 @@ def eval_padding(size: int, data: Data) -> int:
 
 
 def _middle(shape, size: int, data: Data):
-    side = tf.cast(
-        size / (size + eval_padding(size, data)) * tf.cast(tf.minimum(shape[0], shape[1]), tf.float32), tf.int32
-    )
-    return tf.stack([(shape[0] - side + 1) // 2, (shape[1] - side + 1) // 2, side, side])
+    whole = shape[:2] if data.crop_mode == "squash" else tf.fill([2], tf.minimum(shape[0], shape[1]))
+    sides = tf.cast(size / (size + eval_padding(size, data)) * tf.cast(whole, tf.float32), tf.int32)
+    return tf.concat([(shape[:2] - sides + 1) // 2, sides], 0)
 
 
-def _random_window(shape, middle, min_area: float, key):
+def _random_window(shape, middle, how: Augment, key):
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape,
         tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
         key,
-        min_object_covered=0.1,
+        min_object_covered=how.min_covered,
         aspect_ratio_range=(3 / 4, 4 / 3),
-        area_range=(min_area, 1.0),
+        area_range=(how.min_area, 1.0),
         max_attempts=10,
         use_image_if_no_bounding_boxes=True,
     )
@@ -106,6 +105,7 @@ def _decoded(encoded, window):
 
 
 def _resized(image, size: int, data: Data):
-    resize = {"bicubic": tf.raw_ops.ResizeBicubic, "bilinear": tf.raw_ops.ResizeBilinear}[data.interpolation]
-    image = resize(images=image[None], size=[size, size], align_corners=False, half_pixel_centers=False)[0]
+    resize = tf.raw_ops.ResizeBicubic if data.interpolation == "bicubic" else tf.raw_ops.ResizeBilinear
+    half_pixel = data.interpolation.startswith("half-pixel")
+    image = resize(images=image[None], size=[size, size], align_corners=False, half_pixel_centers=half_pixel)[0]
     return tf.ensure_shape(image, [size, size, 3])

@@ -14,8 +14,8 @@ def mix(images, labels, seeds, mixup_alpha: float = 0.0, cutmix_alpha: float = 0
         labels: float32 tensor, one-hot or smoothed, (batch, classes).
         seeds: int32 or int64 tensor, (batch, 2). The draw for an example depends only on its own seed.
         mixup_alpha: Float, alpha of mixup's Beta distribution. Defaults to 0 (no mixup).
-        cutmix_alpha: Float, alpha of CutMix's Beta distribution. If both alphas are given, one of the two methods is
-            drawn for each example. Defaults to 0 (no CutMix).
+        cutmix_alpha: Float, alpha of CutMix's Beta distribution. If both alphas are given, mixup mixes the first half
+            of the batch and CutMix the second. Defaults to 0 (no CutMix).
 
     Returns:
         Pair of images and labels, of the same types and shapes. Integers are rounded.
@@ -32,20 +32,29 @@ def mix(images, labels, seeds, mixup_alpha: float = 0.0, cutmix_alpha: float = 0
 
     Reference:
         arXiv 1710.09412; arXiv 1905.04899; tensorflow/tpu models/official/efficientnet/imagenet_input.py:134-160, for
-        the partner and for mixup's max(weight, 1 - weight).
+        the partner and for mixup's max(weight, 1 - weight); google/automl efficientnetv2/datasets.py `mixing`, for the
+        halves.
     """
     require("a mixup_alpha of at least 0", mixup_alpha >= 0, mixup_alpha=mixup_alpha)
     require("a cutmix_alpha of at least 0", cutmix_alpha >= 0, cutmix_alpha=cutmix_alpha)
     images, labels = tf.convert_to_tensor(images), tf.convert_to_tensor(labels)
     if not mixup_alpha and not cutmix_alpha:
         return images, labels
+    if mixup_alpha and cutmix_alpha:
+        half = tf.shape(images)[0] // 2
+        one = mix(images[:half], labels[:half], seeds[:half], mixup_alpha=mixup_alpha)
+        other = mix(images[half:], labels[half:], seeds[half:], cutmix_alpha=cutmix_alpha)
+        return tuple(
+            tf.ensure_shape(tf.concat(pair, 0), given.shape)
+            for pair, given in zip(zip(one, other, strict=True), (images, labels), strict=True)
+        )
     size = tf.shape(images)[1:3]
     partners = tf.shape(images)[0] - 1
 
     # Example by example: the data stays in the cache, which takes half the time of passes over the whole batch.
     def one(place):
         first, second, third = split_seed(seeds[place], 3)
-        which, *center = tf.unstack(tf.random.stateless_uniform([3], third))
+        _, *center = tf.unstack(tf.random.stateless_uniform([3], third))
         own, other = images[place], images[partners - place]
 
         def blended():
@@ -61,9 +70,7 @@ def mix(images, labels, seeds, mixup_alpha: float = 0.0, cutmix_alpha: float = 0
             share = 1 - tf.reduce_prod(high - low) / tf.reduce_prod(size)
             return tf.ensure_shape(pixels, own.shape), tf.cast(share, tf.float32)
 
-        if not mixup_alpha or not cutmix_alpha:
-            return blended() if mixup_alpha else pasted()
-        return tf.cond(which < 0.5, pasted, blended)
+        return blended() if mixup_alpha else pasted()
 
     kinds = tf.TensorSpec(images.shape[1:], images.dtype), tf.TensorSpec([], tf.float32)
     mixed, share = tf.map_fn(one, tf.range(partners + 1), fn_output_signature=kinds)

@@ -275,7 +275,8 @@ def plan(
     """Plans a step of a recipe on a TPU slice: memory, traffic and lower bounds on the time.
 
     Nothing runs. The bounds follow from the arithmetic and the memory traffic of the compiled program. They ignore the
-    vector unit, waiting for other chips, and the input.
+    vector unit, waiting for other chips, and the input. A recipe with progressive learning is planned stage by stage:
+    the figures are those of the stage with the largest memory, `hours` is the sum, and `stages` lists all.
 
     Args:
         recipe: `Recipe`. Its `batch_size` is that of all chips together.
@@ -300,6 +301,8 @@ def plan(
     Reference:
         docs/tpu.md.
     """
+    if recipe.progress.sizes and not evaluation:
+        return _plan_stages(recipe, where, tell)
     devices = topology(where)
     chip = CHIPS[where.partition(":")[0]]
     chips = len({tuple(device.coords) for device in devices})
@@ -327,6 +330,19 @@ def plan(
         "compile_seconds": found["compile_seconds"],
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
+    }
+
+
+def _plan_stages(recipe: Recipe, where: str, tell: Callable[[str], object]) -> dict[str, Any]:
+    plans = [plan(recipe.stage(number), where, tell=tell) for number in range(len(recipe.progress.sizes))]
+    hours = [one["hours"] for one in plans]  # each as if its stage were the whole run
+    largest = max(plans, key=lambda one: one["peak_hbm_bytes_per_chip"])
+    shown = ("image_size", "fits", "peak_hbm_bytes_per_chip", "roofline_seconds_per_step", "bound")
+    return largest | {
+        "fits": all(one["fits"] for one in plans),
+        "hours": None if None in hours else sum(hours) / len(hours),
+        "compile_seconds": sum(one["compile_seconds"] for one in plans),
+        "stages": [{name: one[name] for name in shown} for one in plans],
     }
 
 

@@ -2,9 +2,9 @@
 
 Command: `keras-effnet train b0_composer --data PATH --workdir DIR`
 Hardware: 8 GPUs; 23.3 hours on 3080s, says Composer's README. Not run by us.
-Top-1: 77.22. Composer names label smoothing beside that number, without a value; 0.1 is NVIDIA's. Not rebuilt here:
-its activation after the first block's projection, and its symmetric padding. Momentum 0.1 in PyTorch is 0.9 here.
-Neither Composer nor this recipe has a moving average: average_decay is 0.
+Top-1: 77.22. Composer names label smoothing beside that number, without a value; 0.1 is NVIDIA's. The net is
+Composer's: its padding is symmetric, its epsilon 1e-5, and an activation follows the first block's projection. Momentum
+0.1 in PyTorch is 0.9 here. Neither Composer nor this recipe has a moving average: average_decay is 0.
 Source: Composer @ 0acac4ca, composer/yamls/models/efficientnetb0.yaml:1-41; efficientnets.py:68-69.
 """
 
@@ -12,7 +12,7 @@ from keras_effnet.tpu.config import Model, Optimizer, Recipe, Schedule
 
 RECIPES = {
     "b0_composer": Recipe(
-        model=Model("efficientnet-b0", drop_connect_rate=0.2, bn_momentum=0.9, bn_epsilon=1e-5),
+        model=Model("efficientnet-b0-composer", drop_connect_rate=0.2, bn_momentum=0.9, bn_epsilon=1e-5),
         optimizer=Optimizer("rmsprop-torch", peak=0.08, epsilon=0.01, weight_decay=1e-5, decayed="all"),
         schedule=Schedule("cosine", warmup_epochs=16, decay_from="warmup"),
         epochs=400,

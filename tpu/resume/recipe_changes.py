@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_effnet.tpu.config import SIZED, Recipe, flat, from_json, with_fields
+from keras_effnet.tpu.config import SIZED, Recipe, flat, from_json, settled, with_fields
 
 _FEW = 6  # changes in an error
 
@@ -27,7 +27,8 @@ def changes_of(recipe: Recipe, workdir: str) -> list[str]:
     path = f"{workdir}/config.json"
     if not tf.io.gfile.exists(path):
         return []
-    old, new = (flat(dataclasses.asdict(one)) for one in (from_json(tf.io.gfile.GFile(path).read()), recipe))
+    before = settled(from_json(tf.io.gfile.GFile(path).read()))  # of a version without some fields
+    old, new = (flat(dataclasses.asdict(one)) for one in (before, recipe))
     changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
     ignored = ("run.", "source ", "expected_top1 ")
     kept = ("run.seed", "mixed_float16")

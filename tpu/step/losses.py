@@ -44,6 +44,41 @@ def cross_entropy(labels, logits, smoothing: float = 0.0, weights=None):
     return -ops.sum(labels * ops.log_softmax(logits, axis=-1), axis=-1)
 
 
+def sigmoid_cross_entropy(labels, logits, smoothing: float = 0.0, weights=None):
+    """Returns the mean over all classes of the cross-entropy of each class alone, for each example.
+
+    Args:
+        labels: See `cross_entropy()`. Several classes of one example may have a share of 1.
+        logits: Floats (batch, classes), before the sigmoid.
+        smoothing: Float, share of each yes or no that becomes half yes, half no. Defaults to 0.
+        weights: See `cross_entropy()`. Here they are factors of the classes' own terms.
+
+    Returns:
+        Float32 tensor (batch,).
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_effnet.tpu.step.losses import sigmoid_cross_entropy
+    >>> round(float(sigmoid_cross_entropy(np.array([1]), np.zeros((1, 10), "float32"))[0]), 4)
+    0.6931
+
+    Reference:
+        google/automl efficientnetv2/main.py, `loss_type == "sigmoid"`: tf.losses.sigmoid_cross_entropy.
+    """
+    logits = ops.cast(logits, "float32")
+    if len(labels.shape) == 1:
+        labels = ops.one_hot(ops.cast(labels, "int32"), logits.shape[-1], dtype="float32")
+    labels = ops.cast(labels, "float32") * (1.0 - smoothing) + 0.5 * smoothing
+    terms = ops.relu(logits) - logits * labels + ops.log1p(ops.exp(-ops.abs(logits)))
+    if weights is not None:
+        terms = terms * ops.convert_to_tensor(weights, "float32")
+    return ops.mean(terms, axis=-1)
+
+
+LOSSES = {"softmax": cross_entropy, "sigmoid": sigmoid_cross_entropy}
+
+
 def balancing(labels, classes: int) -> tuple[float, ...]:
     """Returns a factor for the loss of each class, by the inverse of its frequency. Their mean over all examples is 1.
 

@@ -59,6 +59,7 @@ class Learner:
         model: A `keras.Model` that returns logits. A step neither reads nor changes its values.
         optimizer: An `Optimizer`.
         schedule: A `Schedule`.
+        loss: Key of `losses.LOSSES`. Defaults to `"softmax"`.
         smoothing: Float, label smoothing. Defaults to 0.1.
         weight_decay: Float, factor of half the sum of squares in the loss. Defaults to 1e-5.
         decayed: The variables with weight decay: `"no-batch-norm"`, as in the original, with all biases; `"all"`; or
@@ -76,6 +77,7 @@ class Learner:
     model: keras.Model
     optimizer: Optimizer
     schedule: Schedule
+    loss: str = "softmax"
     smoothing: float = 0.1
     weight_decay: float = 1e-5
     decayed: str = "no-batch-norm"
@@ -225,7 +227,7 @@ class Learner:
     def _metrics(self, labels, logits, class_weights=None) -> dict[str, Any]:
         """`METRICS` of each example."""
         return {
-            "loss": losses.cross_entropy(labels, logits, self.smoothing, class_weights),
+            "loss": losses.LOSSES[self.loss](labels, logits, self.smoothing, class_weights),
             "top1": losses.hits(labels, logits, 1),
             "top5": losses.hits(labels, logits, 5),
         }

@@ -360,14 +360,41 @@ def test_cutmix_gives_each_label_its_share_of_pixels():
     np.testing.assert_allclose(share.mean(), 1 - area.mean() / (height * width), atol=0.05)
 
 
-def test_mixup_and_cutmix_share_the_examples():
-    count = 600
+def test_mixup_and_cutmix_take_half_of_the_batch_each():
+    """As in google/automl efficientnetv2/datasets.py: each half is mixed with itself."""
+    count = 602
     images = tf.broadcast_to(tf.range(count, dtype=tf.float32)[:, None, None, None], (count, 8, 8, 1))
     rows = tf.data.Dataset.from_tensor_slices((images, tf.eye(count), seeds(count))).batch(count)  # of unknown size
     mixed, labels = next(iter(rows.map(lambda *row: mixing.mix(*row, mixup_alpha=1.0, cutmix_alpha=1.0))))
-    blended = tf.reduce_any((mixed != images) & (mixed != images[::-1]), axis=(1, 2, 3))
-    assert within(tf.cast(blended, tf.float32).numpy().mean(), 0.5, count)
+    half = count // 2
+    for part, how in ((slice(half), {"mixup_alpha": 1.0}), (slice(half, None), {"cutmix_alpha": 1.0})):
+        own, shares = mixing.mix(images[part], tf.eye(count)[part], seeds(count)[part], **how)
+        np.testing.assert_array_equal(mixed[part], own)
+        np.testing.assert_array_equal(labels[part], shares)
+    assert np.unique(mixed[0]).size == 1 and 0 < mixed[0, 0, 0, 0] < half  # blended, with its own half
+    assert set(np.unique(mixed[half])) <= {half, count - 1}  # pasted
     np.testing.assert_allclose(tf.reduce_sum(labels, axis=1), 1, atol=1e-6)
+
+
+def test_automls_operations_are_the_tpu_repositorys():
+    """google/automl efficientnetv2/autoaugment.py: `policy_v0`, `available_ops` and both `augmentation_params`."""
+    policy = """Equalize .8 1 ShearY .8 4|Color .4 9 Equalize .6 3|Color .4 1 Rotate .6 8|Solarize .8 3 Equalize .4 7
+    |Solarize .4 2 Solarize .6 2|Color .2 0 Equalize .8 8|Equalize .4 8 SolarizeAdd .8 3|ShearX .2 9 Rotate .6 8
+    |Color .6 1 Equalize 1 2|Invert .4 9 Rotate .6 0|Equalize 1 9 ShearY .6 3|Color .4 7 Equalize .6 0
+    |Posterize .4 6 AutoContrast .4 7|Solarize .6 8 Color .6 9|Solarize .2 4 Rotate .8 9|Rotate 1 7 TranslateY .8 9
+    |ShearX 0 0 Solarize .8 4|ShearY .8 0 Color .6 4|Color 1 0 Rotate .6 2|Equalize .8 4 Equalize 0 8
+    |Equalize 1 4 AutoContrast .6 2|ShearY .4 7 SolarizeAdd .6 7|Posterize .8 2 Solarize .6 10|Solarize .6 8 Equalize .6 1
+    |Color .8 6 Rotate .4 5"""
+    rows = [row.split() for row in policy.split("|")]
+    assert augment.POLICY_V0 == tuple(
+        tuple((row[at], float(row[at + 1]), int(row[at + 2])) for at in (0, 3)) for row in rows
+    )
+    assert sorted(augment.RANDAUGMENT_OPS) == sorted(
+        "AutoContrast Equalize Invert Rotate Posterize Solarize Color Contrast Brightness Sharpness ShearX ShearY "
+        "TranslateX TranslateY Cutout SolarizeAdd".split()
+    )
+    assert (image_ops.AUTOAUGMENT.cutout_const, image_ops.AUTOAUGMENT.translate_const) == (100, 250)
+    assert (image_ops.RANDAUGMENT.cutout_const, image_ops.RANDAUGMENT.translate_const) == (40, 100)
 
 
 @pytest.mark.parametrize("alphas", [(0.2, 0.0), (0.0, 1.0), (0.8, 1.0)])

