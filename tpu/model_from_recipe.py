@@ -81,6 +81,9 @@ def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
             how.name, weights=how.weights, preprocessing=scheme, classifier_activation=None, **top, **_shape(recipe)
         )
         scheme = _scheme(donor)
+    shape = _shape(recipe)
+    if recipe.progress.sizes:
+        shape["input_shape"] = (None, None, 3)
     model = models.create_model(
         how.name,
         weights=None,
@@ -88,7 +91,7 @@ def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:
         classifier_activation=None,
         preprocessing=scheme,
         dtype=dtype,
-        **_shape(recipe) | ({"input_shape": (None, None, 3)} if recipe.progress.sizes else {}),
+        **shape,
     )
     for layer in donor.layers if donor else ():
         model.get_layer(layer.name).set_weights(layer.get_weights())

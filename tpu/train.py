@@ -242,7 +242,7 @@ def _write_numbers(job: _Job, devices: dict[str, int], chosen: dict[str, Any]) -
     """Writes config.json with the numbers that follow from the recipe, the data and the devices."""
     if not job.writes:
         return
-    numbers = {"image_size": job.size, "classes": job.classes, "steps": job.total}
+    numbers: dict[str, Any] = {"image_size": job.size, "classes": job.classes, "steps": job.total}
     numbers |= {"steps_per_epoch": job.steps_per_epoch, "peak": job.recipe.peak}
     numbers |= {"chosen": chosen} if chosen else {}
     if job.recipe.progress.sizes:

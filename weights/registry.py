@@ -387,7 +387,7 @@ def _v2_records():
             model = f"efficientnetv2-{short}"
             legacy = tag == "1k" and short.startswith("b")  # evaluated as V1: "effnetv1_autoaug"
             # preprocessing.py: the others are resized without a crop from 320 pixels on, and always after fine-tuning.
-            crops = {"resolution": 224} if tag == "21k" else {"crop_padding": 0, "crop_mode": "squash"}
+            cropped = legacy or tag == "21k"
             hashes = _KERAS_V2_MD5[short] if tag == "1k" else ()
             keras = _keras_files(f"tensorflow/keras-applications/efficientnet_v2/{model}", hashes)
             yield Record(
@@ -397,9 +397,12 @@ def _v2_records():
                 (*keras, File("tpu", f"{_TPU}v2/{model}{suffix}.tgz"), *ports.get((model, tag), ())),
                 "imagenet" if legacy else "inception" if tag == "21k-ft1k" else "tpu128",
                 source="google/automl efficientnetv2/README.md",
+                crop_padding=32 if cropped else 0,
+                crop_mode="center" if cropped else "squash",
+                interpolation="bicubic" if legacy else "half-pixel-bilinear",
+                resolution=224 if tag == "21k" else None,
                 default=tag == "1k",
                 classes=21843 if tag == "21k" else 1000,
-                **({} if legacy else {"interpolation": "half-pixel-bilinear"} | crops),
             )
 
 

@@ -185,8 +185,8 @@ def check_head(include_top, pooling, classes, classifier_activation, pretrained:
         return
     if not isinstance(classes, Integral) or isinstance(classes, bool) or classes < 1:
         raise ValueError(f"Expected classes to be a positive integer. Received: classes={classes!r}")
-    known = [None, "softmax", keras.activations.softmax, keras.activations.linear, "linear"]
-    if classes > 1001:  # ImageNet-21k, whose sets are trained with a sigmoid
+    known: list[Any] = [None, "softmax", keras.activations.softmax, keras.activations.linear, "linear"]
+    if int(classes) > 1001:  # ImageNet-21k, whose sets are trained with a sigmoid
         known += ["sigmoid", keras.activations.sigmoid]
     if pretrained and classifier_activation not in known:
         raise ValueError(

@@ -51,8 +51,8 @@ def stage_rows(architecture: Architecture, size, channels: int, classes: int | N
     params, after = 9 * channels * filters, _halved(size, 2)
     pads = architecture.padding == "symmetric"
     # In V1, keras.applications has a padding layer, and another one that divides by deviations.
-    cost = {"_params": params, "_norms": filters, "_macs": math.prod(after) * params}
-    cost["_layers"] = (5 + pads, 7 if _pads_explicitly(architecture) else 5)
+    counted = (5 + pads, 7 if _pads_explicitly(architecture) else 5)
+    cost = {"_params": params, "_norms": filters, "_macs": math.prod(after) * params, "_layers": counted}
     yield row(1, "Conv3x3", filters, 1, 3, 2, **cost)
     size = after
     rates = iter(architecture.drop_connect_rates)

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
+from typing import Any
 
 from keras_effnet.errors import unknown
 from keras_effnet.nets.architecture import Architecture, Block, Stage, Variant, Widths
@@ -230,22 +231,22 @@ _PRUNED: dict[str, tuple[Widths, ...]] = {
 }
 
 _TPU = "tensorflow/tpu efficientnet/"
-_V2_SHARED = {
+_V2_SHARED: dict[str, Any] = {
     "family": "V2",
     "source": "arXiv 2104.00298; google/automl efficientnetv2",
     "least_share": 0.0,
     "bn_momentum": 0.9,
     "depthwise_name": "dwconv2",
 }
-_RW_SHARED = {"family": "V2, timm's own", "stem_filters": 24, "depthwise_name": "dwconv2"}
-_X_SHARED = {"family": "X and H", "source": f"{_TPU}tpu", "activation": "relu"}
-_TIMM_SHARED = {"source": "timm/models/efficientnet.py", "padding": "symmetric", "bn_momentum": 0.9}
+_RW_SHARED: dict[str, Any] = {"family": "V2, timm's own", "stem_filters": 24, "depthwise_name": "dwconv2"}
+_X_SHARED: dict[str, Any] = {"family": "X and H", "source": f"{_TPU}tpu", "activation": "relu"}
+_TIMM_SHARED: dict[str, Any] = {"source": "timm/models/efficientnet.py", "padding": "symmetric", "bn_momentum": 0.9}
 
 # Composer @ 3c149064, composer/models/efficientnetb0/_layers.py:164-166: an activation after the first projection.
 _COMPOSER = {"efficientnet-b0-composer": (1.0, 1.0, 224, 0.2)}
 
 # Each table, and the fields that its rows share.
-_FAMILIES: tuple[tuple[dict, dict], ...] = (
+_FAMILIES: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     (_B, {"family": "V1", "stages": B0_STAGES, "source": "arXiv 1905.11946, table 1"}),
     (_V2_B, {"stages": V2_STAGES["b"]} | _V2_SHARED),
     *(
@@ -315,10 +316,14 @@ _FAMILIES: tuple[tuple[dict, dict], ...] = (
     ),
 )
 
+
+def _variant(name: str, row: tuple[Any, ...], shared: dict[str, Any]) -> Variant:
+    width, depth, resolution, dropout_rate = row
+    return Variant(name=name, width=width, depth=depth, resolution=resolution, dropout_rate=dropout_rate, **shared)
+
+
 VARIANTS: dict[str, Variant] = {
-    name: Variant(name=name, width=width, depth=depth, resolution=resolution, dropout_rate=dropout_rate, **shared)
-    for rows, shared in _FAMILIES
-    for name, (width, depth, resolution, dropout_rate) in rows.items()
+    name: _variant(name, row, shared) for rows, shared in _FAMILIES for name, row in rows.items()
 }
 
 VARIANTS |= {

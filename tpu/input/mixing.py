@@ -1,12 +1,14 @@
 """Mixup and CutMix for a tf.data map."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_effnet.tpu.input.augment import require, split_seed
 from keras_effnet.tpu.input.image_ops import paste
 
 
-def mix(images, labels, seeds, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0):
+def mix(images: Any, labels: Any, seeds, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0):
     """Mixes each example of a batch with a partner: the first with the last, the second with the second to last, ...
 
     Args:
@@ -44,10 +46,8 @@ def mix(images, labels, seeds, mixup_alpha: float = 0.0, cutmix_alpha: float = 0
         half = tf.shape(images)[0] // 2
         one = mix(images[:half], labels[:half], seeds[:half], mixup_alpha=mixup_alpha)
         other = mix(images[half:], labels[half:], seeds[half:], cutmix_alpha=cutmix_alpha)
-        return tuple(
-            tf.ensure_shape(tf.concat(pair, 0), given.shape)
-            for pair, given in zip(zip(one, other, strict=True), (images, labels), strict=True)
-        )
+        whole = (tf.concat(pair, 0) for pair in zip(one, other, strict=True))
+        return tuple(map(tf.ensure_shape, whole, (images.shape, labels.shape)))
     size = tf.shape(images)[1:3]
     partners = tf.shape(images)[0] - 1
 

@@ -59,7 +59,6 @@ class Learner:
         model: A `keras.Model` that returns logits. A step neither reads nor changes its values.
         optimizer: An `Optimizer`.
         schedule: A `Schedule`.
-        loss: Key of `losses.LOSSES`. Defaults to `"softmax"`.
         smoothing: Float, label smoothing. Defaults to 0.1.
         weight_decay: Float, factor of half the sum of squares in the loss. Defaults to 1e-5.
         decayed: The variables with weight decay: `"no-batch-norm"`, as in the original, with all biases; `"all"`; or
@@ -69,6 +68,7 @@ class Learner:
         seed: Integer, seed of the masks of dropout and drop connect. Defaults to 0.
         class_weights: Tuple of floats, factors of the loss of each class in training. Defaults to None: 1 for all.
         scales_loss: Boolean, whether to scale the loss dynamically, for gradients in float16. Defaults to False.
+        loss: Key of `losses.LOSSES`. Defaults to `"softmax"`.
 
     Reference:
         tensorflow/tpu efficientnet main.py:414-467.
@@ -77,7 +77,6 @@ class Learner:
     model: keras.Model
     optimizer: Optimizer
     schedule: Schedule
-    loss: str = "softmax"
     smoothing: float = 0.1
     weight_decay: float = 1e-5
     decayed: str = "no-batch-norm"
@@ -86,6 +85,7 @@ class Learner:
     seed: int = 0
     class_weights: tuple[float, ...] | None = None
     scales_loss: bool = False
+    loss: str = "softmax"
 
     @property
     def moving(self) -> list[keras.Variable]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import BACKEND, golden
 
+from keras_effnet.images.resizing import crop_and_resize
 from keras_effnet.tpu.config import Augment, Data, Recipe, Run
 
 if BACKEND != "tensorflow":
@@ -113,13 +114,31 @@ def test_evaluation_sees_the_originals_pixels_bit_by_bit(name, size):
 def test_random_crops_are_those_of_the_original():
     """Areas and aspect ratios are those of TensorFlow's op with the original's arguments, from the same seeds."""
     shape = tf.constant([300, 400, 3])
-    windows = np.array([crops._random_window(shape, tf.zeros(4, tf.int32), 0.08, [0, n]) for n in range(400)])
+    windows = np.array([crops._random_window(shape, tf.zeros(4, tf.int32), Augment(), [0, n]) for n in range(400)])
     area, ratio = windows[:, 2] * windows[:, 3] / 120000, windows[:, 3] / windows[:, 2]
     assert area.min() > 0.075 and 0.3 < area.mean() < 0.5 and area.max() > 0.85
     assert ratio.min() > 0.73 and ratio.max() < 1.36
     # An image too long for any crop is cropped in the center.
     middle = tf.constant([1, 2, 3, 4])
-    assert crops._random_window(tf.constant([4, 400, 3]), middle, 0.99, [0, 1]).numpy().tolist() == [1, 2, 3, 4]
+    whole = Augment(min_area=0.99)
+    assert crops._random_window(tf.constant([4, 400, 3]), middle, whole, [0, 1]).numpy().tolist() == [1, 2, 3, 4]
+    # V2's are smaller: google/automl efficientnetv2/preprocessing.py.
+    small = Augment(min_area=0.05, min_covered=0.0)
+    windows = np.array([crops._random_window(shape, tf.zeros(4, tf.int32), small, [0, n]) for n in range(400)])
+    assert 0.045 < (windows[:, 2] * windows[:, 3] / 120000).min() < 0.07
+
+
+def test_v2_evaluates_the_whole_image():
+    """google/automl efficientnetv2/preprocessing.py `preprocess_for_eval`, from 320 pixels on: tf.image.resize()."""
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 70, 3), "uint8")
+    expected = tf.image.resize(tf.cast(pixels, tf.float32), [32, 32])
+    data = Data(interpolation="half-pixel-bilinear", eval_crop=1.0, crop_mode="squash")
+    np.testing.assert_allclose(crops.eval_image(tf.constant(pixels), 32, data), expected, atol=1e-3)
+    np.testing.assert_allclose(
+        crop_and_resize(pixels, (32, 32), 0, "half-pixel-bilinear", "squash"), expected, atol=1e-3
+    )
+    center = crop_and_resize(pixels, (32, 32), 0, "half-pixel-bilinear")
+    assert np.abs(center - expected).mean() > 10
 
 
 def test_an_epoch_holds_each_example_once_in_an_order_of_its_own(folder, records):

@@ -183,6 +183,10 @@ def test_the_loss_is_keras_losses():
     for given, dense in ((labels, np.eye(7)[labels]), (shares, shares)):
         theirs = keras.losses.categorical_crossentropy(dense, logits, from_logits=True, label_smoothing=0.1)
         np.testing.assert_allclose(np.array(losses.cross_entropy(given, logits, 0.1)), np.array(theirs), rtol=1e-5)
+        alone = keras.losses.binary_crossentropy(dense, logits, from_logits=True, label_smoothing=0.1)
+        np.testing.assert_allclose(
+            np.array(losses.sigmoid_cross_entropy(given, logits, 0.1)), np.array(alone), rtol=1e-5
+        )
     # A mixed example has its classes' losses, each with its share and its weight.
     weights = losses.balancing(np.repeat(np.arange(7), [9, 1, 4, 4, 4, 5, 1]), 7)
     whole = [np.array(losses.cross_entropy(np.full(6, label), logits, 0.1)) for label in range(7)]
