@@ -1,4 +1,4 @@
-"""Times the construction of EfficientNet-B0 and the import of the package, paired with keras.applications.
+"""Times the construction of B0 and V2-S and the import of the package, paired with keras.applications.
 
 Each figure comes from a separate process, since a backend keeps what it has compiled. Ours and the peer alternate.
 `python benchmarks/build.py --help`
@@ -29,6 +29,10 @@ CASES = {
     "build B0": (
         BUILD.format(imports="keras; from keras_effnet.models import EfficientNetB0", call="EfficientNetB0"),
         BUILD.format(imports="keras", call="keras.applications.EfficientNetB0"),
+    ),
+    "build V2-S": (
+        BUILD.format(imports="keras; from keras_effnet.models import EfficientNetV2S", call="EfficientNetV2S"),
+        BUILD.format(imports="keras", call="keras.applications.EfficientNetV2S"),
     ),
     "import": (
         IMPORT.format(imports="import keras, keras_effnet, keras_effnet.models"),
@@ -74,7 +78,7 @@ def main(backends, rounds, as_json) -> None:
             )
             if not as_json:
                 click.echo(
-                    f"{backend:10} {what:8}  "
+                    f"{backend:10} {what:10}  "
                     + "  ".join(
                         f"{key.removesuffix('_seconds')} {value['median']:.2f} ({value['min']:.2f}-{value['max']:.2f})"
                         for key, value in rows[-1].items()

@@ -6,9 +6,10 @@
     python benchmarks/inference.py --start             # the command, from its start to the first prediction
     python benchmarks/inference.py --plot docs/inference.png
 
-Ratios are taken within a round. timm is timed if it is installed (`pip install timm`), with channels first and the
-defaults of torch.compile. Lite0 and `--agreement` need scikit-image, whose photos calibrate int8. Calibration and test
-use different crops of the same photos. Weights are random, except for Lite0.
+Ratios are taken within a round. timm and ZeroModels are timed if they are installed (`pip install timm zeromodels`),
+timm with channels first and the defaults of torch.compile, ZeroModels with V2 alone. Lite0 and `--agreement` need
+scikit-image, whose photos calibrate int8. Calibration and test use different crops of the same photos. Weights are
+random, except for Lite0.
 """
 
 import json
@@ -34,8 +35,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 B0, B4, LITE0 = "efficientnet-b0", "efficientnet-b4", "efficientnet-lite0"
 CONDCONV = "efficientnet-condconv-b0-8e"
-APPLICATIONS = {B0: "EfficientNetB0", B4: "EfficientNetB4"}
-TIMM = {B0: "tf_efficientnet_b0", B4: "tf_efficientnet_b4"}
+V2_B0, V2_S = "efficientnetv2-b0", "efficientnetv2-s"
+APPLICATIONS = {B0: "EfficientNetB0", B4: "EfficientNetB4", V2_B0: "EfficientNetV2B0", V2_S: "EfficientNetV2S"}
+TIMM = {B0: "tf_efficientnet_b0", B4: "tf_efficientnet_b4", V2_B0: "tf_efficientnetv2_b0", V2_S: "tf_efficientnetv2_s"}
 
 
 def pixels(shape) -> np.ndarray:
@@ -86,6 +88,19 @@ def graph(name: str, folder: str, batch: int) -> Callable[[], Any]:
     return lambda: function(tf.constant(images)).numpy()
 
 
+def zeromodels(name: str, folder: str, batch: int) -> Callable[[], Any]:
+    import tensorflow as tf
+
+    from keras_effnet.nets.variants import VARIANTS
+
+    package: Any = import_module("zeromodels.models.efficientnetv2")
+    side = VARIANTS[name].resolution
+    model = package.EfficientNetV2ImageClassify(block_arch=APPLICATIONS[name], image_size=side, name="net")
+    images = pixels((batch, side, side, 3))
+    function = tf.function(lambda x: model(x, training=False))
+    return lambda: function(tf.constant(images)).numpy()
+
+
 def predict(name: str, folder: str, batch: int) -> Callable[[], Any]:
     model = model_of(name)
     images = pixels((batch, *model.input_shape[1:]))
@@ -122,10 +137,12 @@ def onnxruntime(name: str, folder: str, batch: int) -> Callable[[], Any]:
 def timm_compiled(name: str, folder: str, batch: int) -> Callable[[], Any]:
     import torch
 
+    from keras_effnet.nets.variants import VARIANTS
+
     timm: Any = import_module("timm")
     torch.set_num_threads(os.cpu_count() or 1)
     model = timm.create_model(TIMM[name]).eval()
-    side = model.default_cfg["input_size"][1]
+    side = VARIANTS[name].resolution
     images = torch.from_numpy(pixels((batch, 3, side, side)))
     compiled = torch.compile(model)
 
@@ -198,6 +215,8 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
     one |= {"predict()": (predict, 1)}
     if find_spec("timm") and name in TIMM:
         one["timm, torch.compile"] = (timm_compiled, 1)
+    if find_spec("zeromodels") and name in (V2_B0, V2_S):
+        one["ZeroModels, tf.function"] = (zeromodels, 1)
     many: dict[str, tuple[Callable, int]] = {"Predictor, 32": (ours, 32), "tf.function, 32": (graph, 32)}
     eight: dict[str, tuple[Callable, int]] = {}
     if name in (B0, LITE0):

@@ -9,14 +9,28 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, GOLDEN, ROOT, fill, golden, image, run, same_weights, save_checkpoint, seeded
+from helpers import (
+    BACKEND,
+    GOLDEN,
+    ROOT,
+    fill,
+    golden,
+    image,
+    run,
+    same_weights,
+    save_checkpoint,
+    save_torch,
+    seeded,
+    timm_tensors,
+)
 
 import keras_effnet as ke
 from keras_effnet import model_metadata
 from keras_effnet.nets import inspection
+from keras_effnet.nets.build import build
 from keras_effnet.nets.normalization import SCHEMES
 from keras_effnet.nets.scaling import resolve
-from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.nets.variants import VARIANTS, of_timm
 from keras_effnet.weights import registry
 
 SMALL = (32, 32, 3)
@@ -298,7 +312,11 @@ def test_channels_first():
     assert ke.load_image(ROOT / "docs/cat.png", first).shape == (3, 64, 64)
 
 
-READ = ["efficientnet-b0", "efficientnet-lite3", "efficientnet-edgetpu-l", "efficientnet-condconv-b0-8e-depth"]
+READ = [
+    *("efficientnet-b0", "efficientnet-lite3", "efficientnet-edgetpu-l", "efficientnet-condconv-b0-8e-depth"),
+    *("efficientnetv2-b0", "efficientnetv2-rw-s", "efficientnet-x-b0", "efficientnet-x-b5-timm"),
+    "efficientnet-b0-composer",
+]
 
 
 @pytest.mark.parametrize("name", READ)
@@ -306,6 +324,33 @@ def test_reading_a_model_gives_what_it_was_built_from(name):
     reading = inspection.read(ke.create_model(name, weights=None))
     assert reading.architecture == resolve(VARIANTS[name])
     assert reading.size == (VARIANTS[name].resolution,) * 2
+
+
+@pytest.mark.long
+def test_the_deepest_net_is_built_saved_and_read_within_pythons_recursion(tmp_path):
+    """V2-XL's longest path has more layers than Python allows nested calls, and Keras walks it by recursion."""
+    net = resolve(VARIANTS["efficientnetv2-xl"])
+    narrow = {"filters_in": 8, "filters_out": 8}
+    blocks = tuple(
+        replace(block, **narrow, expand_filters=8 * bool(block.expand_filters), residual=block.strides == 1)
+        for block in net.blocks
+    )
+    thin = replace(net, stem_filters=8, head_filters=8, blocks=blocks)
+    model = build(thin, keras.Input((32, 32, 3)), None, classes=2)
+    assert model.layers[-1].output.shape == (None, 2) and len(model.layers) > 1200
+    ke.save_model(model, tmp_path / "deep.keras")
+    assert inspection.read(keras.saving.load_model(tmp_path / "deep.keras")).architecture.blocks == thin.blocks
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnetv2_b0", "efficientnet_b0"])
+def test_other_families_outputs(name, tmp_path):
+    """V2 and symmetric padding against timm. tests/nets/test_family.py compares more nets, in float64."""
+    variant, padding = of_timm(name)
+    path = save_torch(timm_tensors(name), tmp_path / f"{name}.safetensors")
+    model = ke.create_model(variant, weights=path, preprocessing=None, classifier_activation=None)
+    expected = np.load(GOLDEN / f"timm/{name}.npz")["logits"]
+    assert inspection.read(model).architecture.padding == padding
+    assert np.abs(run(model, image(224)) - expected).max() < 2e-5 * expected.std()
 
 
 @pytest.mark.usefixtures("shallow", "eager")

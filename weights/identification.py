@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from keras_effnet.nets.variants import VARIANTS
-from keras_effnet.weights import hub
+from keras_effnet.weights import hub, padding
 from keras_effnet.weights.formats import h5_file, opening
-from keras_effnet.weights.keras2 import conversion, padding
+from keras_effnet.weights.keras2 import conversion
+from keras_effnet.weights.keras2 import padding as padding_layers
 from keras_effnet.weights.keras2.files import opened_model
 from keras_effnet.weights.keras2.layers import ForeignLayerError
 from keras_effnet.weights.matching import Contents, identify_model, match
@@ -26,6 +27,7 @@ class Identified:
         kind: String. What it holds, and the program that wrote it.
         model: String. Name of the EfficientNet in it, or None.
         classes: Integer, or None without a classifier.
+        padding: String, see `create_model()`; or None if the file does not say it and both are possible.
         input_size: Tuple of height and width, each an integer or None; or None if the file does not say it.
         preprocessing: Tuple (scale, offset) of lists of floats, None if the file does not say it.
         head: Tuple of strings. The layers around the net.
@@ -39,6 +41,7 @@ class Identified:
     kind: str
     model: str | None = None
     classes: int | None = None
+    padding: str | None = None
     input_size: tuple[int | None, int | None] | None = None
     preprocessing: Any = None
     head: tuple[str, ...] = ()
@@ -52,6 +55,7 @@ class Identified:
             "file": self.kind,
             "model": self.model or self.problem,
             "classes": self.classes and str(self.classes),
+            "padding": self.model and (self.padding or "same or symmetric: the file does not say it. Pass --padding"),
             "input size": self.input_size and " x ".join(str(size or "any") for size in self.input_size),
             "pixels 0-255 become": self.preprocessing and _scaled(*self.preprocessing),
             "head": ", ".join(self.head),
@@ -117,11 +121,13 @@ def _whole(path: Path, old: conversion.OldModel) -> Identified:
             found = _tensors(path)
         left = (f"{error.foreign.layer}: {error.foreign.reason}", *(found.left if found else ()))
         if found is not None and found.model is not None:
-            pads = padding.difference(old.config, VARIANTS[found.model].resolution)
+            pads = padding_layers.difference(old.config, VARIANTS[found.model].resolution)
             left += (pads,) if pads else ()
         if found is None:
             return Identified(str(path), kind, left=left, problem=_other(old.config))
-        return Identified(str(path), kind, found.model, None, None, None, (), found.loaded, left, found.command)
+        return Identified(
+            str(path), kind, found.model, loaded=found.loaded, left=left, command=found.command, padding="same"
+        )
     holder, reading = inspection.find(model, others=True)
     pixels = None if conversion.NO_PREPROCESSING in conversion.left_of(model) else (reading.scale, reading.offset)
     return Identified(
@@ -129,6 +135,7 @@ def _whole(path: Path, old: conversion.OldModel) -> Identified:
         kind,
         name,
         model.outputs[0].shape[-1] if len(model.outputs[0].shape) == 2 else None,
+        reading.architecture.padding,
         reading.size if holder is model else tuple(model.inputs[0].shape[1:3]),
         pixels and (list(pixels[0]), list(pixels[1])),
         conversion.head_of(model),
@@ -163,4 +170,6 @@ def _tensors(path) -> Identified:
         pixels = contents.normalization(version)
         left = contents.left(architecture, None)
     kind = f"weights: {contents.naming.title}" + (f" (Keras {version})" if version else "")
-    return Identified(str(path), kind, model, classes, None, pixels, (), len(report.loaded), left, _command(path))
+    told = padding.padding_of_weights(path, contents.format, architecture)
+    loaded, command = len(report.loaded), _command(path)
+    return Identified(str(path), kind, model, classes, told, None, pixels, (), loaded, left, command)

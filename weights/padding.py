@@ -7,7 +7,7 @@ import re
 import warnings
 from pathlib import Path
 
-from keras_effnet.nets.architecture import Architecture
+from keras_effnet.nets.architecture import EPSILONS, Architecture
 from keras_effnet.nets.variants import VARIANTS, identify, is_model, of_timm, timm_name
 from keras_effnet.weights import hub
 from keras_effnet.weights.formats import h5_file, keras_file, safetensors_file
@@ -41,6 +41,33 @@ def stated_padding(path) -> str | None:
     return found
 
 
+def padding_of_weights(path, format: str, architecture: Architecture) -> str | None:
+    """Returns the padding that the weights in a file are for, by the file or because there is no other.
+
+    Args:
+        path: Path of the file.
+        format: Key of `naming_tables.NAMINGS`.
+        architecture: An `Architecture`, that of the net in the file.
+
+    Returns:
+        Key of `nets.architecture.EPSILONS`, or None where the file fits two nets and does not say which.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    usual = architecture.padding
+    return stated_padding(path) or (None if format == "timm" and _two_nets(architecture) else usual)
+
+
+def _two_nets(architecture: Architecture) -> list[str]:
+    """Returns timm's names of both nets with these tensors, empty where there is one."""
+    variant = identify(architecture.blocks)
+    if variant is None or VARIANTS[variant].padding != "same" or VARIANTS[variant].widths:
+        return []
+    names = [timm_name(variant, padding) for padding in EPSILONS]
+    return [] if None in names else [name for name in names if name]
+
+
 def check_padding(path, format: str, architecture: Architecture, asked: str | None, where: str = "the model") -> None:
     """Compares the padding of a net with what a file says. Warns where both would do and the file does not say it.
 
@@ -54,18 +81,14 @@ def check_padding(path, format: str, architecture: Architecture, asked: str | No
     Raises:
         ValueError: If they differ.
     """
-    told = asked or stated_padding(path)
-    ours = architecture.padding
+    told, ours = asked or stated_padding(path), architecture.padding
     if told not in (None, ours):
         raise ValueError(
             f"Expected weights for padding={ours!r}, as {where} has it. Received: {str(path)!r}, whose weights are for "
             f"padding={told!r}. Build the model with padding={told!r}"
         )
-    variant = identify(architecture.blocks)
-    if told is not None or format != "timm" or ours != "same" or variant is None or VARIANTS[variant].widths:
-        return
-    names = [timm_name(variant, padding) for padding in ("same", "symmetric")]
-    if None not in names:
+    names = _two_nets(architecture) if told is None and format == "timm" and ours == "same" else []
+    if names:
         warnings.warn(
             f"{path}: these weights fit two nets of timm, and the file does not say which: {names[0]}, with "
             f"padding='same', which is taken, and {names[1]}, with padding='symmetric'. Name the padding that they "

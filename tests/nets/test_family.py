@@ -155,6 +155,7 @@ def test_a_file_that_does_not_say_its_padding_is_told(tmp_path):
             do()
         (message,) = [str(each.message) for each in told if each.category is UserWarning]
         assert re.search(r"fit two nets of timm.*tf_efficientnet_b0.*efficientnet_b0.*padding=", message)
+    assert "same or symmetric: the file does not say it" in str(ke.weights.identify(path))
     model = ke.EfficientNetB0(weights=None, padding="symmetric")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -189,6 +190,7 @@ def test_what_we_save_says_its_padding(kind, padding, shallow, tmp_path):
         ke.EfficientNetB0(weights=path, input_shape=(32, 32, 3), classes=3, padding=other)
     with pytest.raises(ValueError, match=f"padding='{padding}'"):
         ke.weights.load(ke.EfficientNetB0(weights=None, classes=3, padding=other), path)
+    assert ke.weights.identify(path).padding == padding
     assert ke.weights.convert_file(path, tmp_path / "new.keras") == "efficientnet-b0"
     assert ke.describe(tmp_path / "new.keras")["padding"] == padding
 

@@ -29,7 +29,7 @@ FILES = [
     *(pytest.param(backend, file, marks=pytest.mark.long) for backend, files in LONG.items() for file in files),
 ]
 NETS = "efficientnet-b0 or condconv-b0-4e"
-OWN = "channels_first or bfloat16 or mixed_experts or drop_connect or odd_and_unknown or input_tensor"
+OWN = "channels_first or bfloat16 or mixed_experts or drop_connect or odd_and_unknown or input_tensor or other_families"
 # Those in which a backend's variables are read, written or trained in ways of their own. JAX compiles an eager call
 # operation by operation: its nets are compiled whole, as its users do.
 CHOSEN = {

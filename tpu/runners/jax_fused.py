@@ -463,7 +463,7 @@ def fuse(model: keras.Model, chosen: Iterable[str] | None = None, interpret: boo
 
 
 def _is_plain(layer, sizes) -> bool:
-    """Whether a layer exists, is trainable, and fits into a unit: no mixed experts, channels last."""
+    """Whether a layer exists, is trainable, and fits into a unit: no mixed experts or other padding, channels last."""
     match layer:
         case keras.layers.DepthwiseConv2D():
             plain = layer.depth_multiplier == 1 and set(layer.dilation_rate) == {1} and not layer.use_bias
@@ -471,7 +471,8 @@ def _is_plain(layer, sizes) -> bool:
         case GroupBatchNormalization():
             return layer.one_pass and layer.trainable and layer.scale and layer.center
         case keras.layers.Conv2D():
-            return layer.trainable and layer.data_format == "channels_last" and set(layer.kernel_size) <= sizes
+            plain = layer.padding == "same" and layer.data_format == "channels_last"
+            return plain and layer.trainable and set(layer.kernel_size) <= sizes
         case keras.layers.Activation() | keras.layers.GlobalAveragePooling2D() | keras.layers.Multiply():
             return True
     return False
