@@ -27,10 +27,10 @@ _OFFLINE = "no connection to the hub, and no copy is saved"
 _DESCRIBED = ("model.safetensors", "pytorch_model.bin", "model.weights.h5")  # files that it describes
 # Arguments of timm's models that do not change what the weights compute.
 _HARMLESS = {"drop_path_rate", "drop_rate", "img_size", "in_chans", "num_classes"}
-# keras-hub 0.32, efficientnet_backbone.py: `stem_conv_pad`, `dwconv_pad` and `batch_norm_epsilon`.
+# keras-hub 0.32, efficientnet_backbone.py: its pixels are normalized outside the net, by another file of the preset.
 _KERAS_HUB = (
-    "Its nets pad symmetrically and normalize with epsilon 1e-5, as timm's own do, so these weights would give wrong "
-    "outputs here"
+    "This package does not read its presets. They hold timm's weights: load those by their own name, such as "
+    "weights='efficientnet_b0.ra_in1k'"
 )
 _LONGEST = 16 * 2**20  # bytes of a config.json, which may list thousands of class names
 

@@ -494,6 +494,8 @@ def identify_model(
     found = []
     nets = [(name, resolve(VARIANTS[name])) for name in ([model] if model else VARIANTS)]
     nets = [(name, net) for name, net in nets if model or has_names(net, contents.naming)]
+    # Those with as many tensors first: a file of one of them is not compared with the others.
+    nets.sort(key=lambda pair: abs(len(foreign_names(pair[1], contents.naming)) - len(contents.tensors)))
     others = ((name, _with_widths_of(contents, net)) for name, net in nets if pruned)
     for name, architecture in chain(nets, others):
         stem = contents.shape_of(architecture, "stem_conv", "kernel")

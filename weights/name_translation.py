@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from keras_effnet.nets.architecture import Architecture
@@ -26,6 +27,7 @@ class Name(NamedTuple):
     key: str
 
 
+@lru_cache(maxsize=64)
 def foreign_names(
     architecture: Architecture, naming: Naming, channels: int = 3, classes: int | None = 1000
 ) -> dict[tuple[str, str], Name]:
@@ -38,7 +40,7 @@ def foreign_names(
         classes: Integer, or None for a net without a top. Defaults to 1000.
 
     Returns:
-        Dict from (our layer, our variable) to `Name`, in the model's order.
+        Dict from (our layer, our variable) to `Name`, in the model's order. It is shared: do not change it.
 
     Raises:
         ValueError: If the other program has no such net.

@@ -12,7 +12,7 @@ A layer's template may contain:
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is one program's, and hashable
 class Naming:
     """How a program names its tensors.
 

@@ -324,14 +324,14 @@ def test_a_damaged_config_is_told(pets, tmp_path):
 
 
 def test_keras_hubs_presets_are_refused(tmp_path):
-    """Their tensors have the names and shapes of B0's, and their net has another padding and epsilon."""
+    """Their tensors have the names and shapes of B0's, and their net has another padding, epsilon and pixels."""
     body = ke.EfficientNetB0(weights=None, include_top=False)
     body.save_weights(tmp_path / "model.weights.h5")
     ke.weights.load(body, tmp_path / "model.weights.h5")
     preset = {"module": "keras_hub.src.models.efficientnet.efficientnet_backbone", "class_name": "EfficientNetBackbone"}
     (tmp_path / "config.json").write_text(json.dumps(preset | {"config": {"batch_norm_epsilon": 1e-5}}))
     for path in (tmp_path, tmp_path / "model.weights.h5"):
-        with pytest.raises(ValueError, match=r"of keras-hub\. Its nets pad symmetrically"):
+        with pytest.raises(ValueError, match=r"of keras-hub\. This package does not read its presets"):
             ke.weights.load(body, path)
         with pytest.raises(ValueError, match="of keras-hub"):
             ke.weights.identify(path)
