@@ -23,7 +23,7 @@ class Reference:
     Args:
         kind: `"name"` for a variant, `"keras"` for a `.keras` file, `"export"` for an exported model.
         place: String, name of the variant or path of the file.
-        weights: String, tag of timm's that was part of the name, or empty.
+        weights: String, timm's tag or full name of a set that was part of the name, or empty.
     """
 
     kind: str
@@ -65,17 +65,21 @@ def resolve(model: str | os.PathLike, best: bool = False, exports: bool = False)
         return _of_path(path, best, exports)
     if is_model(name):
         return Reference("name", find_model(name))
-    if is_model(bare) and _is_timms(find_model(bare), tag):
-        return Reference("name", find_model(bare), tag)
+    weights = is_model(bare) and _timms(find_model(bare), name, tag)
+    if weights:
+        return Reference("name", find_model(bare), weights)
     if os.sep in name or name.endswith((".keras", *EXPORTS, *_WEIGHTS)):
         raise FileNotFoundError(f"Expected a model file. Received: {name!r}, which does not exist")
     raise ValueError(f"{unknown_model(name)}, or pass the path of a .keras file or of a run's folder")
 
 
-def _is_timms(variant: str, tag: str) -> bool:
+def _timms(variant: str, name: str, tag: str) -> str:
+    """Returns the name or the tag alone, whichever timm has for the variant, or an empty string."""
     from keras_effnet.weights import registry
 
-    return tag in (record.tag.partition(".")[2] for record in registry.of_model(variant) if record.publisher == "timm")
+    tags = [record.tag for record in registry.of_model(variant) if record.publisher == "timm"]
+    known = tag in (each.partition(".")[2] for each in tags) and not registry.why_refused(name)
+    return name if name in tags else tag if known else ""
 
 
 def _of_path(path: Path, best: bool, exports: bool) -> Reference:
@@ -151,9 +155,10 @@ def load_model(
     """
     found = resolve(model, best)
     if found.kind == "name":
-        from keras_effnet.models import create_model
+        from keras_effnet.models import classes_of, create_model
 
-        made = create_model(found.place, weights=found.tag_of(weights))
+        chosen = found.tag_of(weights)
+        made = create_model(found.place, weights=chosen, classes=classes_of(found.place, chosen))
         return attach(made, {})
     import keras
 

@@ -111,8 +111,9 @@ def labels_of(model: Any) -> list[str] | None:
     labels = getattr(model, "labels", None)
     if labels is not None:
         return [str(label) for label in labels]
-    published = any(getattr(holder, "weights_record", None) for holder in holders(model))
-    return class_names.labels() if published and model.outputs[0].shape[-1] == 1000 else None
+    records = [getattr(holder, "weights_record", None) for holder in holders(model)]
+    of_imagenet = any(record and record.classes == 1000 for record in records)
+    return class_names.labels() if of_imagenet and model.outputs[0].shape[-1] == 1000 else None
 
 
 def checked(labels: Sequence[str], outputs: int) -> list[str]:

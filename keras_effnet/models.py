@@ -67,13 +67,15 @@ def create_model(
             classifier, only these two.
         name: String, the model's name. Defaults to `variant`. Several models that are layers of one model need
             different names.
-        preprocessing: `"auto"` for the scheme that the weights expect; `"imagenet"`, `"inception"` or `"tpu127"`; a
-            pair (scale, offset) for `pixels * scale + offset`; or None for inputs that are already normalized. Defaults
-            to `"auto"`.
+        preprocessing: `"auto"` for the scheme that the weights expect; `"imagenet"`, `"inception"`, `"tpu127"` or
+            `"tpu128"`; a pair (scale, offset) for `pixels * scale + offset`; or None for inputs that are already
+            normalized. Defaults to `"auto"`.
         dropout_rate: Float, rate before the classifier. Defaults to the variant's.
         drop_connect_rate: Float, rate at which the last blocks are dropped. Defaults to the variant's, 0.2.
-        bn_momentum: Float, momentum of batch normalization. Defaults to the variant's: 0.99, or 0.9 for V2.
-        bn_epsilon: Float, epsilon of batch normalization. Defaults to 1e-3, or 1e-5 with symmetric padding.
+        bn_momentum: Float, momentum of batch normalization. Defaults to the variant's: 0.99, or 0.9 for V2 and for the
+            nets of timm and Composer alone.
+        bn_epsilon: Float, epsilon of batch normalization. Defaults to None: that of a `.keras` file of weights, else
+            1e-3, or 1e-5 with symmetric padding.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras' setting.
         dtype: Dtype or dtype policy, such as `"mixed_bfloat16"`. Defaults to Keras' policy. The input's arithmetic and
             the classifier stay in the policy's variable dtype.
@@ -109,7 +111,7 @@ def create_model(
         dropout_rate=dropout_rate,
         drop_connect_rate=drop_connect_rate,
         bn_momentum=bn_momentum,
-        bn_epsilon=bn_epsilon,
+        bn_epsilon=origin.epsilon if bn_epsilon is None else bn_epsilon,
     )
     if blocks is not None:
         architecture = _pruned(architecture, blocks, origin)
@@ -160,22 +162,46 @@ def has_classifier(variant: str, weights: str | os.PathLike | None, classes: int
     return _Origin.of(variant, weights).has_classifier(classes, resolve(VARIANTS[variant]))
 
 
-def padding_of(variant: str, weights: str | os.PathLike | None) -> str:
-    """Returns the padding that `create_model()` builds with.
+def classes_of(variant: str, weights: str | os.PathLike | None) -> int:
+    """Returns the number of classes of published weights.
 
     Args:
         variant: See `create_model()`.
         weights: See `create_model()`.
 
     Returns:
-        `"same"` or `"symmetric"`.
+        Integer. 1000 for other weights.
 
     Raises:
         ValueError: If the weights are unknown.
         OSError: If the file cannot be read.
     """
+    record = _Origin.of(find_model(variant), weights).record
+    return record.classes if record else 1000
+
+
+def numerics_of(variant: str, weights: str | os.PathLike | None) -> dict[str, Any]:
+    """Returns the padding and the epsilon that `create_model()` builds with. Warns if the weights fit both paddings.
+
+    Args:
+        variant: See `create_model()`.
+        weights: See `create_model()`.
+
+    Returns:
+        Dict of arguments of `create_model()`: `"padding"` and `"bn_epsilon"`, which may be None for the padding's.
+
+    Raises:
+        ValueError: If the weights are unknown, or for a net with other layers.
+        OSError: If the file cannot be read.
+    """
     variant = find_model(variant)
-    return _Origin.of(variant, weights).padding(None, VARIANTS[variant].padding)
+    row, origin = VARIANTS[variant], _Origin.of(variant, weights)
+    padding = origin.padding(None, row.padding)
+    if origin.path is not None and origin.record is None:
+        from keras_effnet.weights import convert
+
+        convert.check_numerics(origin.path, override(resolve(row), padding, bn_epsilon=origin.epsilon))
+    return {"padding": padding, "bn_epsilon": origin.epsilon}
 
 
 def _start_classifier(classifier: Any, weights, classes: int) -> None:
@@ -254,6 +280,14 @@ class _Origin:
                 f"padding={asked!r}"
             )
         return asked or known or usual
+
+    @property
+    def epsilon(self) -> float | None:
+        """Epsilon of batch normalization in the net that a file describes, or None for the padding's."""
+        from keras_effnet.weights.formats import keras_file
+
+        layers = keras_file.numerics_of(self.path) if self.path is not None else None
+        return layers and layers.bn_epsilon
 
     def has_classifier(self, classes: int, architecture) -> bool:
         """Returns whether the classifier comes from the weights. With 1000 classes it must, unless there are none."""

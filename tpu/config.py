@@ -34,7 +34,8 @@ class Model:
     drop_connect_rate: float | None = None
     """Rate at which the last blocks are dropped. None: the model's own, 0.2."""
     bn_momentum: float | None = None
-    """Share of the moving statistics that each step keeps. None: the model's own, 0.99, or 0.9 for V2."""
+    """Share of the moving statistics that each step keeps. None: the model's own, 0.99, or 0.9 for V2
+    and for the nets of timm and Composer alone."""
     bn_epsilon: float | None = None
     """Added to the variance in batch normalization. None: 1e-3, or 1e-5 with symmetric padding."""
     padding: Literal["same", "symmetric"] | None = None
@@ -360,12 +361,13 @@ class Recipe:
         return how.per_256 if how.name in _ANY_BATCH else how.per_256 * self.batch_size / 256
 
 
-def settled(recipe: Recipe, padding: str | None = None) -> Recipe:
+def settled(recipe: Recipe, padding: str | None = None, bn_epsilon: float | None = None) -> Recipe:
     """Fills the fields of a recipe that follow from its model.
 
     Args:
         recipe: `Recipe`.
         padding: String, the padding of its weights. Defaults to None: the model's own.
+        bn_epsilon: Float, the epsilon of its weights. Defaults to None: the padding's.
 
     Returns:
         `Recipe`.
@@ -378,7 +380,7 @@ def settled(recipe: Recipe, padding: str | None = None) -> Recipe:
     """
     how, row = recipe.model, VARIANTS[recipe.model.name]
     padding = how.padding or padding or row.padding
-    usual = {"padding": padding, "bn_momentum": row.bn_momentum, "bn_epsilon": EPSILONS[padding]}
+    usual = {"padding": padding, "bn_momentum": row.bn_momentum, "bn_epsilon": bn_epsilon or EPSILONS[padding]}
     return replace(recipe, model=replace(how, **{k: v for k, v in usual.items() if getattr(how, k) is None}))
 
 
@@ -436,13 +438,27 @@ def override(recipe: Recipe, arguments: Sequence[str], prog: str = "keras-effnet
             near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
             hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all"
             raise ValueError(f"Expected a field of the recipe. Received: {argument}. {hint}")
-    changed = _parsed(recipe, arguments, prog)
+    changed = _unsettled(recipe, _parsed(recipe, arguments, prog), arguments)
     before, after = recipe.optimizer.name, changed.optimizer.name
     if before == after or not {before, after} & _OWN.keys():
         return changed
     # Rates and decays of the one make no sense for the other, except those that the arguments give.
     own = replace(recipe.optimizer, name=after, peak=None, **dict.fromkeys(_ORIGINAL))
-    return _parsed(replace(recipe, optimizer=own), arguments, prog)
+    return _unsettled(recipe, _parsed(replace(recipe, optimizer=own), arguments, prog), arguments)
+
+
+def _unsettled(before: Recipe, after: Recipe, arguments: Sequence[str]) -> Recipe:
+    """Lets fields follow another model where they followed the one before. See `settled()`."""
+    old, new = before.model, after.model
+    if (old.name, old.weights, old.padding) == (new.name, new.weights, new.padding) or old.name not in VARIANTS:
+        return after
+    usual = settled(replace(before, model=replace(old, bn_momentum=None, bn_epsilon=None))).model
+    followed = [key for key in ("bn_momentum", "bn_epsilon") if getattr(old, key) == getattr(usual, key)]
+    if old.weights is not None or old.padding == VARIANTS[old.name].padding:
+        followed.append("padding")
+    given = {argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
+    free = [key for key in followed if f"model.{key}" not in given]
+    return replace(after, model=replace(new, **dict.fromkeys(free)))
 
 
 def _parsed(recipe: Recipe, arguments: Sequence[str], prog: str) -> Recipe:

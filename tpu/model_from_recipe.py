@@ -53,8 +53,8 @@ def whole(recipe: Recipe) -> Recipe:
         OSError: If the file of the weights cannot be read.
     """
     how = replace(recipe.model, name=find_model(recipe.model.name))
-    padding = how.padding or models.padding_of(how.name, how.weights)
-    return settled(replace(recipe, model=how), padding)
+    usual = {} if how.padding and how.bn_epsilon else models.numerics_of(how.name, how.weights)
+    return settled(replace(recipe, model=how), **usual)
 
 
 def build(recipe: Recipe, classes: int, dtype: str) -> keras.Model:

@@ -567,6 +567,8 @@ def _check(recipe: Recipe) -> None:
     if any(column and len(column) != len(rows["sizes"]) for column in rows.values()):
         found = ", ".join(f"{len(column)} {name}" for name, column in rows.items() if column)
         raise ValueError(f"Expected as many values in each column of progress as sizes. Received: {found}")
+    if min(recipe.progress.sizes, default=1) < 1:
+        raise ValueError(f"Expected progress.sizes in pixels. Received: {recipe.progress.sizes}")
     named = {"batch_size": recipe.batch_size, "epochs": recipe.epochs}
     named |= {f"run.{name}": getattr(recipe.run, name) for name in ("steps_per_loop", "keep", "cpu_replicas")}
     named |= {f"run.{name}": getattr(recipe.run, name) for name in ("eval_every", "save_every", "patience")}

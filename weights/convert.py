@@ -36,7 +36,7 @@ from keras_effnet.weights.matching import (
 )
 from keras_effnet.weights.name_translation import foreign_names, scoped_layers
 from keras_effnet.weights.naming_tables import NAMINGS
-from keras_effnet.weights.padding import check_padding, stated_padding
+from keras_effnet.weights.padding import as_stated, check_padding, stated_padding
 
 if TYPE_CHECKING:
     import keras
@@ -272,6 +272,22 @@ def classes_of(path, architecture: Architecture) -> int | None:
     return bias[0] if bias else None
 
 
+def check_numerics(path, architecture: Architecture) -> None:
+    """Compares what the layers of a net compute with what a file says. Warns where its weights fit two nets.
+
+    Args:
+        path: See `load()`.
+        architecture: An `Architecture`.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the file is damaged or of no known format, or its weights are for other layers.
+    """
+    with opening.opened(path) as tensors:
+        contents = Contents(tensors, path, "auto", raw=False)
+    check_padding(path, contents.format, architecture, None)
+
+
 def read(path, model: str, source: str = "auto", *, drop_background: bool = True) -> Values:
     """Reads the weights of a model from a file, without building the model.
 
@@ -335,12 +351,6 @@ def export(model: "keras.Model", path, target: str | None = None, *, prefix: str
             f"Expected the format of another program. To save a .keras file, call model.save(). Received: {str(path)!r}"
         )
     reading = inspection.read(model, prefix)
-    padding, epsilon = reading.architecture.padding, reading.architecture.bn_epsilon
-    if epsilon != EPSILONS[padding]:
-        raise ValueError(
-            f"Expected bn_epsilon={EPSILONS[padding]}, which other programs use with padding={padding!r}. Received: "
-            f"{model.name!r} with {epsilon}"
-        )
     values = {
         key: np.asarray(ops.convert_to_numpy(ops.cast(variable, "float32")))
         for key, variable in _variables(reading).items()
@@ -362,14 +372,20 @@ def _write(
 ) -> Path:
     naming = NAMINGS["timm" if target == "hub" else target]
     variant = identify(architecture.blocks)
+    padding, epsilon = architecture.padding, architecture.bn_epsilon
+    if epsilon != EPSILONS[padding]:
+        raise ValueError(
+            f"Expected bn_epsilon={EPSILONS[padding]}, which other programs use with padding={padding!r}. Received: "
+            f"{architecture.name!r} with {epsilon}"
+        )
     if any(block.operator == "mbconv" and block.project_activation for block in architecture.blocks):
         raise ValueError(
             f"Expected a net that other programs than Composer have. Received: {architecture.name!r}, with an "
             "activation after a projection. Save it with model.save()"
         )
-    if architecture.padding != "same" and target in ("tpu", "keras"):
+    if padding != "same" and target in ("tpu", "keras"):
         raise ValueError(
-            f"Expected padding='same', which {naming.title} is for. Received: padding={architecture.padding!r}. "
+            f"Expected padding='same', which {naming.title} is for. Received: padding={padding!r}. "
             "Save it with model.save(), or for timm with target='timm' or 'hub'"
         )
     # Only the original's classifier has other classes before ImageNet's.
@@ -390,11 +406,10 @@ def _write(
         return tensorflow_checkpoint.write_checkpoint(path, tensors, naming.counters[""])
     if target == "hub":
         features = architecture.head_filters
-        padding = architecture.padding
         return hub_folder.write(path, tensors, counters, variant, padding, features, classes, preprocessing, metadata)
     if target == "timm":
-        net = variant and timm_name(variant, architecture.padding)
-        told = {"format": "pt"} | ({"architecture": net} if net else {})
+        net = variant and timm_name(variant, padding)
+        told = {"format": "pt", "padding": padding} | ({"architecture": net} if net else {})
         return safetensors_file.write_safetensors(path, tensors, counters, told)
     # In V2, keras.applications has the statistics in its layers' configuration.
     has_statistics = architecture.depthwise_name == "dwconv"
@@ -533,9 +548,12 @@ def convert(
     tensors = _by_names(source_path, model, source, raw, target, head, left)
     model, left = tensors.model, tensors.left
     record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
-    padding = padding or (record and (record.padding or VARIANTS[model].padding)) or stated_padding(source_path)
-    architecture = override(tensors.architecture, padding)
-    check_padding(source_path, tensors.format, architecture, padding, model)
+    architecture = as_stated(source_path, tensors.architecture)
+    model = identify(architecture.blocks) or model
+    known = (record and (record.padding or VARIANTS[model].padding)) or stated_padding(source_path)
+    if (known or padding) not in (None, architecture.padding):
+        architecture = override(architecture, known or padding)
+    check_padding(source_path, tensors.format, architecture, padding or known, model)
     if automatic:
         known = record.preprocessing if record else pixels_of(source_path)
         preprocessing = known or VARIANTS[model].preprocessing

@@ -337,6 +337,9 @@ def _described(architecture: str, found: dict[str, Any]) -> Description:
         raise ValueError(f"expected a size in pixels and a share. Received: input_size={size}, crop_pct={crop}")
     if len(mean) != len(deviation) or not all(each > 0 for each in deviation):
         raise ValueError(f"expected a mean and a positive deviation per channel. Received: {mean}, {deviation}")
+    interpolation = "bilinear" if inner.get("interpolation") == "bilinear" else "bicubic"
+    if (found.get("keras_effnet") or {}).get("interpolation") == "half-pixel-bilinear":
+        interpolation = "half-pixel-bilinear"
     scale = [1 / (255 * each) for each in deviation]
     offset = [-one / each for one, each in zip(mean, deviation, strict=True)]
     return Description(
@@ -346,7 +349,7 @@ def _described(architecture: str, found: dict[str, Any]) -> Description:
         scheme_near(scale, offset) if mean else None,
         size,
         round(size / crop - size) if size and crop else None,
-        "bilinear" if inner.get("interpolation") == "bilinear" else "bicubic",
+        interpolation,
         "squash" if inner.get("crop_mode") == "squash" else "center",
         padding,
         [str(label) for label in labels] if isinstance(labels, list) and len(labels) == classes else None,

@@ -100,6 +100,8 @@ def _config(
         config["label_names"] = labels
     if len(scale) != 3:
         config["model_args"] = {"in_chans": len(scale)}
+    if expects.get("interpolation", "").startswith("half-pixel-"):
+        config["keras_effnet"] = {"interpolation": expects["interpolation"]}  # timm has no name for it
     return config | {"pretrained_cfg": pretrained}
 
 
@@ -116,7 +118,7 @@ def _card(variant: str, config: dict[str, Any], metadata: dict[str, Any]) -> str
         "Classes": config["num_classes"] or "none: the features of an image",
         "Input": f"{height} x {width} pixels with {channels} channels",
         "Normalization": f"(pixel / 255 - mean) / std, mean {inner['mean']}, std {inner['std']}",
-        "Resizing": f"{inner['interpolation']}, the center crop keeps {inner['crop_pct']} of the shorter side",
+        "Resizing": _resizing(config),
         "Published top-1": record.get("top1") and f"{record['top1']} % on ImageNet, says {record['source']}",
         "Weights": record.get("tag"),
         "Trained on": training.get("data"),
@@ -166,6 +168,14 @@ model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()
 
 keras_effnet has saved this folder.
 """
+
+
+def _resizing(config: dict[str, Any]) -> str:
+    inner = config["pretrained_cfg"]
+    interpolation = config.get("keras_effnet", inner)["interpolation"]
+    if inner["crop_mode"] == "squash":
+        return f"{interpolation}, the whole photo whatever its proportions; the center crop keeps {inner['crop_pct']}"
+    return f"{interpolation}, the center crop keeps {inner['crop_pct']} of the shorter side"
 
 
 def _cell(fact: Any) -> str:

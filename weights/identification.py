@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.nets.variants import identify as variant_of
 from keras_effnet.weights import hub, padding
 from keras_effnet.weights.formats import h5_file, opening
 from keras_effnet.weights.keras2 import conversion
@@ -171,5 +172,6 @@ def _tensors(path) -> Identified:
         left = contents.left(architecture, None)
     kind = f"weights: {contents.naming.title}" + (f" (Keras {version})" if version else "")
     told = padding.padding_of_weights(path, contents.format, architecture)
+    model = variant_of(padding.as_stated(path, architecture).blocks) or model
     loaded, command = len(report.loaded), _command(path)
     return Identified(str(path), kind, model, classes, told, None, pixels, (), loaded, left, command)

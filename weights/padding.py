@@ -5,12 +5,15 @@ Tensors of timm's own nets have the names and shapes of its ports of the origina
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from keras_effnet.nets.architecture import EPSILONS, Architecture
-from keras_effnet.nets.variants import VARIANTS, identify, is_model, of_timm, timm_name
+from keras_effnet.nets.variants import VARIANTS, is_model, nearest, of_timm, timm_name
 from keras_effnet.weights import hub
-from keras_effnet.weights.formats import h5_file, keras_file, safetensors_file
+from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file
+
+_TIMMS = (".safetensors", ".pth", ".pt", ".bin")  # files of timm
 
 
 def stated_padding(path) -> str | None:
@@ -30,15 +33,47 @@ def stated_padding(path) -> str | None:
         return description.padding
     if not Path(path).is_file():
         return None
-    found = keras_file.padding_of(path) or h5_file.padding_of(path)
-    if found is None:
-        net = safetensors_file.metadata_of(path).get("architecture", "")
-        named = re.match(r"(tf_)?efficientnet(v2)?_[a-z0-9_]*", Path(path).name)
-        if is_model(net):
-            found = of_timm(net)[1]
-        elif named:
-            found = "same" if named[1] or re.search("b[123]_pruned", named[0]) else "symmetric"
-    return found
+    layers = keras_file.numerics_of(path)
+    if layers is not None:
+        return layers.padding
+    if not str(path).endswith(_TIMMS):
+        return h5_file.padding_of(path)
+    told = safetensors_file.metadata_of(path)
+    if told.get("padding") in EPSILONS:
+        return told["padding"]
+    # timm's files are called by the net and a tag, or by the net and the hash.
+    names = [told.get("architecture", ""), re.split("[.-]", Path(path).name)[0]]
+    name = next((name for name in names if re.match("(tf_)?efficientnet", name) and is_model(name)), None)
+    return of_timm(name)[1] if name and _is_timms(path) else None
+
+
+def _is_timms(path) -> bool:
+    """Returns whether a file's tensors have timm's names. EfficientNet-PyTorch's start with an underscore."""
+    with opening.opened(path) as tensors:
+        return any(re.search(r"(^|\.)conv_stem\.weight$", name) for name in tensors)
+
+
+def as_stated(path, architecture: Architecture) -> Architecture:
+    """Returns the net of a file with all that the file says of its layers besides their weights.
+
+    Args:
+        path: Path of a file of any format.
+        architecture: An `Architecture`, as the tensors in the file describe it.
+
+    Returns:
+        An `Architecture`.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    layers = keras_file.numerics_of(path)
+    if layers is None:
+        return architecture
+    blocks = tuple(
+        replace(block, project_activation=True) if block.name in layers.activated else block
+        for block in architecture.blocks
+    )
+    return replace(architecture, padding=layers.padding, bn_epsilon=layers.bn_epsilon, blocks=blocks)
 
 
 def padding_of_weights(path, format: str, architecture: Architecture) -> str | None:
@@ -61,7 +96,7 @@ def padding_of_weights(path, format: str, architecture: Architecture) -> str | N
 
 def _two_nets(architecture: Architecture) -> list[str]:
     """Returns timm's names of both nets with these tensors, empty where there is one."""
-    variant = identify(architecture.blocks)
+    variant = nearest(architecture)
     if variant is None or VARIANTS[variant].padding != "same" or VARIANTS[variant].widths:
         return []
     names = [timm_name(variant, padding) for padding in EPSILONS]
@@ -81,11 +116,25 @@ def check_padding(path, format: str, architecture: Architecture, asked: str | No
     Raises:
         ValueError: If they differ.
     """
-    told, ours = asked or stated_padding(path), architecture.padding
-    if told not in (None, ours):
+    stated, ours = stated_padding(path), architecture.padding
+    if stated not in (None, ours):
         raise ValueError(
             f"Expected weights for padding={ours!r}, as {where} has it. Received: {str(path)!r}, whose weights are for "
-            f"padding={told!r}. Build the model with padding={told!r}"
+            f"padding={stated!r}. Build the model with padding={stated!r}"
+        )
+    if asked not in (None, ours):
+        raise ValueError(f"Expected padding={ours!r}, as {where} has it. Received: padding={asked!r}")
+    found, told = as_stated(path, architecture), stated or asked
+    if found.blocks != architecture.blocks:
+        raise ValueError(
+            f"Expected weights of the same layers as {where} has. Received: {str(path)!r}, whose net has activations "
+            "after other projections, as efficientnet-b0-composer has"
+        )
+    if found.bn_epsilon != architecture.bn_epsilon:
+        warnings.warn(
+            f"{path}: these weights are for bn_epsilon={found.bn_epsilon:g}, and {where} has "
+            f"{architecture.bn_epsilon:g}. Build the model with bn_epsilon={found.bn_epsilon:g}",
+            stacklevel=3,
         )
     names = _two_nets(architecture) if told is None and format == "timm" and ours == "same" else []
     if names:

@@ -16,30 +16,30 @@ from keras_effnet.weights.registry import File, Record, digest
 KEPT_AS = 1  # version of the conversion: a higher number discards what was converted before
 
 
-def candidates(record: Record, include_top: bool = True, classes: int = 1000) -> list[File]:
+def candidates(record: Record, include_top: bool = True, classes: int | None = None) -> list[File]:
     """Returns the files of a record that fit, in the order in which they are tried. Does not look for the files.
 
     Args:
         record: A `Record`.
         include_top: Boolean, whether the classifier is needed. Defaults to True.
-        classes: Integer. Classes of the classifier. Defaults to 1000.
+        classes: Integer. Classes of the classifier. Defaults to None: the record's, without background.
 
     Returns:
         List of `File`.
     """
     files = [file for file in record.files if file.include_top or not include_top]
-    if include_top and classes != 1000:
-        files = [file for file in files if 1000 + file.class_offset == classes]
+    if include_top and classes not in (None, record.classes):
+        files = [file for file in files if record.classes + file.class_offset == classes]
     return sorted(files, key=lambda file: file.include_top and not include_top)
 
 
-def fetch(record: Record, include_top: bool = True, classes: int = 1000) -> Path:
+def fetch(record: Record, include_top: bool = True, classes: int | None = None) -> Path:
     """Finds a record's weights on this machine, or downloads and converts them.
 
     Args:
         record: A `Record`.
         include_top: Boolean, whether the classifier is needed. Defaults to True.
-        classes: Integer. Classes of the classifier. Defaults to 1000.
+        classes: Integer. See `candidates()`.
 
     Returns:
         Path of a file that `convert.load()` reads.
@@ -48,9 +48,9 @@ def fetch(record: Record, include_top: bool = True, classes: int = 1000) -> Path
         OSError: If no file of the record exists or can be downloaded.
         ValueError: If the downloaded file is not the expected one. It is deleted.
     """
-    classes = classes if include_top else 1000
+    background = include_top and classes not in (None, record.classes)
     files = candidates(record, include_top, classes)
-    for file in files if classes == 1000 else ():
+    for file in () if background else files:
         kept = _kept(record, file)
         if kept is not None:
             _tell_of_a_port(file, files[0])
@@ -59,7 +59,7 @@ def fetch(record: Record, include_top: bool = True, classes: int = 1000) -> Path
     for file in files:
         saved = bool(file.url) and place(file).exists()
         try:
-            path = _prepared(record, file, locate(file), classes, keep=saved)
+            path = _prepared(record, file, locate(file), background, keep=saved)
         except (OSError, ValueError) as error:
             failures.append(error)
             continue
@@ -85,20 +85,20 @@ def _all_failed(files: list[File], failures: list[OSError | ValueError]) -> OSEr
     return (ValueError if isinstance(failures[0], ValueError) else OSError)(f"{start}{also}{remedy}{rest}")
 
 
-def _prepared(record: Record, file: File, path: Path, classes: int, keep: bool) -> Path:
+def _prepared(record: Record, file: File, path: Path, background: bool, keep: bool) -> Path:
     """Checks a download before it is used, and converts a format that is slow to read."""
     from keras_effnet.weights import convert
 
     if file.package or (file.format == "keras" and file.hash):
         return path  # checked by its hash, and fast to read
     try:
-        values = convert.read(path, record.model, file.format, drop_background=classes == 1000)
+        values = convert.read(path, record.model, file.format, drop_background=not background)
     except ValueError as error:
         if not keep:
             discard(file)
         raise ValueError(f"{error}, from {addresses(file)[0]}") from error
     pin(file, path)
-    if classes != 1000:
+    if background:
         return path
     with suppress(OSError):  # a read-only folder, for example: then the file is converted each time
         return _keep(record, file, values)

@@ -118,7 +118,7 @@ def evaluate_(
         return
     facts = table(result["model"], "", ">")
     rows = [("top-1", f"{result['top1']:.2%}"), ("top-5", f"{result['top5']:.2%}")]
-    if result["published"]:
+    if result["difference"] is not None:
         rows.append(("published top-1", f"{result['published']['top1']} % ({result['difference']:+.2f} points)"))
     rows += [("images", f"{result['examples']:,}"), ("unreadable images", f"{len(result['skipped']):,}")]
     used = result["preprocessing"]

@@ -188,9 +188,10 @@ def check_head(include_top, pooling, classes, classifier_activation, pretrained:
     known: list[Any] = [None, "softmax", keras.activations.softmax, keras.activations.linear, "linear"]
     if int(classes) > 1001:  # ImageNet-21k, whose sets are trained with a sigmoid
         known += ["sigmoid", keras.activations.sigmoid]
+    names = [name for name in ("softmax", "sigmoid") if name in known]
     if pretrained and classifier_activation not in known:
         raise ValueError(
-            "Expected classifier_activation to be 'softmax' or None for a pretrained top. "
+            f"Expected classifier_activation to be {' or '.join(map(repr, names))} or None for a pretrained top. "
             f"Received: classifier_activation={classifier_activation!r}"
         )
 

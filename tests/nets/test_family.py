@@ -1,7 +1,9 @@
 """V2, X, H and timm's own nets compute what the programs of their authors compute, with both paddings."""
 
 import re
+import shutil
 import warnings
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -12,6 +14,7 @@ from helpers import (
     fill,
     golden,
     image,
+    lite0_package,
     run,
     same_weights,
     save_checkpoint,
@@ -21,9 +24,12 @@ from helpers import (
 )
 
 import keras_effnet as ke
+from keras_effnet import model_loader
+from keras_effnet.model_metadata import Expects
 from keras_effnet.nets import inspection
 from keras_effnet.nets.variants import of_timm, timm_name
-from keras_effnet.weights import convert
+from keras_effnet.tpu import config, model_from_recipe, recipes
+from keras_effnet.weights import convert, registry, store
 
 pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="test_backends.py repeats some on the others")
 
@@ -164,7 +170,7 @@ def test_a_file_that_does_not_say_its_padding_is_told(tmp_path):
         ke.weights.load(ke.EfficientNetB0(weights=None), path, padding="same")
         ke.weights.convert_file(path, tmp_path / "y.keras", padding="symmetric")
         assert ke.describe(tmp_path / "y.keras")["padding"] == "symmetric"
-    with pytest.raises(ValueError, match="Expected weights for padding='symmetric'"):
+    with pytest.raises(ValueError, match="Expected padding='symmetric', as the model has it"):
         ke.weights.load(model, path, padding="same")
 
 
@@ -231,3 +237,104 @@ def test_a_set_of_timm_builds_its_net(shallow, tmp_path, monkeypatch):
     assert large.output_shape == (None, 21843) and large.input_shape[1] == 224
     with pytest.warns(UserWarning, match="none for 1000 classes"):
         ke.EfficientNetV2S(weights="21k")
+
+
+def test_a_keras_file_keeps_its_arithmetic(shallow, tmp_path):
+    """Epsilon and activations have no tensors: conversions, `weights=` and training read them from the layers."""
+    size = {"input_shape": (32, 32, 3), "classes": 3}
+    nvidia = fill(ke.EfficientNetB0(weights=None, padding="symmetric", bn_epsilon=1e-3, **size))
+    composer = fill(ke.EfficientNetB0Composer(weights=None, **size))
+    for name, model in {"nvidia": nvidia, "composer": composer}.items():
+        ke.save_model(model, tmp_path / f"{name}.keras")
+        variant = ke.weights.convert_file(tmp_path / f"{name}.keras", tmp_path / f"{name}2.keras")
+        again = ke.load_model(tmp_path / f"{name}2.keras")
+        assert ke.weights.identify(tmp_path / f"{name}.keras").model == variant
+        first, second = (inspection.read(each).architecture for each in (model, again))
+        assert replace(first, name="") == replace(second, name="", bn_momentum=first.bn_momentum)
+        with pytest.raises(ValueError, match=r"bn_epsilon|Composer"):
+            ke.weights.convert_file(tmp_path / f"{name}.keras", tmp_path / "x.safetensors")
+    made = ke.EfficientNetB0(weights=tmp_path / "nvidia.keras", **size)
+    assert inspection.read(made).architecture == inspection.read(nvidia).architecture
+    recipe = config.Recipe(config.Model(weights=str(tmp_path / "nvidia.keras")))
+    assert model_from_recipe.whole(recipe).model.bn_epsilon == 1e-3
+    with pytest.raises(ValueError, match="activations after other projections"):
+        ke.EfficientNetB0(weights=tmp_path / "composer.keras", **size)
+    with pytest.warns(UserWarning, match="for bn_epsilon=0.001, and the model has 1e-05"):
+        ke.weights.load(ke.EfficientNetB0(weights=None, padding="symmetric", **size), tmp_path / "nvidia.keras")
+
+
+def test_only_timms_files_are_read_by_their_names(tmp_path):
+    theirs = keras.applications.EfficientNetB0(weights=None, input_shape=(225, 225, 3))
+    for name in ("efficientnet_b0.weights.h5", "efficientnet_b0.h5", "efficientnet_b0.keras"):
+        (theirs.save_weights if "weights" in name else theirs.save)(tmp_path / name)
+        assert ke.weights.identify(tmp_path / name).padding == "same"
+    assert inspection.read(theirs, others=True).architecture.padding == "same"
+    shutil.copy(lite0_package(), tmp_path / "efficientnet_lite0.pth")  # of EfficientNet-PyTorch
+    assert ke.weights.identify(tmp_path / "efficientnet_lite0.pth").padding == "same"
+
+
+@pytest.mark.parametrize("file", ["x.keras", "x.h5", "x.weights.h5"])
+def test_a_nested_net_says_its_padding(file, shallow, tmp_path):
+    body = ke.EfficientNetB0(weights=None, include_top=False, pooling="avg", padding="symmetric", preprocessing=None)
+    model = keras.Sequential([keras.Input((32, 32, 3)), body, keras.layers.Dense(2)])
+    (model.save_weights if "weights" in file else model.save)(tmp_path / file)
+    assert ke.weights.identify(tmp_path / file).padding == "symmetric"
+
+
+def test_a_net_with_other_channels_says_its_padding(shallow, tmp_path):
+    widths = inspection.read(ke.EfficientNetB0(weights=None)).architecture.widths
+    blocks = {name: (each[0] and each[0] - 4, *each[1:]) for name, each in widths.items()}
+    for padding in ("same", "symmetric"):
+        model = ke.EfficientNetB0(weights=None, classes=2, padding=padding, blocks=blocks)
+        path = ke.weights.export(model, tmp_path / f"{padding}.safetensors")
+        ke.weights.convert_file(path, tmp_path / "x.keras")
+        assert ke.describe(tmp_path / "x.keras")["padding"] == padding
+
+
+def test_a_set_with_other_classes_loads(shallow, tmp_path, monkeypatch):
+    for record in registry.RECORDS:
+        assert store.candidates(record) and store.candidates(record, classes=record.classes)
+    tag = "efficientnet_b5.sw_in12k"
+    model = fill(ke.EfficientNetB5(weights=None, classes=11821, padding="symmetric"))
+    place = tmp_path / f"mirror/timm/{tag}/resolve/main"
+    place.mkdir(parents=True)
+    ke.weights.export(model, place / "model.safetensors")
+    monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(tmp_path / "mirror"))
+    monkeypatch.setenv("KERAS_EFFNET_HOME", str(tmp_path / "home"))
+    for _ in range(2):  # converted, then cached
+        loaded = ke.load_model(tag)
+        assert same_weights(loaded, model) and loaded.labels is None
+        assert loaded.weights_record.tag == tag
+
+
+def test_a_full_name_is_the_set_of_that_name():
+    reference = model_loader.resolve("efficientnet_es.ra_in1k")
+    assert (reference.place, reference.weights) == ("efficientnet-edgetpu-s", "efficientnet_es.ra_in1k")
+    assert model_loader.resolve("tf_efficientnet_b0.ns_jft_in1k").weights == "tf_efficientnet_b0.ns_jft_in1k"
+    assert model_loader.resolve("efficientnet_es_pruned.in1k").weights == "efficientnet_es_pruned.in1k"
+
+
+def test_a_file_of_unknown_padding_is_told_before_training(tmp_path):
+    path = save_torch(timm_tensors("efficientnet_b0"), tmp_path / "pets.safetensors")
+    with pytest.warns(UserWarning, match="fit two nets of timm"):
+        model_from_recipe.whole(config.Recipe(config.Model(weights=str(path))))
+
+
+def test_fields_that_followed_a_model_follow_the_next():
+    run = config.settled(config.Recipe(config.Model("efficientnetv2-s")))
+    assert config.settled(config.override(run, ["--model.name", "b0"])).model.bn_momentum == 0.99
+    kept = config.override(run, ["--model.name", "b0", "--model.bn-momentum", "0.9"])
+    assert config.settled(kept).model.bn_momentum == 0.9
+    timms = config.settled(config.Recipe(config.Model(weights="x.safetensors")), "symmetric")
+    assert config.settled(config.override(timms, ["--model.weights", "None"])).model.padding == "same"
+    nvidia = config.settled(config.override(recipes.every()["b0_nvidia_pytorch"], ["--model.name", "b1"])).model
+    assert (nvidia.padding, nvidia.bn_epsilon) == ("symmetric", 1e-3)
+
+
+def test_v2s_rules_for_photos_survive_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_effnet.weights.store.fetch", lambda *arguments: None)
+    model = ke.EfficientNetV2S()
+    ke.weights.export(model, tmp_path / "x", target="hub")
+    again = ke.EfficientNetV2S(weights=tmp_path / "x")
+    assert again.expects == Expects(0, "half-pixel-bilinear", "squash")
+    assert "half-pixel-bilinear, the whole photo" in (tmp_path / "x" / "README.md").read_text()

@@ -95,7 +95,7 @@ class View:
             String.
         """
         data = self.recipe.data
-        told: list[Any] = [_FORMAT, __version__, body, self.size, data.interpolation, data.eval_crop]
+        told: list[Any] = [_FORMAT, __version__, body, self.size, data.interpolation, data.eval_crop, data.crop_mode]
         if self.number:
             told += [self.number, self.recipe.run.seed, data.transfer, dataclasses.asdict(self.recipe.augment)]
         hashed = hashlib.sha256(json.dumps(told).encode())

@@ -5,8 +5,9 @@ v2_s_21k_ft1k: from these weights to ImageNet, --model.weights FILE for your own
 Hardware: a Cloud TPU slice with memory for 4096 images per step. With a smaller --batch_size, the learning rate
 follows. Not run by us.
 Top-1: 78.7, 79.8, 80.5, 82.1 (B0 to B3), 83.9, 85.2, 85.7 (S, M, L); from 21k 84.9, 86.2, 86.9, 87.2 (S, M, L, XL).
-In 4 stages of equal length, images grow from 128 pixels by a quarter of the way to the training size; RandAugment's
-magnitude grows from 5, and mixup and cutmix from 0. The sizes are those of the code; the paper's table 6 ends at 380.
+In 4 stages of equal length, images grow in equal steps: 171, 214, 257 and 300 pixels for S, each a quarter of the way
+from 128 to its training size. RandAugment's magnitude grows from 5, and mixup and cutmix from 0. The sizes are those of
+the code; the paper's table 6 ends at 380.
 Dropout is constant, as in the code; in the paper it grows. Evaluation is at the larger size of the model.
 B0 to B3 train as V1 does, with AutoAugment. Its operations and policy, and those of RandAugment, are the TPU
 repository's. Not rebuilt: several labels for one image of 21k, whose records automl does not publish; Cutout with noise

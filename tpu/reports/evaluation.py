@@ -312,7 +312,7 @@ def _summary(scores: Scores, names: Sequence[str], subject: _Subject) -> dict[st
         "top1": scores.top1,
         "top5": scores.top5,
         "published": record and {"top1": record.top1, "top5": record.top5, "source": record.source},
-        "difference": round(100 * scores.top1 - record.top1, 3) if record else None,
+        "difference": round(100 * scores.top1 - record.top1, 3) if record and record.top1 else None,
         "preprocessing": subject.used,
         "classes": [
             {"class": one.number, "name": names[one.number], "examples": one.support, "top1": one.recall}

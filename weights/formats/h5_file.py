@@ -194,6 +194,25 @@ def keras_version(path) -> str | None:
     return version.decode(errors="replace") if isinstance(version, bytes) else version and str(version)
 
 
+def model_config(path) -> str | None:
+    """Returns the configuration of the whole model that Keras 3 has saved in an h5 file.
+
+    Args:
+        path: Path of a file of any format.
+
+    Returns:
+        String of JSON, or None where there is none.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    if not (keras_version(path) or "").startswith("3."):
+        return None
+    with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
+        found = opened_file.attrs.get("model_config")
+        return found.decode() if isinstance(found, bytes) else found
+
+
 def padding_of(path) -> str | None:
     """Returns the padding of a net of this package in an h5 file: its layers are listed, also those without weights.
 
@@ -213,11 +232,13 @@ def padding_of(path) -> str | None:
         if is_legacy(opened_file):
             names, own, pad = list(_names(group, "layer_names")), "preprocessing", "stem_conv_pad"
         else:
-            names, own, pad = list(opened_file.get("layers", ())), "rescaling", "zero_padding2d"
+            found: list[str] = []
+            opened_file.visit(found.append)
+            names, own, pad = [name.rpartition("layers/")[2] for name in found], "rescaling", "zero_padding2d"
     # keras.applications has padding layers too, and normalizes in a layer of its own.
-    if own not in names or any(name.startswith("normalization") for name in names):
+    if not any(name.endswith(own) for name in names) or any(name.startswith("normalization") for name in names):
         return None
-    return "symmetric" if pad in names else "same"
+    return "symmetric" if any(name.endswith(pad) for name in names) else "same"
 
 
 def write_h5(path, tensors: dict[str, np.ndarray], preprocessing=None) -> Path:

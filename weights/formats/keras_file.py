@@ -1,17 +1,19 @@
-"""Reads `.keras` files."""
+"""Reads `.keras` files, and the layers of models in them and in h5 files of Keras 3."""
 
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_effnet.weights.formats.h5_file import opened_h5
+from keras_effnet.nets.architecture import EPSILONS
+from keras_effnet.weights.formats.h5_file import model_config, opened_h5
 from keras_effnet.weights.formats.tensors import Tensors
 from keras_effnet.weights.formats.torch_file import is_torch
 
@@ -52,7 +54,7 @@ def is_keras(path) -> bool:
 
 
 def preprocessing_of(path):
-    """Returns the preprocessing that a `.keras` file of this package has in its model.
+    """Returns the preprocessing that a file of Keras 3 has in its model, which this package built.
 
     Args:
         path: Path of a file of any format.
@@ -70,32 +72,51 @@ def preprocessing_of(path):
     return None
 
 
-def padding_of(path) -> str | None:
-    """Returns the padding of the EfficientNet in a `.keras` file.
+class Numerics(NamedTuple):
+    """What the layers of an EfficientNet compute besides their weights.
+
+    Args:
+        padding: Key of `nets.architecture.EPSILONS`.
+        bn_epsilon: Float, epsilon of batch normalization.
+        activated: Set of the blocks' names whose projection an activation follows.
+    """
+
+    padding: str
+    bn_epsilon: float
+    activated: frozenset[str]
+
+
+def numerics_of(path) -> Numerics | None:
+    """Returns what the layers of the EfficientNet in a file of Keras 3 compute.
 
     Args:
         path: Path of a file of any format.
 
     Returns:
-        Key of `nets.architecture.EPSILONS`, or None where the file is of another format or has no such net.
+        A `Numerics`, or None where the file describes no such layers.
 
     Raises:
         ValueError: If the file is a damaged archive.
     """
     with _layers(path) as layers:
         found = {layer["config"]["name"]: layer["config"] for layer in layers}
-        pads = [config["padding"] for name, config in found.items() if name.endswith("_conv_pad")]
-        if not any(name.endswith("stem_conv") for name in found):
+        epsilon = next((config["epsilon"] for name, config in found.items() if name.endswith("stem_bn")), None)
+        if epsilon is None:
             return None
+        pads = [config["padding"] for name, config in found.items() if name.endswith("conv_pad")]
         equal = all(before == after for pad in pads for before, after in pad)
-        return "symmetric" if pads and equal else "same"
+        own = any(name.endswith("preprocessing") for name in found)
+        # keras.applications has padding layers too. Where all maps have odd sizes, they are equal on both sides.
+        padding = "symmetric" if pads and equal and (own or epsilon == EPSILONS["symmetric"]) else "same"
+        activated = (re.search(r"block(\w+)_project_activation$", name) for name in found)
+        return Numerics(padding, epsilon, frozenset(match[1] for match in activated if match))
 
 
 @contextmanager
 def _layers(path) -> Iterator[list[dict[str, Any]]]:
-    """Yields the layers of the model in a `.keras` file, none for other files. Damage becomes a ValueError."""
+    """Yields the layers of the model in a file of Keras 3, none for other files. Damage becomes a ValueError."""
     if not is_keras(path):
-        yield []
+        yield _flat(json.loads(model_config(path) or "{}").get("config", {}).get("layers", []))
         return
     try:
         with zipfile.ZipFile(path) as archive:
