@@ -37,6 +37,18 @@ def classifier() -> VarianceScaling:
     return VarianceScaling(1 / 3, "fan_out", "uniform")
 
 
+def _on_device(values: Any) -> Any:
+    """Returns an array as JAX puts it on its device. Other backends take arrays of NumPy as they are.
+
+    `jax.numpy.asarray`, which Keras calls, compiles a copy for each new shape.
+    """
+    if keras.backend.backend() != "jax" or not isinstance(values, np.ndarray):
+        return values
+    import jax
+
+    return jax.device_put(values)
+
+
 class _Drawn(keras.initializers.Initializer):
     """Draws with NumPy the distribution of `declared`, a built-in Keras initializer."""
 
@@ -44,6 +56,10 @@ class _Drawn(keras.initializers.Initializer):
         self.declared = declared
 
     def __call__(self, shape, dtype=None):
+        return _on_device(self.draw(shape, dtype))
+
+    def draw(self, shape, dtype=None):
+        """Returns the values as an array of NumPy, or of the backend for a distribution that only Keras draws."""
         dtype = keras.backend.standardize_dtype(dtype)
         match self.declared:
             case keras.initializers.Zeros():
@@ -76,8 +92,11 @@ def per_expert(initializer):
     """
 
     def draw(shape, dtype=None):
-        kernels: list[Any] = [_reseeded(initializer, expert)(shape[1:], dtype=dtype) for expert in range(shape[0])]
-        return np.stack(kernels) if isinstance(kernels[0], np.ndarray) else keras.ops.stack(kernels)
+        experts = [_reseeded(initializer, expert) for expert in range(shape[0])]
+        kernels: list[Any] = [getattr(expert, "draw", expert)(shape[1:], dtype=dtype) for expert in experts]
+        if not isinstance(kernels[0], np.ndarray):
+            return keras.ops.stack(kernels)
+        return _on_device(np.stack(kernels))
 
     return draw
 

@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT
+from helpers import BACKEND, ROOT, invoked
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -118,6 +119,15 @@ def test_what_is_told_beside_the_accuracy(folder, result):
     first = result["confusions"][0]
     alike = [r for r in wrong if (r["label_name"], r["predictions"][0]["name"]) == (first["true"], first["predicted"])]
     assert first["count"] == len(alike) == max(row["count"] for row in result["confusions"])
+
+
+def test_a_set_without_a_published_accuracy(folder, tmp_path):
+    model: Any = ke.EfficientNetV2B0(weights=None, input_shape=(32, 32, 3))
+    model.weights_record = registry.find("efficientnetv2-b0", "21k-ft1k")
+    path = ke.save_model(model, tmp_path / "x.keras")
+    found = evaluate(str(path), Data(str(folder)), limit=4)
+    assert found["published"]["top1"] is None and found["difference"] is None
+    assert "published top-1" not in invoked("eval", str(path), "--data", str(folder), "--limit", "4").stdout
 
 
 def records(root, folder, first: int):
