@@ -41,7 +41,7 @@ class Model:
     padding: Literal["same", "symmetric"] | None = None
     """same as in TensorFlow, or symmetric as in PyTorch. None: that of the weights, or the model's own."""
     preprocessing: str = "auto"
-    """Pixel normalization: auto, imagenet, inception or tpu127."""
+    """Pixel normalization: auto, imagenet, inception, tpu127 or tpu128."""
     weights: str | None = None
     """Weights to start from: tag of a published set, or path of a file. None: random values."""
     keep_top: bool = False
@@ -433,21 +433,26 @@ def override(recipe: Recipe, arguments: Sequence[str], prog: str = "keras-effnet
     names = [f"--{name}" for name in fields]
     names += [f"--{_negated(name)}" for name, value in fields.items() if isinstance(value, bool)]
     for argument in arguments:
-        name = "--" + argument[2:].split("=")[0].replace("-", "_")
+        name = f"--{_field(argument)}"
         if argument.startswith("--") and argument != "--help" and name not in names:
             near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
             hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all"
             raise ValueError(f"Expected a field of the recipe. Received: {argument}. {hint}")
-    changed = _unsettled(recipe, _parsed(recipe, arguments, prog), arguments)
+    changed = _parsed(recipe, arguments, prog)
     before, after = recipe.optimizer.name, changed.optimizer.name
-    if before == after or not {before, after} & _OWN.keys():
-        return changed
-    # Rates and decays of the one make no sense for the other, except those that the arguments give.
-    own = replace(recipe.optimizer, name=after, peak=None, **dict.fromkeys(_ORIGINAL))
-    return _unsettled(recipe, _parsed(replace(recipe, optimizer=own), arguments, prog), arguments)
+    if before != after and {before, after} & _OWN.keys():
+        # Rates and decays of the one make no sense for the other, except those that the arguments give.
+        own = replace(recipe.optimizer, name=after, peak=None, **dict.fromkeys(_ORIGINAL))
+        changed = _parsed(replace(recipe, optimizer=own), arguments, prog)
+    return _unsettled(recipe, changed, {_field(argument) for argument in arguments})
 
 
-def _unsettled(before: Recipe, after: Recipe, arguments: Sequence[str]) -> Recipe:
+def _field(argument: str) -> str:
+    """Returns the name of the field that an argument such as `--optimizer.peak=0.1` gives."""
+    return argument[2:].split("=")[0].replace("-", "_")
+
+
+def _unsettled(before: Recipe, after: Recipe, given: set[str]) -> Recipe:
     """Lets fields follow another model where they followed the one before. See `settled()`."""
     old, new = before.model, after.model
     if (old.name, old.weights, old.padding) == (new.name, new.weights, new.padding) or old.name not in VARIANTS:
@@ -456,7 +461,6 @@ def _unsettled(before: Recipe, after: Recipe, arguments: Sequence[str]) -> Recip
     followed = [key for key in ("bn_momentum", "bn_epsilon") if getattr(old, key) == getattr(usual, key)]
     if old.weights is not None or old.padding == VARIANTS[old.name].padding:
         followed.append("padding")
-    given = {argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
     free = [key for key in followed if f"model.{key}" not in given]
     return replace(after, model=replace(new, **dict.fromkeys(free)))
 

@@ -109,14 +109,13 @@ def load(
         return _load_by_keras(model, path)
     others = {layer for layer in model.layers if layer.weights} - set(reading.layers.values())
     targets = _variables(reading)
-    architecture = reading.architecture
     with opening.opened(path, raw) as tensors:
         contents = Contents(tensors, path, source, raw)
         report, plan = match(contents, reading.architecture, reading.channels, reading.classes, include_top)
         only_the_net = report.fits and not {NO_TOP, AROUND} & report.ignored.keys()
         by_keras = others and not only_the_net and prefix is None and include_top and _is_keras_file(path, source)
         values = {} if by_keras else read_values(report, plan, contents, reading.architecture, model.name)
-    check_padding(path, contents.format, architecture, padding)
+    check_padding(path, contents.format, reading.architecture, padding)
     if by_keras:
         return _load_by_keras(model, path)
     _check_range(values, targets, report.path)

@@ -5,6 +5,7 @@ import shutil
 import warnings
 from dataclasses import replace
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -279,6 +280,18 @@ def test_a_nested_net_says_its_padding(file, shallow, tmp_path):
     model = keras.Sequential([keras.Input((32, 32, 3)), body, keras.layers.Dense(2)])
     (model.save_weights if "weights" in file else model.save)(tmp_path / file)
     assert ke.weights.identify(tmp_path / file).padding == "symmetric"
+
+
+@pytest.mark.parametrize("config", ["{broken", '["x"]', '{"config": {"layers": ["x"]}}'])
+def test_a_damaged_configuration_is_one_line(config, shallow, tmp_path):
+    model = ke.EfficientNetB0(weights=None, classes=2)
+    model.save(tmp_path / "x.h5")
+    before = model.get_weights()
+    with h5py.File(tmp_path / "x.h5", "a") as file:
+        file.attrs["model_config"] = config
+    with pytest.raises(ValueError, match=r"^Expected an h5 file of Keras' structure\. Received: '.*x\.h5' \(.+\)$"):
+        ke.weights.load(model, tmp_path / "x.h5")
+    assert all(map(np.array_equal, model.get_weights(), before))
 
 
 def test_a_net_with_other_channels_says_its_padding(shallow, tmp_path):

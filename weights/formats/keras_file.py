@@ -115,17 +115,18 @@ def numerics_of(path) -> Numerics | None:
 @contextmanager
 def _layers(path) -> Iterator[list[dict[str, Any]]]:
     """Yields the layers of the model in a file of Keras 3, none for other files. Damage becomes a ValueError."""
-    if not is_keras(path):
-        yield _flat(json.loads(model_config(path) or "{}").get("config", {}).get("layers", []))
-        return
+    archived = is_keras(path)
+    text = None if archived else model_config(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.getinfo("config.json").file_size > 1 << 28:
-                raise ValueError("its config.json is too large")
-            config = json.loads(archive.read("config.json"))["config"]
-        yield _flat(config["layers"])
+        if archived:
+            with zipfile.ZipFile(path) as archive:
+                if archive.getinfo("config.json").file_size > 1 << 28:
+                    raise ValueError("its config.json is too large")
+                text = archive.read("config.json")
+        yield _flat(json.loads(text)["config"]["layers"]) if text else []
     except Exception as error:  # zipfile, zlib and json raise exceptions of many kinds for a damaged file
-        raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
+        kind = "a .keras file" if archived else "an h5 file of Keras' structure"
+        raise ValueError(f"Expected {kind}. Received: {str(path)!r} ({error})") from error
 
 
 def _flat(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
