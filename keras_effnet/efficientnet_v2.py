@@ -1,4 +1,7 @@
-"""The names of `keras.applications.efficientnet_v2`: code that uses it runs with only the import changed."""
+"""The names of `keras.applications.efficientnet_v2`: code that uses it runs with only the import changed.
+
+One argument has another name: instead of `include_preprocessing=False`, pass `preprocessing=None`.
+"""
 
 from keras_effnet.class_names import decode_predictions
 from keras_effnet.efficientnet import preprocess_input

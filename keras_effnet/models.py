@@ -49,11 +49,11 @@ def create_model(
         variant: String, one of `keras_effnet.list_models()`, or another name of it, such as `"b0"` or
             `"tf_efficientnet_b0"`.
         include_top: Boolean, whether to include the classifier. Defaults to True.
-        weights: Tag of published weights (`keras_effnet.list_weights()`); `"imagenet"` for the best known ones trained
-            on ImageNet alone; `"best"` for those of them with the highest published top-1; path of a file in any format
-            that `keras_effnet.weights.load()` reads; address on the Hugging Face Hub, `"hf://owner/name"`,
-            `"hf://owner/name@revision/file"` or `"timm/name"`; or None for random values. Defaults to `"imagenet"`.
-            The layers are the same for every value, but for the padding.
+        weights: Tag of published weights (`keras_effnet.list_weights()`); `"imagenet"` for the default set, trained on
+            ImageNet alone; `"best"` for the set with the highest published top-1 among those trained on ImageNet alone;
+            path of a file in any format that `keras_effnet.weights.load()` reads; address on the Hugging Face Hub,
+            `"hf://owner/name"`, `"hf://owner/name@revision/file"` or `"timm/name"`; or None for random values.
+            Defaults to `"imagenet"`. The layers are the same for every value, but for the padding.
         input_tensor: Keras tensor to build on, such as the output of `keras.layers.Input()`. Defaults to None. If its
             graph already has layers with the same names, the new layers are prefixed with the model's name.
         input_shape: Tuple of height, width and channels (channels, height and width for `channels_first`). Height and
@@ -72,8 +72,8 @@ def create_model(
             normalized. Defaults to `"auto"`.
         dropout_rate: Float, rate before the classifier. Defaults to the variant's.
         drop_connect_rate: Float, rate at which the last blocks are dropped. Defaults to the variant's, 0.2.
-        bn_momentum: Float, momentum of batch normalization. Defaults to the variant's: 0.99, or 0.9 for V2 and for the
-            nets of timm and Composer alone.
+        bn_momentum: Float, momentum of batch normalization. Defaults to the variant's: 0.9 for V2 and for nets that
+            only timm or Composer has, else 0.99.
         bn_epsilon: Float, epsilon of batch normalization. Defaults to None: that of a `.keras` file of weights, else
             1e-3, or 1e-5 with symmetric padding.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras' setting.
@@ -180,12 +180,13 @@ def classes_of(variant: str, weights: str | os.PathLike | None) -> int:
     return record.classes if record else 1000
 
 
-def numerics_of(variant: str, weights: str | os.PathLike | None) -> dict[str, Any]:
+def numerics_of(variant: str, weights: str | os.PathLike | None, padding: str | None = None) -> dict[str, Any]:
     """Returns the padding and the epsilon that `create_model()` builds with. Warns if the weights fit both paddings.
 
     Args:
         variant: See `create_model()`.
         weights: See `create_model()`.
+        padding: See `create_model()`.
 
     Returns:
         Dict of arguments of `create_model()`: `"padding"` and `"bn_epsilon"`, which may be None for the padding's.
@@ -196,12 +197,12 @@ def numerics_of(variant: str, weights: str | os.PathLike | None) -> dict[str, An
     """
     variant = find_model(variant)
     row, origin = VARIANTS[variant], _Origin.of(variant, weights)
-    padding = origin.padding(None, row.padding)
+    chosen = origin.padding(padding, row.padding)
     if origin.path is not None and origin.record is None:
         from keras_effnet.weights import convert
 
-        convert.check_numerics(origin.path, override(resolve(row), padding, bn_epsilon=origin.epsilon))
-    return {"padding": padding, "bn_epsilon": origin.epsilon}
+        convert.check_numerics(origin.path, override(resolve(row), chosen, bn_epsilon=origin.epsilon), padding)
+    return {"padding": chosen, "bn_epsilon": origin.epsilon}
 
 
 def _start_classifier(classifier: Any, weights, classes: int) -> None:

@@ -34,10 +34,11 @@ class Model:
     drop_connect_rate: float | None = None
     """Rate at which the last blocks are dropped. None: the model's own, 0.2."""
     bn_momentum: float | None = None
-    """Share of the moving statistics that each step keeps. None: the model's own, 0.99, or 0.9 for V2
-    and for the nets of timm and Composer alone."""
+    """Share of the moving statistics that each step keeps. None: the model's own, 0.9 for V2 and for
+    nets that only timm or Composer has, else 0.99."""
     bn_epsilon: float | None = None
-    """Added to the variance in batch normalization. None: 1e-3, or 1e-5 with symmetric padding."""
+    """Added to the variance in batch normalization. None: that of a .keras file of weights, else 1e-3, or 1e-5
+    with symmetric padding."""
     padding: Literal["same", "symmetric"] | None = None
     """same as in TensorFlow, or symmetric as in PyTorch. None: that of the weights, or the model's own."""
     preprocessing: str = "auto"
@@ -103,7 +104,7 @@ class Augment:
     min_area: float = 0.08
     """Smallest area of the random part, as a share of the image."""
     min_covered: float = 0.1
-    """Smallest share of the image that the random part must cover, whatever min_area allows."""
+    """A random part that covers a smaller share of the image is drawn again: the larger of min_area and this counts."""
     flip: bool = True
     """Whether to mirror half of the images."""
     policy: Literal["none", "autoaugment", "randaugment"] = "none"
@@ -126,7 +127,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progressive learning: stages of equal length, each with its own image size and augmentation. A row per field."""
+    """Progressive learning: stages of equal length. Each field has one value per stage."""
 
     sizes: tuple[int, ...] = ()
     """Height and width of the training images in each stage. Empty: one stage. image_size is for evaluation only."""

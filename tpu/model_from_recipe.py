@@ -53,7 +53,7 @@ def whole(recipe: Recipe) -> Recipe:
         OSError: If the file of the weights cannot be read.
     """
     how = replace(recipe.model, name=find_model(recipe.model.name))
-    usual = {} if how.padding and how.bn_epsilon else models.numerics_of(how.name, how.weights)
+    usual = {} if how.padding and how.bn_epsilon else models.numerics_of(how.name, how.weights, how.padding)
     return settled(replace(recipe, model=how), **usual)
 
 

@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras_effnet.inference.predictor import Predictor
 from keras_effnet.nets import inspection
 from keras_effnet.tpu import model_from_recipe, recipes
-from keras_effnet.tpu.config import Recipe, flat, to_json
+from keras_effnet.tpu.config import Recipe, flat, settled, to_json, with_fields
 from keras_effnet.tpu.input import features
 from keras_effnet.tpu.input.features import Features, View
 from keras_effnet.tpu.input.skipped_examples import Skipped
@@ -139,7 +139,8 @@ class _Job:
 def _check(recipe: Recipe, hosts: int) -> None:
     if hosts > 1:
         raise ValueError(f"Expected one host for a probe. Received: {hosts} hosts")
-    usual, given = (flat(dataclasses.asdict(one)) for one in (recipes.find("probe"), recipe))
+    model = settled(with_fields(recipes.find("probe"), {"model.name": recipe.model.name}))
+    usual, given = (flat(dataclasses.asdict(one)) for one in (model, recipe))
     wrong = [f"{name}={given[name]}" for name in given if name.startswith(UNUSED) and given[name] != usual[name]]
     if wrong:
         raise ValueError(

@@ -563,12 +563,15 @@ def _skipped_names(job: _Job) -> set[str]:
 
 def _check(recipe: Recipe) -> None:
     freezing(recipe.model)
-    rows = dataclasses.asdict(recipe.progress)
-    if any(column and len(column) != len(rows["sizes"]) for column in rows.values()):
-        found = ", ".join(f"{len(column)} {name}" for name, column in rows.items() if column)
-        raise ValueError(f"Expected as many values in each column of progress as sizes. Received: {found}")
-    if min(recipe.progress.sizes, default=1) < 1:
-        raise ValueError(f"Expected progress.sizes in pixels. Received: {recipe.progress.sizes}")
+    sizes = recipe.progress.sizes
+    for name, values in dataclasses.asdict(recipe.progress).items():
+        if values and len(values) != len(sizes):
+            raise ValueError(
+                f"Expected {len(sizes)} values of --progress.{name}, one for each of --progress.sizes. Received: "
+                f"{len(values)}"
+            )
+    if min(sizes, default=1) < 1:
+        raise ValueError(f"Expected each of --progress.sizes to be at least 1 pixel. Received: {min(sizes)}")
     named = {"batch_size": recipe.batch_size, "epochs": recipe.epochs}
     named |= {f"run.{name}": getattr(recipe.run, name) for name in ("steps_per_loop", "keep", "cpu_replicas")}
     named |= {f"run.{name}": getattr(recipe.run, name) for name in ("eval_every", "save_every", "patience")}

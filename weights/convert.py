@@ -271,12 +271,13 @@ def classes_of(path, architecture: Architecture) -> int | None:
     return bias[0] if bias else None
 
 
-def check_numerics(path, architecture: Architecture) -> None:
+def check_numerics(path, architecture: Architecture, padding: str | None = None) -> None:
     """Compares what the layers of a net compute with what a file says. Warns where its weights fit two nets.
 
     Args:
         path: See `load()`.
         architecture: An `Architecture`.
+        padding: See `load()`.
 
     Raises:
         OSError: If the file cannot be read.
@@ -284,7 +285,7 @@ def check_numerics(path, architecture: Architecture) -> None:
     """
     with opening.opened(path) as tensors:
         contents = Contents(tensors, path, "auto", raw=False)
-    check_padding(path, contents.format, architecture, None)
+    check_padding(path, contents.format, architecture, padding)
 
 
 def read(path, model: str, source: str = "auto", *, drop_background: bool = True) -> Values:
@@ -379,8 +380,8 @@ def _write(
         )
     if any(block.operator == "mbconv" and block.project_activation for block in architecture.blocks):
         raise ValueError(
-            f"Expected a net that other programs than Composer have. Received: {architecture.name!r}, with an "
-            "activation after a projection. Save it with model.save()"
+            f"Expected a net that other programs have. Received: {architecture.name!r}, with an activation after a "
+            "projection, as only Composer has it. Save it with model.save()"
         )
     if padding != "same" and target in ("tpu", "keras"):
         raise ValueError(
@@ -552,7 +553,7 @@ def convert(
     known = (record and (record.padding or VARIANTS[model].padding)) or stated_padding(source_path)
     if (known or padding) not in (None, architecture.padding):
         architecture = override(architecture, known or padding)
-    check_padding(source_path, tensors.format, architecture, padding or known, model)
+    check_padding(source_path, tensors.format, architecture, padding or known, "the file")
     if automatic:
         known = record.preprocessing if record else pixels_of(source_path)
         preprocessing = known or VARIANTS[model].preprocessing

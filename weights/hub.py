@@ -29,8 +29,8 @@ _DESCRIBED = ("model.safetensors", "pytorch_model.bin", "model.weights.h5")  # f
 _HARMLESS = {"drop_path_rate", "drop_rate", "img_size", "in_chans", "num_classes"}
 # keras-hub 0.32, efficientnet_backbone.py: its pixels are normalized outside the net, by another file of the preset.
 _KERAS_HUB = (
-    "This package does not read its presets. They hold timm's weights: load those by their own name, such as "
-    "weights='efficientnet_b0.ra_in1k'"
+    "This package does not read its presets. The published ones hold timm's weights: load those by timm's name, such "
+    "as weights='efficientnet_b0.ra_in1k'"
 )
 _LONGEST = 16 * 2**20  # bytes of a config.json, which may list thousands of class names
 
@@ -289,7 +289,7 @@ def describe(path: Any) -> Description | None:
         kind, architecture = found.get("class_name"), found.get("architecture")
         arguments = {"global_pool": found.get("global_pool")} | (found.get("model_args") or {})
     if kind == "EfficientNetBackbone":
-        raise ValueError(f"Expected weights of this family. Received: {str(path)!r} of keras-hub. {_KERAS_HUB}")
+        raise ValueError(f"Expected weights of timm or Keras. Received: {str(path)!r} of keras-hub. {_KERAS_HUB}")
     if not isinstance(architecture, str):
         return None
     _check_net(architecture, arguments, path)
@@ -332,7 +332,7 @@ def _described(architecture: str, found: dict[str, Any]) -> Description:
     classes = found.get("num_classes", inner.get("num_classes"))
     whole = [size, crop, *mean, *deviation]
     if not all(each is None or (type(each) in (int, float) and abs(each) < 1e6) for each in whole):
-        raise ValueError("expected numbers as input_size, crop_pct, mean and std")
+        raise ValueError(f"expected numbers as input_size, crop_pct, mean and std. Received: {whole!s:.80}")
     if type(size) not in (int, type(None)) or not 0 < (crop or 1) <= 1:
         raise ValueError(f"expected a size in pixels and a share. Received: input_size={size}, crop_pct={crop}")
     if len(mean) != len(deviation) or not all(each > 0 for each in deviation):

@@ -174,7 +174,8 @@ def _resizing(config: dict[str, Any]) -> str:
     inner = config["pretrained_cfg"]
     interpolation = config.get("keras_effnet", inner)["interpolation"]
     if inner["crop_mode"] == "squash":
-        return f"{interpolation}, the whole photo whatever its proportions; the center crop keeps {inner['crop_pct']}"
+        share = inner["crop_pct"]
+        return f"{interpolation}, the whole photo whatever its proportions; the center crop keeps {share} of each side"
     return f"{interpolation}, the center crop keeps {inner['crop_pct']} of the shorter side"
 
 

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from keras_effnet.errors import one_of
 from keras_effnet.nets.architecture import EPSILONS, Architecture
 from keras_effnet.nets.variants import VARIANTS, is_model, nearest, of_timm, timm_name
 from keras_effnet.weights import hub
@@ -116,6 +117,8 @@ def check_padding(path, format: str, architecture: Architecture, asked: str | No
     Raises:
         ValueError: If they differ.
     """
+    if asked is not None:
+        one_of("padding", asked, tuple(EPSILONS))
     stated, ours = stated_padding(path), architecture.padding
     if stated not in (None, ours):
         raise ValueError(
@@ -139,8 +142,8 @@ def check_padding(path, format: str, architecture: Architecture, asked: str | No
     names = _two_nets(architecture) if told is None and format == "timm" and ours == "same" else []
     if names:
         warnings.warn(
-            f"{path}: these weights fit two nets of timm, and the file does not say which: {names[0]}, with "
-            f"padding='same', which is taken, and {names[1]}, with padding='symmetric'. Name the padding that they "
-            "were trained with: padding=..., or --padding",
+            f"{path}: these weights fit two nets of timm, and the file names neither: {names[0]} (padding='same') and "
+            f"{names[1]} (padding='symmetric'). Using padding='same'. If that is wrong, pass padding='symmetric' "
+            "(convert: --padding symmetric; train: --model.padding symmetric)",
             stacklevel=3,
         )

@@ -534,9 +534,9 @@ def find(model: str, tag: str) -> Record:
 
     Args:
         model: Name of a variant.
-        tag: Tag of a set. timm's tags may include the net's name. `"imagenet"` selects the best-known set that was
-            trained on ImageNet alone (for B0-B7 the AutoAugment set, which Keras also uses); `"best"` the one of them
-            with the highest published top-1.
+        tag: Tag of a set. timm's tags may include the net's name. `"imagenet"` selects the default set, trained on
+            ImageNet alone (for B0-B7 the AutoAugment set, which Keras also uses); `"best"` the set with the highest
+            published top-1 among those trained on ImageNet alone.
 
     Returns:
         A `Record`.
@@ -561,7 +561,12 @@ def find(model: str, tag: str) -> Record:
     for record in sorted(matching, key=lambda record: (record.tag != bare, not record.tag.startswith("tf_"))):
         return record
     others = [record.model for record in RECORDS if record.tag == bare]
-    reason = f"They are of {others[0]}" if others else why_refused(bare)
+    reason = f"They are of {others[0]}" if len(others) == 1 else why_refused(bare)
+    if not records:
+        raise ValueError(
+            f"Expected weights=None or the path of a file, since {model} has no published weights. Received: "
+            f"weights={tag!r}{f'. {reason}' if reason else ''}"
+        )
     if reason:
         tags = ", ".join(record.tag for record in records[:3])
         raise ValueError(
@@ -597,7 +602,7 @@ def default(model: str) -> Record | None:
 
 
 def best(model: str) -> Record | None:
-    """Returns the set that `weights="best"` selects: the highest published top-1 without more data than ImageNet's.
+    """Returns the set that `weights="best"` selects: the highest published top-1 of those trained on ImageNet alone.
 
     Args:
         model: Name of a variant.

@@ -78,8 +78,8 @@ def _list_weights(names: list[str], as_json: bool) -> None:
         sets.add_row(*map(str, cells))
     show(
         sets,
-        '* the default, weights="imagenet". + the best without more data, weights="best". All are Apache-2.0. --json '
-        "adds sources, addresses and hashes.",
+        '* the default, weights="imagenet". + the best of those trained on ImageNet alone, weights="best". '
+        "All are Apache-2.0. --json adds sources, addresses and hashes.",
     )
 
 

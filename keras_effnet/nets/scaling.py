@@ -6,7 +6,7 @@ from keras_effnet.nets.architecture import EPSILONS, Architecture, Block, Varian
 
 
 def round_filters(filters: int, width: float, divisor: int = 8, least_share: float = 0.9) -> int:
-    """Scales a width to the nearest multiple of `divisor`, but never down by more than a tenth.
+    """Scales a width to the nearest multiple of `divisor`, by default never down by more than a tenth.
 
     Args:
         filters: Integer, channels before scaling.

@@ -231,7 +231,7 @@ def test_a_timm_name_brings_its_weights():
     found = resolve("tf_efficientnet_b0.ns_jft_in1k")
     assert (found.place, found.tag_of("imagenet"), found.tag_of("advprop")) == (
         "efficientnet-b0",
-        "ns_jft_in1k",
+        "tf_efficientnet_b0.ns_jft_in1k",
         "advprop",
     )
 

@@ -331,6 +331,22 @@ def test_a_file_of_unknown_padding_is_told_before_training(tmp_path):
     path = save_torch(timm_tensors("efficientnet_b0"), tmp_path / "pets.safetensors")
     with pytest.warns(UserWarning, match="fit two nets of timm"):
         model_from_recipe.whole(config.Recipe(config.Model(weights=str(path))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for padding in ("same", "symmetric"):  # the user has chosen
+            recipe = config.Recipe(config.Model(weights=str(path), padding=padding))
+            assert model_from_recipe.whole(recipe).model.padding == padding
+
+
+def test_a_net_without_published_weights_says_so():
+    with pytest.raises(
+        ValueError, match=r"weights=None or the path of a file, since efficientnet-x-b0 has no published"
+    ):
+        ke.EfficientNetXB0()
+    with pytest.raises(ValueError, match=r"^Unknown weights for efficientnetv2-s\. Expected one of: imagenet, best, "):
+        ke.EfficientNetV2S(weights="baseline")  # of many nets
+    with pytest.raises(ValueError, match=r"Unknown padding.*Nearest: 'symmetric'"):
+        ke.weights.load(ke.EfficientNetLite0(weights=None), lite0_package(), padding="symetric")
 
 
 def test_fields_that_followed_a_model_follow_the_next():

@@ -11,8 +11,8 @@ the code; the paper's table 6 ends at 380.
 Dropout is constant, as in the code; in the paper it grows. Evaluation is at the larger size of the model.
 B0 to B3 train as V1 does, with AutoAugment. Its operations and policy, and those of RandAugment, are the TPU
 repository's. Not rebuilt: several labels for one image of 21k, whose records automl does not publish; Cutout with noise
-in the fine-tuning; pixels / 127.5 - 1 there, where these weights have (pixels - 128) / 128. timm's ra4 recipe is not
-here, since its numbers are not published in a repository.
+in the fine-tuning. There, automl takes pixels / 127.5 - 1, and we keep the (pixels - 128) / 128 of the pretraining.
+timm's ra4 recipe is not here, since its numbers are not published in a repository.
 Source: google/automl @ 6a54c874, efficientnetv2/effnetv2_configs.py, datasets.py, hparams.py and main.py.
 """
 

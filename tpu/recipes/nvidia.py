@@ -4,9 +4,9 @@ Command: `keras-effnet train b0_nvidia_pytorch --data PATH --workdir DIR` (or b0
 Hardware: 8 A100; 11 hours (PyTorch) and 8.5 hours (TensorFlow), say NVIDIA's READMEs. Not run by us.
 Top-1: 77.42 (PyTorch, mixed precision) and 77.59 (TensorFlow, mixed precision).
 The PyTorch recipe has symmetric padding, no moving average and no drop connect. Its batch-norm momentum of 0.01 is 0.99
-here. The TensorFlow recipe's weight decay of 5e-6 is 1e-5 times half the sum of squares
-here, and all replicas share batch statistics; we assume that its cosine ends with the last epoch. mixup is the
-original's: one weight per image, at least 1/2 for the image itself. Initial values are the original's.
+here. The TensorFlow recipe's weight decay of 5e-6 is 1e-5 times half the sum of squares here, and all replicas share
+batch statistics; we assume that its cosine ends with the last epoch. mixup is the original's: one weight per image, at
+least 1/2 for the image itself. Initial values are the original's.
 Source: NVIDIA DeepLearningExamples @ 729963dd, PyTorch/Classification/ConvNets configs.yml:99-125 and
 efficientnet/README.md:555-568; TensorFlow2/Classification/ConvNets config/defaults.py:231-330 and
 efficientnet_v1/README.md:393-404.
