@@ -53,7 +53,6 @@ def _reached(record) -> str:
 
 def weights() -> str:
     """A row per published set of weights."""
-    from keras_effnet.nets.variants import VARIANTS
     from keras_effnet.weights import registry
 
     columns = ["model", "tag", ">top-1 in %", ">top-5 in %", ">pixels", "preprocessing", "padding", "source"]
@@ -63,9 +62,9 @@ def weights() -> str:
             f"`{record.tag}`" + " (default)" * record.default,
             str(record.top1 or ""),
             str(record.top5 or ""),
-            str(record.resolution or VARIANTS[record.model].resolution),
+            str(record.resolution),
             record.preprocessing,
-            record.padding or VARIANTS[record.model].padding,
+            record.padding,
             record.source,
         ]
         for record in registry.RECORDS

@@ -137,7 +137,8 @@ def create_model(
         dtype=dtype,
         prefix=prefix,
     )
-    origin.load_into(model, include_top and not is_new, classes, prefix, padding)
+    known = padding if origin.record is None else architecture.padding
+    origin.load_into(model, include_top and not is_new, classes, prefix, known)
     if is_new:
         _start_classifier(model.get_layer(f"{prefix}predictions"), weights, classes)
     return model
@@ -268,12 +269,12 @@ class _Origin:
 
     def padding(self, asked: str | None, usual: str) -> str:
         """Returns the padding to build with. Raises if the weights were trained with another."""
-        from keras_effnet.weights import padding
-
         known = None
         if self.record is not None:
-            known = self.record.padding or usual
+            known = self.record.padding
         elif self.path is not None:
+            from keras_effnet.weights import padding
+
             known = padding.stated_padding(self.path)
         if asked is not None and known is not None and asked != known:
             raise ValueError(
@@ -285,9 +286,11 @@ class _Origin:
     @property
     def epsilon(self) -> float | None:
         """Epsilon of batch normalization in the net that a file describes, or None for the padding's."""
+        if self.path is None:
+            return None
         from keras_effnet.weights.formats import keras_file
 
-        layers = keras_file.numerics_of(self.path) if self.path is not None else None
+        layers = keras_file.numerics_of(self.path)
         return layers and layers.bn_epsilon
 
     def has_classifier(self, classes: int, architecture) -> bool:
@@ -325,8 +328,6 @@ class _Origin:
         path = self.path
         if path is None and self.record is not None:
             path = store.fetch(self.record, include_top, classes)
-        if self.record is not None:
-            padding = inspection.read(model, prefix).architecture.padding
         if path is not None:
             convert.load(model, path, include_top=include_top, prefix=prefix, padding=padding)
         if self.record is not None or self.path is None:  # other files have no record

@@ -112,7 +112,7 @@ def tradeoff() -> list[dict[str, Any]]:
         for record in registry.of_model(name):
             if record.top1 is None:
                 continue
-            side = record.resolution or variant.resolution
+            side = record.resolution
             macs = costs(architecture, (side, side), 3, 1000)["macs"]
             rows.append(
                 {

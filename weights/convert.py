@@ -550,7 +550,7 @@ def convert(
     record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
     architecture = as_stated(source_path, tensors.architecture)
     model = identify(architecture.blocks) or model
-    known = (record and (record.padding or VARIANTS[model].padding)) or stated_padding(source_path)
+    known = (record and record.padding) or stated_padding(source_path)
     if (known or padding) not in (None, architecture.padding):
         architecture = override(architecture, known or padding)
     check_padding(source_path, tensors.format, architecture, padding or known, "the file")
@@ -666,7 +666,7 @@ def _write_own(
 ) -> None:
     from keras_effnet.nets.build import build, input_of
 
-    resolution = (record and record.resolution) or VARIANTS[model].resolution
+    resolution = (record or VARIANTS[model]).resolution
     shape = (None, None, channels) if classes is None else (resolution, resolution, channels)
     net = build(
         architecture,

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from keras_effnet.nets import weight_shapes
 from keras_effnet.nets.architecture import Architecture, with_widths
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
@@ -494,8 +495,8 @@ def identify_model(
     found = []
     nets = [(name, resolve(VARIANTS[name])) for name in ([model] if model else VARIANTS)]
     nets = [(name, net) for name, net in nets if model or has_names(net, contents.naming)]
-    # Those with as many tensors first: a file of one of them is not compared with the others.
-    nets.sort(key=lambda pair: abs(len(foreign_names(pair[1], contents.naming)) - len(contents.tensors)))
+    if not model:  # those with as many tensors first: a file of one of them is not compared with the others
+        nets.sort(key=lambda pair: abs(_tensors(pair[1]) - len(contents.tensors)))
     others = ((name, _with_widths_of(contents, net)) for name, net in nets if pruned)
     for name, architecture in chain(nets, others):
         stem = contents.shape_of(architecture, "stem_conv", "kernel")
@@ -515,6 +516,10 @@ def identify_model(
             f"(tensors that differ: {len(problems)}). `keras-effnet verify FILE --model {name}` lists them{more}"
         )
     return name, architecture, channels, classes
+
+
+def _tensors(architecture: Architecture) -> int:
+    return sum(len(layer.shapes) for layer in weight_shapes.owners(architecture, 3, 1000).values())
 
 
 def _with_widths_of(contents: Contents, architecture: Architecture) -> Architecture:

@@ -71,7 +71,7 @@ def as_stated(path, architecture: Architecture) -> Architecture:
     if layers is None:
         return architecture
     blocks = tuple(
-        replace(block, project_activation=True) if block.name in layers.activated else block
+        replace(block, project_activation=block.name in layers.activated) if block.operator == "mbconv" else block
         for block in architecture.blocks
     )
     return replace(architecture, padding=layers.padding, bn_epsilon=layers.bn_epsilon, blocks=blocks)
@@ -130,8 +130,8 @@ def check_padding(path, format: str, architecture: Architecture, asked: str | No
     found, told = as_stated(path, architecture), stated or asked
     if found.blocks != architecture.blocks:
         raise ValueError(
-            f"Expected weights of the same layers as {where} has. Received: {str(path)!r}, whose net has activations "
-            "after other projections, as efficientnet-b0-composer has"
+            f"Expected weights for the activations that {where} has. Received: {str(path)!r}, whose net has them after "
+            "other projections: efficientnet-b0 after none, efficientnet-b0-composer after the first"
         )
     if found.bn_epsilon != architecture.bn_epsilon:
         warnings.warn(

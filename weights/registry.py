@@ -53,11 +53,11 @@ class Record:
         crop_padding: Integer. Pixels around the crop for evaluation. See `images.resizing.crop_and_resize()`.
         interpolation: String. See `images.resizing.crop_and_resize()`.
         crop_mode: String. See `images.resizing.crop_and_resize()`.
-        resolution: Integer. Side of the input. Defaults to None: the variant's.
+        resolution: Integer. Side of the input. Defaults to the variant's.
         default: Boolean, whether `weights="imagenet"` selects this set.
         licence: String.
         top5: Float. Published top-5 accuracy in percent. Defaults to None: not published.
-        padding: See `nets.architecture.Architecture`. Defaults to None: the variant's.
+        padding: See `nets.architecture.Architecture`. Defaults to the variant's.
         classes: Integer, classes of the set, without background. Defaults to 1000.
     """
 
@@ -70,12 +70,17 @@ class Record:
     crop_padding: int = 32  # tensorflow/tpu preprocessing.py before 22d5cab, as the READMEs' accuracies were measured
     interpolation: str = "bicubic"
     crop_mode: str = "center"
-    resolution: int | None = None
+    resolution: int = 0
     default: bool = False
     licence: str = "Apache-2.0"
     top5: float | None = None
-    padding: str | None = None
+    padding: str = ""
     classes: int = 1000
+
+    def __post_init__(self):
+        row = VARIANTS[self.model]
+        for name in ("resolution", "padding"):
+            object.__setattr__(self, name, getattr(self, name) or getattr(row, name))
 
     @property
     def extra_data(self) -> bool:
@@ -375,7 +380,7 @@ def _v2_ports() -> dict[tuple[str, str], tuple[File, ...]]:
     tags = {"in1k": "1k", "in21k": "21k", "in21k_ft_in1k": "21k-ft1k"}
     return {
         (record.model, tags[record.tag.split(".")[1]]): record.files
-        for record in _timm_own_records()
+        for record in _TIMM_OWN_RECORDS
         if record.tag.startswith("tf_")
     }
 
@@ -400,7 +405,7 @@ def _v2_records():
                 crop_padding=32 if cropped else 0,
                 crop_mode="center" if cropped else "squash",
                 interpolation="bicubic" if legacy else "half-pixel-bilinear",
-                resolution=224 if tag == "21k" else None,
+                resolution=224 if tag == "21k" else 0,
                 default=tag == "1k",
                 classes=21843 if tag == "21k" else 1000,
             )
@@ -428,17 +433,17 @@ def _timm_own_records():
             source="timm results-imagenet.csv",
             crop_padding=round(size / float(share) - size),
             crop_mode=crop_mode,
-            resolution=None if size == row.resolution else size,
+            resolution=size,
             default=default,
             top5=None if top5 == "-" else float(top5),
-            padding=None if padding == row.padding else padding,
+            padding=padding,
             classes={"in21k": 21843, "sw_in12k": 11821}.get(bare, 1000),
         )
 
 
 def _l2_records():
     for tag, short, top1, resolution in (
-        ("noisy-student", "l2", 88.4, None),
+        ("noisy-student", "l2", 88.4, 800),
         ("noisy-student-475", "l2_475", 88.2, 475),
     ):
         url = f"{_TPU}noisystudent/noisy_student_efficientnet-{short}.tar.gz"
@@ -472,7 +477,7 @@ def _timm_records():
             "imagenet" if imagenet else "inception",
             source="timm results-imagenet.csv",
             interpolation="bilinear" if short in _TIMM_BILINEAR else "bicubic",
-            resolution=475 if tag.endswith("475") else _TIMM_SIZES.get(short),
+            resolution=475 if tag.endswith("475") else _TIMM_SIZES.get(short, 0),
             top5=top5,
         )
     for short, sha256, top1, top5 in _TIMM_PRUNED:
@@ -489,13 +494,15 @@ def _timm_records():
         )
 
 
+_TIMM_OWN_RECORDS = tuple(_timm_own_records())
+
 RECORDS: tuple[Record, ...] = (
     *_b_records(),
     *_l2_records(),
     *_v2_records(),
     *_mobile_records(),
     *_timm_records(),
-    *_timm_own_records(),
+    *_TIMM_OWN_RECORDS,
 )
 
 
@@ -553,9 +560,9 @@ def find(model: str, tag: str) -> Record:
     if not isinstance(tag, str):
         raise ValueError(f"Expected the tag of published weights. Received: {tag!r}")
     bare = re.sub(_HUB_PREFIX, "", tag)
-    named = {"imagenet": default(model), "best": best(model)}.get(tag)
-    if named is not None:
-        return named
+    chosen = {"imagenet": default, "best": best}.get(tag)
+    if chosen is not None and (record := chosen(model)) is not None:
+        return record
     matching = [record for record in records if bare in (record.tag, record.tag.split(".")[-1])]
     # Without the net's name, a tag is that of the port where timm has both.
     for record in sorted(matching, key=lambda record: (record.tag != bare, not record.tag.startswith("tf_"))):

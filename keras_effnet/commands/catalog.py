@@ -54,9 +54,9 @@ def _models(family: str, rows):
 def _list_weights(names: list[str], as_json: bool) -> None:
     from dataclasses import asdict
 
-    from keras_effnet.nets.variants import VARIANTS
     from keras_effnet.weights import registry
 
+    best = {name: registry.best(name) for name in names}
     records = [record for name in names for record in registry.of_model(name)]
     if as_json:
         show_json({"weights": [asdict(record) for record in records]})
@@ -66,12 +66,12 @@ def _list_weights(names: list[str], as_json: bool) -> None:
         formats = ", ".join(dict.fromkeys(file.format for file in record.files))
         cells = (
             record.model.removeprefix("efficientnet-"),
-            record.tag + "*" * record.default + "+" * (record is registry.best(record.model)),
+            record.tag + "*" * record.default + "+" * (record is best[record.model]),
             record.top1 or "",
             record.top5 or "",
-            record.resolution or VARIANTS[record.model].resolution,
+            record.resolution,
             record.preprocessing,
-            record.padding or VARIANTS[record.model].padding,
+            record.padding,
             "yes" if record.extra_data else "",
             formats,
         )

@@ -154,7 +154,7 @@ def expected_by(model, weights) -> tuple[tuple[int, int], int, bool, Any]:
             variant = VARIANTS[found.place]
             tag = found.weights if found.weights and weights == "auto" else weights
             record = _rules(variant.name, tag, found.place)
-            side = (record and record.resolution) or variant.resolution
+            side = (record or variant).resolution
             return (side, side), 3, True, record
         told = _told(model_metadata.metadata(found.place)) if weights == "auto" else None
         if told is not None:

@@ -15,6 +15,24 @@ Widths = tuple[int, int, int]  # (expand_filters, se_filters, filters_out) of a 
 EPSILONS = {"same": 1e-3, "symmetric": 1e-5}
 
 
+def padding_of(pads: Sequence[Sequence[Sequence[int]]], epsilon: float, has_preprocessing: bool) -> str:
+    """Returns the padding of a net whose layers are known.
+
+    keras.applications has padding layers too. At the size that they were built for, they pad as TensorFlow does: one
+    side of them is shorter wherever the map has an even size. Where all maps have odd sizes, the sides are equal.
+
+    Args:
+        pads: Sequence of the pairs (top, bottom) and (left, right) of each padding layer before a convolution.
+        epsilon: Float, epsilon of batch normalization.
+        has_preprocessing: Boolean, whether a layer is called as those of this package that normalize pixels.
+
+    Returns:
+        Key of `EPSILONS`.
+    """
+    equal = all(before == after for pad in pads for before, after in pad)
+    return "symmetric" if pads and equal and (has_preprocessing or epsilon == EPSILONS["symmetric"]) else "same"
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage before scaling: a row of table 1 of arXiv 1905.11946.

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_effnet import compat
-from keras_effnet.nets.architecture import EPSILONS, Architecture, Block
+from keras_effnet.nets.architecture import Architecture, Block, padding_of
 
 
 @dataclass(frozen=True)
@@ -182,15 +182,9 @@ def _read(model: keras.Model, named: dict) -> Reading:
 
 
 def _padding(named: dict) -> str:
-    """Returns the padding of the convolutions with strides.
-
-    keras.applications has padding layers too. At the size that they were built for, they pad as TensorFlow does: one
-    side of them is shorter wherever the map has an even size, and there may be none.
-    """
-    pads = [layer for name, layer in named.items() if name.endswith("_pad")]
-    equal = all(before == after for layer in pads for before, after in layer.padding)
-    own = "preprocessing" in named or named["stem_bn"].epsilon == EPSILONS["symmetric"]
-    return "symmetric" if pads and equal and own else "same"
+    """Returns the padding of the convolutions with strides."""
+    pads = [layer.padding for name, layer in named.items() if name.endswith("conv_pad")]
+    return padding_of(pads, named["stem_bn"].epsilon, "preprocessing" in named)
 
 
 def _normalization(stem_conv) -> tuple[Any, Any, Any]:

@@ -258,8 +258,11 @@ def test_a_keras_file_keeps_its_arithmetic(shallow, tmp_path):
     assert inspection.read(made).architecture == inspection.read(nvidia).architecture
     recipe = config.Recipe(config.Model(weights=str(tmp_path / "nvidia.keras")))
     assert model_from_recipe.whole(recipe).model.bn_epsilon == 1e-3
-    with pytest.raises(ValueError, match="activations after other projections"):
+    with pytest.raises(ValueError, match="has them after other projections"):
         ke.EfficientNetB0(weights=tmp_path / "composer.keras", **size)
+    ke.save_model(fill(ke.EfficientNetB0(weights=None, padding="symmetric", **size)), tmp_path / "plain.keras")
+    with pytest.raises(ValueError, match="has them after other projections"):
+        ke.EfficientNetB0Composer(weights=tmp_path / "plain.keras", **size)
     with pytest.warns(UserWarning, match="for bn_epsilon=0.001, and the model has 1e-05"):
         ke.weights.load(ke.EfficientNetB0(weights=None, padding="symmetric", **size), tmp_path / "nvidia.keras")
 
@@ -280,6 +283,21 @@ def test_a_nested_net_says_its_padding(file, shallow, tmp_path):
     model = keras.Sequential([keras.Input((32, 32, 3)), body, keras.layers.Dense(2)])
     (model.save_weights if "weights" in file else model.save)(tmp_path / file)
     assert ke.weights.identify(tmp_path / file).padding == "symmetric"
+
+
+class Unnamed(keras.layers.Layer):
+    """A user's layer whose configuration leaves out its name."""
+
+    def get_config(self):
+        return {}
+
+
+def test_a_net_beside_a_layer_without_configuration_loads(shallow, tmp_path):
+    body = fill(ke.EfficientNetB0(weights=None, include_top=False, pooling="avg"))
+    keras.Model(body.input, Unnamed()(body.output)).save(tmp_path / "x.keras")
+    assert ke.weights.identify(tmp_path / "x.keras").padding == "same"
+    loaded = ke.EfficientNetB0(weights=tmp_path / "x.keras", include_top=False, pooling="avg")
+    assert all(map(np.array_equal, loaded.get_weights(), body.get_weights()))
 
 
 @pytest.mark.parametrize("config", ["{broken", '["x"]', '{"config": {"layers": ["x"]}}'])

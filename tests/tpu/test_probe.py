@@ -174,6 +174,16 @@ def test_a_run_leaves_one_net_and_its_features(cache, photos, tmp_path, caplog):
     again = train(other, tmp_path / "run", quiet=True)
     assert again["ema_loss"] != result["ema_loss"] and len(chunks(cache)) == 5
     assert before.items() <= chunks(cache).items()
+    # A run that squashes its photos evaluates itself so, and says it.
+    assert "crop_mode" not in evaluate(tmp_path / "run")["preprocessing"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["crop_mode"] = "squash"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    found = evaluate(tmp_path / "run")
+    assert found["preprocessing"] == {"size": [32, 32], "crop": 1.0, "interpolation": "bicubic", "crop_mode": "squash"}
+    squashed = replace(recipe, data=replace(recipe.data, crop_mode="squash"))
+    keys = {features.View(source.evaluate, 60, each, 32).key("x") for each in (recipe, squashed)}
+    assert len(keys) == 2
 
 
 @pytest.mark.usefixtures("mini")

@@ -181,8 +181,7 @@ def _subject(model, weights, crop, interpolation, best: bool = False) -> _Subjec
 def _subject_of_run(folder: str, best: bool) -> _Subject:
     run = trained(folder, best)
     how, size = run.recipe.data, run.size
-    used = {"size": [size, size], "crop": round(how.eval_crop or size / (size + 32), 4)}
-    used["interpolation"] = how.interpolation
+    used = _used((size, size), how.eval_crop or size / (size + 32), how.interpolation, how.crop_mode)
     return _Subject(run.net, _outputs(run.net), run.read(), used, run=run, labels=labels_of(folder))
 
 
@@ -223,8 +222,13 @@ def _reader(expected, crop, interpolation) -> tuple[Callable[[bytes], np.ndarray
     usual = model_metadata.Expects.of(rules) if rules else model_metadata.Expects()
     used = replace(usual, crop_padding=padding, interpolation=interpolation or usual.interpolation)
     read = photo_loader.loader(size, channels, channels_last, used)
-    shown = {"size": list(size), "crop": round(side / (side + padding), 4), "interpolation": used.interpolation}
-    return read, shown | ({"crop_mode": used.crop_mode} if used.crop_mode != "center" else {})
+    return read, _used(size, side / (side + padding), used.interpolation, used.crop_mode)
+
+
+def _used(size: Sequence[int], crop: float, interpolation: str, crop_mode: str) -> dict[str, Any]:
+    """Returns what the result says of the pixels."""
+    shown = {"size": list(size), "crop": round(crop, 4), "interpolation": interpolation}
+    return shown | ({"crop_mode": crop_mode} if crop_mode != "center" else {})
 
 
 def _network(found: Reference, weights) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_effnet.nets.architecture import EPSILONS
+from keras_effnet.nets.architecture import padding_of
 from keras_effnet.weights.formats.h5_file import model_config, opened_h5
 from keras_effnet.weights.formats.tensors import Tensors
 from keras_effnet.weights.formats.torch_file import is_torch
@@ -67,7 +67,7 @@ def preprocessing_of(path):
     """
     with _layers(path) as layers:
         for layer in layers:
-            if layer["class_name"] == "Rescaling" and layer["config"]["name"].endswith("preprocessing"):
+            if layer.get("class_name") == "Rescaling" and _name(layer).endswith("preprocessing"):
                 return tuple(np.ravel(layer["config"][key]).tolist() for key in ("scale", "offset"))
     return None
 
@@ -99,16 +99,13 @@ def numerics_of(path) -> Numerics | None:
         ValueError: If the file is a damaged archive.
     """
     with _layers(path) as layers:
-        found = {layer["config"]["name"]: layer["config"] for layer in layers}
-        epsilon = next((config["epsilon"] for name, config in found.items() if name.endswith("stem_bn")), None)
+        found = {_name(layer): layer["config"] for layer in layers}
+        epsilon = next((config.get("epsilon") for name, config in found.items() if name.endswith("stem_bn")), None)
         if epsilon is None:
             return None
         pads = [config["padding"] for name, config in found.items() if name.endswith("conv_pad")]
-        equal = all(before == after for pad in pads for before, after in pad)
-        own = any(name.endswith("preprocessing") for name in found)
-        # keras.applications has padding layers too. Where all maps have odd sizes, they are equal on both sides.
-        padding = "symmetric" if pads and equal and (own or epsilon == EPSILONS["symmetric"]) else "same"
-        activated = (re.search(r"block(\w+)_project_activation$", name) for name in found)
+        padding = padding_of(pads, epsilon, any(name.endswith("preprocessing") for name in found))
+        activated = (re.search(r"block(\d+[a-z]+)_project_activation$", name) for name in found)
         return Numerics(padding, epsilon, frozenset(match[1] for match in activated if match))
 
 
@@ -123,12 +120,17 @@ def _layers(path) -> Iterator[list[dict[str, Any]]]:
                 if archive.getinfo("config.json").file_size > 1 << 28:
                     raise ValueError("its config.json is too large")
                 text = archive.read("config.json")
-        yield _flat(json.loads(text)["config"]["layers"]) if text else []
+        yield _flat(json.loads(text)["config"].get("layers") or []) if text else []
     except Exception as error:  # zipfile, zlib and json raise exceptions of many kinds for a damaged file
         kind = "a .keras file" if archived else "an h5 file of Keras' structure"
         raise ValueError(f"Expected {kind}. Received: {str(path)!r} ({error})") from error
 
 
 def _flat(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the layers of a model and of the models nested in it."""
-    return [inner for layer in layers for inner in (layer, *_flat(layer["config"].get("layers") or []))]
+    """Returns the layers of a model and of the models nested in it. A user's own layers may have no configuration."""
+    told = [layer for layer in layers if isinstance(layer.get("config"), dict)]
+    return [inner for layer in told for inner in (layer, *_flat(layer["config"].get("layers") or []))]
+
+
+def _name(layer: dict[str, Any]) -> str:
+    return layer["config"].get("name") or layer.get("name") or ""

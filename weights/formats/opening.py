@@ -59,11 +59,11 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
     if start.startswith(HDF5_SIGNATURE):
         with opened_h5(path, path) as tensors:
             yield tensors
+    elif len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        yield read_safetensors(path)  # before the others: the length of its header may begin like a zip or a pickle
     elif start.startswith(b"PK") and not is_torch(path):
         with opened_keras(path) as tensors:
             yield tensors
-    elif len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        yield read_safetensors(path)  # before PyTorch's: the length of its header may begin like a pickle
     elif start.startswith((b"PK", b"\x80")):
         yield {name: Stored(*stored) for name, stored in torch_file.read_torch(path, raw).items()}
     elif start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar":

@@ -56,10 +56,10 @@ def metadata_of(path) -> dict[str, str]:
     Raises:
         ValueError: If the file is damaged.
     """
-    import safetensors
-
     if not str(path).endswith(".safetensors"):
         return {}
+    import safetensors
+
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
