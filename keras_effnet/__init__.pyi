@@ -47,6 +47,7 @@ from .models import EfficientNetV2M as EfficientNetV2M
 from .models import EfficientNetV2RWM as EfficientNetV2RWM
 from .models import EfficientNetV2RWS as EfficientNetV2RWS
 from .models import EfficientNetV2RWT as EfficientNetV2RWT
+from .models import EfficientNetV2RWTGC as EfficientNetV2RWTGC
 from .models import EfficientNetV2S as EfficientNetV2S
 from .models import EfficientNetV2XL as EfficientNetV2XL
 from .models import EfficientNetXB0 as EfficientNetXB0

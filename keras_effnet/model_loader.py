@@ -78,7 +78,7 @@ def _timms(variant: str, name: str, tag: str) -> str:
     from keras_effnet.weights import registry
 
     tags = [record.tag for record in registry.of_model(variant) if record.publisher == "timm"]
-    known = tag in (each.partition(".")[2] for each in tags) and not registry.why_refused(name)
+    known = tag in (each.partition(".")[2] for each in tags)
     return name if name in tags else tag if known else ""
 
 

@@ -469,6 +469,8 @@ EfficientNetV2XL = _named(create_model, "efficientnetv2-xl")
 
 EfficientNetV2RWT = _named(create_model, "efficientnetv2-rw-t")
 
+EfficientNetV2RWTGC = _named(create_model, "efficientnetv2-rw-t-gc")
+
 EfficientNetV2RWS = _named(create_model, "efficientnetv2-rw-s")
 
 EfficientNetV2RWM = _named(create_model, "efficientnetv2-rw-m")

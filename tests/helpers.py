@@ -182,7 +182,8 @@ def make_shallow() -> None:
 
     Tracing and compiling a training step then takes a third to half of the time.
     """
-    import keras_effnet.models  # noqa: F401  makes a function for each variant
+    import keras_effnet.models  # makes a function for each variant
+    import keras_effnet.weights.registry  # noqa: F401  and a record for each of their sets
 
     for name, variant in list(VARIANTS.items()):
         if name.endswith("-pruned"):  # a row of widths for each of its blocks

@@ -307,10 +307,8 @@ def _damage_named(config: Path) -> Iterator[None]:
 
 def _check_net(architecture: str, arguments: dict[str, Any], path) -> None:
     """Raises for a net that this package lacks, or one that its arguments change."""
-    refused = registry.why_refused(architecture)
-    if refused or not is_model(architecture):
-        reason = f". {refused}" if refused else ""
-        raise ValueError(f"Expected weights of this family. Received: {str(path)!r} of {architecture!r:.80}{reason}")
+    if not is_model(architecture):
+        raise ValueError(f"Expected weights of this family. Received: {str(path)!r} of {architecture!r:.80}")
     changed = sorted(arguments.keys() - _HARMLESS - {"global_pool"})
     if arguments["global_pool"] not in (None, "", "avg"):
         changed.append("global_pool")

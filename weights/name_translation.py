@@ -70,6 +70,7 @@ def has_names(architecture: Architecture, naming: Naming) -> bool:
         Boolean.
     """
     needed = {"routing" for block in architecture.blocks if block.num_experts}
+    needed |= {"se_share" for block in architecture.blocks if block.global_context}
     needed |= {"s2d_conv" for block in architecture.blocks if block.space_to_depth}
     return "*" in naming.layers or needed <= naming.layers.keys()
 
@@ -132,6 +133,7 @@ def scoped_layers(
             plain = block.operator == "mbconv" and not block.expand_filters
             kind = "plain" if plain else {"mbconv": ""}.get(block.operator, block.operator)
             fields |= {"i": index, "s": block.stage - 1, "b": within[block.name]}
+            kind = "context" if block.global_context else kind
             if block.num_experts:
                 kind, place = "condconv", routed.index(block.name)
                 fields |= {"once": _number(place), "thrice": [_number(3 * place + step) for step in range(3)]}

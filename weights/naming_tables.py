@@ -20,7 +20,8 @@ class Naming:
         mark: String. The name of a kernel by which files are recognized: the first convolution's, where only this
             program calls it so.
         layers: Dict from the name of our layer, without its block, to a template. `"kind:name"` has precedence in
-            blocks of that kind: `"condconv"`, `"fused"`, `"conv"`, or `"plain"` for a depthwise one without expansion.
+            blocks of that kind: `"condconv"`, `"context"` (global context), `"fused"`, `"conv"`, or `"plain"` for a
+            depthwise one without expansion.
             `"*"` matches all other layers.
         variables: Dict from the layer's class to a dict from our variable's name to (suffix, layout).
         title: String. How users know these files.
@@ -109,6 +110,7 @@ _TORCH = {
         "moving_mean": (".running_mean", "keep"),
         "moving_variance": (".running_var", "keep"),
     },
+    "LayerNormalization": {"gamma": (".weight", "keep"), "beta": (".bias", "keep")},
     "Dense": {"kernel": (".weight", "OI->IO"), "bias": (".bias", "keep")},
 }
 
@@ -131,6 +133,10 @@ TIMM = Naming(
         "bn": "blocks.{s}.{b}.bn{m}",
         "se_reduce": "blocks.{s}.{b}.se.conv_reduce",
         "se_expand": "blocks.{s}.{b}.se.conv_expand",
+        "se_share": "blocks.{s}.{b}.se.conv_attn",
+        "se_norm": "blocks.{s}.{b}.se.mlp_scale.norm",
+        "context:se_reduce": "blocks.{s}.{b}.se.mlp_scale.fc1",
+        "context:se_expand": "blocks.{s}.{b}.se.mlp_scale.fc2",
         "project_conv": "blocks.{s}.{b}.conv_pwl",
         "plain:project_conv": "blocks.{s}.{b}.conv_pw",
         "conv:project_conv": "blocks.{s}.{b}.conv",
@@ -175,6 +181,7 @@ _KERAS_VARIABLES = {
     "CondConv2D": ("kernel",),
     "DepthwiseCondConv2D": ("kernel",),
     "BatchNormalization": _NORM,
+    "LayerNormalization": ("gamma", "beta"),
     "Dense": ("kernel", "bias"),
 }
 

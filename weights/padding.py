@@ -44,7 +44,7 @@ def stated_padding(path) -> str | None:
         return told["padding"]
     # timm's files are called by the net and a tag, or by the net and the hash.
     names = [told.get("architecture", ""), re.split("[.-]", Path(path).name)[0]]
-    name = next((name for name in names if re.match("(tf_)?efficientnet", name) and is_model(name)), None)
+    name = next((name for name in names if re.match("(tf_|gc_)?efficientnet", name) and is_model(name)), None)
     return of_timm(name)[1] if name and _is_timms(path) else None
 
 

@@ -281,6 +281,7 @@ efficientnet_es_pruned.in1k         224 0.875 center imagenet  75.01  92.438 eff
 efficientnet_el_pruned.in1k         300 0.904 center imagenet  80.284 95.218 efficientnet_el_pruned70-ef2a2ccf
 efficientnet_lite0.ra_in1k          224 0.875 center imagenet  75.488 92.508 efficientnet_lite0_ra-37913777
 efficientnetv2_rw_t.ra2_in1k        288 1.0   center imagenet  82.354 96.178 efficientnetv2_t_agc-3620981a
+gc_efficientnetv2_rw_t.agc_in1k     288 1.0   center imagenet  82.486 96.302 gc_efficientnetv2_rw_t_agc-927a0bde
 efficientnetv2_rw_s.ra2_in1k        384 1.0   center imagenet  83.83  96.712 efficientnet_v2s_ra2_288-a6477665
 efficientnetv2_rw_m.agc_in1k        416 1.0   center imagenet  84.83  97.148 efficientnetv2_rw_m_agc-3d90cb1e
 tf_efficientnetv2_s.in21k_ft_in1k   384 1.0   center inception 84.332 97.274 tf_efficientnetv2_s_21ft1k-d7dafa41
@@ -305,14 +306,6 @@ tf_efficientnetv2_b3.in21k          300 0.904 center inception -      -      -
 # Where timm evaluates at another size, or with another interpolation, than the TPU repository.
 _TIMM_SIZES = {"lite3": 300, "lite4": 380, "cc_b1_8e": 240}
 _TIMM_BILINEAR = ("lite3", "lite4")
-
-# Nets of timm that are not of this package, by their names.
-_REFUSED = (
-    (
-        r"gc_efficientnet.*",
-        "Its blocks have global context in place of squeeze-and-excite, which this package does not build",
-    ),
-)
 
 
 def _timm_files(model: str, tag: str, sha256: str) -> tuple[File, ...]:
@@ -507,7 +500,7 @@ RECORDS: tuple[Record, ...] = (
 
 
 def is_published(repository: str) -> bool:
-    """Returns whether a repository on the hub is one of timm's sets, of this family or refused.
+    """Returns whether a repository on the hub is one of timm's sets of this family.
 
     Args:
         repository: String, `"owner/name"`.
@@ -516,7 +509,7 @@ def is_published(repository: str) -> bool:
         Boolean.
     """
     owner, _, name = repository.partition("/")
-    return owner == "timm" and (bool(why_refused(name)) or any(record.tag == name for record in RECORDS))
+    return owner == "timm" and any(record.tag == name for record in RECORDS)
 
 
 def of_model(model: str) -> tuple[Record, ...]:
@@ -568,7 +561,7 @@ def find(model: str, tag: str) -> Record:
     for record in sorted(matching, key=lambda record: (record.tag != bare, not record.tag.startswith("tf_"))):
         return record
     others = [record.model for record in RECORDS if record.tag == bare]
-    reason = f"They are of {others[0]}" if len(others) == 1 else why_refused(bare)
+    reason = f"They are of {others[0]}" if len(others) == 1 else ""
     if not records:
         raise ValueError(
             f"Expected weights=None or the path of a file, since {model} has no published weights. Received: "
@@ -582,18 +575,6 @@ def find(model: str, tag: str) -> Record:
         )
     alias = [name for name, found in (("imagenet", default(model)), ("best", best(model))) if found]
     raise unknown(f"weights for {model}", tag, [*alias, *(record.tag for record in records)])
-
-
-def why_refused(name: str) -> str:
-    """Returns why a net of timm, or its weights, would give wrong outputs here.
-
-    Args:
-        name: String, timm's name of a net, of a set, or both.
-
-    Returns:
-        String, empty for all others.
-    """
-    return next((reason for pattern, reason in _REFUSED if re.fullmatch(pattern, name)), "")
 
 
 def default(model: str) -> Record | None:

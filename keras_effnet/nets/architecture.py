@@ -56,6 +56,8 @@ class Stage:
         first_kernel_size: Integer, side of the first block's kernel where it differs. 0: `kernel_size`.
         se_of_input: Boolean, whether squeeze-and-excite takes its width from the channels that arrive, where they
             differ from `filters_in`.
+        global_context: Boolean, whether squeeze-and-excite weights the pixels that it sums up, and normalizes the sum.
+            See `nets.blocks`.
     """
 
     repeats: int
@@ -73,6 +75,7 @@ class Stage:
     space_to_depth: bool = False
     first_kernel_size: int = 0
     se_of_input: bool = False
+    global_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Block:
         project_activation: See `Stage`.
         space_to_depth: Boolean, whether a learnt 2 x 2 convolution with strides of 2 comes first. It has four times
             `filters_in` channels.
+        global_context: See `Stage`.
     """
 
     name: str
@@ -110,6 +114,7 @@ class Block:
     activation: str = ""
     project_activation: bool = False
     space_to_depth: bool = False
+    global_context: bool = False
 
     @property
     def stage(self) -> int:

@@ -123,6 +123,9 @@ def _block_cost(block: Block, size: tuple[int, int]) -> tuple[int, int, int]:
         macs = out_pixels * (expand + project)
     gate = 2 * inside * block.se_filters
     biases = block.se_filters + inside if block.se_filters else 0
+    if block.global_context:  # the shares, the sum by them, and layer normalization
+        biases += inside + 1 + 2 * block.se_filters
+        macs += 2 * out_pixels * inside
     kernels, routing = expand + spatial + project, block.filters_in * block.num_experts
     params = start + max(block.num_experts, 1) * kernels + gate + biases + routing + block.num_experts
     # Mixed experts add the sums of their kernels: arXiv 1904.04971, section 3.
@@ -141,7 +144,7 @@ def _block_layers(architecture: Architecture, block: Block, drops: bool) -> tupl
     shared += 2 + block.project_activation + 2 * bool(block.num_experts)
     strided = block.strides > 1
     pads = strided and architecture.padding == "symmetric"
-    ours = shared + 4 * bool(block.se_filters) + 2 * block.residual + pads
+    ours = shared + (11 if block.global_context else 4 * bool(block.se_filters)) + 2 * block.residual + pads
     # keras.applications has a padding layer before V1's strided convolutions, a reshaping layer in squeeze-and-excite,
     # and no dropout layer for a rate of 0.
     pads = strided and _pads_explicitly(architecture)

@@ -104,6 +104,7 @@ def resolve(variant: Variant) -> Architecture:
                     activation=stage.activation,
                     project_activation=stage.project_activation,
                     space_to_depth=stage.space_to_depth and repeat == 0,
+                    global_context=stage.global_context,
                 )
             )
             arriving = declared = filters_out

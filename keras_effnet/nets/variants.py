@@ -99,6 +99,8 @@ _RW_STAGES = (
     replace(V2_STAGES["s"][5], filters_out=272),
 )
 
+_GC_STAGES = tuple(replace(stage, global_context=bool(stage.se_ratio)) for stage in V2_STAGES["s"])  # se_layer="gc"
+
 # tpu/efficientnet_x_builder.py:81-100, by the family. The strides of stage 2 are those of the space-to-depth before it.
 _X_STAGES = {
     family: (
@@ -175,6 +177,7 @@ _V2 = {
 
 # timm/models/efficientnet.py 1.0.31: `efficientnetv2_rw_*`, at the size of their tests. Dropout is that of V2-S.
 _V2_RW_T = {"efficientnetv2-rw-t": (0.8, 0.9, 288, 0.2)}
+_V2_RW_T_GC = {"efficientnetv2-rw-t-gc": (0.8, 0.9, 288, 0.2)}
 _V2_RW = {
     "efficientnetv2-rw-s": (1.0, 1.0, 384, 0.2),
     "efficientnetv2-rw-m": (1.2, (1.2,) * 4 + (1.6,) * 2, 416, 0.2),
@@ -262,6 +265,7 @@ _FAMILIES: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
         for short, row in _V2.items()
     ),
     (_V2_RW_T, {"stages": V2_STAGES["s"]} | _RW_SHARED | _TIMM_SHARED),
+    (_V2_RW_T_GC, {"stages": _GC_STAGES} | _RW_SHARED | _TIMM_SHARED),
     (_V2_RW, {"stages": _RW_STAGES, "head_filters": 1792} | _RW_SHARED | _TIMM_SHARED),
     (
         _LITE,
@@ -352,7 +356,11 @@ TIMM_NAMES = {
 }
 
 # timm's names of nets that it builds otherwise than the TPU repository, whose names differ in punctuation alone.
-_TIMM_EXACT = {"efficientnet_x_b5": "efficientnet-x-b5-timm", "efficientnet_h_b5": "efficientnet-h-b5-timm"}
+_TIMM_EXACT = {
+    "efficientnet_x_b5": "efficientnet-x-b5-timm",
+    "efficientnet_h_b5": "efficientnet-h-b5-timm",
+    "gc_efficientnetv2_rw_t": "efficientnetv2-rw-t-gc",
+}
 
 # What follows `EfficientNet` in the names of our functions where it differs from the variant's.
 _FUNCTIONS = {
@@ -469,7 +477,7 @@ def is_model(name: object) -> bool:
     Returns:
         Boolean.
     """
-    return isinstance(name, str) and (name in VARIANTS or _short(name) in _aliases())
+    return isinstance(name, str) and (name in VARIANTS or name in _TIMM_EXACT or _short(name) in _aliases())
 
 
 def list_models(pattern: str | None = None) -> list[str]:

@@ -68,7 +68,13 @@ def owners(architecture: Architecture, channels: int = 3, classes: int | None = 
             kernels(start + architecture.depthwise_name, "DepthwiseConv2D", shape, experts)
             batch_norm(f"{start}bn", inside)
         if block.se_filters:
+            if block.global_context:
+                conv(f"{start}se_share", 1, inside, 1)
             conv(f"{start}se_reduce", 1, inside, block.se_filters)
+            if block.global_context:
+                found[f"{start}se_norm"] = Layer(
+                    "LayerNormalization", dict.fromkeys(("gamma", "beta"), (block.se_filters,))
+                )
             conv(f"{start}se_expand", 1, block.se_filters, inside)
         size = block.kernel_size if block.operator == "conv" else 1
         conv(f"{start}project_conv", size, inside, block.filters_out, norm=f"{start}project_bn", experts=experts)

@@ -178,8 +178,13 @@ def _cuts(reading: inspection.Reading, kept: dict) -> tuple[dict[int, tuple], di
                 continue
             _check_variables(layer)
             by_layer[id(layer)] = tensors[come], tensors[go]
-            if hasattr(layer, "filters") and tensors[go] is not None:
+            if tensors[go] is None:
+                continue
+            if hasattr(layer, "filters"):
                 configs[layer.name] = {"filters": len(tensors[go])}
+            if hasattr(layer, "target_shape"):
+                shape = (size if size in (-1, 1) else len(tensors[go]) for size in layer.target_shape)
+                configs[layer.name] = {"target_shape": tuple(shape)}
         arriving = tensors["filters_out"]
     by_layer[id(reading.layers["top_conv"])] = arriving, None
     return by_layer, configs
@@ -188,6 +193,7 @@ def _cuts(reading: inspection.Reading, kept: dict) -> tuple[dict[int, tuple], di
 def _check_variables(layer) -> None:
     """Raises a `ValueError` if a layer has other variables than those it was built with, as after quantization."""
     known = {"kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"}
-    if not {weight.name for weight in layer.weights} <= known or "int" in str(layer.weights[0].dtype):
+    quantized = any("int" in str(weight.dtype) for weight in layer.weights)
+    if quantized or not {weight.name for weight in layer.weights} <= known:
         kinds = ", ".join(f"{weight.name} ({weight.dtype})" for weight in layer.weights)
         raise ValueError(f"Expected layers as built. Received: {layer.name} with {kinds}, as in a quantized model")

@@ -17,6 +17,11 @@ CHANNELS = {
     "bn": ("", "expand_filters"),
     "se_reduce": ("expand_filters", "se_filters"),
     "se_expand": ("se_filters", "expand_filters"),
+    "se_share": ("expand_filters", ""),
+    "se_flat": ("", "expand_filters"),
+    "se_pixel": ("", "expand_filters"),
+    "se_gate": ("", "expand_filters"),
+    "se_norm": ("", "se_filters"),
     "project_conv": ("expand_filters", "filters_out"),
     "project_bn": ("", "filters_out"),
 }
@@ -65,7 +70,7 @@ def groups(architecture: Architecture) -> tuple[Group, ...]:
             continue
         if block.expand_filters:
             found.append(Group(f"block{block.name}_expand", "expand_filters", (index,), block.expand_filters))
-        if block.se_filters:
+        if block.se_filters and not block.global_context:  # whose normalization averages over all of them
             found.append(Group(f"block{block.name}_se_reduce", "se_filters", (index,), block.se_filters))
         if not block.residual:
             last = index

@@ -20,7 +20,13 @@ from keras_effnet.pruning import costs, groups
 
 SMALL = {"weights": None, "classes": 3, "input_shape": (32, 32, 3)}
 # One variant for each kind of block. The others only have more blocks.
-KINDS = ("efficientnet-b0", "efficientnet-lite0", "efficientnet-edgetpu-s", "efficientnet-condconv-b0-4e")
+KINDS = (
+    "efficientnet-b0",
+    "efficientnet-lite0",
+    "efficientnet-edgetpu-s",
+    "efficientnet-condconv-b0-4e",
+    "efficientnetv2-rw-t-gc",
+)
 LARGE = [name for name in VARIANTS if name not in KINDS]
 
 

@@ -477,7 +477,7 @@ def test_round_trips_are_exact(name, tmp_path):
 def test_timm_finds_what_it_loads_strictly(tmp_path):
     """`load_state_dict(strict=True)` requires exactly these names and shapes."""
     v1 = ("tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e", "efficientnet_b2")
-    for name in (*v1, "tf_efficientnetv2_s", "efficientnetv2_rw_t", "efficientnet_x_b5"):
+    for name in (*v1, "tf_efficientnetv2_s", "efficientnetv2_rw_t", "gc_efficientnetv2_rw_t", "efficientnet_x_b5"):
         path = save_torch(timm_tensors(name), tmp_path / f"{name}.safetensors")
         model = ke.create_model(of_timm(name)[0], weights=path)
         found = content(ke.weights.export(model, tmp_path / "out.safetensors", target="timm"))

@@ -180,7 +180,7 @@ def test_timms_names_are_addresses(pets, server, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="They are of efficientnet-b3"):
         ke.create_model("b0", weights="timm/tf_efficientnet_b3.ns_jft_in1k")
     assert len(server.requests) == asked
-    for architecture, told in (("gc_efficientnetv2_rw_t", "global context"), ("resnet50", "resnet50"), (5, None)):
+    for architecture, told in (("efficientnet_b0_gn", "efficientnet_b0_gn"), ("resnet50", "resnet50"), (5, None)):
         server.files["me/other"] = dict(server.files["timm/tf_efficientnet_b0.mine_in1k"])
         server.files["me/other"]["config.json"] = json.dumps({"architecture": architecture}).encode()
         monkeypatch.setenv("KERAS_EFFNET_HOME", str(tmp_path / str(architecture)))
