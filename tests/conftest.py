@@ -1,11 +1,15 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import os
 
 import hypothesis
 import keras
 import pytest
 from helpers import BACKEND, ROOT, shallow_nets
+
+# Layers and graphs are millions of objects that stay: with Python's own limits, an eighth of the time is collection.
+gc.set_threshold(200_000, 20, 100)
 
 # Every run tests the same examples, so that a commit passes or fails. HYPOTHESIS_PROFILE=default draws new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)

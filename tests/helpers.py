@@ -100,6 +100,12 @@ def golden(name: str) -> dict:
     return json.loads((GOLDEN / name).read_text())
 
 
+def leading(values, count: int) -> list:
+    """Returns parameters for a test: CI has room for the first ones, and `pytest -m long` runs the others."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=() if n < count else pytest.mark.long) for n, row in enumerate(rows)]
+
+
 def fill(model: keras.Model) -> keras.Model:
     """Sets every variable to the seeded value of its name in the original."""
     reading = inspection.read(model)

@@ -145,6 +145,7 @@ def test_equals_keras_applications(number):
     assert np.abs(run(ours, x) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.usefixtures("shallow")
 def test_odd_and_unknown_sizes_compute_the_same():
     fixed = fill(ke.EfficientNetB1(weights=None, include_top=False, input_shape=(75, 61, 3)))
     free = fill(ke.EfficientNetB1(weights=None, include_top=False))
@@ -163,6 +164,7 @@ def test_the_graph_does_not_depend_on_weights():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.usefixtures("shallow")
 def test_preprocessing_is_the_schemes(scheme):
     model = ke.EfficientNetB0(weights=None, preprocessing=scheme, input_shape=SMALL)
     x = 255 * np.random.default_rng(0).random((1, *SMALL), "float32")
@@ -181,6 +183,7 @@ def test_other_channel_counts(channels):
     assert run(model, image(32)[..., :1].repeat(channels, -1)).shape == (2, 3)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_arguments_of_keras_applications():
     x = image(32)
     assert run(ke.EfficientNetB0(False, None, None, SMALL, "avg"), x).shape == (2, 1280)
@@ -269,6 +272,7 @@ def test_drop_connect_drops_whole_examples():
     assert set(np.round(kept[:, 0], 4)) == {0, np.round(1 / (1 - drop.rate), 4).astype("float32")}
 
 
+@pytest.mark.usefixtures("shallow")
 def test_input_tensor_and_two_models_in_one_graph():
     inputs = keras.Input((32, 32, 3))
     left = ke.EfficientNetB0(weights=None, include_top=False, pooling="avg", input_tensor=inputs)
@@ -291,6 +295,7 @@ def test_a_model_on_a_layer_of_another():
     assert model.input_shape == (None, 64, 64, 1) and model.output_shape == (None, 2, 2, 1280)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_mixed_bfloat16_keeps_input_and_output_in_float32():
     model = fill(
         ke.EfficientNetB0(weights=None, dtype="mixed_bfloat16", input_shape=SMALL, classes=10, preprocessing=None)
@@ -324,6 +329,7 @@ READ = [
 
 
 @pytest.mark.parametrize("name", READ)
+@pytest.mark.usefixtures("shallow")
 def test_reading_a_model_gives_what_it_was_built_from(name):
     reading = inspection.read(ke.create_model(name, weights=None))
     assert reading.architecture == resolve(VARIANTS[name])
@@ -393,6 +399,7 @@ def test_mixed_experts_see_one_example_each(dtype, bound):
     assert np.abs(model.predict(x, batch_size=2, verbose=0) - y).max() < bound
 
 
+@pytest.mark.usefixtures("shallow")
 def test_equal_seeds_give_equal_models():
     models = []
     for seed in (1, 1, 2):

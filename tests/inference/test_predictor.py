@@ -87,6 +87,7 @@ def test_auto_takes_the_fastest_and_remembers_it(model, images, expected, home):
     assert ke.Predictor(model).runtime in measured["seconds"]
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_damaged_export_is_made_again(model, images, expected):
     runtime = RUNTIMES[-2]
     path = ke.Predictor(model, runtime).path

@@ -34,7 +34,15 @@ def test_examples_run(module, monkeypatch, tmp_path):
 
 
 @once
-@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if BLOCK.search(path.read_text())])
+@pytest.mark.parametrize(
+    "page",
+    [
+        # The training of finetune.md is that of README.md and of tests/tpu, for more minutes than CI has.
+        pytest.param(name, marks=pytest.mark.long if name == "finetune.md" else ())
+        for name, path in PAGES.items()
+        if BLOCK.search(path.read_text())
+    ],
+)
 def test_the_python_of_the_pages_runs(page, monkeypatch, tmp_path, request):
     if page in ("finetune.md", "pruning.md"):  # which train for a few steps
         request.getfixturevalue("eager")

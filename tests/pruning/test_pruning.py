@@ -10,7 +10,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT, fill, image, run, same_weights
+from helpers import BACKEND, ROOT, fill, image, leading, run, same_weights
 
 import keras_effnet as ke
 from keras_effnet import compat, pruning
@@ -21,11 +21,11 @@ from keras_effnet.pruning import costs, groups
 SMALL = {"weights": None, "classes": 3, "input_shape": (32, 32, 3)}
 # One variant for each kind of block. The others only have more blocks.
 KINDS = (
-    "efficientnet-b0",
     "efficientnet-lite0",
     "efficientnet-edgetpu-s",
     "efficientnet-condconv-b0-4e",
     "efficientnetv2-rw-t-gc",
+    "efficientnet-b0",
 )
 LARGE = [name for name in VARIANTS if name not in KINDS]
 
@@ -122,7 +122,7 @@ def check(model, plan, folder):
 
 
 @pytest.mark.usefixtures("shallow")
-@pytest.mark.parametrize(("name", "seed"), [*((name, 0) for name in KINDS), (KINDS[0], 1)])
+@pytest.mark.parametrize(("name", "seed"), leading([*((name, 0) for name in KINDS), (KINDS[0], 1)], 4))
 def test_pruned_is_masked(name, seed, tmp_path):
     model = lively(ke.create_model(name, classifier_activation=None, **SMALL))
     smaller = check(model, random_plan(model, seed), tmp_path)
@@ -266,7 +266,7 @@ def test_frozen_layers_are_judged_too(digits):
 
 
 @pytest.mark.parametrize("cost", ["macs", "params"])
-@pytest.mark.parametrize("solver", ["greedy", "exact"])
+@pytest.mark.parametrize("solver", leading(["exact", "greedy"], 1))
 @pytest.mark.usefixtures("shallow")
 def test_a_plan_meets_its_budget(cost, solver):
     model = ke.EfficientNetB0(**SMALL)
@@ -303,6 +303,7 @@ def test_latency_as_a_cost():
     assert costs.cost(pruning.apply(model, plan)) < costs.cost(model)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_plan_is_a_small_readable_file(tmp_path):
     model = ke.EfficientNetB0(**SMALL)
     plan = random_plan(model, 0)
@@ -395,7 +396,7 @@ def test_what_a_model_is_judged_by(digits):
 
 
 @pytest.mark.usefixtures("shallow", "eager")
-@pytest.mark.parametrize("kind", ["batches", "PyDataset", "three arrays"])
+@pytest.mark.parametrize("kind", leading(["PyDataset", "batches", "three arrays"], 1))
 def test_data_of_any_kind(kind, digits):
     model = ke.EfficientNetLite0(**SMALL)
     expected = pruning.importance(model, digits, verbose=0)
@@ -497,6 +498,7 @@ def plan_widths(model):
 
 
 @pytest.mark.usefixtures("shallow")
+@pytest.mark.long  # test_a_model_with_a_head_of_ones_own_is_distilled trains in CI
 def test_the_student_learns_and_the_teacher_stays(digits):
     teacher = lively(ke.EfficientNetLite0(bn_momentum=0.5, dropout_rate=0, drop_connect_rate=0, **SMALL))
     teacher.get_layer("stem_conv").trainable = False
@@ -538,7 +540,7 @@ def test_a_model_with_a_head_of_ones_own_is_distilled(digits):
         pruning.Distiller(ke.EfficientNetB0(**{**SMALL, "classes": 4}), teacher)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_distillation_goes_on(tmp_path):
     """Kills a process at the start of its second epoch. The next one ends with the weights of an uninterrupted run."""
     script = f"""

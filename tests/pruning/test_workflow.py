@@ -128,6 +128,7 @@ def test_folders_of_classes(tmp_path):
             folders.labelled(folder)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_what_does_not_fit_is_told_before_the_work(tmp_path):
     folder = photographs(tmp_path / "data", *(f"{name}/{number}.png" for name in "xy" for number in range(5)))
     model = ke.EfficientNetLite0(weights=None, classes=3, input_shape=(32, 32, 3))
@@ -150,6 +151,7 @@ def test_what_does_not_fit_is_told_before_the_work(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("shallow")
 def test_load_image_knows_a_model_with_a_head_of_ones_own(photograph):
     body = ke.EfficientNetB1(weights=None, include_top=False, pooling="avg", input_shape=(240, 240, 3))
     mine = keras.Sequential([body, keras.layers.Dense(2)])

@@ -18,6 +18,7 @@ from helpers import (
     fill,
     golden,
     image,
+    leading,
     lite0_package,
     run,
     same_weights,
@@ -126,9 +127,9 @@ def normalised_by_batch(model):
         ("tf_efficientnet_b0", "timm.safetensors"),
         ("tf_efficientnet_lite0", "timm.safetensors"),
         ("tf_efficientnet_lite0", "zip.pth"),
-        ("tf_efficientnet_lite0", "legacy.pth"),
         ("tf_efficientnet_cc_b0_4e", "timm.safetensors"),
         ("efficientnet_b1_pruned", "timm.safetensors"),
+        pytest.param("tf_efficientnet_lite0", "legacy.pth", marks=pytest.mark.long),
     ],
 )
 def test_timms_files_give_timms_numbers(name, kind, tmp_path):
@@ -187,7 +188,9 @@ def fill_as(file: str, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("kind", ["missing average", "missing stem", "unexpected", "raw extra", "shape", "two nets"])
+@pytest.mark.parametrize(
+    "kind", leading(["missing average", "two nets", "shape", "missing stem", "unexpected", "raw extra"], 2)
+)
 def test_a_checkpoint_with_a_fault_is_told(kind, tmp_path):
     tensors = original_tensors("efficientnet-lite0")
     name = "efficientnet-lite0/blocks_3/conv2d/kernel/ExponentialMovingAverage"
@@ -250,7 +253,7 @@ def renamed(tensors, how: str) -> dict[str, np.ndarray]:
     return {rename(name): value for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize("how", ["no scope", "second model", "no unused layer"])
+@pytest.mark.parametrize("how", leading(["no unused layer", "no scope", "second model"], 1))
 def test_mixed_experts_are_found_by_their_block_and_order(how, tmp_path):
     tensors = original_tensors(CONDCONV)
     changed = renamed(tensors, how)
@@ -262,7 +265,7 @@ def test_mixed_experts_are_found_by_their_block_and_order(how, tmp_path):
     assert ke.weights.convert_file(tmp_path, tmp_path / "out.safetensors") == CONDCONV
 
 
-@pytest.mark.parametrize("fault", ["missing", "first missing", "left over", "twice", "experts", "flat"])
+@pytest.mark.parametrize("fault", leading(["missing", "twice", "first missing", "left over", "experts", "flat"], 2))
 def test_a_fault_among_mixed_experts_is_told(fault, tmp_path):
     tensors = original_tensors(CONDCONV, average=False)
     name = f"{CONDCONV}/model/blocks_12/cond_conv2d_14/condconv_kernel"
@@ -297,7 +300,7 @@ def test_a_fault_among_mixed_experts_is_told(fault, tmp_path):
     assert all(map(np.array_equal, model.get_weights(), before))
 
 
-@pytest.mark.parametrize("layout", ["E(HWIO)->EHWIO", "E(OIHW)->EHWIO", "E(C1HW)->EHWC1"])
+@pytest.mark.parametrize("layout", leading(["E(HWIO)->EHWIO", "E(OIHW)->EHWIO", "E(C1HW)->EHWC1"], 1))
 def test_a_wrong_layout_of_mixed_experts_shows(layout, tmp_path, monkeypatch):
     """Rows that were flattened in another order have the same shapes."""
     if layout == "E(HWIO)->EHWIO":
@@ -320,7 +323,7 @@ def logits(model):
     return run(model, image(224))
 
 
-@pytest.mark.parametrize("fault", ["layout", "shifted norm", "epsilon", "raw"])
+@pytest.mark.parametrize("fault", leading(["epsilon", "raw", "layout", "shifted norm"], 2))
 def test_wrong_numerics_show(fault, tmp_path, monkeypatch):
     """The comparison with the original detects faults of a converter that leave every shape unchanged."""
     file = "efficientnet-lite0"
@@ -376,7 +379,7 @@ def test_the_background_class(tmp_path):
     assert same_weights(ke.EfficientNetEdgeTPUS(weights=tmp_path / "es.safetensors"), usual)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+@pytest.mark.parametrize("channels", leading([1, 4, 2, 7], 2))
 def test_other_channel_counts(channels, lite0_path):
     usual = ke.EfficientNetLite0(weights=lite0_path)
     shape = (224, 224, channels)
@@ -474,20 +477,19 @@ def test_round_trips_are_exact(name, tmp_path):
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_timm_finds_what_it_loads_strictly(tmp_path):
+NATIVE = ("tf_efficientnetv2_s", "efficientnetv2_rw_t", "gc_efficientnetv2_rw_t", "efficientnet_b2")
+OTHERS = ("efficientnet_x_b5", "tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e")
+
+
+@pytest.mark.parametrize("name", leading(NATIVE + OTHERS, len(NATIVE)))
+def test_timm_finds_what_it_loads_strictly(name, tmp_path):
     """`load_state_dict(strict=True)` requires exactly these names and shapes."""
-    v1 = ("tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e", "efficientnet_b2")
-    for name in (*v1, "tf_efficientnetv2_s", "efficientnetv2_rw_t", "gc_efficientnetv2_rw_t", "efficientnet_x_b5"):
-        path = save_torch(timm_tensors(name), tmp_path / f"{name}.safetensors")
-        model = ke.create_model(of_timm(name)[0], weights=path)
-        found = content(ke.weights.export(model, tmp_path / "out.safetensors", target="timm"))
-        assert {key: list(value.shape) for key, value in found.items()} == dict(
-            golden(f"timm/{name}.json")["state_dict"]
-        )
-        expected = content(path)
-        assert all(
-            np.array_equal(found[key], value) and found[key].dtype == value.dtype for key, value in expected.items()
-        )
+    path = save_torch(timm_tensors(name), tmp_path / f"{name}.safetensors")
+    model = ke.create_model(of_timm(name)[0], weights=path)
+    found = content(ke.weights.export(model, tmp_path / "out.safetensors", target="timm"))
+    assert {key: list(value.shape) for key, value in found.items()} == dict(golden(f"timm/{name}.json")["state_dict"])
+    for key, value in content(path).items():
+        assert np.array_equal(found[key], value) and found[key].dtype == value.dtype
 
 
 def test_the_original_restores_what_was_exported(tmp_path):
@@ -514,12 +516,7 @@ def test_the_original_restores_what_was_exported(tmp_path):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the files do not depend on the backend")
 @pytest.mark.parametrize(
-    ("number", "include_top"),
-    [
-        (0, True),
-        (0, False),
-        *(pytest.param(number, top, marks=pytest.mark.long) for number in range(1, 8) for top in (True, False)),
-    ],
+    ("number", "include_top"), leading([(number, top) for number in range(8) for top in (True, False)], 1)
 )
 def test_keras_2_files_load(number, include_top, tmp_path):
     applications = pytest.importorskip("tf_keras").applications
@@ -559,6 +556,7 @@ def test_keras_applications_loads_what_was_exported(scheme, tmp_path):
     assert np.abs(run(theirs, pixels) - run(model, pixels)).max() < 1e-5 * run(model, pixels).max()
 
 
+@pytest.mark.usefixtures("shallow")
 def test_weights_of_a_mixed_precision_model_are_exported_as_float32(tmp_path):
     model = fill(ke.EfficientNetLite0(**SMALL, dtype="bfloat16"))
     path = ke.weights.export(model, tmp_path / "x.safetensors", target="timm")
@@ -573,6 +571,7 @@ def test_weights_of_a_mixed_precision_model_are_exported_as_float32(tmp_path):
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.usefixtures("shallow")
 def test_a_trained_model_loads_without_its_optimizer(tmp_path):
     model = ke.EfficientNetLite0(**SMALL)
     model.compile("sgd", "sparse_categorical_crossentropy")
@@ -627,7 +626,7 @@ def test_a_net_with_an_own_head(suffix, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one backend writes the file")
-@pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
+@pytest.mark.parametrize("suffix", leading([".keras", ".h5", ".weights.h5"], 1))
 def test_a_net_inside_of_another_model(suffix, tmp_path):
     theirs = keras.applications.EfficientNetB0(weights=None, include_top=False, pooling="avg")
     outer = keras.Sequential([theirs, keras.layers.Dense(3)])
@@ -639,6 +638,7 @@ def test_a_net_inside_of_another_model(suffix, tmp_path):
     assert report.fits and report.ignored[reason] == 2 and len(report.loaded) == 309
 
 
+@pytest.mark.usefixtures("shallow")
 def test_quantized_and_overflowing_models_are_refused(lite0_path, tmp_path):
     model = ke.EfficientNetLite0(weights=None)
     model.get_layer("predictions").quantize("int8")
@@ -658,6 +658,7 @@ def test_quantized_and_overflowing_models_are_refused(lite0_path, tmp_path):
     assert all(map(np.array_equal, half.get_weights(), before))
 
 
+@pytest.mark.usefixtures("shallow")
 def test_export_refuses_what_others_would_compute_otherwise(tmp_path):
     with pytest.raises(ValueError, match=r"bn_epsilon=0\.001, which .* padding='same'"):
         ke.weights.export(ke.EfficientNetLite0(**SMALL, bn_epsilon=1e-5), tmp_path / "x.h5", target="keras")
@@ -699,6 +700,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(name, lite0_path, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_published_files_preprocessing_is_kept(tmp_path, monkeypatch):
     path = ke.weights.export(ke.EfficientNetB0(weights=None), tmp_path / "x.safetensors", target="timm")
     record = registry.find("efficientnet-b0", "advprop")
@@ -708,6 +710,7 @@ def test_a_published_files_preprocessing_is_kept(tmp_path, monkeypatch):
     assert ke.describe(keras.models.load_model(tmp_path / "x.keras"))["preprocessing"] == "inception"
 
 
+@pytest.mark.usefixtures("shallow")
 def test_verify_takes_classes_and_channels_from_the_file(tmp_path):
     for name, kwargs in (("efficientnet-edgetpu-s", {"classes": 1001}), ("efficientnet-lite0", {"classes": 7})):
         model = ke.create_model(name, weights=None, **kwargs)
@@ -786,6 +789,7 @@ def test_a_net_with_another_head_of_pytorch(start, lite0_path, tmp_path):
     assert (found.model, found.classes, found.loaded) == ("efficientnet-lite0", None, 245)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_qubvels_files_call_the_classifier_probs(tmp_path):
     model = fill(ke.EfficientNetB0(weights=None, classes=5))
     tensors = content(ke.weights.export(model, tmp_path / "ours.h5"))
@@ -834,6 +838,7 @@ def test_keras_cv_attention_models_nets_compute_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["2.4.0", "2.12.0"])
+@pytest.mark.usefixtures("shallow")
 def test_the_pixels_of_keras_2_are_kept(version, tmp_path):
     """Until 2.8, the published variance was a deviation in truth, and nothing corrected it."""
     model = ke.EfficientNetB0(weights=None, classes=5)
@@ -942,7 +947,7 @@ def test_layers_around_a_model_are_left_alone(lite0_path, tmp_path):
 
 
 @pytest.mark.parametrize("statistics", [([0.0] * 3, [1.0] * 3), ([0.4, 0.5, 0.6], [0.04, 0.05, 0.06])])
-@pytest.mark.parametrize("ending", [".keras", ".h5"])
+@pytest.mark.parametrize("ending", leading([".keras", ".h5"], 1))
 def test_a_file_of_keras_applications_keeps_its_pixels(ending, statistics, tmp_path):
     """Its net depends on its weights: without any, pixels are divided by 255 alone."""
     theirs = keras.applications.EfficientNetB0(weights=None, classes=5, input_shape=(32, 32, 3))
@@ -986,6 +991,7 @@ def test_own_files_with_nan_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+@pytest.mark.usefixtures("shallow")
 def test_own_files_load_by_path_and_carry_their_preprocessing(suffix, tmp_path):
     path = tmp_path / f"b0{suffix}"
     saved = fill(ke.EfficientNetB0(weights=None, preprocessing="inception", classes=5))

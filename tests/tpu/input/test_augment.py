@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import BACKEND, GOLDEN, golden
+from helpers import BACKEND, GOLDEN, golden, leading
 
 if BACKEND != "tensorflow":
     pytest.skip("TensorFlow reads the data on all backends: one run is enough", allow_module_level=True)
@@ -329,7 +329,7 @@ def test_mixup_is_the_originals_formula(dtype):
     assert mixed.dtype == images.dtype and mixed_labels.dtype == tf.float32
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0])
+@pytest.mark.parametrize("alpha", leading([0.2, 1.0], 1))
 def test_mixups_weights_are_beta_distributed(alpha):
     count = 1000
     _, labels = mixing.mix(tf.zeros((count, 1, 1, 1)), tf.eye(count), seeds(count), mixup_alpha=alpha)

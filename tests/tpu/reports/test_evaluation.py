@@ -121,6 +121,7 @@ def test_what_is_told_beside_the_accuracy(folder, result):
     assert first["count"] == len(alike) == max(row["count"] for row in result["confusions"])
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_set_without_a_published_accuracy(folder, tmp_path):
     model: Any = ke.EfficientNetV2B0(weights=None, input_shape=(32, 32, 3))
     model.weights_record = registry.find("efficientnetv2-b0", "21k-ft1k")
@@ -211,6 +212,7 @@ def test_which_folder_is_evaluated(tmp_path):
         open_evaluation(Data(str(tmp_path)))
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_head_of_ones_own_and_those_that_do_not_match(folder, tmp_path):
     body = ke.EfficientNetLite0(weights=None, include_top=False, pooling="avg", input_shape=(32, 32, 3))
     net = keras.Sequential([body, keras.layers.Dense(4)], name="four")  # logits

@@ -290,9 +290,8 @@ def speed(result: dict) -> dict:
     return {name: result[name] for name in ("seconds", "images_per_second")}
 
 
-@pytest.mark.parametrize(
-    "runner", [pytest.param("tensorflow", marks=pytest.mark.slow), pytest.param("jax", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("runner", ["tensorflow", "jax"])
 def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path, monkeypatch):
     """Two real processes on loopback have the curve of one process with two replicas, even if a host dies."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
