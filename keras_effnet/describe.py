@@ -34,8 +34,8 @@ def describe(model: "str | os.PathLike | keras.Model") -> dict[str, Any]:
         - `layers`, their number without the top: in this package (`ours`) and in keras.applications
           (`keras_applications`);
         - `stages`, a dict per row of the paper's table: `stage`, `operator`, `resolution` at its input, `channels` at
-          its output, `layers`, `kernel_size`, `strides`, and lists of `expand_filters`, `se_filters` and `num_experts`
-          per block;
+          its output, `layers`, `kernel_size`, `strides`, whether squeeze-and-excite has `global_context`, and lists of
+          `expand_filters`, `se_filters` and `num_experts` per block;
         - `labels`, the list of class names, or None if they are not known;
         - `weights`, a dict per published set of weights: `tag`, `top1` and `top5` in percent (None if not published),
           `preprocessing`, `source`, `publisher` (`"tpu"`, `"automl"` or `"timm"`), and whether it is the `default` that

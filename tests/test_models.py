@@ -297,6 +297,8 @@ def test_a_model_on_a_layer_of_another():
 
 @pytest.mark.usefixtures("shallow")
 def test_mixed_bfloat16_keeps_input_and_output_in_float32():
+    shares = ke.EfficientNetV2RWTGC(weights=None, dtype="mixed_bfloat16").get_layer("block4a_se_share_softmax")
+    assert shares.compute_dtype == "float32"
     model = fill(
         ke.EfficientNetB0(weights=None, dtype="mixed_bfloat16", input_shape=SMALL, classes=10, preprocessing=None)
     )

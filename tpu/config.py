@@ -185,7 +185,7 @@ class Optimizer:
     weight_decay: float = _UNSET
     """Weight decay in the loss: this times half the sum of squares."""
     decayed: Literal["no-batch-norm", "all", "kernels"] = "no-batch-norm"
-    """Variables with weight decay. The original decays all but those of batch normalization."""
+    """Variables with weight decay. The original decays all but the gamma and beta of normalizations."""
 
     def __post_init__(self):
         for name, value in (_ORIGINAL | _OWN.get(self.name, {})).items():

@@ -60,7 +60,9 @@ def foreign_names(
 
 
 def has_names(architecture: Architecture, naming: Naming) -> bool:
-    """Returns whether a naming covers all layers of a net. Some have none for mixed experts, or space-to-depth.
+    """Returns whether a naming covers all layers of a net.
+
+    Some have no names for mixed experts, space-to-depth or global context.
 
     Args:
         architecture: An `Architecture`.
@@ -127,17 +129,18 @@ def scoped_layers(
     for layer, owner in owners(architecture, channels, classes).items():
         match = re.fullmatch(r"block(\d+[a-z]+)_(.+)", layer)
         fields: dict[str, Any] = {"layer": layer, "type": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", owner.kind).lower()}
-        role, kind = layer, ""
+        role, kind, gate = layer, "", ""
         if match:
             role, (index, block) = match[2].replace("dwconv2", "dwconv"), blocks[match[1]]
             plain = block.operator == "mbconv" and not block.expand_filters
             kind = "plain" if plain else {"mbconv": ""}.get(block.operator, block.operator)
+            gate = "context" if block.global_context else ""
             fields |= {"i": index, "s": block.stage - 1, "b": within[block.name]}
-            kind = "context" if block.global_context else kind
             if block.num_experts:
                 kind, place = "condconv", routed.index(block.name)
                 fields |= {"once": _number(place), "thrice": [_number(3 * place + step) for step in range(3)]}
-        template = next(naming.layers[key] for key in (f"{kind}:{role}", role, "*") if key in naming.layers)
+        keys = (f"{gate}:{role}", f"{kind}:{role}", role, "*")
+        template = next(naming.layers[key] for key in keys if key in naming.layers)
         bare = template.format(**fields, n="", m="")
         number = seen[bare]
         seen[bare] += 1

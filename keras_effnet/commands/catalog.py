@@ -101,7 +101,9 @@ def describe_(name, as_json) -> None:
         kernel = f"{row['kernel_size']}x{row['kernel_size']}"
         cells = (
             row["stage"],
-            row["operator"] + (f", {row['num_experts'][0]} experts" if any(row.get("num_experts", ())) else ""),
+            row["operator"]
+            + (f", {row['num_experts'][0]} experts" if any(row.get("num_experts", ())) else "")
+            + ", global context" * row.get("global_context", False),
             kernel,
             row["strides"],
             f"{height}x{width}",

@@ -12,7 +12,8 @@ import numpy as np
 # Layers that stay in float, in increasing order: the image, whose pixels need not be whole numbers, and the first
 # stages, whose few channels differ widely in range. They cause most of the disagreement of Lite0 with its float model
 # (26 % of 504 crops), and hold a hundredth of its weights (benchmarks/inference.py --agreement).
-_IMAGE = r"image_|preprocessing|rescaling|normalization|stem_"
+# The shares of global context are about one over the number of pixels: too small for one scale of 8 bits.
+_IMAGE = r"image_|preprocessing|rescaling|normalization|stem_|block\w+_se_(?:share|flat|context|norm)"
 
 FLOAT = (_IMAGE, rf"{_IMAGE}|block1", rf"{_IMAGE}|block[12]", rf"{_IMAGE}|block[123]")
 

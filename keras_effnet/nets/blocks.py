@@ -210,12 +210,14 @@ def _global_context(style: Style, x, block: Block, name: str):
         Cao et al., arXiv 1904.11492, figure 4 (d); timm/layers/global_context.py 1.0.31.
     """
     last, filters = style.data_format == "channels_last", block.inner_filters
-    share = style.conv(x, 1, 1, f"{name}se_share", use_bias=True)
-    # Over both axes: Keras warns of a softmax over one axis where a map has one pixel.
-    share = style.apply(layers.Softmax, f"{name}se_share_softmax", share, axis=(1, 2) if last else (2, 3))
+    # The shares in full precision: bfloat16 rounds their logarithms to 8 bits. Over both axes: Keras warns of a softmax
+    # over one axis where a map has one pixel.
+    exact = style.float_dtype
+    share = style.conv(x, 1, 1, f"{name}se_share", use_bias=True, dtype=exact)
+    share = style.apply(layers.Softmax, f"{name}se_share_softmax", share, axis=(1, 2) if last else (2, 3), dtype=exact)
     share = style.apply(layers.Reshape, f"{name}se_share_flat", share, (-1, 1) if last else (1, -1))
     pixels = style.apply(layers.Reshape, f"{name}se_flat", x, (-1, filters) if last else (filters, -1))
-    gate = style.apply(layers.Dot, f"{name}se_squeeze", [pixels, share], 1 if last else 2)
+    gate = style.apply(layers.Dot, f"{name}se_context", [pixels, share], 1 if last else 2)
     # Of one pixel, whose channels are last: Keras 3.15 normalizes no others on PyTorch.
     gate = style.apply(layers.Reshape, f"{name}se_pixel", gate, (1, 1, filters))
     inner = replace(style, data_format="channels_last")
@@ -223,7 +225,7 @@ def _global_context(style: Style, x, block: Block, name: str):
     gate = style.apply(layers.LayerNormalization, f"{name}se_norm", gate, epsilon=1e-6)
     gate = style.apply(layers.Activation, f"{name}se_activation", gate, style.activation)
     gate = inner.conv(gate, filters, 1, f"{name}se_expand", use_bias=True, activation="sigmoid")
-    return gate if last else style.apply(layers.Reshape, f"{name}se_gate", gate, (filters, 1, 1))
+    return style.apply(layers.Reshape, f"{name}se_gate", gate, (1, 1, filters) if last else (filters, 1, 1))
 
 
 def _projected(style: Style, x, block: Block, name: str, kernel_size: int = 1, strides: int = 1, routing=None):

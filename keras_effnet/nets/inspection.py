@@ -41,7 +41,7 @@ class Reading:
 LAYER = re.compile(
     r"preprocessing|stem_(?:conv(?:_pad)?|bn|activation)|top_(?:conv|bn|activation|dropout)|(?:avg|max)_pool|predictions"
     r"|block(\d+[a-z]+)_((?:s2d_|expand_|project_)(?:conv(?:_pad)?|bn|activation)|dwconv2?(?:_pad)?|bn|activation"
-    r"|se_(?:squeeze|reduce|expand|excite|share(?:_flat|_softmax)?|flat|pixel|norm|activation|gate)|routing(?:_pool)?|drop|add)"
+    r"|se_(?:squeeze|reduce|expand|excite|share(?:_flat|_softmax)?|flat|context|pixel|norm|activation|gate)|routing(?:_pool)?|drop|add)"
 )
 
 

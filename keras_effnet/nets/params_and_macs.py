@@ -73,6 +73,7 @@ def stage_rows(architecture: Architecture, size, channels: int, classes: int | N
             expand_filters=[block.expand_filters for block in members],
             se_filters=[block.se_filters for block in members],
             num_experts=[block.num_experts for block in members],
+            global_context=first.global_context,
             _params=params,
             _norms=norms,
             _macs=macs,
@@ -144,7 +145,7 @@ def _block_layers(architecture: Architecture, block: Block, drops: bool) -> tupl
     shared += 2 + block.project_activation + 2 * bool(block.num_experts)
     strided = block.strides > 1
     pads = strided and architecture.padding == "symmetric"
-    ours = shared + (11 if block.global_context else 4 * bool(block.se_filters)) + 2 * block.residual + pads
+    ours = shared + (12 if block.global_context else 4 * bool(block.se_filters)) + 2 * block.residual + pads
     # keras.applications has a padding layer before V1's strided convolutions, a reshaping layer in squeeze-and-excite,
     # and no dropout layer for a rate of 0.
     pads = strided and _pads_explicitly(architecture)

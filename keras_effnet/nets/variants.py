@@ -418,7 +418,9 @@ def timm_name(variant: str, padding: str) -> str | None:
 def _aliases() -> dict[str, str]:
     """Returns the variant of each name without case, punctuation, `tf` and `efficientnet`."""
     own = {name: name for name in VARIANTS}
-    return {_short(alias): name for alias, name in (own | TIMM_NAMES | _FUNCTIONS).items()}
+    # timm's X-B5 and H-B5 differ from the TPU repository's by punctuation alone.
+    timms = {alias: name for alias, name in _TIMM_EXACT.items() if not name.endswith("-timm")}
+    return {_short(alias): name for alias, name in (own | TIMM_NAMES | _FUNCTIONS | timms).items()}
 
 
 def _short(name: str) -> str:
@@ -477,7 +479,7 @@ def is_model(name: object) -> bool:
     Returns:
         Boolean.
     """
-    return isinstance(name, str) and (name in VARIANTS or name in _TIMM_EXACT or _short(name) in _aliases())
+    return isinstance(name, str) and (name in VARIANTS or _short(name) in _aliases())
 
 
 def list_models(pattern: str | None = None) -> list[str]:

@@ -46,9 +46,9 @@ class Group(NamedTuple):
 def groups(architecture: Architecture) -> tuple[Group, ...]:
     """Returns the groups of channels that pruning may narrow.
 
-    They are the expansion of a block, with its depthwise convolution and gate; its squeeze-and-excite width; and the
-    projections that residual connections add up. Stem, first stage and head stay whole, as in the published nets
-    (utils_pruning.py:437-472).
+    They are the expansion of a block, with its depthwise convolution and gate; its squeeze-and-excite width, except
+    with global context; and the projections that residual connections add up. Stem, first stage and head stay whole, as
+    in the published nets (utils_pruning.py:437-472).
 
     Args:
         architecture: An `Architecture`.

@@ -79,7 +79,7 @@ def found_in(text: str, path) -> str:
     return rows[str(path)]["predictions"][0]["name"]
 
 
-@pytest.mark.long  # its parts are in CI
+@pytest.mark.long
 def test_the_whole_way_of_a_folder_of_odd_photos(odd_photos, tmp_path):
     """Train, Ctrl-C, resume, predict, eval, describe, plot, prune, export to all formats, predict with each."""
     run, cat, cup = tmp_path / "runs" / "mine", odd_photos / LABELS[0] / "03.jpg", odd_photos / LABELS[1] / "scan.tiff"

@@ -3,14 +3,14 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, run, trained
+from helpers import BACKEND, leading, run, trained
 
 import keras_effnet as ke
 from keras_effnet.inference.folding import for_inference
 
 layers = keras.layers
 SHAPE = (65, 65, 3)  # odd, so that strided convolutions pad both sides differently
-NETS = ["b0", "edgetpu-s", "condconv-b0-4e"]
+NETS = ["b0", "edgetpu-s", "condconv-b0-4e", "v2-rw-t-gc"]
 REST = [
     "lite0",
     "b1-pruned",
@@ -27,6 +27,10 @@ REST = [
     "edgetpu-m",
     "edgetpu-l",
     "condconv-b0-8e",
+    "v2-b0",
+    "v2-rw-s",
+    "x-b0",
+    "h-b5-timm",
 ]
 
 
@@ -46,10 +50,10 @@ def check(model, shape=SHAPE, tolerance=1e-5):
     return folded
 
 
-@pytest.mark.parametrize("name", [*NETS, *(pytest.param(name, marks=pytest.mark.long) for name in REST)])
+@pytest.mark.parametrize("name", leading(NETS + REST, len(NETS)))
 @pytest.mark.usefixtures("shallow")
 def test_every_variant_folds_exactly(name):
-    model = trained(ke.create_model(f"efficientnet-{name}", weights=None, input_shape=SHAPE, classes=10))
+    model = trained(ke.create_model(name, weights=None, input_shape=SHAPE, classes=10))
     # In random models, sums of experts' kernels grow without bound, and rounding errors with them.
     folded = check(model, tolerance=1e-4 if "condconv" in name else 1e-5)
     assert len(folded.layers) < 0.85 * len(model.layers) or "condconv" in name

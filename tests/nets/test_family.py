@@ -29,7 +29,7 @@ import keras_effnet as ke
 from keras_effnet import model_loader
 from keras_effnet.model_metadata import Expects
 from keras_effnet.nets import inspection
-from keras_effnet.nets.variants import of_timm, timm_name
+from keras_effnet.nets.variants import find_model, of_timm, timm_name
 from keras_effnet.tpu import config, model_from_recipe, recipes
 from keras_effnet.weights import convert, registry, store
 
@@ -224,6 +224,8 @@ def test_names_of_timm_and_ours_are_inverse():
     assert of_timm("tf_efficientnet_b3") == ("efficientnet-b3", "same")
     assert of_timm("efficientnet_b1_pruned") == ("efficientnet-b1-pruned", "same")
     assert timm_name("efficientnet-x-b5", "same") is None and timm_name("efficientnetv2-b0", "symmetric") is None
+    assert timm_name("efficientnetv2-rw-t-gc", "same") is None
+    assert find_model("GC-EfficientNetV2-RW-T") == "efficientnetv2-rw-t-gc"
 
 
 def test_a_set_of_timm_builds_its_net(shallow, tmp_path, monkeypatch):

@@ -540,7 +540,7 @@ def test_a_model_with_a_head_of_ones_own_is_distilled(digits):
         pruning.Distiller(ke.EfficientNetB0(**{**SMALL, "classes": 4}), teacher)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_distillation_goes_on(tmp_path):
     """Kills a process at the start of its second epoch. The next one ends with the weights of an uninterrupted run."""
     script = f"""

@@ -83,7 +83,7 @@ def test_timm_records_are_timms():
         assert record.interpolation == row["interpolation"]
         assert record.licence.lower() == row["license"]
         row = {"test": row["input_size"][1], "classes": 1000} | row if "input_size" in row else row
-        size = record.resolution or VARIANTS[record.model].resolution
+        size = record.resolution
         crop = row.get("test_crop_pct") or row["crop_pct"]
         assert (size, record.classes) == (row["test"], row["classes"])
         assert size / (size + record.crop_padding) == pytest.approx(crop, abs=0.0025)
@@ -92,8 +92,7 @@ def test_timm_records_are_timms():
             if result["size"] == size:
                 assert (record.top1, record.top5) == (result["top1"], result["top5"])
         is_port = tag.startswith("tf_") or re.match("efficientnet_b[123]_pruned", tag)
-        padding = record.padding or VARIANTS[record.model].padding
-        assert padding == ("same" if is_port else "symmetric")
+        assert record.padding == ("same" if is_port else "symmetric")
         for name in (tag, f"timm/{tag}", f"hf-hub:timm/{tag}"):
             assert registry.find(record.model, name) is record, model
         assert registry.find(record.model, tag.split(".")[1]).tag.split(".")[1] == tag.split(".")[1]

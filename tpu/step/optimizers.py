@@ -208,7 +208,7 @@ class Optimizer:
 
 
 def is_kernel(variable: keras.Variable) -> bool:
-    """Returns whether a variable is a kernel: neither a bias nor part of a batch normalization.
+    """Returns whether a variable is a kernel: neither a bias nor part of a normalization.
 
     Args:
         variable: A `keras.Variable` of a model of this package.

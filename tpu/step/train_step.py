@@ -61,8 +61,8 @@ class Learner:
         schedule: A `Schedule`.
         smoothing: Float, label smoothing. Defaults to 0.1.
         weight_decay: Float, factor of half the sum of squares in the loss. Defaults to 1e-5.
-        decayed: The variables with weight decay: `"no-batch-norm"`, as in the original, with all biases; `"all"`; or
-            `"kernels"`, without biases. Defaults to `"no-batch-norm"`.
+        decayed: The variables with weight decay: `"no-batch-norm"` for all but the gamma and beta of normalizations, as
+            in the original; `"all"`; or `"kernels"`, without biases. Defaults to `"no-batch-norm"`.
         average_decay: Float, decay of the moving average. Defaults to 0.9999.
         body_scale: Float, factor of the learning rate for all variables but the classifier's. Defaults to 1.
         seed: Integer, seed of the masks of dropout and drop connect. Defaults to 0.
