@@ -16,6 +16,7 @@ from helpers import (
     fill,
     golden,
     image,
+    leading,
     run,
     same_weights,
     save_checkpoint,
@@ -119,7 +120,7 @@ def test_other_packaged_weights_know_a_cat(name):
 @pytest.mark.skipif(
     BACKEND != "tensorflow", reason="the same arithmetic is compared on every backend by the tests above"
 )
-@pytest.mark.parametrize("number", [0, 1, *(pytest.param(number, marks=pytest.mark.long) for number in range(2, 8))])
+@pytest.mark.parametrize("number", leading(range(8), 1))
 def test_equals_keras_applications(number):
     theirs = getattr(keras.applications, f"EfficientNetB{number}")(
         weights=None, input_shape=(64, 64, 3), classifier_activation=None
@@ -387,7 +388,7 @@ def test_training_by_fit_learns_and_moves_every_variable(name):
     reason="ordinary convolutions round by batch, in B0 on PyTorch by 1e-6 too; the layers' own tests run everywhere",
 )
 @pytest.mark.usefixtures("shallow")
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize(("dtype", "bound"), leading([("float64", 1e-12), ("float32", 1e-6)], 1))
 def test_mixed_experts_see_one_example_each(dtype, bound):
     """An example's logits do not depend on its position, on the other examples, or on the batch size."""
     model = ke.EfficientNetCondConvB0x8(weights=None, input_shape=(64, 64, 3), classifier_activation=None, dtype=dtype)

@@ -295,6 +295,7 @@ def test_the_most_important_channels_stay():
 
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="measures the machine")
+@pytest.mark.long
 def test_latency_as_a_cost():
     model = ke.EfficientNetLite0(weights=None, classes=3, input_shape=(96, 96, 3))
     plan = pruning.plan(model, None, 0.1, cost="latency", importance="magnitude")

@@ -1008,7 +1008,7 @@ def test_own_files_load_by_path_and_carry_their_preprocessing(suffix, tmp_path):
 
 
 @pytest.mark.usefixtures("shallow")
-@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+@pytest.mark.parametrize("suffix", leading([".weights.h5", ".keras"], 1))
 @pytest.mark.parametrize("fault", ["other model", "other classes", "truncated", "text"])
 def test_own_files_that_do_not_fit_change_nothing(suffix, fault, tmp_path):
     path = tmp_path / f"x{suffix}"
@@ -1037,7 +1037,7 @@ def test_own_files_that_do_not_fit_change_nothing(suffix, fault, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one backend writes the file")
-@pytest.mark.parametrize("include_top", [True, False])
+@pytest.mark.parametrize("include_top", leading([True, False], 1))
 def test_an_h5_of_keras_applications_loads(include_top, tmp_path):
     theirs = keras.applications.EfficientNetB0(weights=None, include_top=include_top)
     ours = fill(ke.EfficientNetB0(weights=None, include_top=include_top))

@@ -11,7 +11,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, command, seeded
+from helpers import BACKEND, command, leading, seeded
 
 import keras_effnet as ke
 from keras_effnet import compat
@@ -325,7 +325,7 @@ def test_a_description_that_does_not_fit_converts_nothing(kind, old, tmp_path):
 
 
 @pytest.mark.parametrize("count", [20, *(pytest.param(count, marks=pytest.mark.long) for count in (200, 1000))])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", leading(KINDS, 2))
 def test_corrupted_models_are_an_error_or_right(kind, count, old, tmp_path):
     """A byte is changed, or a part is lost, anywhere in a file. What is converted all the same has the old outputs."""
     source, drawn = old(nested), random.Random(0)
@@ -422,6 +422,7 @@ def test_operations_without_a_layer_are_named(call, tmp_path):
         conversion.model_of(old, tmp_path / "m.h5")
 
 
+@pytest.mark.long
 def test_metadata_of_the_first_releases_is_in_the_saved_model(old, tmp_path):
     """Until TensorFlow 2.4, the objects of a SavedModel held their descriptions themselves."""
     from tensorflow.core.protobuf import saved_model_pb2

@@ -84,6 +84,7 @@ def command(*arguments: str, status: int = 0, home=None, **environment: str) -> 
     return result
 
 
+@pytest.mark.long
 def test_topologies_are_those_that_the_compiler_knows():
     script = (
         "import os; os.environ.update(KERAS_BACKEND='jax', JAX_PLATFORMS='cpu')\n"

@@ -165,6 +165,7 @@ def test_the_same_bytes_in_other_layouts_give_the_same(folder, result, tmp_path)
         evaluate("efficientnet-lite0", Data(str(tmp_path / "records"), first_label=1000))
 
 
+@pytest.mark.long
 def test_a_validation_split_alone_of_a_tensorflow_dataset(folder, result, tmp_path):
     wnids = sorted(CLASSES)
     features = tfds.features.FeaturesDict(
@@ -212,7 +213,6 @@ def test_which_folder_is_evaluated(tmp_path):
         open_evaluation(Data(str(tmp_path)))
 
 
-@pytest.mark.usefixtures("shallow")
 def test_a_head_of_ones_own_and_those_that_do_not_match(folder, tmp_path):
     body = ke.EfficientNetLite0(weights=None, include_top=False, pooling="avg", input_shape=(32, 32, 3))
     net = keras.Sequential([body, keras.layers.Dense(4)], name="four")  # logits

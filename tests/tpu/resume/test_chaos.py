@@ -1,7 +1,8 @@
 """Protects resuming: real runs that are killed, stopped and damaged end bit-identical to undisturbed ones.
 
-`pytest -m long tests/tpu/resume/test_chaos.py` kills ten times instead of once, on both runners, and in more runs: a
-complete run of digits_demo, which has to learn, and a fine-tuning with AutoAugment and mixup.
+CI kills a progressive run once, on TensorFlow. `pytest -m long tests/tpu/resume/test_chaos.py` kills up to ten times,
+on both runners, and in more runs: a complete run of digits_demo, which has to learn, and a fine-tuning with AutoAugment
+and mixup.
 """
 
 import json
@@ -144,15 +145,15 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(
     ("runner", "name", "kills"),
     [
-        # On TensorFlow, tests/commands/test_own_classifier.py stops and resumes a run in CI.
-        pytest.param("tensorflow", "short", 1, marks=pytest.mark.long),
-        pytest.param("jax", "short", 1, marks=pytest.mark.slow),
-        pytest.param("jax", "short", 10, marks=pytest.mark.long),
-        pytest.param("tensorflow", "digits_demo", 10, marks=pytest.mark.long),
-        pytest.param("jax", "digits_demo", 10, marks=pytest.mark.long),
-        pytest.param("tensorflow", "finetune", 10, marks=pytest.mark.long),
+        ("tensorflow", "short", 1),
+        ("jax", "short", 1),
+        ("jax", "short", 10),
+        ("tensorflow", "digits_demo", 10),
+        ("jax", "digits_demo", 10),
+        ("tensorflow", "finetune", 10),
     ],
 )
+@pytest.mark.long  # in CI, a progressive run is killed, below
 def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, small_disk, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     arguments, chance = f"{RUNS[name]} --runner {runner}", random.Random(name)
