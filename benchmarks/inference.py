@@ -37,6 +37,7 @@ B0, B4, LITE0 = "efficientnet-b0", "efficientnet-b4", "efficientnet-lite0"
 CONDCONV = "efficientnet-condconv-b0-8e"
 V2_B0, V2_S = "efficientnetv2-b0", "efficientnetv2-s"
 APPLICATIONS = {B0: "EfficientNetB0", B4: "EfficientNetB4", V2_B0: "EfficientNetV2B0", V2_S: "EfficientNetV2S"}
+ZEROMODELS = {V2_B0: "EfficientNetV2B", V2_S: "EfficientNetV2S"}
 TIMM = {B0: "tf_efficientnet_b0", B4: "tf_efficientnet_b4", V2_B0: "tf_efficientnetv2_b0", V2_S: "tf_efficientnetv2_s"}
 
 
@@ -95,7 +96,7 @@ def zeromodels(name: str, folder: str, batch: int) -> Callable[[], Any]:
 
     package: Any = import_module("zeromodels.models.efficientnetv2")
     side = VARIANTS[name].resolution
-    model = package.EfficientNetV2ImageClassify(block_arch=APPLICATIONS[name], image_size=side, name="net")
+    model = package.EfficientNetV2ImageClassify(block_arch=ZEROMODELS[name], image_size=side, name="net")
     images = pixels((batch, side, side, 3))
     function = tf.function(lambda x: model(x, training=False))
     return lambda: function(tf.constant(images)).numpy()
@@ -215,7 +216,7 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
     one |= {"predict()": (predict, 1)}
     if find_spec("timm") and name in TIMM:
         one["timm, torch.compile"] = (timm_compiled, 1)
-    if find_spec("zeromodels") and name in (V2_B0, V2_S):
+    if find_spec("zeromodels") and name in ZEROMODELS:
         one["ZeroModels, tf.function"] = (zeromodels, 1)
     many: dict[str, tuple[Callable, int]] = {"Predictor, 32": (ours, 32), "tf.function, 32": (graph, 32)}
     eight: dict[str, tuple[Callable, int]] = {}
