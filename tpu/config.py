@@ -104,7 +104,7 @@ class Augment:
     min_area: float = 0.08
     """Smallest area of the random part, as a share of the image."""
     min_covered: float = 0.1
-    """A random part that covers a smaller share of the image is drawn again: the larger of min_area and this counts."""
+    """Smallest share of the image that a random part covers. The larger of min_area and this counts."""
     flip: bool = True
     """Whether to mirror half of the images."""
     policy: Literal["none", "autoaugment", "randaugment"] = "none"

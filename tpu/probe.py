@@ -139,8 +139,8 @@ class _Job:
 def _check(recipe: Recipe, hosts: int) -> None:
     if hosts > 1:
         raise ValueError(f"Expected one host for a probe. Received: {hosts} hosts")
-    model = settled(with_fields(recipes.find("probe"), {"model.name": recipe.model.name}))
-    usual, given = (flat(dataclasses.asdict(one)) for one in (model, recipe))
+    own = settled(with_fields(recipes.find("probe"), {"model.name": recipe.model.name}))
+    usual, given = (flat(dataclasses.asdict(one)) for one in (own, recipe))
     wrong = [f"{name}={given[name]}" for name in given if name.startswith(UNUSED) and given[name] != usual[name]]
     if wrong:
         raise ValueError(

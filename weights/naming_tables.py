@@ -21,8 +21,7 @@ class Naming:
             program calls it so.
         layers: Dict from the name of our layer, without its block, to a template. `"kind:name"` has precedence in
             blocks of that kind: `"condconv"`, `"context"` (global context), `"fused"`, `"conv"`, or `"plain"` for a
-            depthwise one without expansion.
-            `"*"` matches all other layers.
+            depthwise one without expansion. `"*"` matches all other layers.
         variables: Dict from the layer's class to a dict from our variable's name to (suffix, layout).
         title: String. How users know these files.
         ignored: Dict from a regular expression to the reason why tensors of that name are not needed.

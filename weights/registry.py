@@ -436,7 +436,7 @@ def _timm_own_records():
 
 def _l2_records():
     for tag, short, top1, resolution in (
-        ("noisy-student", "l2", 88.4, 800),
+        ("noisy-student", "l2", 88.4, 0),
         ("noisy-student-475", "l2_475", 88.2, 475),
     ):
         url = f"{_TPU}noisystudent/noisy_student_efficientnet-{short}.tar.gz"

@@ -184,7 +184,7 @@ def _read(model: keras.Model, named: dict) -> Reading:
 
 def _padding(named: dict) -> str:
     """Returns the padding of the convolutions with strides."""
-    pads = [layer.padding for name, layer in named.items() if name.endswith("conv_pad")]
+    pads = [layer.padding for name, layer in named.items() if name.endswith("_pad")]
     return padding_of(pads, named["stem_bn"].epsilon, "preprocessing" in named)
 
 

@@ -29,12 +29,12 @@ def test_predict_names_a_cat_and_a_coffee_cup(tmp_path):
 
 
 def test_predict_as_json_is_one_object_and_equals_the_library():
-    result = command("predict", CAT, "--model", "efficientnet-lite0", "--top", 3, "--json")
+    result = command("predict", CAT, "--model", "efficientnet-lite1", "--top", 3, "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    model = ke.EfficientNetLite0()
+    model = ke.EfficientNetLite1()
     expected = ke.decode_predictions(model.predict_on_batch(ke.load_image(CAT, model)[None]), top=3)[0]
-    assert found["model"] == "efficientnet-lite0"
+    assert found["model"] == "efficientnet-lite1"
     rows = found["photographs"][0]["predictions"]
     assert [row["wnid"] for row in rows] == [wnid for wnid, _, _ in expected]
     assert [row["probability"] for row in rows] == pytest.approx([score for *_, score in expected], abs=1e-4)

@@ -37,7 +37,7 @@ def test_examples_run(module, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "page",
     [
-        # The training of finetune.md is that of README.md and of tests/tpu, for more minutes than CI has.
+        # It trains and exports several models, for which CI has no time.
         pytest.param(name, marks=pytest.mark.long if name == "finetune.md" else ())
         for name, path in PAGES.items()
         if BLOCK.search(path.read_text())

@@ -176,7 +176,6 @@ def test_devices_that_are_not_there(tmp_path):
 
 
 @pytest.mark.usefixtures("mini")
-@pytest.mark.long
 def test_a_run_that_gets_no_better_ends_early(tmp_path, monkeypatch):
     """Even if it is interrupted, it ends at the same step with the same bits. It trains the blocks from `freeze` on.
 

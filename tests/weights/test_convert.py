@@ -571,8 +571,7 @@ def test_weights_of_a_mixed_precision_model_are_exported_as_float32(tmp_path):
     assert same_weights(model, third)
 
 
-@pytest.mark.usefixtures("eager")
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("shallow", "eager")
 def test_a_trained_model_loads_without_its_optimizer(tmp_path):
     model = ke.EfficientNetLite0(**SMALL)
     model.compile("sgd", "sparse_categorical_crossentropy")

@@ -103,7 +103,7 @@ def numerics_of(path) -> Numerics | None:
         epsilon = next((config.get("epsilon") for name, config in found.items() if name.endswith("stem_bn")), None)
         if epsilon is None:
             return None
-        pads = [config["padding"] for name, config in found.items() if name.endswith("conv_pad")]
+        pads = [config["padding"] for name, config in found.items() if re.search("conv2?_pad$", name)]
         padding = padding_of(pads, epsilon, any(name.endswith("preprocessing") for name in found))
         activated = (re.search(r"block(\d+[a-z]+)_project_activation$", name) for name in found)
         return Numerics(padding, epsilon, frozenset(match[1] for match in activated if match))
