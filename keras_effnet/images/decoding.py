@@ -43,7 +43,7 @@ _QUIET = _Quiet()
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes, by the number of channels
 
 
-def decode_image(source, channels: int = 3) -> np.ndarray:
+def decode_image(source, channels: int = 3, at_least: tuple[int, int] | None = None) -> np.ndarray:
     """Decodes an image as a viewer shows it.
 
     Applies the EXIF orientation, puts transparency on white, scales 16-bit and floating-point pixels to 8 bits, and
@@ -52,6 +52,8 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
     Args:
         source: Path of a file, or the file's bytes.
         channels: 1 for gray, 3 for RGB, 4 for RGB and alpha. Defaults to 3.
+        at_least: Pair of integers, height and width. A JPEG may be shrunk to a half, a quarter or an eighth while it is
+            decoded, but not below this, which takes less time. Defaults to None: the file's own size.
 
     Returns:
         uint8 array, (height, width, channels).
@@ -69,6 +71,9 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
         try:
             image = Image.open(io.BytesIO(data), formats=formats())
             kind = image.format
+            if at_least is not None:
+                with contextlib.suppress(Exception):  # damaged EXIF data
+                    _shrink(image, at_least)
             image.load()
         except Image.UnidentifiedImageError as error:
             raise ValueError(f"Expected an image (JPEG, PNG, ...). Received: {name}, which is not an image") from error
@@ -80,9 +85,19 @@ def decode_image(source, channels: int = 3) -> np.ndarray:
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError and others, depending on the format
             raise ValueError(f"Expected an intact image. Received: {name}, which is damaged ({error})") from error
         with contextlib.suppress(Exception):  # a viewer also shows a photo with unreadable EXIF data
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would take as long as cropping
         pixels = np.asarray(_to_mode(image, kind, _MODES[channels]))
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _shrink(image: "Image", at_least: tuple[int, int]) -> None:
+    """Lets the decoder of a JPEG shrink it. Other formats decode as they are."""
+    from PIL import ExifTags
+
+    height, width = at_least
+    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored on its side
+        height, width = width, height
+    image.draft(None, (width, height))
 
 
 @cache
@@ -124,9 +139,7 @@ def _to_mode(image: "Image", kind: str | None, mode: str) -> "Image":
         elif image.mode == "F" and largest <= 2:  # 0-1, perhaps with a little overshoot
             values = values * 255
         image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype("uint8"))
-    if mode == "RGBA":
-        return image.convert(mode)
-    if image.has_transparency_data:
+    if mode != "RGBA" and image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)

@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_effnet import model_loader, model_metadata
+from keras_effnet.errors import one_of
 from keras_effnet.images.decoding import decode_image
-from keras_effnet.images.resizing import crop_and_resize
+from keras_effnet.images.resizing import crop_and_resize, twice_the_crop
 from keras_effnet.nets.variants import VARIANTS, nearest
 
 if TYPE_CHECKING:
     import keras
 
 
-def load_image(source, model: "str | os.PathLike | keras.Model", weights: str | None = "auto") -> np.ndarray:
+DECODE = ("exact", "fast")
+
+
+def load_image(
+    source, model: "str | os.PathLike | keras.Model", weights: str | None = "auto", decode: str = "exact"
+) -> np.ndarray:
     """Decodes, crops and resizes a photo for a model. The model itself normalizes the pixels.
 
     Args:
@@ -28,6 +34,9 @@ def load_image(source, model: "str | os.PathLike | keras.Model", weights: str | 
             say, see `keras_effnet.metadata()`; else what the weights expect that the model was created with; else, for
             a file that plain Keras has saved, the variant's usual ones. For a name, or a model created without weights,
             the rules of the original's newest evaluation code apply: bicubic, with an eighth cropped away.
+        decode: `"exact"`; or `"fast"`, which lets a large JPEG's decoder shrink the photo, to no less than twice the
+            size of the model's images. The pixels differ, and sometimes the predicted class (docs/benchmarks.md).
+            Defaults to `"exact"`.
 
     Returns:
         float32 array of pixels, nominally 0-255, (height, width, channels), or (channels, height, width) for a
@@ -35,7 +44,7 @@ def load_image(source, model: "str | os.PathLike | keras.Model", weights: str | 
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is not an image, or the model or the weights are unknown.
+        ValueError: If it is not an image, or the model, the weights or `decode` are unknown.
 
     Example:
 
@@ -44,7 +53,7 @@ def load_image(source, model: "str | os.PathLike | keras.Model", weights: str | 
     >>> pixels.shape
     (224, 224, 3)
     """
-    return image_loader(model, weights)(source)
+    return image_loader(model, weights, decode=decode)(source)
 
 
 def image_loader(
@@ -52,6 +61,7 @@ def image_loader(
     weights: str | None = "auto",
     crop: bool = True,
     shape: tuple[int, ...] | None = None,
+    decode: str = "exact",
 ) -> Callable[[Any], np.ndarray]:
     """Returns a function that loads photos as `load_image()` does, but inspects the model only once.
 
@@ -62,12 +72,13 @@ def image_loader(
             window of the model's shape, bilinear, unless the model's own metadata say otherwise.
         shape: Tuple of integers, shape of an image, for a model that may be from another package. Without rules for
             that model, those of the original's newest evaluation code apply. Defaults to None: the model's own.
+        decode: See `load_image()`.
 
     Returns:
         Function from a path or bytes to the array of pixels.
 
     Raises:
-        ValueError: If the model or the weights are unknown.
+        ValueError: If the model, the weights or `decode` are unknown.
     """
     if shape is None:
         size, channels, channels_last, record = expected_by(model, weights)
@@ -75,10 +86,12 @@ def image_loader(
         (size, channels, channels_last), record = _parts(shape), None
         with contextlib.suppress(ValueError):
             record = expected_by(model, weights)[3]
-    return loader(size, channels, channels_last, record, crop)
+    return loader(size, channels, channels_last, record, crop, decode)
 
 
-def loader(size, channels: int, channels_last: bool, rules: Any, crop: bool = True) -> Callable[[Any], np.ndarray]:
+def loader(
+    size, channels: int, channels_last: bool, rules: Any, crop: bool = True, decode: str = "exact"
+) -> Callable[[Any], np.ndarray]:
     """Returns a function that loads photos by the given rules.
 
     Args:
@@ -87,37 +100,45 @@ def loader(size, channels: int, channels_last: bool, rules: Any, crop: bool = Tr
         channels_last: Boolean, whether the channels come last in the result.
         rules: `Expects`, a `Record`, or None for the rules of the original's newest evaluation code.
         crop: See `image_loader()`.
-
-    Returns:
-        Function from a path or bytes to the array of pixels.
-    """
-    used = model_metadata.Expects.of(rules) if rules else model_metadata.Expects()
-    if not crop and not isinstance(rules, model_metadata.Expects):
-        used = model_metadata.Expects(0, "bilinear")
-
-    def load(source) -> np.ndarray:
-        pixels = crop_and_resize(decode_image(source, channels), tuple(size), **asdict(used))
-        return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-    return load
-
-
-def loader_of(metadata: dict[str, Any]) -> Callable[[Any], np.ndarray]:
-    """Returns a function that loads photos as a file's metadata say.
-
-    Args:
-        metadata: See `keras_effnet.metadata()`.
+        decode: See `load_image()`.
 
     Returns:
         Function from a path or bytes to the array of pixels.
 
     Raises:
-        ValueError: If the metadata leave the size of the photos open.
+        ValueError: If `decode` is unknown.
+    """
+    one_of("decode", decode, DECODE)
+    used = model_metadata.Expects.of(rules) if rules else model_metadata.Expects()
+    if not crop and not isinstance(rules, model_metadata.Expects):
+        used = model_metadata.Expects(0, "bilinear")
+
+    at_least = twice_the_crop(size, used.crop_padding) if decode == "fast" else None
+
+    def load(source) -> np.ndarray:
+        pixels = crop_and_resize(decode_image(source, channels, at_least), tuple(size), **asdict(used))
+        return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    return load
+
+
+def loader_of(metadata: dict[str, Any], decode: str = "exact") -> Callable[[Any], np.ndarray]:
+    """Returns a function that loads photos as a file's metadata say.
+
+    Args:
+        metadata: See `keras_effnet.metadata()`.
+        decode: See `load_image()`.
+
+    Returns:
+        Function from a path or bytes to the array of pixels.
+
+    Raises:
+        ValueError: If the metadata leave the size of the photos open, or `decode` is unknown.
     """
     found = _told(metadata)
     if found is None:
         raise ValueError(f"Expected the shape of an image. Received: {metadata.get('input_shape')}")
-    return loader(*found)
+    return loader(*found, decode=decode)
 
 
 def _told(metadata: dict[str, Any]) -> tuple[tuple[int, int], int, bool, Any] | None:

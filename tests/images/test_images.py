@@ -16,8 +16,9 @@ from PIL import Image, ImageOps
 
 import keras_effnet as ke
 from keras_effnet import class_names
+from keras_effnet.images import resizing
 from keras_effnet.images.decoding import decode_image
-from keras_effnet.images.resizing import crop_and_resize
+from keras_effnet.images.resizing import crop_and_resize, crop_window, twice_the_crop
 from keras_effnet.nets.normalization import constants, scheme_of
 
 REFERENCE = golden("tpu/preprocessing.json")
@@ -99,6 +100,28 @@ def test_a_network_size_crop_of_the_same_size_is_the_image():
     assert np.array_equal(crop_and_resize(pixels, (64, 64), crop_padding=0), pixels)
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    st.tuples(*[st.integers(1, 400)] * 2),
+    st.tuples(*[st.integers(1, 90)] * 2),
+    st.sampled_from(sorted(resizing._TAPS)),
+    st.sampled_from([1, 3, 4]),
+    st.sampled_from(["uint8", "float32"]),
+)
+def test_equals_the_sum_over_all_pixels(shape, size, interpolation, channels, dtype):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, channels)).astype(dtype)
+    top, left, rows, columns = crop_window(shape, size, 5)
+    expected = pixels[top : top + rows, left : left + columns].astype("float64")
+    for axis, (length, out) in enumerate(zip((rows, columns), size, strict=True)):
+        dense = np.zeros((out, length))
+        indices, weights = resizing._TAPS[interpolation](length, out)
+        np.add.at(dense, (np.arange(out)[:, None], indices), weights)
+        expected = np.moveaxis(np.tensordot(dense, expected, (1, axis)), 0, axis)
+    found = crop_and_resize(pixels, size, 5, interpolation)
+    assert found.shape == (*size, channels) and found.dtype == np.float32 and found.flags.c_contiguous
+    assert np.abs(found - expected).max() < 2e-4
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.tuples(*[st.integers(1, 90)] * 2), st.tuples(*[st.integers(1, 90)] * 2), st.sampled_from(["bicubic", "bilinear"])
@@ -172,6 +195,40 @@ def test_exif_orientation_is_applied(orientation):
     assert np.abs(found.astype(int) - np.asarray(upright)).mean() < 5
 
 
+def smooth(height: int, width: int) -> Image.Image:
+    """Returns a photo without edges, so that sampling every pixel or every fourth gives nearly the same."""
+    rows, columns = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    waves = [np.sin(a * rows + b * columns + c) for a, b, c in ((9, 5, 0), (3, 14, 1), (12, 8, 2))]
+    return Image.fromarray((127.5 + 120 * np.stack(waves, -1)).astype("uint8"))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.tuples(*[st.integers(30, 2000)] * 2), st.tuples(*[st.integers(20, 90)] * 2), st.integers(0, 40))
+def test_a_jpeg_is_never_shrunk_below_twice_the_crop(shape, size, padding):
+    file = encoded(smooth(*shape), "JPEG")
+    shrunk = decode_image(file, at_least=twice_the_crop(size, padding)).shape[:2]
+    factor = round(shape[0] / shrunk[0])
+    assert shrunk == tuple(-(-side // factor) for side in shape)
+    _, _, *kept = crop_window(shrunk, size, padding)
+    assert factor == 1 or all(pixels >= 2 * side for pixels, side in zip(kept, size, strict=True))
+    # And no more is decoded than that needs.
+    _, _, *half = crop_window([side // (2 * factor) for side in shape], size, padding)
+    assert factor == 8 or any(pixels < 2 * side + 4 for pixels, side in zip(half, size, strict=True))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_fast_decoding_sees_the_same_photograph(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = encoded(smooth(900, 1600), "JPEG", quality=95, exif=exif)
+    net = ke.EfficientNetB0(weights=None, input_shape=(64, 160, 3))
+    exact, fast = (ke.load_image(file, net, decode=how) for how in ("exact", "fast"))
+    # A shrunk pixel stands for its neighbours: up to half of them beside it.
+    assert np.abs(exact - fast).max() < 16 and not np.array_equal(exact, fast)
+    png = encoded(smooth(900, 1600))
+    assert np.array_equal(ke.load_image(png, net), ke.load_image(png, net, decode="fast"))
+
+
 def test_broken_exif_does_not_hide_a_photograph():
     data = encoded(colours(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert decode_image(data).shape == (6, 8, 3)
@@ -230,6 +287,7 @@ def test_random_damage_gives_an_image_or_a_value_error(data):
         (lambda: decode_image(encoded(colours()), channels=2), "channels to be 1, 3 or 4"),
         (lambda: ke.load_image(encoded(colours()), "efficientnet-b"), "Nearest"),
         (lambda: ke.load_image(encoded(colours()), "efficientnet-b0", weights="aa"), "Unknown weights"),
+        (lambda: ke.load_image(encoded(colours()), "efficientnet-b0", decode="fat"), "Nearest: 'fast'"),
         (lambda: crop_and_resize(np.zeros((4, 4, 3)), (2, 2), interpolation="cubic"), "Nearest: 'bicubic'"),
         (lambda: ke.decode_predictions(np.zeros((1, 10))), r"\(1, 10\).*labels=model\.labels"),
         (lambda: ke.decode_predictions(np.zeros((1, 10)), labels=["a", "b"]), r"\(batch, 2\), for 2 labels.*\(1, 10\)"),
