@@ -178,6 +178,13 @@ class Worker:
     def __call__(self, least: float = 0.5) -> float:
         return self._pool.submit(self._seconds, least).result()
 
+    @classmethod
+    def _result(cls) -> Any:
+        return cls._call()
+
+    def result(self) -> Any:
+        return self._pool.submit(self._result).result()
+
     def stop(self) -> None:
         self._pool.shutdown()
 

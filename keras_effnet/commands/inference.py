@@ -1,12 +1,13 @@
 """`keras-effnet predict`, `export` and `benchmark`: classify photos, write models for runtimes, measure their speed."""
 
 import contextlib
+import sys
 from pathlib import Path
 
 import click
 
 from keras_effnet.commands.options import AS_JSON, BEST, PRECISION, RUNTIME, WEIGHTS, choose_backend, comma_separated
-from keras_effnet.commands.output import complain, progress, quiet, show, show_json, spinner, table
+from keras_effnet.commands.output import JsonList, complain, progress, quiet, show, show_json, spinner, table
 
 
 @click.command()
@@ -23,45 +24,85 @@ from keras_effnet.commands.output import complain, progress, quiet, show, show_j
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes to show per photo.")
 @RUNTIME
 @PRECISION
+@click.option(
+    "--decode",
+    default="exact",
+    show_default=True,
+    help="exact; or fast, which shrinks large JPEGs while it decodes them. Some predictions may change.",
+)
+@click.option("--jsonl", metavar="FILE", help="Save a line of JSON per photo to FILE. Run again to continue the file.")
+@click.option("--csv", metavar="FILE", help="Save a row per photo to FILE. Run again to continue the file.")
 @AS_JSON
 @click.pass_context
-def predict(ctx, photographs, model, weights, best, recursive, top, runtime, precision, as_json) -> None:
+def predict(ctx, photographs, model, weights, best, recursive, top, runtime, precision, decode, jsonl, csv, as_json):
     """Classify photos.
 
     PHOTO is an image file, or a folder of them; its subfolders are searched only with --recursive. The first run
-    prepares the model for this machine and caches the result.
+    prepares the model for this machine and caches the result. Results come as soon as they are ready, in order.
 
     Exit status 2 if a photo cannot be read.
     """
     from keras_effnet.images.folders import photographs as listed
     from keras_effnet.inference.classifier import Classifier
+    from keras_effnet.inference.prediction_files import PredictionFile
 
     with contextlib.suppress(ImportError):  # a cached model needs no backend
         choose_backend()
     try:
         with spinner(f"Preparing {model}"):
-            classifier = Classifier(model, weights, top, runtime, precision, best)
+            classifier = Classifier(model, weights, top, runtime, precision, best, decode)
     except ModuleNotFoundError:
         choose_backend()
         raise
     paths = listed(photographs, recursive)
-    with quiet(), progress("Photos", len(paths), disable=len(paths) < 8) as tell:
-        results = classifier(paths, lambda done: tell(advance=done))
+    with contextlib.ExitStack() as stack:
+        wanted = [(kind, place) for kind, place in (("jsonl", jsonl), ("csv", csv)) if place]
+        files = [stack.enter_context(PredictionFile(place, kind, classifier.name, top)) for kind, place in wanted]
+        if files:
+            paths = list(dict.fromkeys(paths))
+        left = [path for path in paths if not files or any(path not in file.done for file in files)]
+        printing = None if files and not as_json else _Printer(model, weights, as_json, sys.stdout)
+        failed = max((file.failed for file in files), default=0)
+        hidden = len(left) < 8 or (printing is not None and sys.stdout.isatty())
+        stack.enter_context(quiet())
+        tell = stack.enter_context(progress("Photos", len(paths), hidden, len(paths) - len(left), "images"))
+        for result in classifier.predict_files(left):
+            for file in files:
+                file.write(result)
+            if printing:
+                printing.add(result)
+            if "error" in result:
+                failed += 1
+                complain(result["error"])
+            tell(advance=1)
+        if printing:
+            printing.end()
     if classifier.note:
         click.echo(classifier.note, err=True)
-    failed = [result for result in results if "error" in result]
-    if as_json:
-        show_json({"model": model, "weights": weights, "photographs": results})
-    else:
-        for result in results:
-            if "predictions" in result:
-                classes = table(result["path"], ">class id", "name", ">probability")
-                for row in result["predictions"]:
-                    classes.add_row(str(row["class_id"]), row["name"], f"{row['probability']:.1%}")
-                show(classes, "")
-    for result in failed:
-        complain(result["error"])
+    for file in files:
+        click.echo(f"{file.path}: {len(file.done)} photos, {len(left)} of them new", err=True)
     ctx.exit(2 if failed else 0)
+
+
+class _Printer:
+    """Prints a table per photo, or one JSON object."""
+
+    def __init__(self, model: str, weights: str, as_json: bool, file):
+        self._json = JsonList({"model": model, "weights": weights}, "photographs", file) if as_json else None
+        self._file = file
+
+    def add(self, result: dict) -> None:
+        if self._json:
+            self._json.add(result)
+        elif "predictions" in result:
+            classes = table(result["path"], ">class id", "name", ">probability")
+            for row in result["predictions"]:
+                classes.add_row(str(row["class_id"]), row["name"], f"{row['probability']:.1%}")
+            show(classes, "", file=self._file)
+
+    def end(self) -> None:
+        if self._json:
+            self._json.end()
 
 
 @click.command(short_help="Export MODEL for a runtime.")

@@ -32,12 +32,13 @@ def table(title, *columns: str):
     return made
 
 
-def show(*parts) -> None:
-    """Prints tables and text."""
+def show(*parts, file=None) -> None:
+    """Prints tables and text on standard output, or on another stream."""
     from rich.console import Console
 
+    file = file or sys.stdout
     # In a pipe or a file, each row is one line, however long, so that other programs can search it.
-    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+    console = Console(file=file, width=None if file.isatty() else 1000, highlight=False)
     for part in parts:
         console.print(part)
 
@@ -47,15 +48,48 @@ def show_json(value: dict) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-@contextlib.contextmanager
-def progress(what: str, total: int | None = None, disable: bool = False):
-    """Shows a progress bar on standard error. Yields a function to call with `advance`, or `completed` and `total`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+class JsonList:
+    """Prints a JSON object whose last value is a list, an item at a time, as `show_json()` prints it at once.
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    Args:
+        value: Dict, the object without the list.
+        key: String, the key of the list.
+        file: The stream.
+    """
+
+    def __init__(self, value: dict, key: str, file):
+        self._before, self._after = json.dumps(value | {key: ["*"]}, indent=2).rsplit('"*"', 1)
+        self._file = file
+
+    def add(self, item) -> None:
+        """Prints an item. The first one prints the beginning of the object too."""
+        shown = json.dumps(item, indent=2).replace("\n", "\n    ")
+        click.echo(self._before + shown, nl=False, file=self._file)
+        self._before = ",\n    "
+
+    def end(self) -> None:
+        """Prints the end of the object."""
+        click.echo(self._after, file=self._file)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None = None, disable: bool = False, completed: int = 0, unit: str = ""):
+    """Shows a progress bar on standard error. Yields a function to call with `advance`, or `completed` and `total`.
+
+    With a `unit`, the bar also shows how many are done per second.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:.0f} {unit}/s" if unit and speed else "")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), Speed())
     with Progress(*columns, console=Console(stderr=True), disable=disable, redirect_stdout=False) as bar:
-        yield partial(bar.update, bar.add_task(what, total=total))
+        yield partial(bar.update, bar.add_task(what, total=total, completed=completed))
 
 
 @contextlib.contextmanager

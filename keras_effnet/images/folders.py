@@ -96,7 +96,7 @@ def is_photo(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in _suffixes()
 
 
-def photographs(paths: Iterable[str | os.PathLike], recursive: bool = False) -> list[Path]:
+def photographs(paths: Iterable[str | os.PathLike], recursive: bool = False) -> list[str]:
     """Lists files, and the photos in folders in alphabetical order.
 
     Args:
@@ -106,23 +106,24 @@ def photographs(paths: Iterable[str | os.PathLike], recursive: bool = False) -> 
     Returns:
         List of paths. A folder without photos is listed itself, so that it is reported.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
+    found: list[str] = []
+    for path in (str(Path(path)) for path in paths):  # without "./" and "//"
         inside = list(_inside(path, recursive)) if os.path.isdir(path) else []
         found += inside or [path]
     return found
 
 
-def _inside(folder: Path, recursive: bool) -> Iterator[Path]:
+def _inside(folder: str, recursive: bool) -> Iterator[str]:
     try:
-        names = sorted(os.listdir(folder))
+        with os.scandir(folder) as entries:
+            visible = sorted((one.name, one.is_dir()) for one in entries if not one.name.startswith("."))
     except OSError:  # reported when it is opened as a photo
         return
-    visible = [folder / name for name in names if not name.startswith(".")]
-    yield from (path for path in visible if is_photo(path.name) and not path.is_dir())
-    for path in visible if recursive else ():
-        if path.is_dir():
-            yield from _inside(path, recursive)
+    start = "" if folder == os.curdir else folder
+    yield from (os.path.join(start, name) for name, is_folder in visible if not is_folder and is_photo(name))
+    for name, is_folder in visible if recursive else ():
+        if is_folder:
+            yield from _inside(os.path.join(start, name), recursive)
 
 
 def readable(

@@ -141,6 +141,39 @@ def loader_of(metadata: dict[str, Any], decode: str = "exact") -> Callable[[Any]
     return loader(*found, decode=decode)
 
 
+def loader_of_reference(
+    model: str | os.PathLike, weights: Any, metadata: dict[str, Any], shape: tuple[int, ...], decode: str = "exact"
+) -> Callable[[Any], np.ndarray]:
+    """Returns a function that loads photos for a model that was given by its name or path.
+
+    Args:
+        model: See `load_model()`.
+        weights: See `load_model()`. A file without a record gets the rules of the variant's usual weights.
+        metadata: See `keras_effnet.metadata()`. For the path of a model.
+        shape: Tuple of integers, shape of an image.
+        decode: See `load_image()`.
+
+    Returns:
+        Function from a path or bytes to the array of pixels.
+
+    Raises:
+        ValueError: If `decode` is unknown.
+    """
+    from keras_effnet.weights import registry
+
+    found = model_loader.resolve(model, exports=True)
+    if found.kind != "name":
+        return loader_of(metadata | {"input_shape": shape}, decode)
+    record = None
+    if weights is not None and os.path.isfile(weights):
+        record = registry.recognise(found.place, weights)
+    elif weights is not None:
+        with contextlib.suppress(ValueError):  # no tag: the folder or prefix of a checkpoint
+            record = registry.find(found.place, os.fspath(found.tag_of(weights)))
+    record = record or registry.default(found.place)
+    return image_loader(found.place, record and record.tag, shape=shape, decode=decode)
+
+
 def _told(metadata: dict[str, Any]) -> tuple[tuple[int, int], int, bool, Any] | None:
     """Returns what `expected_by()` returns, from metadata; or None if they leave something open."""
     shape = metadata.get("input_shape", ())

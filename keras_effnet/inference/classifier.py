@@ -1,18 +1,19 @@
 """Classifies photos: from files and folders to named classes."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from keras_effnet import class_names
-from keras_effnet.images import folders, photo_loader
+from keras_effnet.errors import one_of
+from keras_effnet.images import photo_loader
 from keras_effnet.inference.predictor import Predictor
-from keras_effnet.model_loader import Reference, resolve
-from keras_effnet.weights import registry
+from keras_effnet.model_loader import resolve
 
-BATCH = 16  # photos to decode before the model runs on them
+FEW = 20  # classes
 
 
 class Classifier:
@@ -26,13 +27,14 @@ class Classifier:
         runtime: See `Predictor`.
         precision: See `Predictor`.
         best: Boolean, whether to use a run's best.keras. See `load_model()`. Defaults to False.
+        decode: See `load_image()`. Defaults to `"exact"`.
 
     Attributes:
+        name: String, the model and its weights, as files of predictions name it.
         note: String that says where the names of the classes are missing or assumed, or None.
 
     Call arguments:
         paths: Paths of image files, or of folders that contain them.
-        on_progress: Function, called with 1 after each photo. Defaults to none.
 
     Returns:
         List of dicts, one per photo, with `path` and either `predictions` (a list of dicts with `class_id`, from 0,
@@ -40,7 +42,7 @@ class Classifier:
         others. Outputs that are not probabilities are taken for logits.
 
     Raises:
-        ValueError: If `model`, `weights` or `top` is not valid.
+        ValueError: If `model`, `weights`, `top` or `decode` is not valid.
         OSError: If the weights cannot be downloaded, or a file cannot be read.
 
     Example:
@@ -57,27 +59,15 @@ class Classifier:
         runtime: str = "auto",
         precision: str = "float32",
         best: bool = False,
+        decode: str = "exact",
     ):
         class_names.rank(np.zeros((0, 1000)), top)  # raises for an invalid `top` before any work
         found = resolve(model, best, exports=True)
-        self.top, self.note = top, None
+        one_of("decode", decode, photo_loader.DECODE)
+        self.top, self.note, self._decode = top, None, decode
         self.predictor = Predictor(found.place, runtime, precision, weights=found.tag_of(weights))
-        self._load = self._loader(found, weights)
         self._labels = self.predictor.labels
-
-    def _loader(self, found: Reference, weights) -> Callable[[Any], np.ndarray]:
-        """Returns the function that loads photos for the model."""
-        shape = self.predictor.input_shape
-        if found.kind != "name":
-            return photo_loader.loader_of(self.predictor.metadata | {"input_shape": shape})
-        if os.path.isfile(weights):
-            record = registry.recognise(found.place, weights) or registry.default(found.place)
-        else:
-            try:
-                record = registry.find(found.place, os.fspath(found.tag_of(weights)))
-            except ValueError:  # no tag: the folder or prefix of a checkpoint, which `Predictor` has loaded
-                record = registry.default(found.place)
-        return photo_loader.image_loader(found.place, record and record.tag, shape=shape)
+        self.name = f"{found.place} {found.tag_of(weights)}" if found.kind == "name" else found.place
 
     def _names(self, classes: int) -> list[str] | None:
         """Returns the names of the classes, or None for ImageNet's."""
@@ -93,41 +83,51 @@ class Classifier:
                 self.note = "The model has 1000 classes without names: these are ImageNet's"
         return None if labels is None or labels == class_names.labels() else labels
 
-    def __call__(
-        self, paths: Iterable[str | os.PathLike], on_progress: Callable[[int], Any] = lambda done: None
-    ) -> list[dict[str, Any]]:
-        paths = folders.photographs(paths)
-        results: list[dict[str, Any]] = [{"path": os.fspath(path)} for path in paths]
-        for start in range(0, len(paths), BATCH):
-            batch, images = results[start : start + BATCH], []
-            for path, result in zip(paths[start:], batch, strict=False):
-                try:
-                    if os.path.isdir(path):
-                        raise ValueError(f"Expected photos. Received: {str(path)!r}, a folder without photos")
-                    images.append(self._load(path))
-                except (OSError, ValueError, MemoryError) as error:
-                    result["error"] = str(error) or type(error).__name__
-                on_progress(1)
-            if images:
-                rows = iter(self._ranked(np.stack(images)))
-                for result in batch:
-                    if "error" not in result:
-                        result["predictions"] = next(rows)
-        return results
+    def __call__(self, paths: Iterable[str | os.PathLike]) -> list[dict[str, Any]]:
+        return list(self.predict_files(paths))
 
-    def _ranked(self, images: np.ndarray) -> list[list[dict[str, Any]]]:
-        """Returns the most likely classes of each image."""
-        outputs = self.predictor(images)
-        if not isinstance(outputs, np.ndarray) or outputs.ndim != 2:
-            told = f"shape {outputs.shape}" if isinstance(outputs, np.ndarray) else "several outputs"
+    def predict_files(self, paths: Iterable[str | os.PathLike]) -> Iterator[dict[str, Any]]:
+        """Classifies photos as the call does, and yields each result as soon as it is ready.
+
+        Args:
+            paths: See `Classifier`.
+
+        Yields:
+            A dict per photo, see `Classifier`.
+        """
+        for path, outputs, error in self.predictor.predict_files(paths, decode=self._decode):
+            result: dict[str, Any] = {"path": os.fspath(path)}
+            if error is None:
+                yield result | {"predictions": self._ranked(outputs)}
+            elif isinstance(error, IsADirectoryError):
+                yield result | {"error": f"Expected photos. Received: {os.fspath(path)!r}, a folder without photos"}
+            else:
+                yield result | {"error": str(error) or type(error).__name__}
+
+    @cached_property
+    def _returns_logits(self) -> bool:
+        """Whether the model returns logits, by its outputs for noise, black and white."""
+        pixels = np.random.default_rng(0).uniform(0, 255, (3, *self.predictor.input_shape))
+        pixels[1], pixels[2] = 0, 255
+        return not _are_shares(self.predictor(pixels))
+
+    def _ranked(self, outputs: Any) -> list[dict[str, Any]]:
+        """Returns the most likely classes of a photo."""
+        if not isinstance(outputs, np.ndarray) or outputs.ndim != 1:
+            told = (
+                f"shape (batch, {', '.join(map(str, outputs.shape))})"
+                if isinstance(outputs, np.ndarray)
+                else "several outputs"
+            )
             raise ValueError(f"Expected a classifier with one output of shape (batch, classes). Received: {told}")
-        if outputs.min() < 0 or outputs.max() > 1 + 1e-3:
-            outputs = np.exp(outputs - outputs.max(1, keepdims=True))
-            outputs /= outputs.sum(1, keepdims=True)
-        names = self._names(outputs.shape[1])
+        # The logits of a few classes may happen to lie between 0 and 1 for a photo.
+        if not _are_shares(outputs) or (len(outputs) < FEW and self._returns_logits):
+            outputs = np.exp(outputs - outputs.max())
+            outputs /= outputs.sum()
+        (best,) = class_names.rank(outputs[None], self.top, self._names(len(outputs)))
         keys = ("class_id", "wnid", "name", "probability")
-        ranked = class_names.rank(outputs, self.top, names)
-        return [
-            [{key: value for key, value in zip(keys, row, strict=True) if value is not None} for row in rows]
-            for rows in ranked
-        ]
+        return [{key: value for key, value in zip(keys, row, strict=True) if value is not None} for row in best]
+
+
+def _are_shares(outputs: np.ndarray) -> bool:
+    return bool(outputs.min() >= 0 and outputs.max() <= 1 + 1e-3)

@@ -22,7 +22,6 @@ from keras_effnet.inference import runtimes
 from keras_effnet.model_loader import load_model, resolve
 from keras_effnet.weights import downloads, registry
 
-BATCH = 16  # images per call of Keras
 KEPT_AS = 2  # increased when exports change, which invalidates all that are cached
 
 
@@ -126,24 +125,7 @@ class ExportCache:
             )
         model = self.model()
         shape = export.shape_of(model, self._shape)
-        lock = threading.Lock()
-        net: Any = for_inference(model, shape)
-
-        def run(images: np.ndarray) -> list[np.ndarray]:
-            import keras
-
-            rows = []
-            for start in range(0, len(images), BATCH):
-                part = images[start : start + BATCH]
-                # Pads the last batch, since Keras compiles each batch size anew.
-                missing = BATCH - len(part) if len(images) > BATCH else 0
-                part = np.concatenate([part, np.zeros((missing, *shape), "float32")]) if missing else part
-                with lock:
-                    outputs = net.predict_on_batch(part)
-                made = [np.asarray(keras.ops.convert_to_numpy(each)) for each in keras.tree.flatten(outputs)]
-                rows.append([each[: len(each) - missing] for each in made])
-            return [np.concatenate(each) for each in zip(*rows, strict=True)]
-
+        run = _OnKeras(for_inference(model, shape), shape)
         return "keras", None, export.metadata_of(model, shape, self.precision), run
 
     def _places(self, name: str) -> tuple[Path, Path]:
@@ -231,6 +213,33 @@ class ExportCache:
         with files.replacing(self._choices()) as temporary:
             temporary.write_text(json.dumps(known))
         return chosen
+
+
+class _OnKeras:
+    """Runs a net with Keras, as `runtimes.Pool` does with a runtime. Keras has its own threads."""
+
+    batch = 16
+
+    def __init__(self, net: Any, shape: tuple[int, ...]):
+        self._net, self._shape = net, shape
+        self._lock = threading.Lock()
+
+    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
+        import keras
+
+        rows = []
+        for start in range(0, len(images), self.batch):
+            part = images[start : start + self.batch]
+            # Pads the last batch, since Keras compiles each batch size anew.
+            missing = self.batch - len(part) if len(images) > self.batch else 0
+            part = np.concatenate([part, np.zeros((missing, *self._shape), "float32")]) if missing else part
+            with self._lock:
+                outputs = self._net.predict_on_batch(part)
+            made = [np.asarray(keras.ops.convert_to_numpy(each)) for each in keras.tree.flatten(outputs)]
+            rows.append([each[: len(each) - missing] for each in made])
+        return [np.concatenate(each) for each in zip(*rows, strict=True)]
+
+    on_one_thread = __call__
 
 
 def _weights_of(name: str, weights) -> Any:

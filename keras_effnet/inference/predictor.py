@@ -1,6 +1,7 @@
 """`Predictor`: runs a model on the fastest runtime that is installed."""
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +9,12 @@ import numpy as np
 
 from keras_effnet import model_metadata
 from keras_effnet.errors import one_of
-from keras_effnet.inference import runtimes
+from keras_effnet.images import folders, photo_loader
+from keras_effnet.inference import photo_stream, runtimes
+from keras_effnet.inference.export_cache import ExportCache
 
 if TYPE_CHECKING:
     import keras
-
-from keras_effnet.inference.export_cache import ExportCache
 
 
 class Predictor:
@@ -77,6 +78,7 @@ class Predictor:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise ValueError(f"Expected threads as a positive integer. Received: threads={threads!r}")
         self.precision, self.threads = precision, threads or runtimes.cores()
+        self._rules_of = (model, weights) if isinstance(model, str | os.PathLike) else None
         source = ExportCache(model, weights, precision, calibration, input_shape)
         if source.exported:
             self.runtime, self.path = runtimes.of_file(source.exported, runtime), Path(source.exported)
@@ -94,7 +96,64 @@ class Predictor:
         return f"<Predictor {self.input_shape} {self.precision} on {self.runtime}, {self.threads} threads>"
 
     def __call__(self, images) -> Any:
-        rows = self._run(self._checked(images))
+        return self._structured(self._run(self._checked(images)))
+
+    def predict_files(
+        self,
+        paths: str | os.PathLike | Iterable[str | os.PathLike],
+        recursive: bool = False,
+        decode: str = "exact",
+    ) -> Iterator[photo_stream.FilePrediction]:
+        """Runs the model on photos, which are cropped and resized as it expects.
+
+        Decodes and predicts on all `threads` at once. Results come in order, as soon as they are ready, and memory does
+        not grow with the number of photos.
+
+        Args:
+            paths: Path of an image file, or of a folder of them; or an iterable of such paths.
+            recursive: Boolean, whether to search folders in folders too. Defaults to False.
+            decode: See `load_image()`. Defaults to `"exact"`.
+
+        Yields:
+            Named tuples with `path`, `outputs` and `error`. `outputs` is what the call returns, without the axis of the
+            batch: for a classifier, an array with a number per class. If a photo cannot be read, `outputs` is None and
+            `error` is the exception; the others are not affected.
+
+        Raises:
+            ValueError: If `decode` is unknown.
+
+        Example:
+
+        >>> import keras_effnet as ke
+        >>> model = ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 3), classes=2)
+        >>> for path, outputs, error in ke.Predictor(model).predict_files(["docs/cat.png", "docs/coffee.png"]):
+        ...     print(path, outputs.shape)
+        docs/cat.png (2,)
+        docs/coffee.png (2,)
+        """
+        given = [paths] if isinstance(paths, str | os.PathLike) else paths
+        found = (path for each in given for path in folders.photographs([each], recursive))
+        load = self.image_loader(decode)
+        rows = photo_stream.stream(found, load, self._run.on_one_thread, self.threads, self._run.batch)
+        return (row if row.error else row._replace(outputs=self._structured(row.outputs)) for row in rows)
+
+    def image_loader(self, decode: str = "exact") -> Callable[[Any], np.ndarray]:
+        """Returns the function that loads photos as the model expects them.
+
+        Args:
+            decode: See `load_image()`. Defaults to `"exact"`.
+
+        Returns:
+            Function from a path, or a file's bytes, to an array of pixels.
+
+        Raises:
+            ValueError: If `decode` is unknown.
+        """
+        if self._rules_of:
+            return photo_loader.loader_of_reference(*self._rules_of, self.metadata, self.input_shape, decode)
+        return photo_loader.loader_of(self.metadata | {"input_shape": self.input_shape}, decode)
+
+    def _structured(self, rows: list[np.ndarray]) -> Any:
         match self._structure:
             case list(names) if all(isinstance(name, str) for name in names):
                 return dict(zip(names, rows, strict=True))

@@ -8,9 +8,9 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -229,9 +229,14 @@ class Pool:
         path: Path of the file.
         threads: Integer. Threads to use.
 
+    Attributes:
+        batch: Integer. Images to pass to `on_one_thread()` at a time.
+
     Raises:
         ValueError: If the runtime cannot open the file.
     """
+
+    batch = 1
 
     def __init__(self, runtime: str, path: str | os.PathLike, threads: int):
         self._runtime, self._path, self._threads = runtime, os.fspath(path), threads
@@ -241,6 +246,7 @@ class Pool:
         self._process, self._file = os.getpid(), self._stat()
         self._lock = threading.Lock()
         self._workers: ThreadPoolExecutor | None = None
+        self._opened = False
         self._runners: SimpleQueue[Run] = SimpleQueue()
         self.input_shape, (self._alone,) = self._open(1, self._threads)
 
@@ -270,6 +276,31 @@ class Pool:
         Raises:
             ValueError: If the process was forked and the runtime does not survive that, or the file has changed.
         """
+        self._check_process()
+        if len(images) < self._threads or self._threads == 1:
+            with self._lock:
+                rows = [self._alone(image) for image in _each(images)]
+        else:
+            rows = self._on_all_threads(images)
+        return _batch_of(rows)
+
+    def on_one_thread(self, images: np.ndarray) -> list[np.ndarray]:
+        """Runs the model on one thread, for a caller whose other threads do the same. At most `threads` run at once.
+
+        Args:
+            images: See `__call__()`.
+
+        Returns:
+            See `__call__()`.
+
+        Raises:
+            ValueError: See `__call__()`.
+        """
+        self._check_process()
+        with self._runner() as run:
+            return _batch_of([run(image) for image in _each(images)])
+
+    def _check_process(self) -> None:
         if os.getpid() != self._process:  # a fork has the memory of its parent, but none of its threads
             if not RUNTIMES[self._runtime].forks:
                 raise ValueError(
@@ -277,35 +308,45 @@ class Pool:
                     "Received: one of the parent process. Create it after the fork, or use runtime='litert'"
                 )
             self._start()
-        if len(images) < self._threads or self._threads == 1:
-            with self._lock:
-                rows = [self._alone(images[place : place + 1]) for place in range(len(images))]
-        else:
-            rows = self._side_by_side(images)
-        return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
 
-    def _side_by_side(self, images: np.ndarray) -> list[list[np.ndarray]]:
+    @contextmanager
+    def _runner(self) -> Iterator[Run]:
+        """Lends one of the runners that use one thread each. They are opened on first use."""
         with self._lock:
-            if self._workers is None:
+            if not self._opened:
                 if self._stat() != self._file:
                     raise ValueError(f"Expected the file not to change while in use. Received: {self._path!r}, changed")
                 for run in self._open(self._threads, 1)[1]:
                     self._runners.put(run)
-                self._workers = ThreadPoolExecutor(self._threads, "keras_effnet")
+                self._opened = True
+        run = self._runners.get()
+        try:
+            yield run
+        finally:
+            self._runners.put(run)
+
+    def _on_all_threads(self, images: np.ndarray) -> list[list[np.ndarray]]:
+        with self._lock:
+            self._workers = self._workers or ThreadPoolExecutor(self._threads, "keras_effnet")
         rows: list[Any] = [None] * len(images)
         places = itertools.count()
 
         def work() -> None:
-            run = self._runners.get()
-            try:
+            with self._runner() as run:
                 while (place := next(places)) < len(images):
                     rows[place] = run(images[place : place + 1])
-            finally:
-                self._runners.put(run)
 
         for job in [self._workers.submit(work) for _ in range(self._threads)]:
             job.result()
         return rows
+
+
+def _each(images: np.ndarray) -> Iterator[np.ndarray]:
+    return (images[place : place + 1] for place in range(len(images)))
+
+
+def _batch_of(rows: list[list[np.ndarray]]) -> list[np.ndarray]:
+    return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
 
 
 def seconds_each(runs: Sequence[Callable[[], Any]], rounds: int = 7, least: float = 0.02) -> list[float]:

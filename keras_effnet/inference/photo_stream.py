@@ -1,0 +1,81 @@
+"""Runs a model over photos: decodes and predicts on all processors at once, and yields the results in order."""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+AHEAD = 8  # photos, or batches of them, per thread that wait for an earlier one. Only their outputs are in memory
+
+
+class FilePrediction(NamedTuple):
+    """What a model predicts for a photo.
+
+    Attributes:
+        path: The path, as it was given or found.
+        outputs: What the model returns for the photo, without the axis of the batch. None if the photo cannot be read.
+        error: The exception, or None.
+    """
+
+    path: str | os.PathLike
+    outputs: Any
+    error: Exception | None = None
+
+
+def stream(
+    paths: Iterable[str | os.PathLike],
+    load: Callable[[Any], np.ndarray],
+    run: Callable[[np.ndarray], list[np.ndarray]],
+    threads: int,
+    batch: int = 1,
+) -> Iterator[FilePrediction]:
+    """Yields what a model predicts for each photo, in order. Each thread loads a photo and runs the model on it.
+
+    The next photos are only taken from `paths` as results are taken from the stream, so that memory does not grow with
+    their number.
+
+    Args:
+        paths: Iterable of paths.
+        load: Function from a path to pixels. If it raises `OSError`, `ValueError` or `MemoryError`, the photo is
+            skipped.
+        run: Function from a float32 batch of images to the list of outputs. Several threads call it at once.
+        threads: Integer.
+        batch: Integer. Photos that a thread loads before it runs the model on them. Defaults to 1.
+
+    Yields:
+        `FilePrediction`, with the list of outputs.
+    """
+
+    def work(some: list) -> list[FilePrediction]:
+        found: list[Any] = [_tried(load, path) for path in some]
+        images = [pixels for pixels in found if not isinstance(pixels, Exception)]
+        outputs = run(np.stack(images)) if images else []
+        rows = (list(row) for row in zip(*outputs, strict=True))
+        return [
+            FilePrediction(path, None, one) if isinstance(one, Exception) else FilePrediction(path, next(rows))
+            for path, one in zip(some, found, strict=True)
+        ]
+
+    rest = iter(paths)
+    waiting: deque[Future] = deque()
+    workers = ThreadPoolExecutor(threads, "keras_effnet")
+    try:
+        while some := list(itertools.islice(rest, batch)):
+            waiting.append(workers.submit(work, some))
+            if len(waiting) > AHEAD * threads:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:  # also if the caller takes no more
+        workers.shutdown(cancel_futures=True)
+
+
+def _tried(load: Callable[[Any], np.ndarray], path) -> np.ndarray | Exception:
+    try:
+        return load(path)
+    except (OSError, ValueError, MemoryError) as error:
+        return error

@@ -1,0 +1,172 @@
+"""Writes predictions to JSON Lines or CSV, a row per photo, and continues a file that was stopped."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_OWN = ("class_id", "name", "probability")
+
+
+class PredictionFile:
+    """A file of predictions. Each row is complete on disk before the next photo.
+
+    A row that was cut off, as by a lost connection, is removed when the file is opened again. Use it as a context
+    manager.
+
+    Args:
+        path: Path of the file. It is created if it does not exist.
+        kind: `"jsonl"` or `"csv"`.
+        model: String, the model and its weights. Each row names it.
+        top: Integer, the most classes per photo.
+
+    Attributes:
+        done: Set of the paths of the photos that have a row.
+        failed: Integer, rows with an error.
+
+    Raises:
+        BlockingIOError: If another process writes the file.
+        OSError: If the file cannot be read or written.
+        ValueError: If the file has other rows: of another model, of another number of classes, or not predictions.
+    """
+
+    def __init__(self, path: str | os.PathLike, kind: str, model: str, top: int):
+        self.path, self.done, self.failed = Path(path), set[str](), 0
+        self._model, self._top, self._classes = model, top, 0
+        self._encode, self._decode, self._header = {
+            "jsonl": (_json_row, _json_rows, b""),
+            "csv": (self._csv_row, _csv_rows, _csv_line(_columns(top))),
+        }[kind]
+        self._file: BinaryIO = self.path.open("ab+")
+        try:
+            _lock(self._file, self.path)
+            self._continue()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "PredictionFile":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._file.close()
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Adds the row of a photo, unless the photo has one.
+
+        Args:
+            result: Dict with `path`, and `predictions` or `error`, as from `Classifier`.
+        """
+        if result["path"] in self.done:
+            return
+        row = {"path": result["path"], "model": self._model} | result
+        self._check(row, b"")
+        self._append(self._encode(row))
+        self._count(result)
+
+    def _append(self, row: bytes) -> None:
+        self._file.write(row)
+        self._file.flush()
+
+    def _count(self, result: dict[str, Any]) -> None:
+        self.done.add(result["path"])
+        self.failed += "error" in result
+
+    def _continue(self) -> None:
+        """Reads the rows that are there, and cuts off what is not a complete row."""
+        self._file.seek(0)
+        whole = 0
+        for content, row in self._decode(self._file):
+            self._check(row, content)
+            whole += len(content)
+            if "path" in row:
+                self._count(row)
+        self._file.truncate(whole)
+        self._file.seek(whole)
+        if not whole:
+            self._append(self._header)
+
+    def _check(self, row: dict[str, Any], content: bytes) -> None:
+        if "columns" in row:
+            if content != self._header:
+                raise self._unlike(f"the columns {', '.join(row['columns'])}"[:200])
+        elif not isinstance(row.get("path"), str) or not ("error" in row or "predictions" in row):
+            raise self._unlike(f"the line {content[:80]!r}")
+        elif row.get("model") != self._model:
+            raise self._unlike(f"rows of {row.get('model')!r}")
+        elif "predictions" in row:
+            self._classes = self._classes or len(row["predictions"])
+            if len(row["predictions"]) != self._classes:
+                raise self._unlike(f"{self._classes} classes per photo, not {len(row['predictions'])}")
+
+    def _unlike(self, received: str) -> ValueError:
+        return ValueError(
+            f"Expected a new file, or one to continue, with the {self._top} most likely classes of {self._model!r}. "
+            f"Received: {str(self.path)!r} with {received}. Choose another file"
+        )
+
+    def _csv_row(self, result: dict[str, Any]) -> bytes:
+        cells = [result["path"], result["model"], result.get("error", "")]
+        for best in result.get("predictions", ()):
+            cells += [best[key] for key in _OWN]
+        return _csv_line(cells + [""] * (3 + self._top * len(_OWN) - len(cells)))
+
+
+def _columns(top: int) -> list[str]:
+    return ["path", "model", "error", *(f"{key}_{place}" for place in range(1, top + 1) for key in _OWN)]
+
+
+def _json_row(result: dict[str, Any]) -> bytes:
+    return json.dumps(result).encode() + b"\n"
+
+
+def _json_rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    for line in file:
+        if not line.endswith(b"\n"):
+            return
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = {}
+        yield line, row if isinstance(row, dict) else {}
+
+
+def _csv_line(cells: list[Any]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode("utf-8", "surrogateescape")  # a file name may have any bytes
+
+
+def _csv_rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    content, columns = b"", None
+    for line in file:
+        content += line
+        if content.count(b'"') % 2 or not line.endswith(b"\n"):  # a line break inside quotes, or a row that was cut off
+            continue
+        (cells,) = csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
+        if columns is None:
+            columns = cells
+            yield content, {"columns": columns}
+        else:
+            path, model, error, *rest = [*cells, "", "", ""][: max(3, len(cells))]
+            told: dict[str, Any] = (
+                {"error": error} if error else {"predictions": [each for each in rest[:: len(_OWN)] if each]}
+            )
+            yield content, {"path": path, "model": model} | told
+        content = b""
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(
+            f"Expected a file that no other process writes. Received: {str(path)!r}, which is in use"
+        ) from error
