@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 import numpy as np
-from inference import LITE0, Worker, photographs
+from inference import B0, LITE0, Worker, export, photographs
 from timing import seconds, spread, told
 
 SIZES = ((375, 500), (300, 451), (480, 640), (768, 1024), (1200, 1600))  # height, width
@@ -64,18 +64,20 @@ def one_by_one(paths: list[str], folder: str) -> Callable[[], Any]:
 
     predictor = ke.Predictor(f"{folder}/b0.keras")
     load = predictor.image_loader()
-    return lambda: [predictor(load(path)) for path in paths]
+    return lambda: sum(len(predictor(load(path))) for path in paths)
 
 
-def by_hand(paths: list[str], folder: str) -> Callable[[], Any]:
+def by_hand(paths: list[str], folder: str, export: str = "b0.onnx") -> Callable[[], Any]:
     """ONNX Runtime, as a user writes it: a thread per processor, each decodes and predicts."""
     from PIL import Image
 
     onnxruntime: Any = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(f"{folder}/b0.onnx", options)
-    name = session.get_inputs()[0].name
+    session = onnxruntime.InferenceSession(f"{folder}/{export}", options)
+    place, *others = session.get_inputs()
+    # Keras exports the constants of keras.applications' Normalization as inputs.
+    constants = {one.name: np.ones([1 if side is None else side for side in one.shape], "float32") for one in others}
 
     def predict(path: str):
         image = Image.open(path).convert("RGB")
@@ -84,13 +86,17 @@ def by_hand(paths: list[str], folder: str) -> Callable[[], Any]:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - 224) // 2, (height - 224) // 2
         pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), "float32")
-        return session.run(None, {name: pixels[None]})
+        return session.run(None, {place.name: pixels[None], **constants})
 
     def call():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(predict, paths))
+            return len(list(pool.map(predict, paths)))
 
     return call
+
+
+def by_hand_on_keras_export(paths: list[str], folder: str) -> Callable[[], Any]:
+    return by_hand(paths, folder, f"{B0}.onnx")
 
 
 def tf_data(paths: list[str], folder: str) -> Callable[[], Any]:
@@ -108,62 +114,75 @@ def tf_data(paths: list[str], folder: str) -> Callable[[], Any]:
 
     def call():
         rows = tf.data.Dataset.from_tensor_slices(paths).map(load, tf.data.AUTOTUNE).batch(32).prefetch(2)
-        return [function(images).numpy() for images in rows]
+        return sum(len(function(images).numpy()) for images in rows)
 
     return call
 
 
+class Photos:
+    """A dataset for PyTorch's DataLoader, whose processes need it at the top of a module."""
+
+    def __init__(self, paths: list[str], transform: Callable):
+        self._paths, self._transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, place: int):
+        from PIL import Image
+
+        return self._transform(Image.open(self._paths[place]).convert("RGB"))
+
+
 def timm_loader(paths: list[str], folder: str) -> Callable[[], Any]:
     import torch
-    from PIL import Image
 
     timm: Any = import_module("timm")
     model = timm.create_model("tf_efficientnet_b0").eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     compiled = torch.compile(model, dynamic=False)
 
-    class Photos(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(paths)
-
-        def __getitem__(self, place):
-            return transform(Image.open(paths[place]).convert("RGB"))
+    dataset: Any = Photos(paths, transform)
 
     def call():
-        loader = torch.utils.data.DataLoader(Photos(), 32, num_workers=os.cpu_count() or 1, drop_last=False)
+        loader = torch.utils.data.DataLoader(dataset, 32, num_workers=os.cpu_count() or 1)
         with torch.inference_mode():
-            return [compiled(images).numpy() for images in loader]
+            return sum(len(compiled(images).numpy()) for images in loader)
 
     return call
 
 
 def compare(count: int, rounds: int) -> dict[str, Any]:
     candidates: dict[str, Callable] = {"Predictor.predict_files": ours, "Predictor, one after the other": one_by_one}
-    candidates |= {"ONNX Runtime by hand": by_hand, "tf.data, keras.applications": tf_data}
+    candidates |= {"ONNX Runtime by hand, our export": by_hand}
+    candidates |= {"ONNX Runtime by hand, Keras' export": by_hand_on_keras_export}
+    candidates |= {"tf.data, keras.applications": tf_data}
     if find_spec("timm"):
         candidates["timm, DataLoader, torch.compile"] = timm_loader
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         folder = Path(place)
         paths = write_photos(folder, count)
+        export(B0, place)
         _save_model(place)
         workers = {}
         for name, make in candidates.items():
             workers[name] = Worker(make, paths, place)
             stack.callback(workers[name].stop)
-        speeds: dict[str, list[float]] = {name: [] for name in workers}
-        for _ in range(rounds):
-            for name, worker in workers.items():
-                speeds[name].append(count / worker(0.01))
+            assert workers[name].result() == count  # and warms up
         alone = Worker(_processor_time, paths, place)
         stack.callback(alone.stop)
-        load, run = alone.result()
-    cores = os.cpu_count() or 1
-    bound = cores / (load + run)
+        speeds: dict[str, list[float]] = {name: [] for name in workers}
+        processor = []
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                speeds[name].append(count / seconds(worker.result))
+            processor.append(alone.result())
     mine = speeds["Predictor.predict_files"]
+    bounds = [(os.cpu_count() or 1) / sum(each) for each in processor]
+    loads, runs = zip(*processor, strict=True)
     return {
-        "photos": count,
-        "processor milliseconds per photo": {"load": load * 1e3, "run": run * 1e3},
-        "share of the bound": spread([each / bound for each in mine]),
+        "milliseconds": {"load": spread([each * 1e3 for each in loads]), "run": spread([each * 1e3 for each in runs])},
+        "share of the bound": spread([a / b for a, b in zip(mine, bounds, strict=True)]),
         "images per second": {name: spread(each) for name, each in speeds.items()},
         "ours over it": {
             name: spread([a / b for a, b in zip(mine, each, strict=True)]) for name, each in speeds.items()
@@ -241,25 +260,37 @@ def fast_decoding() -> dict[str, Any]:
 
 
 def memory(count: int) -> dict[str, Any]:
-    """Returns the peak memory in MiB of `predict --csv` over links to 50 photos, for 1,000 links and for `count`."""
+    """Returns the peak memory in MiB of `predict --csv` over links to 50 photos, for 1,000 links and for `count`.
+
+    The model is Lite0 for images of 32 x 32: memory over many files is the point, not the model.
+    """
+    import keras_effnet as ke
+
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "photos").mkdir()
-        photos = write_photos(Path(place) / "photos", 50, ((120, 160),))
+        photos = write_photos(Path(place) / "photos", 50, ((60, 80),))
+        model = ke.save_model(ke.create_model(LITE0, weights=None, input_shape=(32, 32, 3)), f"{place}/net.keras")
+        ke.Predictor(model)
         for number in (1000, count):
             links = Path(place) / f"links{number}"
             links.mkdir()
             for each in range(number):
                 (links / f"{each:06}.jpg").symlink_to(photos[each % 50])
             command = [sys.executable, "-m", "keras_effnet", "predict", str(links), "--csv", f"{links}.csv"]
+            command += ["--model", str(model)]
             begun = time.perf_counter()
-            process = os.spawnv(os.P_NOWAIT, sys.executable, command)
-            _, status, used = os.wait4(process, 0)
+            process, peak = subprocess.Popen(command), 0
+            while process.poll() is None:  # getrusage() also counts the memory of the parent
+                with suppress(OSError, StopIteration):
+                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                    peak = int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+                time.sleep(0.05)
             rows = Path(f"{links}.csv").read_text().count("\n") - 1
-            if status or rows != number:
-                raise RuntimeError(f"Expected {number} rows. Received: {rows}, status {status}")
+            if process.returncode or rows != number:
+                raise RuntimeError(f"Expected {number} rows. Received: {rows}, status {process.returncode}")
             found[f"{number:,} files"] = {
-                "peak MiB": used.ru_maxrss / 1024,
+                "peak MiB": peak / 1024,
                 "images per second": number / (time.perf_counter() - begun),
             }
     return found
@@ -278,7 +309,9 @@ def main(photos, rounds, load, decode, links) -> None:
         print(json.dumps(found, indent=2))
         return
     found = compare(photos, rounds)
-    print(json.dumps({key: value for key, value in found.items() if "per second" not in key and "over" not in key}))
+    times = {name: told(each, 1) for name, each in found["milliseconds"].items()}
+    print(f"processor milliseconds per photo: {times['load']} to load, {times['run']} to run the model")
+    print(f"predict_files over processors / that time: {told(found['share of the bound'])}\n")
     print("| candidate | images/s | predict_files, relative to it |\n|---|---|---|")
     for name, speed in found["images per second"].items():
         print(f"| {name} | {told(speed, 1)} | {told(found['ours over it'][name])} |")

@@ -69,13 +69,13 @@ def clocked(function: Callable[[int], object]) -> Run:
     return run
 
 
-def batch() -> tuple[np.ndarray, np.ndarray]:
+def batch(size: int = SIZE, count: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (BATCH, SIZE, SIZE, 3), "uint8")
-    return images, generator.integers(0, CLASSES, BATCH).astype("int32")
+    images = generator.integers(0, 256, (count, size, size, 3), "uint8")
+    return images, generator.integers(0, CLASSES, count).astype("int32")
 
 
-def prepared(name: str):
+def prepared(name: str, size: int = SIZE, count: int = BATCH, precision: str = "float32", xla: bool = False):
     """Returns what `keras_effnet.tpu.train` sets up before its loop."""
     import keras
     import orbit
@@ -85,19 +85,20 @@ def prepared(name: str):
     from keras_effnet.tpu.model_from_recipe import build, make_learner
     from keras_effnet.tpu.train import runner
 
-    recipe = Recipe(Model(name, image_size=SIZE), batch_size=BATCH)
+    recipe = Recipe(Model(name, image_size=size), batch_size=count)
     machine = runner.connect(recipe.run)
     with machine.scope():
         keras.utils.set_random_seed(0)
-        model = machine.adapted(build(recipe, CLASSES, "float32"), 1)
-        learner = make_learner(model, recipe, 1_281_167 / BATCH, 28_000_000)
+        model = machine.adapted(build(recipe, CLASSES, precision), 1)
+        learner = make_learner(model, recipe, 1_281_167 / count, 28_000_000)
         state = machine.variables(learner)
     step = orbit.utils.create_global_step()
 
     def batches():
-        return iter(machine.batches(lambda host, parts, python: tf.data.Dataset.from_tensors(batch()).repeat()))
+        return iter(machine.batches(lambda host, parts, python: tf.data.Dataset.from_tensors(rows).repeat()))
 
-    return machine, learner, state, step, machine.trainer(learner, state, step, batches, BATCH)
+    rows = batch(size, count)
+    return machine, learner, state, step, machine.trainer(learner, state, step, batches, count, xla)
 
 
 def ours() -> dict[str, Run]:

@@ -210,6 +210,30 @@ def frozen(concrete_function) -> Any:
     return convert_variables_to_constants_v2(concrete_function)
 
 
+def sees_gpu() -> bool:
+    """Returns whether Keras' backend sees an NVIDIA GPU.
+
+    Returns:
+        Boolean.
+    """
+    import keras
+
+    match keras.backend.backend():
+        case "tensorflow":
+            import tensorflow as tf
+
+            return bool(tf.config.list_physical_devices("GPU"))
+        case "jax":
+            import jax
+
+            return jax.default_backend() == "gpu"
+        case "torch":
+            import torch
+
+            return torch.cuda.is_available()
+    return False
+
+
 def load_openvino():
     """Imports OpenVINO without its telemetry.
 

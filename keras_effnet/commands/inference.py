@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from keras_effnet.commands.options import AS_JSON, BEST, PRECISION, RUNTIME, WEIGHTS, choose_backend, comma_separated
+from keras_effnet.commands.options import (
+    AS_JSON,
+    BEST,
+    DEVICE,
+    PRECISION,
+    RUNTIME,
+    WEIGHTS,
+    choose_backend,
+    comma_separated,
+)
 from keras_effnet.commands.output import JsonList, complain, progress, quiet, show, show_json, spinner, table
 
 
@@ -24,6 +33,7 @@ from keras_effnet.commands.output import JsonList, complain, progress, quiet, sh
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes to show per photo.")
 @RUNTIME
 @PRECISION
+@DEVICE
 @click.option(
     "--decode",
     default="exact",
@@ -34,7 +44,9 @@ from keras_effnet.commands.output import JsonList, complain, progress, quiet, sh
 @click.option("--csv", metavar="FILE", help="Save a row per photo to FILE. Run again to continue the file.")
 @AS_JSON
 @click.pass_context
-def predict(ctx, photographs, model, weights, best, recursive, top, runtime, precision, decode, jsonl, csv, as_json):
+def predict(
+    ctx, photographs, model, weights, best, recursive, top, runtime, precision, device, decode, jsonl, csv, as_json
+):
     """Classify photos.
 
     PHOTO is an image file, or a folder of them; its subfolders are searched only with --recursive. The first run
@@ -50,7 +62,7 @@ def predict(ctx, photographs, model, weights, best, recursive, top, runtime, pre
         choose_backend()
     try:
         with spinner(f"Preparing {model}"):
-            classifier = Classifier(model, weights, top, runtime, precision, best, decode)
+            classifier = Classifier(model, weights, top, runtime, precision, best, decode, device)
     except ModuleNotFoundError:
         choose_backend()
         raise
@@ -185,10 +197,13 @@ def export(model, out, kind, precision, weights, best, calibration, labels, size
     type=click.IntRange(1),
     help="Times to measure each combination, all in turn.",
 )
+@click.option(
+    "--refresh", is_flag=True, help="Also forget which runtime is the fastest: Predictor measures again for each model."
+)
 @click.option("--plot", metavar="OUT.png|svg|pdf", help="Also plot the results to this file.")
 @AS_JSON
 @click.pass_context
-def benchmark(ctx, models, runtimes, precisions, batch_sizes, threads, rounds, plot, as_json) -> None:
+def benchmark(ctx, models, runtimes, precisions, batch_sizes, threads, rounds, refresh, plot, as_json) -> None:
     """Measure the speed of models on this machine.
 
     MODEL is a name (with random weights), a .keras file, the folder of a run or an exported model.
@@ -198,12 +213,15 @@ def benchmark(ctx, models, runtimes, precisions, batch_sizes, threads, rounds, p
     with contextlib.suppress(ImportError):
         choose_backend()
     from keras_effnet.inference import benchmark as benchmarks
+    from keras_effnet.inference import export_cache
     from keras_effnet.plots import figure_class
 
     if plot:
         figure_class()  # a missing package is reported before the work
     if not all(size.isdecimal() and int(size) for size in batch_sizes):
         raise ValueError(f"Expected batch sizes of at least 1. Received: {', '.join(batch_sizes)}")
+    if refresh:
+        export_cache.forget_fastest()
     with quiet(), progress("Measuring") as tell:
         rows = benchmarks.benchmark(
             models,

@@ -19,6 +19,9 @@ RUNNER = click.option(
     type=click.Choice(["tensorflow", "jax"]),
     help="Framework to train with. Default: KERAS_BACKEND, or tensorflow.",
 )
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda (an NVIDIA GPU), or auto: the GPU if there is one."
+)
 RUNTIME = click.option(
     "--runtime", default="auto", show_default=True, help="litert, onnxruntime, openvino or keras. auto: the fastest."
 )

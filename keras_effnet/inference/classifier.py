@@ -28,6 +28,7 @@ class Classifier:
         precision: See `Predictor`.
         best: Boolean, whether to use a run's best.keras. See `load_model()`. Defaults to False.
         decode: See `load_image()`. Defaults to `"exact"`.
+        device: See `Predictor`. Defaults to `"auto"`.
 
     Attributes:
         name: String, the model and its weights, as files of predictions name it.
@@ -60,12 +61,13 @@ class Classifier:
         precision: str = "float32",
         best: bool = False,
         decode: str = "exact",
+        device: str = "auto",
     ):
         class_names.rank(np.zeros((0, 1000)), top)  # raises for an invalid `top` before any work
         found = resolve(model, best, exports=True)
         one_of("decode", decode, photo_loader.DECODE)
         self.top, self.note, self._decode = top, None, decode
-        self.predictor = Predictor(found.place, runtime, precision, weights=found.tag_of(weights))
+        self.predictor = Predictor(found.place, runtime, precision, weights=found.tag_of(weights), device=device)
         self._labels = self.predictor.labels
         self.name = f"{found.place} {found.tag_of(weights)}" if found.kind == "name" else found.place
 

@@ -8,6 +8,7 @@ import secrets
 import threading
 import warnings
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
@@ -22,6 +23,7 @@ from keras_effnet.inference import runtimes
 from keras_effnet.model_loader import load_model, resolve
 from keras_effnet.weights import downloads, registry
 
+_FASTEST = ".fastest.json"
 KEPT_AS = 2  # increased when exports change, which invalidates all that are cached
 
 
@@ -52,6 +54,7 @@ class ExportCache:
         self.precision, self._calibration, self._shape = precision, calibration, input_shape
         self._weights = weights
         self._model: Any = model
+        self._given = model
         if isinstance(model, str | os.PathLike):
             found = resolve(model, exports=True)
             if found.kind == "export":
@@ -86,12 +89,13 @@ class ExportCache:
         self._model = load_model(self._model, self._weights)
         return self._model
 
-    def opened(self, runtime: str, threads: int) -> tuple[str, Path | None, dict[str, Any], Any]:
+    def opened(self, runtime: str, threads: int, device: str = "cpu") -> tuple[str, Path | None, dict[str, Any], Any]:
         """Opens the model on a runtime, and exports it first unless the export is cached.
 
         Args:
             runtime: See `Predictor`.
             threads: Integer. Processors to use.
+            device: `"cpu"` or `"cuda"`. Defaults to `"cpu"`.
 
         Returns:
             Tuple of the name of the runtime, the path of the export (None for Keras), a dict with at least
@@ -102,17 +106,46 @@ class ExportCache:
             ValueError: If the runtime is unknown, or the model cannot be exported to it in this precision.
         """
         one_of("runtime", runtime, ["auto", *runtimes.FAST, "keras"])
+        if device == "cuda":
+            return self._on_gpu(runtime)
         if runtime == "keras":
+            if runtimes.has_gpu() and compat.sees_gpu():
+                raise ValueError(
+                    "Expected device='cuda' for runtime='keras', since Keras runs on the GPU that it sees. "
+                    "Received: device='cpu'. Hide the GPU from it: CUDA_VISIBLE_DEVICES=-1"
+                )
             return self._keras()
         names = runtimes.choose(runtime)
         if runtime != "auto":
             return self._opened(runtime, threads)
-        chosen = self._remembered(names, threads) or self._fastest(names, threads)
-        return self._opened(chosen, threads) if chosen else self._keras()
+        choice = self._remembered(names, threads) or self._fastest(names, threads)
+        if not choice:
+            return self._keras()
+        times = choice.get("seconds", {})
+        if "float32" in choice and min(times.values()) > choice["float32"]:
+            slower = min(times.values()) / choice["float32"]
+            warnings.warn(
+                f"On this machine, {self.precision} takes {slower:.2f} times as long as float32. "
+                "Use precision='float32', unless the size of the file matters more",
+                stacklevel=4,
+            )
+        return self._opened(choice["chosen"], threads)
 
     def _opened(self, name: str, threads: int) -> tuple[str, Path | None, dict[str, Any], Any]:
         path, record = self._made(name)
         return name, path, record, runtimes.Pool(name, path, threads)
+
+    def _on_gpu(self, runtime: str):
+        """Opens the model on ONNX Runtime's CUDA provider if there is one, else on Keras."""
+        if runtime != "keras" and runtimes.has_cuda_provider():
+            path, record = self._made("onnxruntime")
+            return "onnxruntime", path, record, runtimes.CudaSession(path)
+        if runtime != "onnxruntime" and self.precision == "float32" and compat.sees_gpu():
+            return self._keras()
+        raise ValueError(
+            "Expected a runtime for the GPU: pip install onnxruntime-gpu, or, for float32, a backend of Keras that "
+            f"sees the GPU. Received: neither, for runtime={runtime!r} and {self.precision}"
+        )
 
     def _keras(self):
         """Opens the folded model on Keras itself."""
@@ -164,28 +197,23 @@ class ExportCache:
         return path, record
 
     def _choices(self) -> Path:
-        return self.folder / f"{self.precision}.fastest.json"
+        return self.folder / f"{self.precision}{_FASTEST}"
 
-    def _remembered(self, names: list[str], threads: int) -> str | None:
+    def _remembered(self, names: list[str], threads: int) -> dict[str, Any] | None:
         try:
-            chosen = json.loads(self._choices().read_text())[runtimes.measured_on(names, threads)]["chosen"]
+            choice = json.loads(self._choices().read_text())[runtimes.measured_on(names, threads)]
+            return choice if choice["chosen"] in names else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return chosen if chosen in names else None
 
-    def _fastest(self, names: list[str], threads: int) -> str | None:
-        """Measures all runtimes that the model can be exported to. Returns the fastest, or None if there is none."""
-        if not all(self._kept(name) for name in names):
-            from keras_effnet.inference import export
+    def _fastest(self, names: list[str], threads: int) -> dict[str, Any] | None:
+        """Measures all runtimes that the model can be exported to, in turn, and remembers the fastest.
 
-            export.shape_of(self.model(), self._shape)  # an error of the model itself is raised, not collected
-        pools, reasons = {}, {}
-        for name in names:
-            try:
-                _, _, record, pool = self._opened(name, threads)
-                pools[name] = pool, record
-            except (ImportError, ValueError) as error:
-                reasons[name] = error
+        Returns:
+            Dict with the name of the fastest as `chosen` and the `seconds` of each; for a lower precision also the
+            seconds of the fastest in `float32`. None if there is no runtime.
+        """
+        pools, reasons = self._pools(names, threads)
         if not pools:
             told = "; ".join(f"{name}: {shorten(str(error), 150)}" for name, error in reasons.items())
             told = told or "no runtime is installed"
@@ -200,19 +228,48 @@ class ExportCache:
                 stacklevel=4,
             )
             return None
-        shape = next(iter(pools.values()))[1]["input_shape"]
-        image = np.random.default_rng(0).uniform(0, 255, (1, *shape)).astype("float32")
-        times = runtimes.seconds_each([lambda pool=pool: pool(image) for pool, _ in pools.values()])
-        seconds = dict(zip(pools, times, strict=True))
-        chosen = min(seconds, key=lambda name: seconds[name])
+        whole: dict[str, runtimes.Pool] = {}
+        if self.precision != "float32":
+            other = ExportCache(self._given, self._weights, "float32", None, self._shape)
+            other._model = self._model
+            whole, _ = other._pools(names, threads)
+        image = np.random.default_rng(0).uniform(0, 255, (1, *next(iter(pools.values())).input_shape)).astype("float32")
+        calls = [partial(pool, image) for pool in (*pools.values(), *whole.values())]
+        times = runtimes.seconds_each(calls)
+        seconds = dict(zip(pools, times, strict=False))
+        choice = {"chosen": min(seconds, key=lambda name: seconds[name]), "seconds": seconds}
+        if whole:
+            choice["float32"] = min(times[len(pools) :])
         try:
             known = json.loads(self._choices().read_text())
         except (OSError, ValueError):
             known = {}
-        known[runtimes.measured_on(names, threads)] = {"chosen": chosen, "seconds": seconds}
+        known[runtimes.measured_on(names, threads)] = choice
         with files.replacing(self._choices()) as temporary:
             temporary.write_text(json.dumps(known))
-        return chosen
+        return choice
+
+    def _pools(self, names: list[str], threads: int) -> tuple[dict[str, runtimes.Pool], dict[str, Exception]]:
+        """Opens the model on each runtime. Also returns why it cannot be exported to the others."""
+        if not all(self._kept(name) for name in names):
+            from keras_effnet.inference import export
+
+            export.shape_of(self.model(), self._shape)  # an error of the model itself is raised, not collected
+        pools: dict[str, runtimes.Pool] = {}
+        reasons: dict[str, Exception] = {}
+        for name in names:
+            try:
+                pools[name] = self._opened(name, threads)[3]
+            except (ImportError, ValueError) as error:
+                reasons[name] = error
+        return pools, reasons
+
+
+def forget_fastest() -> None:
+    """Forgets which runtime is the fastest for each model, so that the next `Predictor` measures again."""
+    for path in (downloads.home() / "predictor").glob(f"*/*{_FASTEST}"):
+        with suppress(OSError):
+            path.unlink()
 
 
 class _OnKeras:

@@ -1,6 +1,7 @@
 """`Predictor`: runs a model on the fastest runtime that is installed."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ class Predictor:
             fastest that is installed, by a short measurement on this machine, which is cached.
         precision: `"float32"`, `"float16"` or `"int8"`, see `export()`. Defaults to `"float32"`.
         threads: Integer. Processors to use. Defaults to None: all that this process may use.
+        device: `"cpu"`; `"cuda"` for an NVIDIA GPU, with ONNX Runtime where onnxruntime-gpu is installed, else with
+            Keras; or `"auto"`: the GPU if there is one that a runtime can use. Defaults to `"auto"`.
         weights: For the name of a model: tag of its weights, path of a file, or None for random weights. Defaults to
             `"imagenet"`.
         calibration: For `"int8"`, see `export()`. Defaults to None.
@@ -45,6 +48,7 @@ class Predictor:
         The same as `model.predict(images)`: float32 arrays with one row per image. A single image gives one row.
 
     Attributes:
+        device: String, `"cpu"` or `"cuda"`.
         metadata: Dict, see `keras_effnet.metadata()`.
         labels: List of the model's class names, or None.
 
@@ -73,6 +77,7 @@ class Predictor:
         weights: str | os.PathLike | None = "imagenet",
         calibration: Any = None,
         input_shape: tuple[int, ...] | None = None,
+        device: str = "auto",
     ):
         one_of("precision", precision, runtimes.PRECISIONS)
         if threads is not None and (not isinstance(threads, int) or threads < 1):
@@ -80,20 +85,46 @@ class Predictor:
         self.precision, self.threads = precision, threads or runtimes.cores()
         self._rules_of = (model, weights) if isinstance(model, str | os.PathLike) else None
         source = ExportCache(model, weights, precision, calibration, input_shape)
+        self.device = runtimes.device_of(device, runtime, precision)
         if source.exported:
             self.runtime, self.path = runtimes.of_file(source.exported, runtime), Path(source.exported)
-            self._run: Any = runtimes.Pool(self.runtime, self.path, self.threads)
+            self._run: Any = self._opened(device)
             record = {"input_shape": list(self._run.input_shape)} | model_metadata.metadata(self.path)
             self.precision = record.get("precision", self.precision)
         else:
-            self.runtime, self.path, record, self._run = source.opened(runtime, self.threads)
+            self.runtime, self.path, record, self._run = self._opened_from(source, runtime, device)
         self.metadata: dict[str, Any] = record
         self.input_shape: tuple[int, ...] = tuple(record["input_shape"])
         self.labels: list[str] | None = record.get("labels")
         self._structure = record.get("outputs")
 
+    def _opened(self, device: str) -> Any:
+        """Opens an exported file. Without a runtime for the GPU, `device="auto"` is the processor."""
+        if self.device == "cuda":
+            if self.runtime == "onnxruntime" and runtimes.has_cuda_provider():
+                return runtimes.CudaSession(self.path)
+            if device == "cuda":
+                raise ValueError(
+                    "Expected an ONNX file and onnxruntime-gpu for device='cuda'. Received: "
+                    f"{str(self.path)!r} on {self.runtime}"
+                )
+        self.device = "cpu"
+        return runtimes.Pool(self.runtime, self.path, self.threads)
+
+    def _opened_from(self, source: ExportCache, runtime: str, device: str) -> tuple:
+        if self.device == "cuda":
+            try:
+                return source.opened(runtime, self.threads, "cuda")
+            except ValueError as error:
+                if device == "cuda":
+                    raise
+                warnings.warn(f"Running on the processor. {error}", stacklevel=3)
+        self.device = "cpu"
+        return source.opened(runtime, self.threads)
+
     def __repr__(self):
-        return f"<Predictor {self.input_shape} {self.precision} on {self.runtime}, {self.threads} threads>"
+        place = "the GPU" if self.device == "cuda" else f"{self.threads} threads"
+        return f"<Predictor {self.input_shape} {self.precision} on {self.runtime}, {place}>"
 
     def __call__(self, images) -> Any:
         return self._structured(self._run(self._checked(images)))

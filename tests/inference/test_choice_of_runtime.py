@@ -1,0 +1,134 @@
+"""`Predictor` chooses the fastest runtime also on a busy machine, tells where int8 does not pay, and runs on GPUs."""
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+from helpers import BACKEND, command
+
+import keras_effnet as ke
+from keras_effnet.inference import runtimes
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of converters
+
+SHAPE = (32, 40, 3)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A cache of exports for each test."""
+    monkeypatch.setenv("KERAS_EFFNET_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def model(shallow):
+    return ke.EfficientNetLite0(weights=None, input_shape=SHAPE, classes=3)
+
+
+def spun(seconds: float):
+    """Returns a function that computes for so long, if no other process takes its core."""
+
+    def work():
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    return work
+
+
+@pytest.mark.parametrize("length", [0.001, 0.008])
+def test_the_faster_of_two_functions_is_found_beside_busy_processes(length):
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * runtimes.cores())]
+    try:
+        time.sleep(0.3)
+        for _ in range(4):
+            slow, fast = runtimes.seconds_each([spun(1.2 * length), spun(length)])
+            assert fast < slow
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+def test_refresh_decides_anew(model, home, tmp_path):
+    path = ke.save_model(model, tmp_path / "net.keras")
+    ke.Predictor(path)
+    (choices,) = home.glob("predictor/*/*.fastest.json")
+    (key,), known = json.loads(choices.read_text()), choices.read_text()
+    choices.write_text(json.dumps({key: {"chosen": "openvino", "seconds": {"openvino": 0}}}))
+    assert ke.Predictor(path).runtime == "openvino"
+    done = command("benchmark", path, "--refresh", "--runtimes", "onnxruntime", "--batch-sizes", "1", "--rounds", "1")
+    assert done.returncode == 0 and not choices.exists(), done.stderr
+    ke.Predictor(path)
+    assert json.loads(choices.read_text())[key]["seconds"].keys() == json.loads(known)[key]["seconds"].keys()
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT's int8 is made on TensorFlow")
+def test_int8_that_is_slower_than_float32_is_told(model, home):
+    photos = np.random.default_rng(0).integers(0, 256, (4, *SHAPE)).astype("uint8")
+
+    def made():
+        return ke.Predictor(model, precision="int8", calibration=photos)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # whichever is faster here
+        made()
+    (choices,) = home.glob("predictor/*/int8.fastest.json")
+    ((key, choice),) = json.loads(choices.read_text()).items()
+    # Both were measured, on the same runtimes.
+    assert choice["float32"] > 0 and choice["seconds"][choice["chosen"]] == min(choice["seconds"].values())
+    for share in (0.4, 1.5):
+        times = dict.fromkeys(choice["seconds"], share * choice["float32"])
+        choices.write_text(json.dumps({key: choice | {"seconds": times}}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made()
+        told = [str(one.message) for one in caught if "float32" in str(one.message)]
+        assert len(told) == (share > 1) and all("int8 takes 1.50 times as long as float32" in one for one in told)
+
+
+def test_a_session_of_whole_batches_returns_what_a_pool_returns(model):
+    alone = ke.Predictor(model, "onnxruntime")
+    # The session for GPUs, on the provider that every machine has.
+    session = runtimes.CudaSession(alone.path, "CPUExecutionProvider")
+    images = np.random.default_rng(0).uniform(0, 255, (3 * session.batch // 2, *SHAPE)).astype("float32")
+    for count in (1, 2, 3, session.batch, len(images)):
+        (rows,) = session(images[:count])
+        assert rows.shape == (count, 3) and np.abs(rows - alone(images[:count])).max() < 1e-6
+    assert session.input_shape == SHAPE
+
+
+@pytest.mark.skipif(runtimes.has_gpu(), reason="for machines without a GPU")
+def test_without_a_gpu_auto_is_the_processor_and_cuda_says_what_is_missing(model):
+    assert ke.Predictor(model, "onnxruntime").device == "cpu"
+    path = ke.Predictor(model, "onnxruntime").path
+    for given in (model, path):
+        with pytest.raises(ValueError, match="onnxruntime-gpu"):
+            ke.Predictor(given, device="cuda")
+    with pytest.raises(ValueError, match=r"CUDAExecutionProvider.*CPUExecutionProvider"):
+        runtimes.CudaSession(path)
+    for arguments in ({"runtime": "litert"}, {"precision": "int8"}):
+        with pytest.raises(ValueError, match="for device='cuda'"):
+            ke.Predictor(model, device="cuda", **arguments)
+    with pytest.raises(ValueError, match="Nearest: 'cuda'"):
+        ke.Predictor(model, device="cud")
+
+
+def test_a_gpu_is_used_only_by_what_runs_on_it(monkeypatch):
+    monkeypatch.setattr(runtimes, "has_gpu", lambda: True)
+    assert runtimes.device_of("auto") == runtimes.device_of("auto", "keras") == "cuda"
+    assert runtimes.device_of("auto", "litert") == runtimes.device_of("auto", precision="int8") == "cpu"
+    assert runtimes.device_of("cpu") == "cpu"
+
+
+def test_a_gpu_without_a_runtime_for_it_is_told_and_the_processor_used(model, monkeypatch):
+    monkeypatch.setattr(runtimes, "has_gpu", lambda: True)
+    with pytest.warns(UserWarning, match=r"Running on the processor\. .*onnxruntime-gpu"):
+        predictor = ke.Predictor(model, "onnxruntime")
+    assert predictor.device == "cpu" and predictor(np.zeros(SHAPE)).shape == (1, 3)
