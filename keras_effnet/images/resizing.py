@@ -48,7 +48,7 @@ def crop_and_resize(
     one_of("interpolation", interpolation, _TAPS)
     top, left, rows, columns = crop_window(pixels.shape[:2], size, crop_padding, crop_mode)
     cut = pixels[top : top + rows, left : left + columns]
-    return _resize_columns(_resize_rows(cut, size[0], interpolation), size[1], interpolation)
+    return _resize(cut, size, interpolation)
 
 
 def crop_window(
@@ -100,37 +100,35 @@ def _fraction(size: tuple[int, int], crop_padding: int | None) -> float:
     return side / (side + (round(side * (1 / 0.875 - 1)) if crop_padding is None else crop_padding))
 
 
-def _resize_rows(pixels: np.ndarray, out: int, interpolation: str) -> np.ndarray:
-    """Returns `out` rows in float32. Reads only the rows that they are made of."""
-    indices, weights = _taps(interpolation, len(pixels), out)
-    resized = np.empty((out, *pixels.shape[1:]), "float32")
-    for start in range(0, out, _ROWS):
-        part = slice(start, start + _ROWS)
-        taken = pixels[indices[part]].astype("float32")
-        np.matmul(
-            weights[part, None], taken.reshape(*taken.shape[:2], -1), out=resized[part].reshape(len(taken), 1, -1)
-        )
-    return resized
-
-
-def _resize_columns(pixels: np.ndarray, out: int, interpolation: str) -> np.ndarray:
-    """Returns float32 pixels with `out` columns: a few at a time, as a product with a small matrix."""
-    height, length, channels = pixels.shape
-    first, matrices = _column_matrices(interpolation, length, out, channels)
+def _resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Returns float32 pixels of that size. Makes some rows at a time, and from them a few columns at a time."""
+    (height, width), channels = size, pixels.shape[2]
+    indices, weights = _taps(interpolation, pixels.shape[0], height)
+    first, matrices = _column_matrices(interpolation, pixels.shape[1], width, channels)
     span, made = matrices.shape[1:]
-    flat = pixels.reshape(height, -1)
     resized = np.empty((height, len(matrices), made), "float32")
     step = max(1, _PRODUCT // (span * made))
     for start in range(0, height, step):
         part = slice(start, start + step)
+        rows = _make_rows(pixels, indices[part], weights[part])
         for block, (place, matrix) in enumerate(zip(first, matrices, strict=True)):
-            np.matmul(flat[part, place : place + span], matrix, out=resized[part, block])
-    return np.ascontiguousarray(resized.reshape(height, -1, channels)[:, :out])
+            np.matmul(rows[:, place : place + span], matrix, out=resized[part, block])
+    return np.ascontiguousarray(resized.reshape(height, -1, channels)[:, :width])
+
+
+def _make_rows(pixels: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the weighted sums of rows of pixels, (rows, values). Reads only the rows that they are made of."""
+    made = np.empty((len(indices), math.prod(pixels.shape[1:])), "float32")
+    for start in range(0, len(indices), _ROWS):
+        part = slice(start, start + _ROWS)
+        taken = pixels[indices[part]].astype("float32")
+        np.matmul(weights[part, None], taken.reshape(*taken.shape[:2], -1), out=made[part, None])
+    return made
 
 
 @lru_cache(16)
 def _column_matrices(interpolation: str, length: int, out: int, channels: int) -> tuple[list[int], np.ndarray]:
-    """Returns what makes the output columns, in blocks of neighbours.
+    """Returns what makes the output columns of rows, in blocks of neighbours.
 
     Args:
         interpolation: Key of `_TAPS`.
