@@ -5,6 +5,7 @@ import io
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,12 @@ _QUIET = _Quiet()
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes, by the number of channels
 
 
-def decode_image(source, channels: int = 3, at_least: tuple[int, int] | None = None) -> np.ndarray:
+def decode_image(
+    source,
+    channels: int = 3,
+    at_least: tuple[int, int] | None = None,
+    window: Callable[[tuple[int, int]], tuple[int, int, int, int]] | None = None,
+) -> np.ndarray:
     """Decodes an image as a viewer shows it.
 
     Applies the EXIF orientation, puts transparency on white, scales 16-bit and floating-point pixels to 8 bits, and
@@ -54,6 +60,8 @@ def decode_image(source, channels: int = 3, at_least: tuple[int, int] | None = N
         channels: 1 for gray, 3 for RGB, 4 for RGB and alpha. Defaults to 3.
         at_least: Pair of integers, height and width. A JPEG may be shrunk to a half, a quarter or an eighth while it is
             decoded, but not below this, which takes less time. Defaults to None: the file's own size.
+        window: Function from the height and width of the image to the top, left, height and width of the part to
+            return. Defaults to None: all of it.
 
     Returns:
         uint8 array, (height, width, channels).
@@ -86,7 +94,11 @@ def decode_image(source, channels: int = 3, at_least: tuple[int, int] | None = N
             raise ValueError(f"Expected an intact image. Received: {name}, which is damaged ({error})") from error
         with contextlib.suppress(Exception):  # a viewer also shows a photo with unreadable EXIF data
             ImageOps.exif_transpose(image, in_place=True)  # a copy would take as long as cropping
-        pixels = np.asarray(_to_mode(image, kind, _MODES[channels]))
+        image = _to_mode(image, kind, _MODES[channels])
+        if window is not None:  # a copy inside Pillow takes less time than an array of all pixels
+            top, left, height, width = window((image.height, image.width))
+            image = image.crop((left, top, left + width, top + height))
+        pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 

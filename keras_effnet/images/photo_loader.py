@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from keras_effnet import model_loader, model_metadata
 from keras_effnet.errors import one_of
 from keras_effnet.images.decoding import decode_image
-from keras_effnet.images.resizing import crop_and_resize, twice_the_crop
+from keras_effnet.images.resizing import crop_window, resize, twice_the_crop
 from keras_effnet.nets.variants import VARIANTS, nearest
 
 if TYPE_CHECKING:
@@ -113,10 +113,12 @@ def loader(
     if not crop and not isinstance(rules, model_metadata.Expects):
         used = model_metadata.Expects(0, "bilinear")
 
+    size = tuple(size)
     at_least = twice_the_crop(size, used.crop_padding) if decode == "fast" else None
+    window = partial(crop_window, size=size, crop_padding=used.crop_padding, crop_mode=used.crop_mode)
 
     def load(source) -> np.ndarray:
-        pixels = crop_and_resize(decode_image(source, channels, at_least), tuple(size), **asdict(used))
+        pixels = resize(decode_image(source, channels, at_least, window), size, used.interpolation)
         return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     return load

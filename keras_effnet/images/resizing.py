@@ -45,10 +45,9 @@ def crop_and_resize(
         tensorflow/tpu preprocessing.py:81-93, :118-137; tensorflow/core/kernels/image/resize_bicubic_op.cc;
         google/automl efficientnetv2/preprocessing.py `preprocess_for_eval`.
     """
-    one_of("interpolation", interpolation, _TAPS)
     top, left, rows, columns = crop_window(pixels.shape[:2], size, crop_padding, crop_mode)
     cut = pixels[top : top + rows, left : left + columns]
-    return _resize(cut, size, interpolation)
+    return resize(cut, size, interpolation)
 
 
 def crop_window(
@@ -100,8 +99,22 @@ def _fraction(size: tuple[int, int], crop_padding: int | None) -> float:
     return side / (side + (round(side * (1 / 0.875 - 1)) if crop_padding is None else crop_padding))
 
 
-def _resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """Returns float32 pixels of that size. Makes some rows at a time, and from them a few columns at a time."""
+def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic") -> np.ndarray:
+    """Resizes all of an image as `crop_and_resize()` does.
+
+    Args:
+        pixels: See `crop_and_resize()`.
+        size: See `crop_and_resize()`.
+        interpolation: See `crop_and_resize()`.
+
+    Returns:
+        float32 array, (*size, channels).
+
+    Raises:
+        ValueError: If `interpolation` is unknown.
+    """
+    one_of("interpolation", interpolation, _TAPS)
+    # Some rows at a time, and from them a few columns at a time.
     (height, width), channels = size, pixels.shape[2]
     indices, weights = _taps(interpolation, pixels.shape[0], height)
     first, matrices = _column_matrices(interpolation, pixels.shape[1], width, channels)

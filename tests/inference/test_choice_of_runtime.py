@@ -1,6 +1,7 @@
 """`Predictor` chooses the fastest runtime also on a busy machine, tells where int8 does not pay, and runs on GPUs."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers import BACKEND, command
+from helpers import BACKEND, ROOT, command
 
 import keras_effnet as ke
 from keras_effnet.inference import runtimes
@@ -132,3 +133,17 @@ def test_a_gpu_without_a_runtime_for_it_is_told_and_the_processor_used(model, mo
     with pytest.warns(UserWarning, match=r"Running on the processor\. .*onnxruntime-gpu"):
         predictor = ke.Predictor(model, "onnxruntime")
     assert predictor.device == "cpu" and predictor(np.zeros(SHAPE)).shape == (1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+def test_the_benchmark_for_gpus_runs_small_on_a_processor(tmp_path):
+    path = tmp_path / "rows.json"
+    line = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--small", "--json", path]
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"})
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in json.loads(path.read_text())["rows"]}
+    for what in ("ours", "keras.applications, fit", "Predictor"):
+        assert rows[what]["images per second"]["median"] > 0 and rows[what]["peak MiB"] > 0, rows[what]
+    # Here, both are the processor's.
+    assert len(rows["losses"]["losses"]) == 20 and rows["losses"]["largest relative difference"] < 1e-5

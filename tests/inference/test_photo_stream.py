@@ -220,9 +220,10 @@ def test_a_file_with_other_rows_is_refused_and_left_as_it_is(kind, tmp_path):
         assert path.read_bytes() == content
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("jsonl", marks=pytest.mark.slow), pytest.param("csv", marks=pytest.mark.long)]
+)
 def test_a_killed_command_continues_without_a_double_or_missing_row(kind, model, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -9,7 +9,7 @@ from helpers import BACKEND, ROOT
 
 # What CI has room for, and what it has not.
 SLOW = {
-    "jax": ("weights/test_convert.py", "tpu/step/test_optimizers.py"),
+    "jax": ("weights/test_convert.py",),
     "torch": ("test_models.py",),
 }
 _BOTH = (
@@ -20,7 +20,11 @@ _BOTH = (
     "pruning/test_pruning.py",
 )
 LONG = {
-    "jax": ("nets/test_condconv.py", "tpu/step/test_train_step.py", "tpu/runners/test_jax_fused.py", *_BOTH),
+    "jax": (
+        *("nets/test_condconv.py", "tpu/runners/test_jax_fused.py"),
+        *("tpu/step/test_train_step.py", "tpu/step/test_optimizers.py"),
+        *_BOTH,
+    ),
     "torch": ("nets/test_condconv.py", "weights/test_convert.py", *_BOTH),
 }
 FILES = [

@@ -262,13 +262,8 @@ def same(one, other, rtol=1e-4):
 
 
 @tensorflow_only
-@pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param("tensorflow", marks=pytest.mark.long),
-        pytest.param("jax", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_one_and_many_replicas_learn_the_same(backend, tmp_path):
     """The global batch determines the masks of dropout and drop connect, and shared batch statistics."""
     one = spread(backend, tmp_path / "one.npz", rate=0.2)
