@@ -48,7 +48,7 @@ class Row:
         model: String, name of the model.
         size: Integer, side of an image.
         batch: Integer, images of a step or a call.
-        framework: `"tensorflow"`, `"jax"` or `"torch"`.
+        framework: `"tensorflow"`, `"jax"`, `"torch"` or `"onnxruntime"`.
         precision: `"float32"` or `"mixed_bfloat16"`.
         seconds: Float, length of a window.
     """
@@ -214,7 +214,7 @@ def inference_rows() -> list[Row]:
     """Returns the rows of inference."""
     rows = []
     for batch in (1, 64):
-        rows += [Row("Predictor", batch=batch, precision="float32")]
+        rows += [Row("Predictor", batch=batch, framework="onnxruntime", precision="float32")]
         rows += [Row("keras.applications, tf.function", batch=batch, precision="float32")]
         rows += [
             Row("timm, inference", batch=batch, framework="torch", precision=p) for p in ("float32", "mixed_bfloat16")
@@ -230,7 +230,7 @@ def losses_rows() -> list[Row]:
 SMALL = [
     Row("ours", size=32, batch=4, precision="float32", seconds=0.1),
     Row("losses", size=32, batch=4, precision="float32"),
-    Row("Predictor", batch=2, precision="float32", seconds=0.1),
+    Row("Predictor", batch=2, framework="onnxruntime", precision="float32", seconds=0.1),
     Row("keras.applications, fit", size=32, batch=4, precision="float32", seconds=0.1),
     Row("timm", size=32, batch=4, framework="torch", seconds=0.1),
 ]
@@ -238,15 +238,17 @@ SMALL = [
 
 def measured(row: Row, limit: float, **environment: str) -> dict[str, Any]:
     """Runs a row in a process of its own."""
-    needed = "timm" if "timm" in row.what else {"tensorflow": "tensorflow", "jax": "jax"}[row.framework]
-    if not find_spec(needed):
-        return {"error": f"{needed} is not installed"}
+    missing = [name for name in (row.framework, "timm" if "timm" in row.what else "keras") if not find_spec(name)]
+    if missing:
+        return {"error": f"{' and '.join(missing)} not installed"}
+    if limit < 1:
+        return {"error": "not measured: no time left"}
     variables = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "TF_FORCE_GPU_ALLOW_GROWTH": "true", **environment}
     variables |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    variables["KERAS_BACKEND"] = "tensorflow" if row.framework == "torch" else row.framework
+    variables["KERAS_BACKEND"] = row.framework if row.framework == "jax" else "tensorflow"
     command = [sys.executable, __file__, "--serve", json.dumps(asdict(row))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=max(1, limit))
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"error": "not measured: no time left"}
     lines = done.stdout.splitlines()
@@ -256,7 +258,7 @@ def measured(row: Row, limit: float, **environment: str) -> dict[str, Any]:
 
 
 def peak_memory(framework: str) -> float | None:
-    """Returns the peak memory of this process in MiB: the GPU's if there is one, else the processor's."""
+    """Returns the peak memory of this process in MiB: the GPU's where the framework tells it, else the processor's."""
     found = None
     if framework == "torch":
         import torch
@@ -266,7 +268,7 @@ def peak_memory(framework: str) -> float | None:
         import jax
 
         found = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    else:
+    elif framework == "tensorflow":
         import tensorflow as tf
 
         if tf.config.list_physical_devices("GPU"):

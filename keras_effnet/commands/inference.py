@@ -1,6 +1,7 @@
 """`keras-effnet predict`, `export` and `benchmark`: classify photos, write models for runtimes, measure their speed."""
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -56,8 +57,13 @@ def predict(
     """
     from keras_effnet.images.folders import photographs as listed
     from keras_effnet.inference.classifier import Classifier
-    from keras_effnet.inference.prediction_files import PredictionFile
+    from keras_effnet.inference.prediction_files import PredictionFile, check_place
 
+    wanted = [(kind, place) for kind, place in (("jsonl", jsonl), ("csv", csv)) if place]
+    if jsonl and csv and os.path.abspath(jsonl) == os.path.abspath(csv):
+        raise ValueError(f"Expected two files for --jsonl and --csv. Received: {jsonl!r} twice")
+    for _, place in wanted:  # before the model is prepared
+        check_place(place)
     with contextlib.suppress(ImportError):  # a cached model needs no backend
         choose_backend()
     try:
@@ -68,17 +74,16 @@ def predict(
         raise
     paths = listed(photographs, recursive)
     with contextlib.ExitStack() as stack:
-        wanted = [(kind, place) for kind, place in (("jsonl", jsonl), ("csv", csv)) if place]
         files = [stack.enter_context(PredictionFile(place, kind, classifier.name, top)) for kind, place in wanted]
         if files:
             paths = list(dict.fromkeys(paths))
-        left = [path for path in paths if not files or any(path not in file.done for file in files)]
+        left = [path for path in paths if not files or any(os.path.abspath(path) not in file.done for file in files)]
         printing = None if files and not as_json else _Printer(model, weights, as_json, sys.stdout)
-        failed = max((file.failed for file in files), default=0)
+        failed = sum(any(os.path.abspath(path) in file.failed for file in files) for path in paths)
         hidden = len(left) < 8 or (printing is not None and sys.stdout.isatty())
         stack.enter_context(quiet())
         tell = stack.enter_context(progress("Photos", len(paths), hidden, len(paths) - len(left), "images"))
-        for result in classifier.predict_files(left):
+        for result in stack.enter_context(contextlib.closing(classifier.predict_files(left))):
             for file in files:
                 file.write(result)
             if printing:
@@ -92,7 +97,7 @@ def predict(
     if classifier.note:
         click.echo(classifier.note, err=True)
     for file in files:
-        click.echo(f"{file.path}: {len(file.done)} photos, {len(left)} of them new", err=True)
+        click.echo(f"{file.path}: {len(file.done)} photos, {file.new} of them new", err=True)
     ctx.exit(2 if failed else 0)
 
 

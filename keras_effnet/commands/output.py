@@ -59,17 +59,18 @@ class JsonList:
 
     def __init__(self, value: dict, key: str, file):
         self._before, self._after = json.dumps(value | {key: ["*"]}, indent=2).rsplit('"*"', 1)
+        self._none = json.dumps(value | {key: []}, indent=2)
         self._file = file
 
     def add(self, item) -> None:
         """Prints an item. The first one prints the beginning of the object too."""
         shown = json.dumps(item, indent=2).replace("\n", "\n    ")
         click.echo(self._before + shown, nl=False, file=self._file)
-        self._before = ",\n    "
+        self._before, self._none = ",\n    ", ""
 
     def end(self) -> None:
-        """Prints the end of the object."""
-        click.echo(self._after, file=self._file)
+        """Prints the end of the object, or all of it if the list is empty."""
+        click.echo(self._none or self._after, file=self._file)
 
 
 @contextlib.contextmanager

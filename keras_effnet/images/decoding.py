@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Quiet:
-    """Ignores warnings while any thread is inside. `catch_warnings()` alone is not safe with several threads.
+    """Ignores Pillow's warnings while any thread is inside. `catch_warnings()` alone is not safe with several threads.
 
     Pillow warns about odd metadata, and from half of its limit on, which cameras reach. At the limit, it raises.
     """
@@ -29,7 +29,8 @@ class _Quiet:
             if not self._count:
                 self._context = warnings.catch_warnings()
                 self._context.__enter__()
-                warnings.simplefilter("ignore")
+                # Only Pillow's: other threads may run a user's code meanwhile.
+                warnings.filterwarnings("ignore", module=r"PIL\b|keras_effnet\.images\.decoding")
             self._count += 1
 
     def __exit__(self, *error):

@@ -116,7 +116,7 @@ def photographs(paths: Iterable[str | os.PathLike], recursive: bool = False) -> 
 def _inside(folder: str, recursive: bool) -> Iterator[str]:
     try:
         with os.scandir(folder) as entries:
-            visible = sorted((one.name, one.is_dir()) for one in entries if not one.name.startswith("."))
+            visible = sorted((one.name, _is_folder(one)) for one in entries if not one.name.startswith("."))
     except OSError:  # reported when it is opened as a photo
         return
     start = "" if folder == os.curdir else folder
@@ -124,6 +124,13 @@ def _inside(folder: str, recursive: bool) -> Iterator[str]:
     for name, is_folder in visible if recursive else ():
         if is_folder:
             yield from _inside(os.path.join(start, name), recursive)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: reported when it is opened as a photo
+        return False
 
 
 def readable(

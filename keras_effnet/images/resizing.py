@@ -80,7 +80,7 @@ def crop_window(
 
 
 def twice_the_crop(size: tuple[int, int], crop_padding: int | None = None) -> tuple[int, int]:
-    """Returns the height and width from which on each side of the crop has twice the pixels of the result.
+    """Returns the smallest height and width at which each side of the crop has twice the pixels of the result.
 
     Args:
         size: See `crop_and_resize()`.

@@ -34,7 +34,7 @@ class Worker:
     @classmethod
     def _open(cls, model, runtime, precision, threads) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        cls._predictor = Predictor(model, runtime, precision, threads, weights=None)
+        cls._predictor = _predictor(model, runtime, precision, threads)
 
     @classmethod
     def _seconds(cls, batch_size: int, least: float) -> float:
@@ -65,6 +65,12 @@ class Worker:
     def stop(self) -> None:
         """Ends the process."""
         self._pool.shutdown()
+
+
+def _predictor(model, runtime: str, precision: str, threads: int | None) -> Predictor:
+    # All runtimes on the same device, but for Keras, which runs where its backend does.
+    device = "auto" if runtime == "keras" else "cpu"
+    return Predictor(model, runtime, precision, threads, weights=None, device=device)
 
 
 @contextmanager
@@ -121,7 +127,7 @@ def benchmark(
         for place, (model, name, precision) in enumerate(asked):
             on_progress(f"{Path(model).name} for {name}, {precision}", place, len(asked))
             try:
-                Predictor(model, name, precision, threads, weights=None)  # exports the model unless it is cached
+                _predictor(model, name, precision, threads)  # exports the model unless it is cached
             except (ImportError, ValueError) as error:
                 rows.append({"model": model, "runtime": name, "precision": precision, "error": str(error)})
                 continue

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,8 @@ from keras_effnet import class_names
 from keras_effnet.errors import one_of
 from keras_effnet.images import photo_loader
 from keras_effnet.inference.predictor import Predictor
-from keras_effnet.model_loader import resolve
+from keras_effnet.model_loader import Reference, resolve
+from keras_effnet.weights import registry
 
 FEW = 20  # classes
 
@@ -31,7 +33,7 @@ class Classifier:
         device: See `Predictor`. Defaults to `"auto"`.
 
     Attributes:
-        name: String, the model and its weights, as files of predictions name it.
+        name: String, the model, its weights, and what else the predictions depend on. Files of predictions hold it.
         note: String that says where the names of the classes are missing or assumed, or None.
 
     Call arguments:
@@ -69,7 +71,7 @@ class Classifier:
         self.top, self.note, self._decode = top, None, decode
         self.predictor = Predictor(found.place, runtime, precision, weights=found.tag_of(weights), device=device)
         self._labels = self.predictor.labels
-        self.name = f"{found.place} {found.tag_of(weights)}" if found.kind == "name" else found.place
+        self.name = _told(found, weights, self.predictor.precision, decode)
 
     def _names(self, classes: int) -> list[str] | None:
         """Returns the names of the classes, or None for ImageNet's."""
@@ -97,14 +99,14 @@ class Classifier:
         Yields:
             A dict per photo, see `Classifier`.
         """
-        for path, outputs, error in self.predictor.predict_files(paths, decode=self._decode):
-            result: dict[str, Any] = {"path": os.fspath(path)}
-            if error is None:
-                yield result | {"predictions": self._ranked(outputs)}
-            elif isinstance(error, IsADirectoryError):
-                yield result | {"error": f"Expected photos. Received: {os.fspath(path)!r}, a folder without photos"}
-            else:
-                yield result | {"error": str(error) or type(error).__name__}
+        with closing(self.predictor.predict_files(paths, decode=self._decode)) as rows:
+            for path, outputs, error in rows:
+                if error is None:
+                    yield {"path": path, "predictions": self._ranked(outputs)}
+                elif isinstance(error, IsADirectoryError):
+                    yield {"path": path, "error": f"Expected photos. Received: {path!r}, a folder without photos"}
+                else:
+                    yield {"path": path, "error": str(error) or type(error).__name__}
 
     @cached_property
     def _returns_logits(self) -> bool:
@@ -129,6 +131,15 @@ class Classifier:
         (best,) = class_names.rank(outputs[None], self.top, self._names(len(outputs)))
         keys = ("class_id", "wnid", "name", "probability")
         return [{key: value for key, value in zip(keys, row, strict=True) if value is not None} for row in best]
+
+
+def _told(found: Reference, weights, precision: str, decode: str) -> str:
+    """Returns what the predictions depend on. A file is known by its content, since a later run may replace it."""
+    weights = "" if found.kind != "name" else os.fspath(found.tag_of(weights))
+    files = [each for each in (found.place, weights) if os.path.isfile(each)]
+    parts = [found.place, weights, *(registry.digest(file, "sha256")[:12] for file in files)]
+    parts += [precision if precision != "float32" else "", f"decode={decode}" if decode != "exact" else ""]
+    return " ".join(part for part in parts if part)
 
 
 def _are_shares(outputs: np.ndarray) -> bool:

@@ -122,12 +122,12 @@ class ExportCache:
         if not choice:
             return self._keras()
         times = choice.get("seconds", {})
-        if "float32" in choice and min(times.values()) > choice["float32"]:
-            slower = min(times.values()) / choice["float32"]
+        slower = min(times.values()) / choice["float32"] if "float32" in choice else 0
+        if slower > 1.05:  # less is within what measurements differ by
             warnings.warn(
                 f"On this machine, {self.precision} takes {slower:.2f} times as long as float32. "
                 "Use precision='float32', unless the size of the file matters more",
-                stacklevel=4,
+                stacklevel=5,
             )
         return self._opened(choice["chosen"], threads)
 
@@ -210,8 +210,8 @@ class ExportCache:
         """Measures all runtimes that the model can be exported to, in turn, and remembers the fastest.
 
         Returns:
-            Dict with the name of the fastest as `chosen` and the `seconds` of each; for a lower precision also the
-            seconds of the fastest in `float32`. None if there is no runtime.
+            Dict with the name of the fastest as `chosen` and the `seconds` of each; for int8 also the seconds of the
+            fastest in `float32`. None if there is no runtime.
         """
         pools, reasons = self._pools(names, threads)
         if not pools:
@@ -225,11 +225,11 @@ class ExportCache:
             warnings.warn(
                 "Running on Keras, which is slower. For a faster runtime, run: pip install 'keras_effnet[tensorflow]'. "
                 f"Reason: {told}",
-                stacklevel=4,
+                stacklevel=5,
             )
             return None
         whole: dict[str, runtimes.Pool] = {}
-        if self.precision != "float32":
+        if self.precision == "int8":
             other = ExportCache(self._given, self._weights, "float32", None, self._shape)
             other._model = self._model
             whole, _ = other._pools(names, threads)
@@ -280,6 +280,9 @@ class _OnKeras:
     def __init__(self, net: Any, shape: tuple[int, ...]):
         self._net, self._shape = net, shape
         self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """See `runtimes.Pool`."""
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         import keras

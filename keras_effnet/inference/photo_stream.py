@@ -16,7 +16,7 @@ class FilePrediction(NamedTuple):
     """What a model predicts for a photo.
 
     Attributes:
-        path: The path, as it was given or found.
+        path: String, the path, without `./` and double slashes.
         outputs: What the model returns for the photo, without the axis of the batch. None if the photo cannot be read.
         error: The exception, or None.
     """
@@ -66,7 +66,7 @@ def stream(
     try:
         while some := list(itertools.islice(rest, batch)):
             waiting.append(workers.submit(work, some))
-            if len(waiting) > AHEAD * threads:
+            while waiting and (len(waiting) > AHEAD * threads or waiting[0].done()):
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()

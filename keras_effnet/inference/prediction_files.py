@@ -11,10 +11,26 @@ from typing import Any, BinaryIO
 _OWN = ("class_id", "name", "probability")
 
 
-class PredictionFile:
-    """A file of predictions. Each row is complete on disk before the next photo.
+def check_place(path: str | os.PathLike) -> None:
+    """Checks that a file can be created at a path, or is there.
 
-    A row that was cut off, as by a lost connection, is removed when the file is opened again. Use it as a context
+    Args:
+        path: Path of the file.
+
+    Raises:
+        OSError: If the path is a folder, or its folder does not exist.
+    """
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"Expected the path of a file. Received: {os.fspath(path)!r}, a folder")
+    parent = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(parent):
+        raise FileNotFoundError(f"Expected a folder to write to. Received: {parent!r}, which does not exist")
+
+
+class PredictionFile:
+    """A file of predictions. Each row is written before the next photo.
+
+    A row that was cut off, since the process was killed, is removed when the file is opened again. Use it as a context
     manager.
 
     Args:
@@ -24,22 +40,25 @@ class PredictionFile:
         top: Integer, the most classes per photo.
 
     Attributes:
-        done: Set of the paths of the photos that have a row.
-        failed: Integer, rows with an error.
+        done: Set of the absolute paths of the photos that have a row.
+        failed: Set of those whose row is an error.
+        new: Integer, rows written since the file was opened.
 
     Raises:
-        BlockingIOError: If another process writes the file.
+        BlockingIOError: If the file is already open for predictions. Not checked on Windows.
         OSError: If the file cannot be read or written.
         ValueError: If the file has other rows: of another model, of another number of classes, or not predictions.
     """
 
     def __init__(self, path: str | os.PathLike, kind: str, model: str, top: int):
-        self.path, self.done, self.failed = Path(path), set[str](), 0
+        self.path, self.done, self.failed, self.new = Path(path), set[str](), set[str](), 0
         self._model, self._top, self._classes = model, top, 0
-        self._encode, self._decode, self._header = {
-            "jsonl": (_json_row, _json_rows, b""),
-            "csv": (self._csv_row, _csv_rows, _csv_line(_columns(top))),
+        header = _csv_line(_columns(top))
+        self._encode, self._decode, self._header, self._start = {
+            "jsonl": (_json_row, _json_rows, b"", b'{"path": '),
+            "csv": (self._csv_row, _csv_rows, header, header),
         }[kind]
+        check_place(self.path)
         self._file: BinaryIO = self.path.open("ab+")
         try:
             _lock(self._file, self.path)
@@ -60,12 +79,14 @@ class PredictionFile:
         Args:
             result: Dict with `path`, and `predictions` or `error`, as from `Classifier`.
         """
-        if result["path"] in self.done:
+        path = os.path.abspath(result["path"])
+        if path in self.done:
             return
-        row = {"path": result["path"], "model": self._model} | result
+        row = {"path": path, "model": self._model} | result | {"path": path}
         self._check(row, b"")
         self._append(self._encode(row))
-        self._count(result)
+        self._count(row)
+        self.new += 1
 
     def _append(self, row: bytes) -> None:
         self._file.write(row)
@@ -73,7 +94,8 @@ class PredictionFile:
 
     def _count(self, result: dict[str, Any]) -> None:
         self.done.add(result["path"])
-        self.failed += "error" in result
+        if "error" in result:
+            self.failed.add(result["path"])
 
     def _continue(self) -> None:
         """Reads the rows that are there, and cuts off what is not a complete row."""
@@ -84,6 +106,10 @@ class PredictionFile:
             whole += len(content)
             if "path" in row:
                 self._count(row)
+        self._file.seek(whole)
+        start = self._file.read(len(self._start))
+        if not whole and start and not self._start.startswith(start):  # never cut what is not ours
+            raise self._unlike(f"{start!r} at its beginning")
         self._file.truncate(whole)
         self._file.seek(whole)
         if not whole:
@@ -91,7 +117,7 @@ class PredictionFile:
 
     def _check(self, row: dict[str, Any], content: bytes) -> None:
         if "columns" in row:
-            if content != self._header:
+            if row["columns"] != _columns(self._top):
                 raise self._unlike(f"the columns {', '.join(row['columns'])}"[:200])
         elif not isinstance(row.get("path"), str) or not ("error" in row or "predictions" in row):
             raise self._unlike(f"the line {content[:80]!r}")
@@ -136,7 +162,8 @@ def _json_rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _csv_line(cells: list[Any]) -> bytes:
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerow(cells)
+    quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
     return text.getvalue().encode("utf-8", "surrogateescape")  # a file name may have any bytes
 
 
@@ -146,7 +173,10 @@ def _csv_rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
         content += line
         if content.count(b'"') % 2 or not line.endswith(b"\n"):  # a line break inside quotes, or a row that was cut off
             continue
-        (cells,) = csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
+        try:
+            (cells,) = csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
+        except (ValueError, csv.Error):  # not a row
+            cells = [repr(content[:40])]
         if columns is None:
             columns = cells
             yield content, {"columns": columns}
@@ -167,6 +197,6 @@ def _lock(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise BlockingIOError(
-            f"Expected a file that no other process writes. Received: {str(path)!r}, which is in use"
-        ) from error
+        raise BlockingIOError(f"Expected a file that nothing else writes. Received: {str(path)!r}, in use") from error
+    except OSError:  # a file system without locks
+        return

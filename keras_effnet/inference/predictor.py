@@ -1,8 +1,10 @@
 """`Predictor`: runs a model on the fastest runtime that is installed."""
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,8 @@ class Predictor:
         precision: `"float32"`, `"float16"` or `"int8"`, see `export()`. Defaults to `"float32"`.
         threads: Integer. Processors to use. Defaults to None: all that this process may use.
         device: `"cpu"`; `"cuda"` for an NVIDIA GPU, with ONNX Runtime where onnxruntime-gpu is installed, else with
-            Keras; or `"auto"`: the GPU if there is one that a runtime can use. Defaults to `"auto"`.
+            Keras; or `"auto"`: the GPU if there is one and onnxruntime-gpu is installed. int8, LiteRT and OpenVINO run
+            on the processor. Defaults to `"auto"`.
         weights: For the name of a model: tag of its weights, path of a file, or None for random weights. Defaults to
             `"imagenet"`.
         calibration: For `"int8"`, see `export()`. Defaults to None.
@@ -88,9 +91,10 @@ class Predictor:
         self.device = runtimes.device_of(device, runtime, precision)
         if source.exported:
             self.runtime, self.path = runtimes.of_file(source.exported, runtime), Path(source.exported)
-            self._run: Any = self._opened(device)
-            record = {"input_shape": list(self._run.input_shape)} | model_metadata.metadata(self.path)
+            record = model_metadata.metadata(self.path)
             self.precision = record.get("precision", self.precision)
+            self._run: Any = self._opened(device)
+            record = {"input_shape": list(self._run.input_shape)} | record
         else:
             self.runtime, self.path, record, self._run = self._opened_from(source, runtime, device)
         self.metadata: dict[str, Any] = record
@@ -99,28 +103,37 @@ class Predictor:
         self._structure = record.get("outputs")
 
     def _opened(self, device: str) -> Any:
-        """Opens an exported file. Without a runtime for the GPU, `device="auto"` is the processor."""
+        """Opens an exported file."""
         if self.device == "cuda":
-            if self.runtime == "onnxruntime" and runtimes.has_cuda_provider():
-                return runtimes.CudaSession(self.path)
-            if device == "cuda":
+            able = self.runtime == "onnxruntime" and self.precision != "int8" and runtimes.has_cuda_provider()
+            if able:
+                with self._falling_back(device):
+                    return runtimes.CudaSession(self.path)
+            elif device == "cuda":
                 raise ValueError(
-                    "Expected an ONNX file and onnxruntime-gpu for device='cuda'. Received: "
-                    f"{str(self.path)!r} on {self.runtime}"
+                    "Expected onnxruntime-gpu, and an ONNX file in float32 or float16, for device='cuda'. Received: "
+                    f"{str(self.path)!r}, {self.precision}, on {self.runtime}"
                 )
         self.device = "cpu"
         return runtimes.Pool(self.runtime, self.path, self.threads)
 
     def _opened_from(self, source: ExportCache, runtime: str, device: str) -> tuple:
         if self.device == "cuda":
-            try:
+            with self._falling_back(device, quiet=runtime == "keras"):
                 return source.opened(runtime, self.threads, "cuda")
-            except ValueError as error:
-                if device == "cuda":
-                    raise
-                warnings.warn(f"Running on the processor. {error}", stacklevel=3)
         self.device = "cpu"
         return source.opened(runtime, self.threads)
+
+    @contextmanager
+    def _falling_back(self, device: str, quiet: bool = False) -> Iterator[None]:
+        """With `device="auto"`, warns that the GPU cannot be used, instead of raising an error."""
+        try:
+            yield
+        except (ImportError, RuntimeError, ValueError) as error:  # RuntimeError: JAX without its driver
+            if device == "cuda":
+                raise
+            if not quiet:
+                warnings.warn(f"Running on the processor, since the GPU cannot be used: {error}", stacklevel=5)
 
     def __repr__(self):
         place = "the GPU" if self.device == "cuda" else f"{self.threads} threads"
@@ -151,7 +164,7 @@ class Predictor:
             `error` is the exception; the others are not affected.
 
         Raises:
-            ValueError: If `decode` is unknown.
+            ValueError: If `decode` is unknown, or the process was forked and the runtime does not survive that.
 
         Example:
 
@@ -162,11 +175,21 @@ class Predictor:
         docs/cat.png (2,)
         docs/coffee.png (2,)
         """
+        self._run.check()
         given = [paths] if isinstance(paths, str | os.PathLike) else paths
         found = (path for each in given for path in folders.photographs([each], recursive))
         load = self.image_loader(decode)
-        rows = photo_stream.stream(found, load, self._run.on_one_thread, self.threads, self._run.batch)
-        return (row if row.error else row._replace(outputs=self._structured(row.outputs)) for row in rows)
+
+        def rows() -> Iterator[photo_stream.FilePrediction]:
+            # With fewer photos than threads, each photo has all threads.
+            head = list(itertools.islice(found, self.threads))
+            run = self._run if len(head) < self.threads else self._run.on_one_thread
+            stream = photo_stream.stream(itertools.chain(head, found), load, run, self.threads, self._run.batch)
+            with closing(stream):
+                for row in stream:
+                    yield row if row.error else row._replace(outputs=self._structured(row.outputs))
+
+        return rows()
 
     def image_loader(self, decode: str = "exact") -> Callable[[Any], np.ndarray]:
         """Returns the function that loads photos as the model expects them.

@@ -244,12 +244,13 @@ class Pool:
         self._start()
 
     def _start(self) -> None:
-        self._process, self._file = os.getpid(), self._stat()
+        self._file = self._stat()
         self._lock = threading.Lock()
         self._workers: ThreadPoolExecutor | None = None
         self._opened = False
         self._runners: SimpleQueue[Run] = SimpleQueue()
         self.input_shape, (self._alone,) = self._open(1, self._threads)
+        self._process = os.getpid()
 
     def _stat(self) -> tuple[int, int]:
         found = os.stat(self._path)
@@ -277,7 +278,7 @@ class Pool:
         Raises:
             ValueError: If the process was forked and the runtime does not survive that, or the file has changed.
         """
-        self._check_process()
+        self.check()
         if len(images) < self._threads or self._threads == 1:
             with self._lock:
                 rows = [self._alone(image) for image in _each(images)]
@@ -297,11 +298,16 @@ class Pool:
         Raises:
             ValueError: See `__call__()`.
         """
-        self._check_process()
+        self.check()
         with self._runner() as run:
             return _batch_of([run(image) for image in _each(images)])
 
-    def _check_process(self) -> None:
+    def check(self) -> None:
+        """Checks that the runtime works in this process. Opens the file again in a fork.
+
+        Raises:
+            ValueError: If the process was forked and the runtime does not survive that.
+        """
         if os.getpid() != self._process:  # a fork has the memory of its parent, but none of its threads
             if not RUNTIMES[self._runtime].forks:
                 raise ValueError(
@@ -353,29 +359,33 @@ def _batch_of(rows: list[list[np.ndarray]]) -> list[np.ndarray]:
 class CudaSession:
     """Runs an ONNX file on an NVIDIA GPU, with ONNX Runtime's CUDA provider. Several threads may call at once.
 
-    Batches are padded to a power of two, since each new size is planned anew.
+    Batches are padded to a power of two, since each new size is planned anew. At most 64 images run at once.
 
     Args:
         path: Path of the file.
         provider: String. Defaults to `"CUDAExecutionProvider"`.
 
     Attributes:
-        batch: Integer. Images to pass to `on_one_thread()` at a time, and the most in one run.
+        batch: Integer. Images to pass to `on_one_thread()` at a time.
         input_shape: Tuple of integers. The shape of an image.
 
     Raises:
         ValueError: If ONNX Runtime cannot use the provider, or cannot open the file.
     """
 
-    batch = 64
+    batch = 16
 
     def __init__(self, path: str | os.PathLike, provider: str = CUDA):
         import onnxruntime
 
+        if hasattr(onnxruntime, "preload_dlls") and provider == CUDA:
+            onnxruntime.preload_dlls()  # those of CUDA and cuDNN that pip has installed
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
-            session = onnxruntime.InferenceSession(os.fspath(path), options, providers=[provider])
+            # By default, CUDA multiplies float32 with the precision of 10 bits (TF32).
+            wanted = (provider, {"use_tf32": "0"}) if provider == CUDA else provider
+            session = onnxruntime.InferenceSession(os.fspath(path), options, providers=[wanted])
         except Exception as error:  # ONNX Runtime raises its own types
             raise ValueError(f"Expected a model that {provider} opens. Received: {shorten(str(error), 200)}") from error
         if session.get_providers()[0] != provider:  # it falls back without an error
@@ -386,16 +396,23 @@ class CudaSession:
         (place,) = session.get_inputs()
         _check(place.shape, str(place.type).replace("tensor(float)", "float32"))
         self.input_shape = tuple(place.shape[1:])
-        self._run = partial(_run, session, place.name)
+        self._largest = place.shape[0] if isinstance(place.shape[0], int) and place.shape[0] > 0 else 64
+        self._run, self._lock = partial(_run, session, place.name), threading.Lock()
+
+    def check(self) -> None:
+        """See `Pool`."""
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         """Runs the model. See `Pool`."""
         rows = []
-        for start in range(0, len(images), self.batch):
-            part = images[start : start + self.batch]
-            padded = np.zeros((1 << (len(part) - 1).bit_length(), *part.shape[1:]), "float32")
+        for start in range(0, len(images), self._largest):
+            part = images[start : start + self._largest]
+            size = self._largest if self._largest < 64 else 1 << (len(part) - 1).bit_length()
+            padded = np.zeros((size, *part.shape[1:]), "float32")
             padded[: len(part)] = part
-            rows.append([output[: len(part)] for output in self._run(padded)])
+            with self._lock:  # more at once would only take more memory
+                outputs = self._run(padded)
+            rows.append([output[: len(part)] for output in outputs])
         return _batch_of(rows)
 
     on_one_thread = __call__
@@ -410,8 +427,8 @@ def device_of(device: str, runtime: str = "auto", precision: str = "float32") ->
         precision: See `Predictor`. Defaults to `"float32"`.
 
     Returns:
-        `"cpu"` or `"cuda"`. For `"auto"`, the GPU if this process may use one and the runtime and the precision allow
-        it.
+        `"cpu"` or `"cuda"`. For `"auto"`, the GPU if this process may use one, the runtime and the precision allow it,
+        and the ONNX Runtime that is installed is the one for GPUs, or the runtime is Keras.
 
     Raises:
         ValueError: If the device is unknown, or the runtime or the precision does not run on a GPU.
@@ -423,7 +440,8 @@ def device_of(device: str, runtime: str = "auto", precision: str = "float32") ->
             "Expected runtime='auto', 'onnxruntime' or 'keras', and float32 or float16, for device='cuda'. "
             f"Received: runtime={runtime!r}, precision={precision!r}"
         )
-    return "cuda" if device == "cuda" or (device == "auto" and able and has_gpu()) else "cpu"
+    usable = able and has_gpu() and (runtime == "keras" or has_cuda_provider())
+    return "cuda" if device == "cuda" or (device == "auto" and usable) else "cpu"
 
 
 def has_gpu() -> bool:
@@ -441,7 +459,9 @@ def has_cuda_provider() -> bool:
     return CUDA in onnxruntime.get_available_providers()
 
 
-def seconds_each(runs: Sequence[Callable[[], Any]], rounds: int = 9, least: float = 0.02) -> list[float]:
+def seconds_each(
+    runs: Sequence[Callable[[], Any]], rounds: int = 9, least: float = 0.02, most: float = 10
+) -> list[float]:
     """Measures functions in turn.
 
     Other processes only ever add to the time of a call. So the fastest call tells what a function needs.
@@ -450,6 +470,7 @@ def seconds_each(runs: Sequence[Callable[[], Any]], rounds: int = 9, least: floa
         runs: Sequence of functions without arguments.
         rounds: Integer. Defaults to 9.
         least: Float. Seconds per function and round: it is called until they have passed. Defaults to 0.02.
+        most: Float. Seconds after which no further round begins. Defaults to 10.
 
     Returns:
         List of the seconds of each function's fastest call.
@@ -457,7 +478,10 @@ def seconds_each(runs: Sequence[Callable[[], Any]], rounds: int = 9, least: floa
     for run in runs:
         run()
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
+    first = time.perf_counter()
+    for number in range(rounds):
+        if number and time.perf_counter() - first > most:
+            break
         for run, seconds in zip(runs, times, strict=True):
             begun = end = time.perf_counter()
             while end - begun < least:

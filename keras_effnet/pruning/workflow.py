@@ -263,7 +263,7 @@ def predictor_latency(models: Sequence[keras.Model], runtime: str = "auto", roun
     """
     runs = []
     for model in models:
-        predictor = Predictor(model, runtime)
+        predictor = Predictor(model, runtime, device="auto" if runtime == "keras" else "cpu")
         runtime = predictor.runtime
         pixels = np.random.default_rng(0).uniform(0, 255, predictor.input_shape).astype("float32")
         runs.append(partial(predictor, pixels))

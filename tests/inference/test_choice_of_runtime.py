@@ -98,8 +98,8 @@ def test_a_session_of_whole_batches_returns_what_a_pool_returns(model):
     alone = ke.Predictor(model, "onnxruntime")
     # The session for GPUs, on the provider that every machine has.
     session = runtimes.CudaSession(alone.path, "CPUExecutionProvider")
-    images = np.random.default_rng(0).uniform(0, 255, (3 * session.batch // 2, *SHAPE)).astype("float32")
-    for count in (1, 2, 3, session.batch, len(images)):
+    images = np.random.default_rng(0).uniform(0, 255, (100, *SHAPE)).astype("float32")
+    for count in (1, 2, 3, 64, len(images)):
         (rows,) = session(images[:count])
         assert rows.shape == (count, 3) and np.abs(rows - alone(images[:count])).max() < 1e-6
     assert session.input_shape == SHAPE
@@ -123,16 +123,24 @@ def test_without_a_gpu_auto_is_the_processor_and_cuda_says_what_is_missing(model
 
 def test_a_gpu_is_used_only_by_what_runs_on_it(monkeypatch):
     monkeypatch.setattr(runtimes, "has_gpu", lambda: True)
+    assert runtimes.device_of("auto", "keras") == "cuda" and runtimes.device_of("auto") == "cpu"
+    monkeypatch.setattr(runtimes, "has_cuda_provider", lambda: True)
     assert runtimes.device_of("auto") == runtimes.device_of("auto", "keras") == "cuda"
     assert runtimes.device_of("auto", "litert") == runtimes.device_of("auto", precision="int8") == "cpu"
     assert runtimes.device_of("cpu") == "cpu"
 
 
-def test_a_gpu_without_a_runtime_for_it_is_told_and_the_processor_used(model, monkeypatch):
+def test_a_gpu_that_cannot_be_used_is_told_and_the_processor_used(model, monkeypatch):
     monkeypatch.setattr(runtimes, "has_gpu", lambda: True)
-    with pytest.warns(UserWarning, match=r"Running on the processor\. .*onnxruntime-gpu"):
-        predictor = ke.Predictor(model, "onnxruntime")
-    assert predictor.device == "cpu" and predictor(np.zeros(SHAPE)).shape == (1, 3)
+    assert ke.Predictor(model, "onnxruntime").device == "cpu"  # without onnxruntime-gpu, there is nothing to tell
+    monkeypatch.setattr(runtimes, "has_cuda_provider", lambda: True)
+    path = ke.Predictor(model, "onnxruntime", device="cpu").path
+    for given in (model, path):  # an ONNX Runtime that says it has CUDA, but does not load it
+        with pytest.warns(UserWarning, match=r"Running on the processor, since .*CUDA and cuDNN"):
+            predictor = ke.Predictor(given, "onnxruntime")
+        assert predictor.device == "cpu" and predictor(np.zeros(SHAPE)).shape == (1, 3)
+        with pytest.raises(ValueError, match="CUDA and cuDNN"):
+            ke.Predictor(given, "onnxruntime", device="cuda")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,30 @@ def test_photos_are_taken_as_results_are_and_threads_end_with_the_stream():
     assert threading.active_count() == before
 
 
+def test_a_result_does_not_wait_for_paths_that_come_later():
+    given = []
+
+    def paths():
+        for number in range(5):
+            given.append(number)
+            yield number
+            # The caller has the result of a photo, at the latest, two photos later.
+            time.sleep(0.2)
+
+    rows = photo_stream.stream(paths(), lambda path: np.zeros((1, 1, 3), "float32"), lambda images: [images], 2)
+    assert [(row.path, len(given) <= row.path + 2) for row in rows] == [(number, True) for number in range(5)]
+
+
+def test_warnings_of_the_caller_are_heard_while_photos_are_decoded(folder):
+    load = ke.Predictor(ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 3)), "keras").image_loader()
+    rows = photo_stream.stream(sorted(folder.iterdir()) * 20, load, lambda images: [images], 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in rows:
+            warnings.warn("mine", UserWarning, stacklevel=1)
+    assert [str(one.message) for one in caught] == ["mine"] * 380
+
+
 def test_an_error_of_the_model_ends_the_stream():
     def run(images):
         raise RuntimeError("the model failed")
@@ -177,6 +202,7 @@ RESULTS = [
     {"path": "a.png", "predictions": [{"class_id": 1, "name": "b", "probability": 0.5}]},
     {"path": 'x "1",\n2.png', "predictions": [{"class_id": 0, "name": 'an "a", they say', "probability": 1e-7}]},
     {"path": "broken\udcff.png", "error": 'Expected "an image"\nReceived: none'},
+    {"path": "a\rb.png", "predictions": [{"class_id": 3, "name": "c", "probability": 0.25}]},
     {"path": "é.png", "predictions": [{"class_id": 7, "name": "ü\nö", "probability": 1.0}]},
 ]
 
@@ -194,7 +220,8 @@ def test_a_file_cut_off_at_any_byte_continues_without_a_double_or_missing_row(ki
         path.write_bytes(whole[:length])
         with PredictionFile(path, kind, "m", top) as file:
             kept = len(file.done)
-            assert file.done == {result["path"] for result in RESULTS[:kept]} and file.failed == (kept >= 3)
+            assert file.done == {os.path.abspath(result["path"]) for result in RESULTS[:kept]}
+            assert file.failed == {os.path.abspath(RESULTS[2]["path"])} & file.done and not file.new
             for result in RESULTS:
                 file.write(result)
         assert path.read_bytes() == whole, length
@@ -205,13 +232,16 @@ def test_a_file_with_other_rows_is_refused_and_left_as_it_is(kind, tmp_path):
     path = tmp_path / f"rows.{kind}"
     with PredictionFile(path, kind, "m", 1) as file:
         file.write(RESULTS[0])
-        with pytest.raises(BlockingIOError, match="is in use"):
+        with pytest.raises(BlockingIOError, match="in use"):
             PredictionFile(path, kind, "m", 1)
     two = {"path": "c.png", "predictions": [{"class_id": n, "name": "b", "probability": 0.5} for n in (1, 2)]}
     for content, model, top, expected in [
         (path.read_bytes(), "other", 1, "rows of 'm'"),
         (b"my notes\n", "m", 1, "my notes"),
         (b"[1]\n", "m", 1, r"\[?1\]?"),
+        (b'{"a": 1}', "m", 1, "at its beginning"),  # without a line break: not a row that was cut off
+        (b'nails of 5" and', "m", 1, "at its beginning"),
+        (b'nails of 5"\n and', "m", 1, "at its beginning|nails"),
         (path.read_bytes(), "m", 2, "1 classes per photo, not 2|the columns path, model, error, class_id_1"),
     ]:
         path.write_bytes(content)
