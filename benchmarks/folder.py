@@ -44,7 +44,7 @@ def write_photos(folder: Path, count: int, sizes=SIZES, kind: str = "jpg") -> li
         left, top = (int(random.integers(0, side - cut + 1)) for side, cut in zip(whole.size, box, strict=True))
         cut = whole.resize((width, height), Image.Resampling.LANCZOS, (left, top, left + box[0], top + box[1]))
         paths.append(str(folder / f"{number:05}.{kind}"))
-        cut.save(paths[-1], **({"quality": 90} if kind == "jpg" else {}))
+        cut.save(paths[-1], quality=90)  # of JPEGs; PNGs have none
     return paths
 
 
@@ -103,7 +103,8 @@ def tf_data(paths: list[str], folder: str) -> Callable[[], Any]:
     import keras
     import tensorflow as tf
 
-    model = keras.applications.EfficientNetB0(weights=None)
+    networks: Any = keras.applications
+    model = networks.EfficientNetB0(weights=None)
     function = tf.function(lambda x: model(x, training=False), reduce_retracing=True)
 
     def load(path):

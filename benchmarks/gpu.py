@@ -136,6 +136,7 @@ def timm_training(row: Row) -> dict[str, Any]:
     low = row.precision == "mixed_bfloat16"
 
     def train(steps: int) -> None:
+        loss = torch.zeros(())
         for _ in range(steps):
             optimizer.zero_grad()
             inputs = pixels.to(device, non_blocking=True).float() / 255

@@ -65,7 +65,7 @@ def ours(name: str, folder: str, batch: int, precision: str = "float32", runtime
     import keras_effnet as ke
 
     # Which layers stay in float depends on the weights. Lite0 has published ones, which come in a package.
-    genuine = {"weights": "imagenet", "calibration": crops(150, 2) if precision == "int8" else None}
+    genuine: dict[str, Any] = {"weights": "imagenet", "calibration": crops(150, 2) if precision == "int8" else None}
     predictor = ke.Predictor(name, runtime, precision, **(genuine if name == LITE0 else {"weights": None}))
     print(f"{name} {precision}: {predictor.runtime}", file=sys.stderr)
     images = pixels((batch, *(predictor.input_shape or ())))

@@ -1,7 +1,7 @@
 """Classifies photos: from files and folders to named classes."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from functools import cached_property
 from typing import Any
@@ -71,7 +71,7 @@ class Classifier:
         self.top, self.note, self._decode = top, None, decode
         self.predictor = Predictor(found.place, runtime, precision, weights=found.tag_of(weights), device=device)
         self._labels = self.predictor.labels
-        self.name = _told(found, weights, self.predictor.precision, decode)
+        self.name = _told(found, weights, str(self.predictor.precision), decode)
 
     def _names(self, classes: int) -> list[str] | None:
         """Returns the names of the classes, or None for ImageNet's."""
@@ -90,7 +90,7 @@ class Classifier:
     def __call__(self, paths: Iterable[str | os.PathLike]) -> list[dict[str, Any]]:
         return list(self.predict_files(paths))
 
-    def predict_files(self, paths: Iterable[str | os.PathLike]) -> Iterator[dict[str, Any]]:
+    def predict_files(self, paths: Iterable[str | os.PathLike]) -> Generator[dict[str, Any], None, None]:
         """Classifies photos as the call does, and yields each result as soon as it is ready.
 
         Args:

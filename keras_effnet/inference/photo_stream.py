@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ def stream(
     run: Callable[[np.ndarray], list[np.ndarray]],
     threads: int,
     batch: int = 1,
-) -> Iterator[FilePrediction]:
+) -> Generator[FilePrediction, None, None]:
     """Yields what a model predicts for each photo, in order. Each thread loads a photo and runs the model on it.
 
     The next photos are only taken from `paths` as results are taken from the stream, so that memory does not grow with

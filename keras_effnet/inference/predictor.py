@@ -3,7 +3,7 @@
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,10 +91,9 @@ class Predictor:
         self.device = runtimes.device_of(device, runtime, precision)
         if source.exported:
             self.runtime, self.path = runtimes.of_file(source.exported, runtime), Path(source.exported)
-            record = model_metadata.metadata(self.path)
-            self.precision = record.get("precision", self.precision)
             self._run: Any = self._opened(device)
-            record = {"input_shape": list(self._run.input_shape)} | record
+            record = {"input_shape": list(self._run.input_shape)} | model_metadata.metadata(self.path)
+            self.precision = record.get("precision", self.precision)
         else:
             self.runtime, self.path, record, self._run = self._opened_from(source, runtime, device)
         self.metadata: dict[str, Any] = record
@@ -105,14 +104,16 @@ class Predictor:
     def _opened(self, device: str) -> Any:
         """Opens an exported file."""
         if self.device == "cuda":
-            able = self.runtime == "onnxruntime" and self.precision != "int8" and runtimes.has_cuda_provider()
-            if able:
+            if self.runtime == "onnxruntime" and runtimes.has_cuda_provider():
                 with self._falling_back(device):
-                    return runtimes.CudaSession(self.path)
+                    session = runtimes.CudaSession(self.path)
+                    if model_metadata.metadata(self.path).get("precision") != "int8":
+                        return session
+                    raise ValueError(f"Expected float32 or float16. Received: {str(self.path)!r} in int8")
             elif device == "cuda":
                 raise ValueError(
-                    "Expected onnxruntime-gpu, and an ONNX file in float32 or float16, for device='cuda'. Received: "
-                    f"{str(self.path)!r}, {self.precision}, on {self.runtime}"
+                    "Expected an ONNX file and onnxruntime-gpu for device='cuda'. Received: "
+                    f"{str(self.path)!r} on {self.runtime}"
                 )
         self.device = "cpu"
         return runtimes.Pool(self.runtime, self.path, self.threads)
@@ -147,7 +148,7 @@ class Predictor:
         paths: str | os.PathLike | Iterable[str | os.PathLike],
         recursive: bool = False,
         decode: str = "exact",
-    ) -> Iterator[photo_stream.FilePrediction]:
+    ) -> Generator[photo_stream.FilePrediction, None, None]:
         """Runs the model on photos, which are cropped and resized as it expects.
 
         Decodes and predicts on all `threads` at once. Results come in order, as soon as they are ready, and memory does
@@ -180,7 +181,7 @@ class Predictor:
         found = (path for each in given for path in folders.photographs([each], recursive))
         load = self.image_loader(decode)
 
-        def rows() -> Iterator[photo_stream.FilePrediction]:
+        def rows() -> Generator[photo_stream.FilePrediction, None, None]:
             # With fewer photos than threads, each photo has all threads.
             head = list(itertools.islice(found, self.threads))
             run = self._run if len(head) < self.threads else self._run.on_one_thread
