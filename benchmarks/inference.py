@@ -66,7 +66,8 @@ def ours(name: str, folder: str, batch: int, precision: str = "float32", runtime
 
     # Which layers stay in float depends on the weights. Lite0 has published ones, which come in a package.
     genuine: dict[str, Any] = {"weights": "imagenet", "calibration": crops(150, 2) if precision == "int8" else None}
-    predictor = ke.Predictor(name, runtime, precision, **(genuine if name == LITE0 else {"weights": None}))
+    options: dict[str, Any] = genuine if name == LITE0 else {"weights": None}
+    predictor = ke.Predictor(name, runtime, precision, **options)
     print(f"{name} {precision}: {predictor.runtime}", file=sys.stderr)
     images = pixels((batch, *(predictor.input_shape or ())))
     return lambda: predictor(images)
