@@ -226,7 +226,10 @@ def sees_gpu() -> bool:
         case "jax":
             import jax
 
-            return jax.default_backend() == "gpu"
+            try:
+                return jax.default_backend() == "gpu"
+            except RuntimeError:  # without a driver
+                return False
         case "torch":
             import torch
 

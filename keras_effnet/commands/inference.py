@@ -59,7 +59,7 @@ def predict(
     from keras_effnet.inference.classifier import Classifier
     from keras_effnet.inference.prediction_files import PredictionFile, check_place
 
-    wanted = [(kind, place) for kind, place in (("jsonl", jsonl), ("csv", csv)) if place]
+    wanted = [(kind, place) for kind, place in (("jsonl", jsonl), ("csv", csv)) if place is not None]
     if jsonl and csv and os.path.abspath(jsonl) == os.path.abspath(csv):
         raise ValueError(f"Expected two files for --jsonl and --csv. Received: {jsonl!r} twice")
     for _, place in wanted:  # before the model is prepared
@@ -97,7 +97,8 @@ def predict(
     if classifier.note:
         click.echo(classifier.note, err=True)
     for file in files:
-        click.echo(f"{file.path}: {len(file.done)} photos, {file.new} of them new", err=True)
+        broken = f", {len(file.failed)} of them with an error" * bool(file.failed)
+        click.echo(f"{file.path}: {len(file.done)} photos, {file.new} of them new{broken}", err=True)
     ctx.exit(2 if failed else 0)
 
 

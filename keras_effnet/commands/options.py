@@ -20,7 +20,7 @@ RUNNER = click.option(
     help="Framework to train with. Default: KERAS_BACKEND, or tensorflow.",
 )
 DEVICE = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda (an NVIDIA GPU), or auto: the GPU if there is one."
+    "--device", default="auto", show_default=True, help="cpu; cuda: an NVIDIA GPU; auto: the GPU, with onnxruntime-gpu."
 )
 RUNTIME = click.option(
     "--runtime", default="auto", show_default=True, help="litert, onnxruntime, openvino or keras. auto: the fastest."

@@ -1,9 +1,12 @@
 """Classifies photos: from files and folders to named classes."""
 
+import glob
+import hashlib
 import os
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ from keras_effnet import class_names
 from keras_effnet.errors import one_of
 from keras_effnet.images import photo_loader
 from keras_effnet.inference.predictor import Predictor
-from keras_effnet.model_loader import Reference, resolve
+from keras_effnet.model_loader import resolve
 from keras_effnet.weights import registry
 
 FEW = 20  # classes
@@ -71,7 +74,7 @@ class Classifier:
         self.top, self.note, self._decode = top, None, decode
         self.predictor = Predictor(found.place, runtime, precision, weights=found.tag_of(weights), device=device)
         self._labels = self.predictor.labels
-        self.name = _told(found, weights, str(self.predictor.precision), decode)
+        self._named = found, weights
 
     def _names(self, classes: int) -> list[str] | None:
         """Returns the names of the classes, or None for ImageNet's."""
@@ -86,6 +89,20 @@ class Classifier:
             elif not self.predictor.metadata.get("weights"):
                 self.note = "The model has 1000 classes without names: these are ImageNet's"
         return None if labels is None or labels == class_names.labels() else labels
+
+    @cached_property
+    def name(self) -> str:
+        """The model, its weights, and what else the predictions depend on. Files of predictions hold it."""
+        found, weights = self._named
+        # A file is known by its content, since a later run may replace it.
+        if found.kind != "name":
+            parts = [os.path.basename(found.place), _content(found.place)]
+        else:
+            tag = str(found.tag_of(weights))
+            parts = [found.place, os.path.basename(tag), "" if _is_tag(found.place, tag) else _content(tag)]
+        parts += [str(self.predictor.precision).replace("float32", "")]
+        parts += [f"decode={self._decode}" if self._decode != "exact" else ""]
+        return " ".join(part for part in parts if part)
 
     def __call__(self, paths: Iterable[str | os.PathLike]) -> list[dict[str, Any]]:
         return list(self.predict_files(paths))
@@ -117,12 +134,9 @@ class Classifier:
 
     def _ranked(self, outputs: Any) -> list[dict[str, Any]]:
         """Returns the most likely classes of a photo."""
-        if not isinstance(outputs, np.ndarray) or outputs.ndim != 1:
-            told = (
-                f"shape (batch, {', '.join(map(str, outputs.shape))})"
-                if isinstance(outputs, np.ndarray)
-                else "several outputs"
-            )
+        if isinstance(outputs, dict | list) or outputs.ndim != 1:
+            several = isinstance(outputs, dict | list)
+            told = "several outputs" if several else f"shape {('batch', *outputs.shape)}".replace("'", "")
             raise ValueError(f"Expected a classifier with one output of shape (batch, classes). Received: {told}")
         # The logits of a few classes may happen to lie between 0 and 1 for a photo.
         if not _are_shares(outputs) or (len(outputs) < FEW and self._returns_logits):
@@ -133,13 +147,27 @@ class Classifier:
         return [{key: value for key, value in zip(keys, row, strict=True) if value is not None} for row in best]
 
 
-def _told(found: Reference, weights, precision: str, decode: str) -> str:
-    """Returns what the predictions depend on. A file is known by its content, since a later run may replace it."""
-    weights = "" if found.kind != "name" else os.fspath(found.tag_of(weights))
-    files = [each for each in (found.place, weights) if os.path.isfile(each)]
-    parts = [found.place, weights, *(registry.digest(file, "sha256")[:12] for file in files)]
-    parts += [precision if precision != "float32" else "", f"decode={decode}" if decode != "exact" else ""]
-    return " ".join(part for part in parts if part)
+def _is_tag(variant: str, weights: str) -> bool:
+    """Returns whether weights are published ones, or random. A folder may have the same name."""
+    if os.path.isfile(weights):
+        return False
+    try:
+        return weights == "None" or bool(registry.find(variant, weights))
+    except ValueError:
+        return False
+
+
+def _content(place: str) -> str:
+    """Returns a hash of a file and of what belongs to it, of a folder, or of a checkpoint."""
+    path = Path(place)
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+    elif path.is_file():
+        files = [path, *path.parent.glob(f"{glob.escape(path.stem)}.bin")]  # OpenVINO's weights
+    else:
+        files = list(path.parent.glob(f"{glob.escape(path.name)}.*"))
+    digests = [registry.digest(str(file), "sha256") for file in sorted(set(files))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12] if digests else ""
 
 
 def _are_shares(outputs: np.ndarray) -> bool:

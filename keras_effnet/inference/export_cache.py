@@ -109,11 +109,6 @@ class ExportCache:
         if device == "cuda":
             return self._on_gpu(runtime)
         if runtime == "keras":
-            if runtimes.has_gpu() and compat.sees_gpu():
-                raise ValueError(
-                    "Expected device='cuda' for runtime='keras', since Keras runs on the GPU that it sees. "
-                    "Received: device='cpu'. Hide the GPU from it: CUDA_VISIBLE_DEVICES=-1"
-                )
             return self._keras()
         names = runtimes.choose(runtime)
         if runtime != "auto":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-AHEAD = 8  # photos, or batches of them, per thread that wait for an earlier one. Only their outputs are in memory
+AHEAD = 8  # finished photos (or batches) per thread that may wait for an earlier one: only their outputs are in memory
 
 
 class FilePrediction(NamedTuple):

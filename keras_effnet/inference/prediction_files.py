@@ -1,4 +1,4 @@
-"""Writes predictions to JSON Lines or CSV, a row per photo, and continues a file that was stopped."""
+"""Writes predictions to JSON Lines or CSV, a row per photo, and continues the file of a run that was stopped."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _OWN = ("class_id", "name", "probability")
+_LINES = 3  # a row that was cut off has no more line breaks, in paths and class names
 
 
 def check_place(path: str | os.PathLike) -> None:
@@ -20,6 +21,8 @@ def check_place(path: str | os.PathLike) -> None:
     Raises:
         OSError: If the path is a folder, or its folder does not exist.
     """
+    if not os.fspath(path):
+        raise FileNotFoundError("Expected the path of a file. Received: ''")
     if os.path.isdir(path):
         raise IsADirectoryError(f"Expected the path of a file. Received: {os.fspath(path)!r}, a folder")
     parent = os.path.dirname(os.path.abspath(path))
@@ -56,7 +59,7 @@ class PredictionFile:
         header = _csv_line(_columns(top))
         self._encode, self._decode, self._header, self._start = {
             "jsonl": (_json_row, _json_rows, b"", b'{"path": '),
-            "csv": (self._csv_row, _csv_rows, header, header),
+            "csv": (self._csv_row, _csv_rows, header, b"path,model,error"),
         }[kind]
         check_place(self.path)
         self._file: BinaryIO = self.path.open("ab+")
@@ -100,6 +103,10 @@ class PredictionFile:
     def _continue(self) -> None:
         """Reads the rows that are there, and cuts off what is not a complete row."""
         self._file.seek(0)
+        start = self._file.read(len(self._start))
+        if not (start.startswith(self._start) or self._start.startswith(start)):
+            raise self._unlike(f"{start!r} at its beginning")
+        self._file.seek(0)
         whole = 0
         for content, row in self._decode(self._file):
             self._check(row, content)
@@ -107,9 +114,15 @@ class PredictionFile:
             if "path" in row:
                 self._count(row)
         self._file.seek(whole)
-        start = self._file.read(len(self._start))
-        if not whole and start and not self._start.startswith(start):  # never cut what is not ours
-            raise self._unlike(f"{start!r} at its beginning")
+        rest = self._file.read()
+        if rest.count(b"\n") > _LINES:
+            raise self._unlike(f"a quote that does not end, in {rest[:80]!r}")
+        last = None if self._header or not rest else _json_object(rest)  # a row of CSV may lack digits
+        if last is not None:  # an editor has removed the line break
+            self._check(last, rest)
+            self._append(b"\n")
+            self._count(last)
+            return
         self._file.truncate(whole)
         self._file.seek(whole)
         if not whole:
@@ -119,7 +132,7 @@ class PredictionFile:
         if "columns" in row:
             if row["columns"] != _columns(self._top):
                 raise self._unlike(f"the columns {', '.join(row['columns'])}"[:200])
-        elif not isinstance(row.get("path"), str) or not ("error" in row or "predictions" in row):
+        elif not isinstance(row.get("path"), str) or not ("error" in row or isinstance(row.get("predictions"), list)):
             raise self._unlike(f"the line {content[:80]!r}")
         elif row.get("model") != self._model:
             raise self._unlike(f"rows of {row.get('model')!r}")
@@ -153,11 +166,15 @@ def _json_rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for line in file:
         if not line.endswith(b"\n"):
             return
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = {}
-        yield line, row if isinstance(row, dict) else {}
+        yield line, _json_object(line) or {}
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else {}
 
 
 def _csv_line(cells: list[Any]) -> bytes:
@@ -168,11 +185,13 @@ def _csv_line(cells: list[Any]) -> bytes:
 
 
 def _csv_rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    content, columns = b"", None
+    lines, quotes, columns = [], 0, None
     for line in file:
-        content += line
-        if content.count(b'"') % 2 or not line.endswith(b"\n"):  # a line break inside quotes, or a row that was cut off
+        lines.append(line)
+        quotes += line.count(b'"')
+        if quotes % 2 or not line.endswith(b"\n"):  # a line break inside quotes, or a row that was cut off
             continue
+        content = b"".join(lines)
         try:
             (cells,) = csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
         except (ValueError, csv.Error):  # not a row
@@ -186,7 +205,7 @@ def _csv_rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 {"error": error} if error else {"predictions": [each for each in rest[:: len(_OWN)] if each]}
             )
             yield content, {"path": path, "model": model} | told
-        content = b""
+        lines, quotes = [], 0
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_effnet import model_metadata
+from keras_effnet import compat, model_metadata
 from keras_effnet.errors import one_of
 from keras_effnet.images import folders, photo_loader
 from keras_effnet.inference import photo_stream, runtimes
@@ -96,6 +96,7 @@ class Predictor:
             self.precision = record.get("precision", self.precision)
         else:
             self.runtime, self.path, record, self._run = self._opened_from(source, runtime, device)
+        self._check_device(device)
         self.metadata: dict[str, Any] = record
         self.input_shape: tuple[int, ...] = tuple(record["input_shape"])
         self.labels: list[str] | None = record.get("labels")
@@ -109,7 +110,8 @@ class Predictor:
                     session = runtimes.CudaSession(self.path)
                     if model_metadata.metadata(self.path).get("precision") != "int8":
                         return session
-                    raise ValueError(f"Expected float32 or float16. Received: {str(self.path)!r} in int8")
+                if device == "cuda":
+                    raise ValueError(f"Expected float32 or float16 for the GPU. Received: {str(self.path)!r} in int8")
             elif device == "cuda":
                 raise ValueError(
                     "Expected an ONNX file and onnxruntime-gpu for device='cuda'. Received: "
@@ -120,21 +122,30 @@ class Predictor:
 
     def _opened_from(self, source: ExportCache, runtime: str, device: str) -> tuple:
         if self.device == "cuda":
-            with self._falling_back(device, quiet=runtime == "keras"):
+            with self._falling_back(device):
                 return source.opened(runtime, self.threads, "cuda")
         self.device = "cpu"
         return source.opened(runtime, self.threads)
 
+    def _check_device(self, device: str) -> None:
+        """Keras and TensorFlow run on the GPU that they see."""
+        if self.runtime in ("keras", "tensorflow") and runtimes.has_gpu() and compat.sees_gpu():
+            if device == "cpu":
+                raise ValueError(
+                    f"Expected device='cuda' for runtime={self.runtime!r}, which runs on the GPU that it sees. "
+                    "Received: device='cpu'. To hide the GPU, set CUDA_VISIBLE_DEVICES=-1"
+                )
+            self.device = "cuda"
+
     @contextmanager
-    def _falling_back(self, device: str, quiet: bool = False) -> Iterator[None]:
+    def _falling_back(self, device: str) -> Iterator[None]:
         """With `device="auto"`, warns that the GPU cannot be used, instead of raising an error."""
         try:
             yield
-        except (ImportError, RuntimeError, ValueError) as error:  # RuntimeError: JAX without its driver
+        except (ImportError, ValueError) as error:
             if device == "cuda":
                 raise
-            if not quiet:
-                warnings.warn(f"Running on the processor, since the GPU cannot be used: {error}", stacklevel=5)
+            warnings.warn(f"Running on the processor, since the GPU cannot be used: {error}", stacklevel=5)
 
     def __repr__(self):
         place = "the GPU" if self.device == "cuda" else f"{self.threads} threads"
@@ -155,7 +166,8 @@ class Predictor:
         not grow with the number of photos.
 
         Args:
-            paths: Path of an image file, or of a folder of them; or an iterable of such paths.
+            paths: Path of an image file, or of a folder of them; or an iterable of such paths, which is read ahead of
+                the results.
             recursive: Boolean, whether to search folders in folders too. Defaults to False.
             decode: See `load_image()`. Defaults to `"exact"`.
 

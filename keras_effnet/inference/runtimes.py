@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from glob import glob
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -396,7 +397,7 @@ class CudaSession:
         (place,) = session.get_inputs()
         _check(place.shape, str(place.type).replace("tensor(float)", "float32"))
         self.input_shape = tuple(place.shape[1:])
-        self._largest = place.shape[0] if isinstance(place.shape[0], int) and place.shape[0] > 0 else 64
+        self._fixed = place.shape[0] if isinstance(place.shape[0], int) and place.shape[0] > 0 else None
         self._run, self._lock = partial(_run, session, place.name), threading.Lock()
 
     def check(self) -> None:
@@ -405,13 +406,19 @@ class CudaSession:
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         """Runs the model. See `Pool`."""
         rows = []
-        for start in range(0, len(images), self._largest):
-            part = images[start : start + self._largest]
-            size = self._largest if self._largest < 64 else 1 << (len(part) - 1).bit_length()
+        largest = self._fixed or 64
+        for start in range(0, len(images), largest):
+            part = images[start : start + largest]
+            size = self._fixed or 1 << (len(part) - 1).bit_length()
             padded = np.zeros((size, *part.shape[1:]), "float32")
             padded[: len(part)] = part
-            with self._lock:  # more at once would only take more memory
-                outputs = self._run(padded)
+            try:
+                with self._lock:  # more at once would only take more memory
+                    outputs = self._run(padded)
+            except Exception as error:  # ONNX Runtime raises its own types
+                raise ValueError(
+                    f"Expected {size} images to run on the GPU. Received: {shorten(str(error), 200)}"
+                ) from error
             rows.append([output[: len(part)] for output in outputs])
         return _batch_of(rows)
 
@@ -427,8 +434,8 @@ def device_of(device: str, runtime: str = "auto", precision: str = "float32") ->
         precision: See `Predictor`. Defaults to `"float32"`.
 
     Returns:
-        `"cpu"` or `"cuda"`. For `"auto"`, the GPU if this process may use one, the runtime and the precision allow it,
-        and the ONNX Runtime that is installed is the one for GPUs, or the runtime is Keras.
+        `"cpu"` or `"cuda"`. For `"auto"`, the GPU if this process may use one, the ONNX Runtime that is installed is
+        the one for GPUs, and the runtime and the precision allow it. Keras chooses its device itself.
 
     Raises:
         ValueError: If the device is unknown, or the runtime or the precision does not run on a GPU.
@@ -440,14 +447,14 @@ def device_of(device: str, runtime: str = "auto", precision: str = "float32") ->
             "Expected runtime='auto', 'onnxruntime' or 'keras', and float32 or float16, for device='cuda'. "
             f"Received: runtime={runtime!r}, precision={precision!r}"
         )
-    usable = able and has_gpu() and (runtime == "keras" or has_cuda_provider())
+    usable = able and runtime != "keras" and has_gpu() and has_cuda_provider()
     return "cuda" if device == "cuda" or (device == "auto" and usable) else "cpu"
 
 
 def has_gpu() -> bool:
-    """Returns whether there is an NVIDIA GPU that this process may use, without asking a library."""
+    """Returns whether there is an NVIDIA GPU that this process may use, by its device files: on Linux only."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
-    return visible not in ("", "-1") and any(os.path.exists(place) for place in ("/dev/nvidia0", "/dev/dxg"))
+    return visible not in ("", "-1") and bool(glob("/dev/nvidia[0-9]*") or glob("/dev/dxg"))
 
 
 def has_cuda_provider() -> bool:

@@ -123,9 +123,10 @@ def test_without_a_gpu_auto_is_the_processor_and_cuda_says_what_is_missing(model
 
 def test_a_gpu_is_used_only_by_what_runs_on_it(monkeypatch):
     monkeypatch.setattr(runtimes, "has_gpu", lambda: True)
-    assert runtimes.device_of("auto", "keras") == "cuda" and runtimes.device_of("auto") == "cpu"
+    assert runtimes.device_of("auto") == runtimes.device_of("auto", "keras") == "cpu"
+    assert runtimes.device_of("cuda", "keras") == "cuda"
     monkeypatch.setattr(runtimes, "has_cuda_provider", lambda: True)
-    assert runtimes.device_of("auto") == runtimes.device_of("auto", "keras") == "cuda"
+    assert runtimes.device_of("auto") == runtimes.device_of("auto", "onnxruntime") == "cuda"
     assert runtimes.device_of("auto", "litert") == runtimes.device_of("auto", precision="int8") == "cpu"
     assert runtimes.device_of("cpu") == "cpu"
 

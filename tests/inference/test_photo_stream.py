@@ -227,6 +227,28 @@ def test_a_file_cut_off_at_any_byte_continues_without_a_double_or_missing_row(ki
         assert path.read_bytes() == whole, length
 
 
+def test_a_row_whose_line_break_an_editor_has_removed_is_kept(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with PredictionFile(path, "jsonl", "m", 1) as file:
+        file.write(RESULTS[0])
+    content = path.read_bytes()
+    path.write_bytes(content.removesuffix(b"\n"))
+    with PredictionFile(path, "jsonl", "m", 1) as file:
+        assert file.done == {os.path.abspath("a.png")}
+    assert path.read_bytes() == content
+
+
+def test_a_file_of_predictions_belongs_to_the_content_of_its_model(model, tmp_path):
+    import shutil
+
+    first = Classifier(model, runtime="keras").name
+    assert Classifier(shutil.copy(model, tmp_path), runtime="keras").name == first
+    other = ke.EfficientNetLite0(weights=None, input_shape=(32, 40, 3), classes=5)
+    again = ke.save_model(other, tmp_path / model.name, labels=list("abcde"))
+    names = {Classifier(again, runtime="keras", decode=decode).name for decode in ("exact", "fast")}
+    assert len({first, *names}) == 3
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_file_with_other_rows_is_refused_and_left_as_it_is(kind, tmp_path):
     path = tmp_path / f"rows.{kind}"
@@ -240,6 +262,8 @@ def test_a_file_with_other_rows_is_refused_and_left_as_it_is(kind, tmp_path):
         (b"my notes\n", "m", 1, "my notes"),
         (b"[1]\n", "m", 1, r"\[?1\]?"),
         (b'{"a": 1}', "m", 1, "at its beginning"),  # without a line break: not a row that was cut off
+        (b'{"path": "data", "files": []}', "m", 1, "the line|at its beginning"),
+        (path.read_bytes() + b'"a\n' + b"b\n" * 9, "m", 1, "the line|a quote that does not end"),
         (b'nails of 5" and', "m", 1, "at its beginning"),
         (b'nails of 5"\n and', "m", 1, "at its beginning|nails"),
         (path.read_bytes(), "m", 2, "1 classes per photo, not 2|the columns path, model, error, class_id_1"),
