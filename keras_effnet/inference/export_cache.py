@@ -39,6 +39,7 @@ class ExportCache:
         precision: See `Predictor`.
         calibration: See `Predictor`.
         input_shape: See `Predictor`.
+        loaded: The Keras model, if it has been loaded already. Defaults to None.
 
     Attributes:
         exported: Path of the exported file that was given as `model`, or None.
@@ -49,7 +50,7 @@ class ExportCache:
         ValueError: If the model or the weights are unknown, or the model is neither functional nor sequential.
     """
 
-    def __init__(self, model, weights, precision: str, calibration, input_shape):
+    def __init__(self, model, weights, precision: str, calibration, input_shape, loaded: Any = None):
         self.exported = None
         self.precision, self._calibration, self._shape = precision, calibration, input_shape
         self._weights = weights
@@ -68,6 +69,7 @@ class ExportCache:
             self._model = found.place
         else:
             told = ["model", _fingerprint(model)]
+        self._model = self._model if loaded is None else loaded
         if precision == "int8" and calibration is not None:
             told.append(_told(calibration))
         told += [KEPT_AS, __version__, version("keras"), input_shape and list(input_shape)]
@@ -208,7 +210,7 @@ class ExportCache:
             Dict with the name of the fastest as `chosen` and the `seconds` of each; for int8 also the seconds of the
             fastest in `float32`. None if there is no runtime.
         """
-        pools, reasons = self._pools(names, threads)
+        pools, reasons = self.pools(names, threads)
         if not pools:
             told = "; ".join(f"{name}: {shorten(str(error), 150)}" for name, error in reasons.items())
             told = told or "no runtime is installed"
@@ -225,9 +227,8 @@ class ExportCache:
             return None
         whole: dict[str, runtimes.Pool] = {}
         if self.precision == "int8":
-            other = ExportCache(self._given, self._weights, "float32", None, self._shape)
-            other._model = self._model
-            whole, _ = other._pools(names, threads)
+            other = ExportCache(self._given, self._weights, "float32", None, self._shape, self._model)
+            whole, _ = other.pools(names, threads)
         image = np.random.default_rng(0).uniform(0, 255, (1, *next(iter(pools.values())).input_shape)).astype("float32")
         calls = [partial(pool, image) for pool in (*pools.values(), *whole.values())]
         times = runtimes.seconds_each(calls)
@@ -244,8 +245,19 @@ class ExportCache:
             temporary.write_text(json.dumps(known))
         return choice
 
-    def _pools(self, names: list[str], threads: int) -> tuple[dict[str, runtimes.Pool], dict[str, Exception]]:
-        """Opens the model on each runtime. Also returns why it cannot be exported to the others."""
+    def pools(self, names: list[str], threads: int) -> tuple[dict[str, runtimes.Pool], dict[str, Exception]]:
+        """Opens the model on several runtimes, and exports it first where the export is not cached.
+
+        Args:
+            names: List of keys of `RUNTIMES`.
+            threads: Integer. Processors to use.
+
+        Returns:
+            Tuple of the `Pool` of each runtime, and for the others, why the model cannot be exported to them.
+
+        Raises:
+            ValueError: If the model cannot be exported to any runtime.
+        """
         if not all(self._kept(name) for name in names):
             from keras_effnet.inference import export
 

@@ -200,7 +200,10 @@ class Predictor:
             stream = photo_stream.stream(itertools.chain(head, found), load, run, self.threads, self._run.batch)
             with closing(stream):
                 for row in stream:
-                    yield row if row.error else row._replace(outputs=self._structured(row.outputs))
+                    if row.error:
+                        yield row
+                    else:
+                        yield photo_stream.FilePrediction(row.path, self._structured(row.outputs))
 
         return rows()
 
