@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 import numpy as np
+import timing
 from inference import B0, LITE0, Worker, export, photographs
 from timing import seconds, spread, told
 
@@ -284,14 +285,13 @@ def memory(count: int) -> dict[str, Any]:
             process, peak = subprocess.Popen(command), 0
             while process.poll() is None:  # getrusage() also counts the memory of the parent
                 with suppress(OSError, StopIteration):
-                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                    peak = int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+                    peak = timing.memory("VmHWM", process.pid)
                 time.sleep(0.05)
             rows = Path(f"{links}.csv").read_text().count("\n") - 1
             if process.returncode or rows != number:
                 raise RuntimeError(f"Expected {number} rows. Received: {rows}, status {process.returncode}")
             found[f"{number:,} files"] = {
-                "peak MiB": peak / 1024,
+                "peak MiB": peak,
                 "images per second": number / (time.perf_counter() - begun),
             }
     return found

@@ -33,7 +33,7 @@ from typing import Any
 import click
 import numpy as np
 from inference import APPLICATIONS, TIMM
-from timing import spread, told
+from timing import memory, spread, told
 
 B0, B4, V2_S, CONDCONV = "efficientnet-b0", "efficientnet-b4", "efficientnetv2-s", "efficientnet-condconv-b0-8e"
 WINDOWS = 5  # of which the median counts
@@ -276,10 +276,9 @@ def peak_memory(framework: str) -> float | None:
 
         if tf.config.list_physical_devices("GPU"):
             found = tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    if found is None and Path("/proc/self/status").exists():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        found = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    return found and found / 2**20
+    if found is None:
+        return memory("VmHWM") if Path("/proc/self/status").exists() else None
+    return found / 2**20
 
 
 def has_gpu() -> bool:

@@ -17,16 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import timing
+
 SMALL = [
     *("--epochs", "1000000", "--batch-size", "16", "--model.image-size", "32"),
     *("--run.steps-per-loop", "20", "--run.eval-every", "4", "--run.save-every", "2"),
 ]
-
-
-def resident(pid: int) -> float:
-    """Returns the resident memory of a process in MiB."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
 def grown(values: list[float]) -> float:
@@ -57,7 +53,7 @@ def main() -> None:
             time.sleep(5)
             if process.poll() is not None:
                 raise SystemExit(f"The run ended early with status {process.returncode}")
-            memory.append(resident(process.pid))
+            memory.append(timing.memory("VmRSS", process.pid))
             # Counts names only, since a temporary file may be removed meanwhile.
             files.append(sum(len(names) for _, _, names in os.walk(folder)))
         process.send_signal(signal.SIGTERM)

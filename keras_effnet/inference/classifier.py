@@ -74,6 +74,7 @@ class Classifier:
         self.top, self.note, self._decode = top, None, decode
         self.predictor = Predictor(found.place, runtime, precision, weights=found.tag_of(weights), device=device)
         self._labels = self.predictor.labels
+        self._of_imagenet = self._labels == class_names.labels()
         self._named = found, weights
 
     def _names(self, classes: int) -> list[str] | None:
@@ -88,7 +89,7 @@ class Classifier:
                 )
             elif not self.predictor.metadata.get("weights"):
                 self.note = "The model has 1000 classes without names: these are ImageNet's"
-        return None if labels is None or labels == class_names.labels() else labels
+        return None if labels is None or self._of_imagenet else labels
 
     @cached_property
     def name(self) -> str:
