@@ -65,8 +65,8 @@ def ours(name: str, folder: str, batch: int, precision: str = "float32", runtime
     import keras_effnet as ke
 
     # Which layers stay in float depends on the weights. Lite0 has published ones, which come in a package.
-    genuine: dict[str, Any] = {"weights": "imagenet", "calibration": crops(150, 2) if precision == "int8" else None}
-    options: dict[str, Any] = genuine if name == LITE0 else {"weights": None}
+    options: dict[str, Any] = {"weights": "imagenet" if name == LITE0 else None}
+    options["calibration"] = crops(150, 2) if precision == "int8" else None
     predictor = ke.Predictor(name, runtime, precision, **options)
     print(f"{name} {precision}: {predictor.runtime}", file=sys.stderr)
     images = pixels((batch, *(predictor.input_shape or ())))
@@ -75,6 +75,10 @@ def ours(name: str, folder: str, batch: int, precision: str = "float32", runtime
 
 def int8(name: str, folder: str, batch: int) -> Callable[[], Any]:
     return ours(name, folder, batch, "int8")
+
+
+def bfloat16(name: str, folder: str, batch: int) -> Callable[[], Any]:
+    return ours(name, folder, batch, "bfloat16")
 
 
 def int8_litert(name: str, folder: str, batch: int) -> Callable[[], Any]:
@@ -219,6 +223,8 @@ def export(name: str, folder: str) -> None:
 
 
 def compare(name: str, rounds: int) -> dict[str, Any]:
+    from keras_effnet.inference import runtimes
+
     one: dict[str, tuple[Callable, int]] = {"Predictor": (ours, 1), "tf.function": (graph, 1)}
     one |= {"LiteRT, Keras' export": (litert, 1), "ONNX Runtime, Keras' export": (onnxruntime, 1)}
     one |= {"predict()": (predict, 1)}
@@ -230,6 +236,10 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
     eight: dict[str, tuple[Callable, int]] = {}
     if name in (B0, LITE0):
         eight = {"Predictor, int8": (int8, 1), "Predictor, int8 in LiteRT": (int8_litert, 1)}
+        many["Predictor, int8, 32"] = (int8, 32)
+        if runtimes.has_bfloat16():
+            eight["Predictor, bfloat16"] = (bfloat16, 1)
+            many["Predictor, bfloat16, 32"] = (bfloat16, 32)
     times = in_turn(name, one | many | eight, rounds)
     exports = [times[row] for row in ("LiteRT, Keras' export", "ONNX Runtime, Keras' export")]
     times["the faster of the two exports"] = list(map(min, *exports))
@@ -278,14 +288,14 @@ def agreement(count: int) -> dict[str, Any]:
     ordered = np.sort(expected, 1)
     sure = ordered[:, -1] - ordered[:, -2] > 0.1
     found: dict[str, Any] = {"photographs": len(photographs()), "crops": count, "sure": int(sure.sum())}
-    for runtime in runtimes.choose("auto"):
-        predictor = ke.Predictor(LITE0, runtime, "int8", calibration=calibration)
+    tried = [(runtime, "int8") for runtime in runtimes.choose("auto")]
+    tried += [("openvino", "bfloat16")] if runtimes.has_bfloat16() else []
+    for runtime, precision in tried:
+        predictor = ke.Predictor(LITE0, runtime, precision, calibration=calibration)
         got = predictor(images)
-        size = Path(str(predictor.path)).stat().st_size
-        found[runtime] = export_check.agreement(expected, got) | {"megabytes": size / 1e6}
-        found[runtime]["top1_agreement_where_sure"] = export_check.agreement(expected[sure], got[sure])[
-            "top1_agreement"
-        ]
+        kept = {"megabytes": runtimes.size_of(str(predictor.path)) / 1e6}
+        kept["top1_agreement_where_sure"] = export_check.agreement(expected[sure], got[sure])["top1_agreement"]
+        found[f"{runtime}, {precision}"] = export_check.agreement(expected, got) | kept
     return found
 
 

@@ -11,7 +11,6 @@ from keras_effnet.commands.options import (
     AS_JSON,
     BEST,
     DEVICE,
-    PRECISION,
     RUNTIME,
     WEIGHTS,
     choose_backend,
@@ -33,7 +32,7 @@ from keras_effnet.commands.output import JsonList, complain, progress, quiet, sh
 @click.option("--recursive", is_flag=True, help="Search folders in folders too.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes to show per photo.")
 @RUNTIME
-@PRECISION
+@click.option("--precision", default="float32", show_default=True, help="float32, float16, int8 or bfloat16.")
 @DEVICE
 @click.option(
     "--decode",
@@ -127,7 +126,7 @@ class _Printer:
 @click.argument("model")
 @click.argument("out")
 @click.option("--format", "kind", help="savedmodel, onnx, litert or openvino. Default: from the suffix of OUT.")
-@PRECISION
+@click.option("--precision", default="float32", show_default=True, help="float32, float16 or int8.")
 @WEIGHTS
 @BEST
 @click.option(
@@ -192,7 +191,7 @@ def export(model, out, kind, precision, weights, best, calibration, labels, size
     callback=comma_separated,
     default="float32",
     show_default=True,
-    help="Comma-separated: float32, float16, int8.",
+    help="Comma-separated: float32, float16, int8, bfloat16.",
 )
 @click.option("--batch-sizes", callback=comma_separated, default="1,8,32", show_default=True, help="Comma-separated.")
 @click.option("--threads", type=click.IntRange(1), help="Processors to use. Default: all.")

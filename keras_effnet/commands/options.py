@@ -12,7 +12,6 @@ BEST = click.option("--best", is_flag=True, help="Use a run's best.keras instead
 AS_JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else."
 )
-PRECISION = click.option("--precision", default="float32", show_default=True, help="float32, float16 or int8.")
 RAW = click.option("--raw", is_flag=True, help="Load the raw weights instead of their moving average.")
 RUNNER = click.option(
     "--runner",

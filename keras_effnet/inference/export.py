@@ -110,7 +110,7 @@ def export(
         "path": str(path),
         "format": kind,
         "precision": precision,
-        "size": _size_of(path, kind),
+        "size": runtimes.size_of(path),
         "input_shape": list(shape),
         **report,
     }
@@ -118,7 +118,12 @@ def export(
 
 def _check_arguments(path: Path, kind: str, precision: str) -> None:
     one_of("format", kind, FORMATS)
-    one_of("precision", precision, runtimes.PRECISIONS)
+    if precision == "bfloat16":
+        raise ValueError(
+            "Expected precision='float32' for a file that is to run in bfloat16: ke.Predictor(path, "
+            "precision='bfloat16') computes in it. Received: precision='bfloat16'"
+        )
+    one_of("precision", precision, runtimes.STORED)
     _check_target(path, kind)
     if FORMATS[kind] and path.suffix != FORMATS[kind]:
         raise ValueError(f"Expected a path that ends in {FORMATS[kind]} for {kind}. Received: {str(path)!r}")
@@ -177,13 +182,6 @@ def _move(made: Path, path: Path) -> None:
             os.replace(old, made.parent / f"old-{each.name}")
     for each in parts:
         os.replace(each, path.with_name(each.name))
-
-
-def _size_of(path: Path, kind: str) -> int:
-    """Returns the size of all files of an export, in bytes."""
-    files = [path, path.with_suffix(".bin")] if kind == "openvino" else [path]
-    inside = [file for each in files for file in ([each] if each.is_file() else each.rglob("*"))]
-    return sum(file.stat().st_size for file in inside if file.is_file())
 
 
 def shape_of(model: keras.Model, input_shape: tuple[int, ...] | None = None) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from keras_effnet.model_loader import load_model, resolve
 from keras_effnet.weights import downloads, registry
 
 _FASTEST = ".fastest.json"
-KEPT_AS = 2  # increased when exports change, which invalidates all that are cached
+KEPT_AS = 3  # increased when exports change, which invalidates all that are cached
 
 
 class ExportCache:
@@ -53,6 +53,7 @@ class ExportCache:
     def __init__(self, model, weights, precision: str, calibration, input_shape, loaded: Any = None):
         self.exported = None
         self.precision, self._calibration, self._shape = precision, calibration, input_shape
+        self._stored = precision if precision in runtimes.STORED else "float32"  # the precision of the file
         self._weights = weights
         self._model: Any = model
         self._given = model
@@ -112,7 +113,7 @@ class ExportCache:
             return self._on_gpu(runtime)
         if runtime == "keras":
             return self._keras()
-        names = runtimes.choose(runtime)
+        names = runtimes.choose(runtime, self.precision)
         if runtime != "auto":
             return self._opened(runtime, threads)
         choice = self._remembered(names, threads) or self._fastest(names, threads)
@@ -130,7 +131,7 @@ class ExportCache:
 
     def _opened(self, name: str, threads: int) -> tuple[str, Path | None, dict[str, Any], Any]:
         path, record = self._made(name)
-        return name, path, record, runtimes.Pool(name, path, threads)
+        return name, path, record, runtimes.Pool(name, path, threads, self.precision)
 
     def _on_gpu(self, runtime: str):
         """Opens the model on ONNX Runtime's CUDA provider if there is one, else on Keras."""
@@ -160,16 +161,20 @@ class ExportCache:
 
     def _places(self, name: str) -> tuple[Path, Path]:
         """Returns the paths of the export for a runtime, and of its record."""
-        kind = runtimes.RUNTIMES[name].formats[0]
-        path = self.folder / f"{self.precision}{runtimes.FORMATS[kind]}"
+        kind = self._format(name)
+        path = self.folder / f"{self._stored}{runtimes.FORMATS[kind]}"
         return path, path.with_suffix(f".{kind}.json")
+
+    def _format(self, name: str) -> str:
+        runtime = runtimes.RUNTIMES[name]
+        return runtime.int8 if self.precision == "int8" and runtime.int8 else runtime.formats[0]
 
     def _kept(self, name: str) -> dict[str, Any] | None:
         """Returns the record of the export for a runtime, or None if the export is missing or damaged."""
         path, told = self._places(name)
         with suppress(OSError, ValueError, KeyError):
             record = json.loads(told.read_text())
-            if path.stat().st_size == record["size"]:
+            if runtimes.size_of(path) == record["size"]:
                 return record
         return None
 
@@ -184,9 +189,8 @@ class ExportCache:
         model = self.model()
         self.folder.mkdir(parents=True, exist_ok=True)
         files.sweep(self.folder)
-        kind = runtimes.RUNTIMES[name].formats[0]
         report = export.export(
-            model, path, kind, self.precision, calibration=self._calibration, input_shape=self._shape
+            model, path, self._format(name), self._stored, calibration=self._calibration, input_shape=self._shape
         )
         record = report | {key: value for key, value in model_metadata.metadata(path).items() if key not in report}
         with files.replacing(told) as temporary:
@@ -207,8 +211,8 @@ class ExportCache:
         """Measures all runtimes that the model can be exported to, in turn, and remembers the fastest.
 
         Returns:
-            Dict with the name of the fastest as `chosen` and the `seconds` of each; for int8 also the seconds of the
-            fastest in `float32`. None if there is no runtime.
+            Dict with the name of the fastest as `chosen` and the `seconds` of each; for int8 and bfloat16 also the
+            seconds of the fastest in `float32`. None if there is no runtime.
         """
         pools, reasons = self.pools(names, threads)
         if not pools:
@@ -226,9 +230,9 @@ class ExportCache:
             )
             return None
         whole: dict[str, runtimes.Pool] = {}
-        if self.precision == "int8":
+        if self.precision in ("int8", "bfloat16"):
             other = ExportCache(self._given, self._weights, "float32", None, self._shape, self._model)
-            whole, _ = other.pools(names, threads)
+            whole, _ = other.pools(runtimes.choose("auto"), threads)
         image = np.random.default_rng(0).uniform(0, 255, (1, *next(iter(pools.values())).input_shape)).astype("float32")
         calls = [partial(pool, image) for pool in (*pools.values(), *whole.values())]
         times = runtimes.seconds_each(calls)

@@ -57,31 +57,25 @@ def _savedmodel(model, path: Path, shape, precision, photographs) -> dict[str, A
 _ONNX_WRITERS = {"tensorflow": "tf2onnx", "jax": "jax2onnx", "torch": "onnxscript"}
 
 
-def _onnx(model, path: Path, shape, precision: str, photographs) -> dict[str, Any]:
+def _onnx(model, path: Path, shape, precision: str, photographs, fused: bool = False) -> dict[str, Any]:
     _need("onnx", "onnxruntime", _ONNX_WRITERS[_backend()])
     import onnx
 
-    def write(net) -> None:
+    def write(net, path: Path) -> None:
         if _backend() == "torch":  # there, Keras exports only models that have been called
             net(keras.ops.zeros((1, *shape)))
         net.export(str(path), format="onnx", verbose=False)
 
     net = for_inference(model, shape)
     if precision == "int8":
-
-        def quantise(net, pattern: str) -> bytes:
-            write(net)
-            _onnx_int8(path, photographs, pattern)
-            return path.read_bytes()
-
-        return _best(net, path, "onnx", photographs, quantise, 64)
-    write(net)
+        return _best(net, path, "onnx", photographs, quantization.Onnx(write, path, photographs, fused), pairs=True)
+    write(net, path)
     if precision == "float16":
         onnx.save(_halved(onnx.load(path)), path)
     return {}
 
 
-def _best(net, path: Path, kind: str, photographs: np.ndarray, quantise, levels: int) -> dict[str, Any]:
+def _best(net, path: Path, kind: str, photographs: np.ndarray, quantise, pairs: bool = False) -> dict[str, Any]:
     """Saves the best of the quantized versions, see `quantization.best()`. Returns its float layers."""
 
     def run(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
@@ -95,7 +89,7 @@ def _best(net, path: Path, kind: str, photographs: np.ndarray, quantise, levels:
         quantise,
         run,
         lambda expected, found: agreement(expected, found)["cosine"],
-        levels,
+        pairs,
     )
     path.write_bytes(content)
     left = [layer.name for layer in net.layers if layer.weights and re.match(pattern, layer.name)]
@@ -121,40 +115,6 @@ def _halved(graph):
     return graph
 
 
-def _onnx_int8(path: Path, photographs: np.ndarray, pattern: str) -> None:
-    import onnx
-    from onnxruntime import quantization as q
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(q.CalibrationDataReader):
-        def __init__(self, name: str):
-            self._rows = iter([{name: photographs[place : place + 1]} for place in range(len(photographs))])
-
-        def get_next(self) -> Any:
-            return next(self._rows, None)
-
-    prepared = path.with_name(f"prepared-{path.name}")
-    quant_pre_process(path, prepared)
-    graph = onnx.load(prepared).graph
-    q.quantize_static(
-        prepared,
-        path,
-        Reader(graph.input[0].name),
-        quant_format=q.QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=q.QuantType.QUInt8,
-        weight_type=q.QuantType.QInt8,
-        reduce_range=True,  # on processors without VNNI, sums of products of two bytes saturate
-        nodes_to_exclude=[
-            node.name
-            for node in graph.node
-            if node.op_type == "Softmax"
-            or any(re.search(rf"(^|/)({pattern})", name) for name in (node.name, *node.output))
-        ],
-    )
-    prepared.unlink()
-
-
 def _litert(model, path: Path, shape, precision: str, photographs) -> dict[str, Any]:
     if _backend() != "tensorflow":
         raise ValueError(
@@ -173,7 +133,7 @@ def _litert(model, path: Path, shape, precision: str, photographs) -> dict[str, 
     net = for_inference(model, shape, 1)
     if precision == "int8":
         quantise = quantization.LiteRT(converter, photographs)
-        found = _best(net, path, "litert", photographs, quantise, 127)
+        found = _best(net, path, "litert", photographs, quantise)
         worst = sorted(quantise.errors, key=lambda name: -quantise.errors[name])
         return found | {"layer_errors": {name: quantise.errors[name] for name in worst}}
     whole = converter(net)
@@ -189,7 +149,7 @@ def _openvino(model, path: Path, shape, precision: str, photographs) -> dict[str
     openvino = compat.load_openvino()
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "model.onnx"
-        found = _onnx(model, graph, shape, "int8" if precision == "int8" else "float32", photographs)
+        found = _onnx(model, graph, shape, "int8" if precision == "int8" else "float32", photographs, fused=True)
         net = openvino.Core().read_model(graph)  # convert_model() would send telemetry
         openvino.save_model(net, path, compress_to_fp16=precision == "float16")
     return found

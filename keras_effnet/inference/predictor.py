@@ -33,7 +33,9 @@ class Predictor:
             or of an exported model (`.tflite`, `.onnx`, `.xml`, or the folder of a SavedModel).
         runtime: `"litert"`, `"onnxruntime"`, `"openvino"`, or `"keras"` for Keras itself. Defaults to `"auto"`: the
             fastest that is installed, by a short measurement on this machine, which is cached.
-        precision: `"float32"`, `"float16"` or `"int8"`, see `export()`. Defaults to `"float32"`.
+        precision: `"float32"`, `"float16"` or `"int8"`, see `export()`; or `"bfloat16"`: float32 weights, but OpenVINO
+            computes in bfloat16, on processors that have it (AVX512-BF16 or AMX). Of a file that is already an export,
+            only `"bfloat16"` changes the precision. Defaults to `"float32"`.
         threads: Integer. Processors to use. Defaults to None: all that this process may use.
         device: `"cpu"`; `"cuda"` for an NVIDIA GPU, with ONNX Runtime where onnxruntime-gpu is installed, else with
             Keras; or `"auto"`: the GPU if there is one and onnxruntime-gpu is installed. int8, LiteRT and OpenVINO run
@@ -90,10 +92,10 @@ class Predictor:
         source = ExportCache(model, weights, precision, calibration, input_shape)
         self.device = runtimes.device_of(device, runtime, precision)
         if source.exported:
-            self.runtime, self.path = runtimes.of_file(source.exported, runtime), Path(source.exported)
+            self.runtime, self.path = runtimes.of_file(source.exported, runtime, precision), Path(source.exported)
             self._run: Any = self._opened(device)
             record = {"input_shape": list(self._run.input_shape)} | model_metadata.metadata(self.path)
-            self.precision = record.get("precision", self.precision)
+            self.precision = precision if precision == "bfloat16" else record.get("precision", self.precision)
         else:
             self.runtime, self.path, record, self._run = self._opened_from(source, runtime, device)
         self._check_device(device)
@@ -118,7 +120,7 @@ class Predictor:
                     f"{str(self.path)!r} on {self.runtime}"
                 )
         self.device = "cpu"
-        return runtimes.Pool(self.runtime, self.path, self.threads)
+        return runtimes.Pool(self.runtime, self.path, self.threads, str(self.precision))
 
     def _opened_from(self, source: ExportCache, runtime: str, device: str) -> tuple:
         if self.device == "cuda":

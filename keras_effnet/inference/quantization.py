@@ -1,9 +1,11 @@
-"""Quantizes to 8 bits: chooses the layers that stay in float, and corrects the biases for the rounding of kernels."""
+"""Quantizes to 8 bits: chooses the layers that stay in float, and prepares a model so that rounding changes less."""
 
 import csv
 import io
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,30 +19,133 @@ _IMAGE = r"image_|preprocessing|rescaling|normalization|stem_|block\w+_se_(?:sha
 
 FLOAT = (_IMAGE, rf"{_IMAGE}|block1", rf"{_IMAGE}|block[12]", rf"{_IMAGE}|block[123]")
 
-COSINE = 0.999  # of the logits of the calibration images; a lower one shows in similar classes
+# Of the logits of the calibration images. From here on, Lite0 predicts float32's class for all of 255 crops of which
+# float32 is sure, in each runtime (benchmarks/inference.py --agreement).
+COSINE = 0.996
 
 _MEASURED = 64  # images to average activations over
 
 
-def candidates(net: keras.Model, images: np.ndarray, levels: int = 127) -> Iterator[tuple[str, keras.Model]]:
+def candidates(net: keras.Model, images: np.ndarray, pairs: bool = False) -> Iterator[tuple[str, keras.Model]]:
     """Yields versions of a model to quantize, each with more layers in float than the one before.
 
     Args:
-        net: A folded model. Its biases are changed in place.
+        net: A folded model. Its weights are changed in place.
         images: Array of images to measure the activations with.
-        levels: Integer. The largest magnitude of a quantized weight. Defaults to 127.
+        pairs: See `peaks()`.
 
     Yields:
         Pairs of a regular expression, which matches the names of the float layers, and the model.
     """
+    equalize(net, images[:_MEASURED])
     layers = [layer for layer in net.layers if _takes(layer)]
     whole = {layer.name: _numpy(layer.bias) for layer in layers}
-    shifts = dict(_shifts(net, layers, images[:_MEASURED], levels))
+    shifts = dict(_shifts(net, layers, images[:_MEASURED], pairs))
     for pattern in FLOAT:
         for layer in layers:
             left = re.match(pattern, layer.name)
             layer.bias.assign(whole[layer.name] - (0 if left else shifts[layer.name]))
         yield pattern, net
+
+
+def peaks(kernel: np.ndarray, pairs: bool = False) -> np.ndarray:
+    """Returns, for each output of a convolution, what its largest quantized weight, 127, stands for.
+
+    Args:
+        kernel: Array (height, width, inputs, outputs).
+        pairs: Boolean. Without VNNI, x86 processors multiply bytes in pairs and add both products in 16 bits, where
+            255 x 127 + 255 x 127 saturates. If True, the weights of a pair add up to 127 at most, which is exact on
+            every processor. Which weights are a pair depends on the runtime: next to each other in the inputs, or in
+            the rows of the kernel. Convolutions of one input are not computed in pairs. Defaults to False.
+
+    Returns:
+        Array (outputs,).
+    """
+    sizes = np.abs(kernel)
+    if not pairs or kernel.shape[2] == 1:
+        return sizes.max((0, 1, 2))
+    height, width, inputs, outputs = sizes.shape
+    taps = sizes.reshape(height * width, inputs, outputs)
+    orders = (taps, taps.reshape(1, -1, outputs), taps.transpose(1, 0, 2).reshape(1, -1, outputs))
+    padded = [np.pad(order, ((0, 0), (0, order.shape[1] % 2), (0, 0))) for order in orders]
+    return np.max([(order[:, ::2] + order[:, 1::2]).max((0, 1)) for order in padded], 0)
+
+
+def equalize(net: keras.Model, images: np.ndarray) -> None:
+    """Scales the channels between linear convolutions to one range, and the kernels that read them by the inverse.
+
+    Activations have one scale for all channels, so those of a small range lose most. The model computes the same as
+    before, except for rounding. Channels that an activation function follows stay as they are.
+
+    Args:
+        net: A folded model. Its weights are changed in place.
+        images: Array of images to measure the ranges with.
+
+    Reference:
+        Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721, section
+        4.1, with measured ranges, over all layers that add to the same channels.
+    """
+    streams = list(_streams(net))
+    if not streams:
+        return
+    axes = _all_but_channels(streams[0][1][0])
+    largest = keras.Model(
+        net.inputs,
+        [
+            keras.ops.max(keras.ops.stack([keras.ops.max(keras.ops.abs(tensor), axes) for tensor in tensors]), 0)
+            for tensors, _, _ in streams
+        ],
+    )
+    found = [[_numpy(value) for value in keras.tree.flatten(largest.predict_on_batch(image[None]))] for image in images]
+    for (_, makers, readers), rows in zip(streams, zip(*found, strict=True), strict=True):
+        ranges = np.max(rows, 0)
+        # A channel that is zero for all images may not be for others.
+        scale = ranges.max() / np.maximum(ranges, max(1e-3 * ranges.max(), 1e-30))
+        for layer in makers:
+            kernel = _numpy(layer.kernel)
+            depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
+            layer.kernel.assign(kernel * scale.reshape(kernel.shape[2 if depthwise else 3 :]))
+            layer.bias.assign(_numpy(layer.bias) * scale)
+        for layer in readers:
+            layer.kernel.assign(_numpy(layer.kernel) / scale[:, None])
+
+
+def _streams(net) -> Iterator[tuple[list, list, list]]:
+    """Yields tensors that additions tie together, the convolutions that make them, and those that read them."""
+    makers: dict[int, Any] = {}
+    readers: dict[int, list] = defaultdict(list)
+    tensors: dict[int, Any] = {}
+    group: dict[int, int] = {}
+    try:
+        for layer in net.operations:
+            made = keras.tree.flatten(layer.output)
+            read = [] if isinstance(layer, keras.layers.InputLayer) else keras.tree.flatten(layer.input)
+            for tensor in made:
+                makers[id(tensor)], group[id(tensor)], tensors[id(tensor)] = layer, id(tensor), tensor
+            for tensor in read:
+                readers[id(tensor)].append(layer)
+            if isinstance(layer, keras.layers.Add):
+                tied = {group[id(tensor)] for tensor in read}
+                group |= {place: id(made[0]) for place, one in group.items() if one in tied}
+    except (AttributeError, KeyError):  # a layer that is called twice
+        return
+    results = {id(tensor) for tensor in net.outputs}
+    for one in dict.fromkeys(group.values()):
+        places = [place for place, other in group.items() if other == one]
+        made_by = [makers[place] for place in places if not isinstance(makers[place], keras.layers.Add)]
+        read_by = [each for place in places for each in readers[place] if not isinstance(each, keras.layers.Add)]
+        same = len({tuple(tensors[place].shape) for place in places}) == 1
+        if same and read_by and not results & set(places) and all(map(_linear, made_by)) and all(map(_reads, read_by)):
+            yield [tensors[place] for place in places], made_by, read_by
+
+
+def _linear(layer) -> bool:
+    return _reads(layer) and _takes(layer) and layer.activation is keras.activations.linear
+
+
+def _reads(layer) -> bool:
+    """Returns whether a layer is a convolution whose kernel can take a scale of each input."""
+    return type(layer) in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D) and getattr(layer, "groups", 1) == 1
 
 
 def _takes(layer) -> bool:
@@ -51,17 +156,18 @@ def _numpy(value) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(value))
 
 
-def _shifts(net, layers, images: np.ndarray, levels: int) -> Iterator[tuple[str, np.ndarray]]:
+def _shifts(net, layers, images: np.ndarray, pairs: bool) -> Iterator[tuple[str, np.ndarray]]:
     """Yields, for each layer, the mean shift of its outputs by the rounding of its kernel.
 
     Reference:
         Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721, section
         4.2, with measured means.
     """
-    axes = {layer.name: (0, 1, 2) if layer.data_format == "channels_last" else (0, 2, 3) for layer in layers}
     if not layers:
         return
-    means = keras.Model(net.inputs, {layer.name: keras.ops.mean(layer.input, axes[layer.name]) for layer in layers})
+    means = keras.Model(
+        net.inputs, {layer.name: keras.ops.mean(layer.input, _all_but_channels(layer)) for layer in layers}
+    )
     sums: dict[str, Any] = {}
     for image in images:
         for name, value in means.predict_on_batch(image[None]).items():
@@ -69,7 +175,8 @@ def _shifts(net, layers, images: np.ndarray, levels: int) -> Iterator[tuple[str,
     for layer in layers:
         kernel = _numpy(layer.kernel).astype("float64")
         depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
-        scale = np.maximum(np.abs(kernel).max((0, 1) if depthwise else (0, 1, 2), keepdims=True), 1e-12) / levels
+        top = peaks(kernel.reshape(*kernel.shape[:2], 1, -1) if depthwise else kernel, pairs)
+        scale = np.maximum(top, 1e-12).reshape(kernel.shape[2:] if depthwise else -1) / 127
         error = np.rint(kernel / scale) * scale - kernel
         if depthwise:
             shift = (error * (sums[layer.name] / len(images))[:, None]).sum((0, 1)).reshape(-1)
@@ -80,13 +187,18 @@ def _shifts(net, layers, images: np.ndarray, levels: int) -> Iterator[tuple[str,
         yield layer.name, shift
 
 
+def _all_but_channels(layer) -> tuple[int, ...]:
+    """Returns the axes of a layer's input, without that of its channels."""
+    return (0, 1, 2) if layer.data_format == "channels_last" else (0, 2, 3)
+
+
 def best(
     net: keras.Model,
     images: np.ndarray,
     quantise: Callable[[keras.Model, str], Any],
     run: Callable[[Any], Callable[[np.ndarray], np.ndarray]],
     cosine: Callable[[np.ndarray, np.ndarray], float],
-    levels: int = 127,
+    pairs: bool = False,
 ) -> tuple[Any, str]:
     """Quantizes a model with as few float layers as needed to keep the logits.
 
@@ -99,7 +211,7 @@ def best(
         quantise: Function that quantizes a model, given the regular expression of its float layers.
         run: Function from a result of `quantise` to a function from images to outputs.
         cosine: Function of the outputs of the float and of the quantized model.
-        levels: See `candidates()`.
+        pairs: See `peaks()`.
 
     Returns:
         Tuple of the result of `quantise`, and the regular expression.
@@ -109,7 +221,7 @@ def best(
     if expected.ndim == 2 and len(net.outputs) == 1:
         expected = np.concatenate([_numpy(net.predict_on_batch(image[None])) for image in images])
     known = any(re.match(FLOAT[-1], layer.name) for layer in net.layers)
-    for pattern, version in candidates(net, images, levels):
+    for pattern, version in candidates(net, images, pairs):
         made = quantise(version, pattern)
         if expected.ndim != 2 or len(net.outputs) > 1 or not known:
             return made, pattern
@@ -117,6 +229,122 @@ def best(
         if tried[-1][0] >= COSINE:
             break
     return max(tried, key=lambda each: each[0])[1:]
+
+
+class Onnx:
+    """Quantizes with ONNX Runtime's quantizer (QDQ), except for the layers that stay in float.
+
+    Args:
+        write: Function that saves a model to an ONNX file at a path.
+        path: Path of the file.
+        images: Array of calibration images.
+        fused: Boolean. If False, the outputs of convolutions and the activation functions are quantized as well: ONNX
+            Runtime has kernels of 8 bits for them. If True, only what convolutions read and what is added: OpenVINO
+            computes activation functions in float, as the last step of a convolution.
+
+    Call arguments:
+        net: A folded model.
+        pattern: Regular expression of the names of the float layers.
+
+    Returns:
+        Bytes, the content of the file.
+    """
+
+    def __init__(self, write: Callable[[keras.Model, Path], None], path: Path, images: np.ndarray, fused: bool):
+        self._write, self._path, self._images, self._fused = write, path, images, fused
+
+    def __call__(self, net: keras.Model, pattern: str) -> bytes:
+        import onnx
+        from onnx import numpy_helper
+        from onnxruntime import quantization as q
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Reader(q.CalibrationDataReader):
+            def __init__(self, name: str, images):
+                self._rows = iter([{name: image[None]} for image in images])
+
+            def get_next(self) -> Any:
+                return next(self._rows, None)
+
+        self._write(net, self._path)
+        prepared = self._path.with_name(f"prepared-{self._path.name}")
+        quant_pre_process(self._path, prepared)
+        model = onnx.load(prepared)
+        for place, node in enumerate(model.graph.node):
+            node.name = node.name or f"node_{place}"
+        onnx.save(model, prepared)
+        constants = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+        left = _float_nodes(model.graph, constants, net, pattern)
+        options: dict[str, Any] = {"TensorQuantOverrides": _ranges(model.graph, constants, left)}
+        if self._fused:
+            options["OpTypesToExcludeOutputQuantization"] = list(_MULTIPLYING)
+        q.quantize_static(
+            prepared,
+            self._path,
+            Reader(model.graph.input[0].name, self._images),
+            quant_format=q.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=q.QuantType.QUInt8,
+            weight_type=q.QuantType.QInt8,
+            nodes_to_exclude=sorted(left),
+            op_types_to_quantize=[*_MULTIPLYING, "Add"] if self._fused else None,
+            extra_options=options,
+        )
+        prepared.unlink()
+        return self._path.read_bytes()
+
+
+_MULTIPLYING = ("Conv", "Gemm", "MatMul")
+
+
+def _float_nodes(graph, constants: dict[str, np.ndarray], net, pattern: str) -> set[str]:
+    """Returns the names of the nodes that stay in float: those of float layers, all that only these need, and softmax.
+
+    Exporters name nodes differently, some not after layers. So convolutions are found by the values of their kernels.
+    """
+    kernels = {layer.name: np.sort(_numpy(layer.kernel), None) for layer in net.layers if hasattr(layer, "kernel")}
+    quantized: set[str] = set()  # tensors that depend on a quantized layer
+    left = set()
+    for node in graph.node:
+        named = any(re.search(rf"(^|/)({pattern})", name) for name in (node.name, *node.output))
+        multiplies = node.op_type in _MULTIPLYING
+        if multiplies:
+            weights = [np.sort(constants[name], None) for name in node.input if name in constants]
+            layer = next((name for name, kernel in kernels.items() if any(_same(kernel, each) for each in weights)), "")
+            named = bool(re.match(pattern, layer)) if layer else named
+        depends = bool(quantized.intersection(node.input)) or (multiplies and not named)
+        if depends:
+            quantized.update(node.output)
+        if named or not depends or node.op_type == "Softmax":
+            left.add(node.name)
+    return left
+
+
+def _same(kernel: np.ndarray, weights: np.ndarray) -> bool:
+    return kernel.shape == weights.shape and np.allclose(kernel, weights, rtol=1e-4, atol=1e-7)
+
+
+def _ranges(graph, constants: dict[str, np.ndarray], left: set[str]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the range of each output of the quantized kernels, as ONNX Runtime's quantizer takes them."""
+    from onnxruntime.quantization import QuantType
+
+    found = {}
+    for node in graph.node:
+        if node.op_type not in _MULTIPLYING or node.name in left or node.input[1] not in constants:
+            continue
+        kernel = constants[node.input[1]]
+        swapped = any(each.name == "transB" and each.i for each in node.attribute)
+        match kernel.ndim:
+            case 4:
+                axis, ordered = 0, kernel.transpose(2, 3, 1, 0)
+            case 2:
+                axis, ordered = (0, kernel.T[None, None]) if swapped else (1, kernel[None, None])
+            case _:
+                continue
+        tops = np.maximum(peaks(ordered, pairs=True), 1e-12).astype("float32")
+        ranges = [{"quant_type": QuantType.QInt8, "axis": axis, "rmin": -top, "rmax": top} for top in tops]
+        found[node.input[1]] = ranges
+    return found
 
 
 class LiteRT:

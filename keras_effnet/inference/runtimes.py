@@ -43,6 +43,8 @@ class Runtime:
             time may use it.
         forks: Boolean, whether the library still works in a fork of a process that has used it.
         fast: Boolean, whether a `Predictor` exports models to it. Otherwise it only opens files.
+        int8: String. The format that models are exported to in int8. Defaults to the first of `formats`.
+        bfloat16: Like `open`, but computes in bfloat16. Defaults to None: it cannot.
     """
 
     package: str
@@ -51,6 +53,8 @@ class Runtime:
     open: Callable[[str, int, int], tuple[Shape, list[Run]]]
     forks: bool = True
     fast: bool = True
+    int8: str = ""
+    bfloat16: Callable[[str, int, int], tuple[Shape, list[Run]]] | None = None
 
     @property
     def installed(self) -> bool:
@@ -58,7 +62,8 @@ class Runtime:
         return find_spec(self.module) is not None
 
 
-PRECISIONS = ("float32", "float16", "int8")
+STORED = ("float32", "float16", "int8")  # precisions of exported files
+PRECISIONS = (*STORED, "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 CUDA = "CUDAExecutionProvider"
 
@@ -107,13 +112,13 @@ def _run(session, place: str, image: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {place: image})
 
 
-def _openvino(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
+def _openvino(path: str, count: int, threads: int, precision: str = "f32") -> tuple[Shape, list[Run]]:
     openvino = compat.load_openvino()
     model = openvino.Core().read_model(path)
     sides = [-1 if side.is_dynamic else side.get_length() for side in model.input().get_partial_shape()]
     _check(sides, model.input().element_type.to_dtype().name)
     model.reshape([1, *sides[1:]])
-    hints = {"NUM_STREAMS": count, "INFERENCE_NUM_THREADS": count * threads, "INFERENCE_PRECISION_HINT": "f32"}
+    hints = {"NUM_STREAMS": count, "INFERENCE_NUM_THREADS": count * threads, "INFERENCE_PRECISION_HINT": precision}
     compiled = openvino.Core().compile_model(model, "CPU", hints)
 
     def runner() -> Run:
@@ -144,6 +149,14 @@ def _savedmodel(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
     return tuple(spec.shape[1:]), [run] * count
 
 
+def size_of(path: str | os.PathLike) -> int:
+    """Returns the size of all files of an export, in bytes."""
+    path = Path(path)
+    parts = [path, path.with_suffix(".bin")] if path.suffix == FORMATS["openvino"] else [path]
+    inside = [file for each in parts for file in ([each] if each.is_file() else each.rglob("*"))]
+    return sum(file.stat().st_size for file in inside if file.is_file())
+
+
 def _check(shape, dtype: str) -> None:
     """Checks that a model takes a batch of float images of one size. Files of other programs may not."""
     known = all(isinstance(side, int | np.integer) and side > 0 for side in shape[1:])
@@ -154,26 +167,36 @@ def _check(shape, dtype: str) -> None:
 RUNTIMES = {
     "litert": Runtime("ai-edge-litert", "ai_edge_litert", ("litert",), _litert),
     "onnxruntime": Runtime("onnxruntime", "onnxruntime", ("onnx",), _onnxruntime, forks=False),
-    "openvino": Runtime("openvino", "openvino", ("onnx", "openvino"), _openvino, forks=False),
+    "openvino": Runtime(
+        "openvino",
+        "openvino",
+        ("onnx", "openvino"),
+        _openvino,
+        forks=False,
+        int8="openvino",  # ONNX Runtime needs other places to quantize
+        bfloat16=partial(_openvino, precision="bf16"),
+    ),
     "tensorflow": Runtime("tensorflow", "tensorflow", ("savedmodel",), _savedmodel, forks=False, fast=False),
 }
 
 FAST = [name for name, runtime in RUNTIMES.items() if runtime.fast]
+_IN_BFLOAT16 = [name for name, runtime in RUNTIMES.items() if runtime.bfloat16]
 
 
-def of_file(path: str | os.PathLike, name: str = "auto") -> str:
+def of_file(path: str | os.PathLike, name: str = "auto", precision: str = "float32") -> str:
     """Returns the runtime to open a file with.
 
     Args:
         path: Path of an exported model.
         name: Key of `RUNTIMES`, or `"auto"` for the first that is installed. Defaults to `"auto"`.
+        precision: See `Predictor`. Only `"bfloat16"` matters here. Defaults to `"float32"`.
 
     Returns:
         Key of `RUNTIMES`.
 
     Raises:
         ImportError: If the runtime is not installed.
-        ValueError: If the runtime does not open files with this suffix.
+        ValueError: If the runtime does not open files with this suffix, or cannot compute in this precision here.
     """
     kind = next((kind for kind, ending in FORMATS.items() if os.fspath(path).endswith(ending)), None)
     kind = "savedmodel" if os.path.isfile(os.path.join(path, SAVED_MODEL)) else kind
@@ -182,34 +205,59 @@ def of_file(path: str | os.PathLike, name: str = "auto") -> str:
         raise ValueError(
             f"Expected a file that ends in one of {', '.join(FORMATS.values())}. Received: {os.fspath(path)!r}"
         )
-    if name == "auto":
+    if name == "auto" and precision == "bfloat16":
+        name = next((other for other in able if other in _IN_BFLOAT16), able[0])
+    elif name == "auto":
         name = next((other for other in able if RUNTIMES[other].installed), able[0])
     elif name not in able:
         raise unknown(f"runtime for {os.fspath(path)!r}", name, able)
     _need(name)
+    _check_precision(name, precision)
     return name
 
 
-def choose(name: str) -> list[str]:
+def choose(name: str, precision: str = "float32") -> list[str]:
     """Returns the runtimes that a name selects.
 
     Args:
         name: One of `FAST`, `"keras"`, or `"auto"` for all that are installed.
+        precision: See `Predictor`. Only `"bfloat16"` matters here. Defaults to `"float32"`.
 
     Returns:
         List of keys of `RUNTIMES`, or `["keras"]`.
 
     Raises:
         ImportError: If the named runtime is not installed.
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or the runtime cannot compute in this precision here.
     """
     one_of("runtime", name, ["auto", *FAST, "keras"])
-    if name == "keras":
-        return [name]
+    if name == "auto" and precision == "bfloat16":
+        name = _IN_BFLOAT16[0]
     if name == "auto":
         return [other for other in FAST if RUNTIMES[other].installed]
-    _need(name)
+    if name != "keras":
+        _need(name)
+    _check_precision(name, precision)
     return [name]
+
+
+def _check_precision(name: str, precision: str) -> None:
+    if precision != "bfloat16":
+        return
+    if name not in _IN_BFLOAT16:
+        raise ValueError(f"Expected runtime={_IN_BFLOAT16[0]!r} for bfloat16. Received: runtime={name!r}")
+    if not has_bfloat16():
+        raise ValueError(
+            "Expected a processor that computes in bfloat16 (AVX512-BF16 or AMX). Received: one that does not. "
+            "Nearest: float32"
+        )
+
+
+def has_bfloat16() -> bool:
+    """Returns whether OpenVINO is installed and this processor computes in bfloat16."""
+    if not RUNTIMES["openvino"].installed:
+        return False
+    return "BF16" in compat.load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _need(name: str) -> None:
@@ -230,6 +278,8 @@ class Pool:
         runtime: Key of `RUNTIMES`.
         path: Path of the file.
         threads: Integer. Threads to use.
+        precision: `"bfloat16"` to compute in it, whatever the file stores. Anything else: as the file says. Defaults to
+            `"float32"`.
 
     Attributes:
         batch: Integer. Images to pass to `on_one_thread()` at a time.
@@ -240,8 +290,10 @@ class Pool:
 
     batch = 1
 
-    def __init__(self, runtime: str, path: str | os.PathLike, threads: int):
+    def __init__(self, runtime: str, path: str | os.PathLike, threads: int, precision: str = "float32"):
         self._runtime, self._path, self._threads = runtime, os.fspath(path), threads
+        own = RUNTIMES[runtime]
+        self._opener = own.bfloat16 if precision == "bfloat16" and own.bfloat16 else own.open
         self._start()
 
     def _start(self) -> None:
@@ -259,7 +311,7 @@ class Pool:
 
     def _open(self, count: int, threads: int) -> tuple[Shape, list[Run]]:
         try:
-            return RUNTIMES[self._runtime].open(self._path, count, threads)
+            return self._opener(self._path, count, threads)
         except (ImportError, MemoryError):
             raise
         except Exception as error:  # each library raises its own types
@@ -441,7 +493,7 @@ def device_of(device: str, runtime: str = "auto", precision: str = "float32") ->
         ValueError: If the device is unknown, or the runtime or the precision does not run on a GPU.
     """
     one_of("device", device, DEVICES)
-    able = runtime in ("auto", "onnxruntime", "keras") and precision != "int8"
+    able = runtime in ("auto", "onnxruntime", "keras") and precision in ("float32", "float16")
     if device == "cuda" and not able:
         raise ValueError(
             "Expected runtime='auto', 'onnxruntime' or 'keras', and float32 or float16, for device='cuda'. "
