@@ -122,8 +122,12 @@ def benchmark(
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         workers: dict[tuple[str, str, str], Worker] = {}
-        pairs = [(model, chosen or _usual(model)) for model in models]
-        asked = [(model, name, precision) for model, some in pairs for precision in precisions for name in some]
+        asked = [
+            (model, name, precision)
+            for model in models
+            for precision in precisions
+            for name in chosen or _usual(model, precision)
+        ]
         for place, (model, name, precision) in enumerate(asked):
             on_progress(f"{Path(model).name} for {name}, {precision}", place, len(asked))
             try:
@@ -152,8 +156,10 @@ def benchmark(
     return rows
 
 
-def _usual(model: str) -> list[str]:
+def _usual(model: str, precision: str) -> list[str]:
     """Returns the runtimes to measure a model on."""
+    if precision == "bfloat16":
+        return runtimes.IN_BFLOAT16
     found = resolve(model, exports=True)
     return [runtimes.of_file(found.place)] if found.kind == "export" else runtimes.choose("auto")
 

@@ -116,15 +116,18 @@ class ExportCache:
         names = runtimes.choose(runtime, self.precision)
         if runtime != "auto":
             return self._opened(runtime, threads)
-        choice = self._remembered(names, threads) or self._fastest(names, threads)
+        compared = [*names, *runtimes.choose("auto")] if self.precision == "bfloat16" else names
+        measured_on = runtimes.measured_on(compared, threads)
+        choice = self._remembered(names, measured_on) or self._fastest(names, threads, measured_on)
         if not choice:
             return self._keras()
         times = choice.get("seconds", {})
         slower = min(times.values()) / choice["float32"] if "float32" in choice else 0
         if slower > 1.05:  # less is within what measurements differ by
+            smaller = ", unless the size of the file matters more" if self.precision == "int8" else ""
             warnings.warn(
                 f"On this machine, {self.precision} takes {slower:.2f} times as long as float32. "
-                "Use precision='float32', unless the size of the file matters more",
+                f"Use precision='float32'{smaller}",
                 stacklevel=5,
             )
         return self._opened(choice["chosen"], threads)
@@ -200,14 +203,14 @@ class ExportCache:
     def _choices(self) -> Path:
         return self.folder / f"{self.precision}{_FASTEST}"
 
-    def _remembered(self, names: list[str], threads: int) -> dict[str, Any] | None:
+    def _remembered(self, names: list[str], measured_on: str) -> dict[str, Any] | None:
         try:
-            choice = json.loads(self._choices().read_text())[runtimes.measured_on(names, threads)]
+            choice = json.loads(self._choices().read_text())[measured_on]
             return choice if choice["chosen"] in names else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _fastest(self, names: list[str], threads: int) -> dict[str, Any] | None:
+    def _fastest(self, names: list[str], threads: int, measured_on: str) -> dict[str, Any] | None:
         """Measures all runtimes that the model can be exported to, in turn, and remembers the fastest.
 
         Returns:
@@ -219,8 +222,9 @@ class ExportCache:
             told = "; ".join(f"{name}: {shorten(str(error), 150)}" for name, error in reasons.items())
             told = told or "no runtime is installed"
             if self.precision != "float32":
+                extra = "export" if self.precision == "bfloat16" else "tensorflow"
                 raise ValueError(
-                    f"Expected a runtime for {self.precision}. Run: pip install 'keras_effnet[tensorflow]'. "
+                    f"Expected a runtime for {self.precision}. Run: pip install 'keras_effnet[{extra}]'. "
                     f"Received: {told}"
                 )
             warnings.warn(
@@ -244,7 +248,7 @@ class ExportCache:
             known = json.loads(self._choices().read_text())
         except (OSError, ValueError):
             known = {}
-        known[runtimes.measured_on(names, threads)] = choice
+        known[measured_on] = choice
         with files.replacing(self._choices()) as temporary:
             temporary.write_text(json.dumps(known))
         return choice

@@ -68,7 +68,10 @@ def _onnx(model, path: Path, shape, precision: str, photographs, fused: bool = F
 
     net = for_inference(model, shape)
     if precision == "int8":
-        return _best(net, path, "onnx", photographs, quantization.Onnx(write, path, photographs, fused), pairs=True)
+        quantise = quantization.Onnx(write, path, photographs, fused)
+        left = _best(net, path, "onnx", photographs, quantise, pairs=True)["float_layers"]
+        whole = {layer.name for layer in net.layers if layer.weights} - quantise.known
+        return {"float_layers": [layer.name for layer in net.layers if layer.name in whole.union(left)]}
     write(net, path)
     if precision == "float16":
         onnx.save(_halved(onnx.load(path)), path)

@@ -95,7 +95,12 @@ class Predictor:
             self.runtime, self.path = runtimes.of_file(source.exported, runtime, precision), Path(source.exported)
             self._run: Any = self._opened(device)
             record = {"input_shape": list(self._run.input_shape)} | model_metadata.metadata(self.path)
-            self.precision = precision if precision == "bfloat16" else record.get("precision", self.precision)
+            stored = record.get("precision", self.precision)
+            if precision == "bfloat16" and stored == "int8":
+                raise ValueError(
+                    f"Expected a file of float32 for bfloat16. Received: {str(self.path)!r}, which computes in int8"
+                )
+            self.precision = precision if precision == "bfloat16" else stored
         else:
             self.runtime, self.path, record, self._run = self._opened_from(source, runtime, device)
         self._check_device(device)

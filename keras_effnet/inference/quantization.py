@@ -11,17 +11,22 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_effnet import compat
+
 # Layers that stay in float, in increasing order: the image, whose pixels need not be whole numbers, and the first
-# stages, whose few channels differ widely in range. They cause most of the disagreement of Lite0 with its float model
-# (26 % of 504 crops), and hold a hundredth of its weights (benchmarks/inference.py --agreement).
+# stages, whose few channels differ widely in range. They cause most of the disagreement of Lite0 with its float model,
+# and hold a hundredth of its weights (docs/benchmarks.md, int8).
 # The shares of global context are about one over the number of pixels: too small for one scale of 8 bits.
 _IMAGE = r"image_|preprocessing|rescaling|normalization|stem_|block\w+_se_(?:share|flat|context|norm)"
 
 FLOAT = (_IMAGE, rf"{_IMAGE}|block1", rf"{_IMAGE}|block[12]", rf"{_IMAGE}|block[123]")
 
-# Of the logits of the calibration images. From here on, Lite0 predicts float32's class for all of 255 crops of which
-# float32 is sure, in each runtime (benchmarks/inference.py --agreement).
+# Of the logits of the calibration images. From here on, Lite0 predicts float32's class for at least 254 of 255 crops of
+# which float32 is sure, in each runtime (benchmarks/inference.py --agreement).
 COSINE = 0.996
+
+# How much a channel is scaled at most. One that is quiet on the calibration images may not be on others.
+_LARGEST_SCALE = 16
 
 _MEASURED = 64  # images to average activations over
 
@@ -37,7 +42,7 @@ def candidates(net: keras.Model, images: np.ndarray, pairs: bool = False) -> Ite
     Yields:
         Pairs of a regular expression, which matches the names of the float layers, and the model.
     """
-    equalize(net, images[:_MEASURED])
+    equalize(net, images)
     layers = [layer for layer in net.layers if _takes(layer)]
     whole = {layer.name: _numpy(layer.bias) for layer in layers}
     shifts = dict(_shifts(net, layers, images[:_MEASURED], pairs))
@@ -54,15 +59,16 @@ def peaks(kernel: np.ndarray, pairs: bool = False) -> np.ndarray:
     Args:
         kernel: Array (height, width, inputs, outputs).
         pairs: Boolean. Without VNNI, x86 processors multiply bytes in pairs and add both products in 16 bits, where
-            255 x 127 + 255 x 127 saturates. If True, the weights of a pair add up to 127 at most, which is exact on
-            every processor. Which weights are a pair depends on the runtime: next to each other in the inputs, or in
-            the rows of the kernel. Convolutions of one input are not computed in pairs. Defaults to False.
+            255 x 127 + 255 x 127 saturates. If True, the magnitudes of a pair add up to 127 before rounding, and to 128
+            after it, which is exact on every processor. Which weights are a pair depends on the runtime: next to
+            each other in the inputs, or in the rows of the kernel. Defaults to False, as for depthwise convolutions,
+            whose products are not added in pairs.
 
     Returns:
         Array (outputs,).
     """
     sizes = np.abs(kernel)
-    if not pairs or kernel.shape[2] == 1:
+    if not pairs:
         return sizes.max((0, 1, 2))
     height, width, inputs, outputs = sizes.shape
     taps = sizes.reshape(height * width, inputs, outputs)
@@ -99,8 +105,8 @@ def equalize(net: keras.Model, images: np.ndarray) -> None:
     found = [[_numpy(value) for value in keras.tree.flatten(largest.predict_on_batch(image[None]))] for image in images]
     for (_, makers, readers), rows in zip(streams, zip(*found, strict=True), strict=True):
         ranges = np.max(rows, 0)
-        # A channel that is zero for all images may not be for others.
-        scale = ranges.max() / np.maximum(ranges, max(1e-3 * ranges.max(), 1e-30))
+        scale = np.minimum(ranges.max() / np.maximum(ranges, 1e-30), _LARGEST_SCALE)
+        scale[ranges == 0] = 1
         for layer in makers:
             kernel = _numpy(layer.kernel)
             depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
@@ -116,22 +122,29 @@ def _streams(net) -> Iterator[tuple[list, list, list]]:
     readers: dict[int, list] = defaultdict(list)
     tensors: dict[int, Any] = {}
     group: dict[int, int] = {}
-    try:
-        for layer in net.operations:
-            made = keras.tree.flatten(layer.output)
-            read = [] if isinstance(layer, keras.layers.InputLayer) else keras.tree.flatten(layer.input)
-            for tensor in made:
-                makers[id(tensor)], group[id(tensor)], tensors[id(tensor)] = layer, id(tensor), tensor
-            for tensor in read:
-                readers[id(tensor)].append(layer)
-            if isinstance(layer, keras.layers.Add):
-                tied = {group[id(tensor)] for tensor in read}
-                group |= {place: id(made[0]) for place, one in group.items() if one in tied}
-    except (AttributeError, KeyError):  # a layer that is called twice
-        return
+    calls: list[tuple[Any, list, list]] = []
+
+    def call(operation, *args, **kwargs):
+        outputs = compat.first_outputs(operation)
+        calls.append((operation, keras.tree.flatten((args, kwargs)), outputs))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    compat.run_graph(net, net.input, call)
+    if len({id(operation) for operation, _, _ in calls}) < len(calls):
+        return  # a layer that is called twice has one kernel for two places
+    for operation, read, made in calls:
+        for tensor in made:
+            makers[id(tensor)], group[id(tensor)], tensors[id(tensor)] = operation, id(tensor), tensor
+        for value in read:
+            readers[id(value)].append(operation)
+        if isinstance(operation, keras.layers.Add):
+            tied = {group.setdefault(id(tensor), id(tensor)) for tensor in read}
+            group |= {place: id(made[0]) for place, one in group.items() if one in tied}
     results = {id(tensor) for tensor in net.outputs}
     for one in dict.fromkeys(group.values()):
         places = [place for place, other in group.items() if other == one]
+        if not makers.keys() >= set(places):  # the input of the model
+            continue
         made_by = [makers[place] for place in places if not isinstance(makers[place], keras.layers.Add)]
         read_by = [each for place in places for each in readers[place] if not isinstance(each, keras.layers.Add)]
         same = len({tuple(tensors[place].shape) for place in places}) == 1
@@ -145,7 +158,8 @@ def _linear(layer) -> bool:
 
 def _reads(layer) -> bool:
     """Returns whether a layer is a convolution whose kernel can take a scale of each input."""
-    return type(layer) in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D) and getattr(layer, "groups", 1) == 1
+    plain = type(layer) in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D) and getattr(layer, "groups", 1) == 1
+    return plain and not (getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None))
 
 
 def _takes(layer) -> bool:
@@ -175,7 +189,8 @@ def _shifts(net, layers, images: np.ndarray, pairs: bool) -> Iterator[tuple[str,
     for layer in layers:
         kernel = _numpy(layer.kernel).astype("float64")
         depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
-        top = peaks(kernel.reshape(*kernel.shape[:2], 1, -1) if depthwise else kernel, pairs)
+        single = depthwise or (layer.groups > 1 and kernel.shape[2] == 1)
+        top = peaks(kernel.reshape(*kernel.shape[:2], 1, -1) if depthwise else kernel, pairs and not single)
         scale = np.maximum(top, 1e-12).reshape(kernel.shape[2:] if depthwise else -1) / 127
         error = np.rint(kernel / scale) * scale - kernel
         if depthwise:
@@ -252,6 +267,7 @@ class Onnx:
 
     def __init__(self, write: Callable[[keras.Model, Path], None], path: Path, images: np.ndarray, fused: bool):
         self._write, self._path, self._images, self._fused = write, path, images, fused
+        self.known: set[str] = set()  # layers that can be in 8 bits
 
     def __call__(self, net: keras.Model, pattern: str) -> bytes:
         import onnx
@@ -268,13 +284,19 @@ class Onnx:
 
         self._write(net, self._path)
         prepared = self._path.with_name(f"prepared-{self._path.name}")
-        quant_pre_process(self._path, prepared)
+        quant_pre_process(self._path, prepared, skip_symbolic_shape=True)
         model = onnx.load(prepared)
         for place, node in enumerate(model.graph.node):
             node.name = node.name or f"node_{place}"
         onnx.save(model, prepared)
         constants = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
-        left = _float_nodes(model.graph, constants, net, pattern)
+        layers = _layers_of(model.graph, constants, net)
+        self.known = set(layers.values())
+        if not self.known:
+            raise ValueError(
+                f"Expected kernels of the model's layers in its ONNX graph. Received: none of {net.name!r}"
+            )
+        left = _float_nodes(model.graph, layers, pattern)
         options: dict[str, Any] = {"TensorQuantOverrides": _ranges(model.graph, constants, left)}
         if self._fused:
             options["OpTypesToExcludeOutputQuantization"] = list(_MULTIPLYING)
@@ -297,21 +319,42 @@ class Onnx:
 _MULTIPLYING = ("Conv", "Gemm", "MatMul")
 
 
-def _float_nodes(graph, constants: dict[str, np.ndarray], net, pattern: str) -> set[str]:
-    """Returns the names of the nodes that stay in float: those of float layers, all that only these need, and softmax.
+def _layers_of(graph, constants: dict[str, np.ndarray], net) -> dict[str, str]:
+    """Returns the names of layers, by the names of their kernels in an ONNX graph.
 
-    Exporters name nodes differently, some not after layers. So convolutions are found by the values of their kernels.
+    Exporters name nodes and constants differently, some not after layers. So kernels are found by their values.
     """
-    kernels = {layer.name: np.sort(_numpy(layer.kernel), None) for layer in net.layers if hasattr(layer, "kernel")}
+    known = [
+        (layer.name, np.sort(_numpy(weight), None))
+        for layer in net.layers
+        for weight in layer.weights
+        if len(weight.shape) in (2, 4)
+    ]
+    found: dict[str, str] = {}
+    for node in graph.node:
+        name = node.input[1] if node.op_type in _MULTIPLYING else ""
+        if name not in constants or name in found or constants[name].ndim not in (2, 4):
+            continue
+        values = np.sort(constants[name], None)
+        place = next((place for place, (_, kernel) in enumerate(known) if _same(kernel, values)), None)
+        if place is not None:
+            found[name] = known.pop(place)[0]
+    return found
+
+
+def _same(kernel: np.ndarray, values: np.ndarray) -> bool:
+    return kernel.shape == values.shape and np.allclose(kernel, values, rtol=1e-4, atol=1e-7)
+
+
+def _float_nodes(graph, layers: dict[str, str], pattern: str) -> set[str]:
+    """Returns the names of nodes that stay in float: those of float layers, all that only these need, and softmax."""
     quantized: set[str] = set()  # tensors that depend on a quantized layer
     left = set()
     for node in graph.node:
         named = any(re.search(rf"(^|/)({pattern})", name) for name in (node.name, *node.output))
         multiplies = node.op_type in _MULTIPLYING
-        if multiplies:
-            weights = [np.sort(constants[name], None) for name in node.input if name in constants]
-            layer = next((name for name, kernel in kernels.items() if any(_same(kernel, each) for each in weights)), "")
-            named = bool(re.match(pattern, layer)) if layer else named
+        if multiplies:  # a kernel that is mixed from experts is none of a layer
+            named = node.input[1] not in layers or bool(re.match(pattern, layers[node.input[1]]))
         depends = bool(quantized.intersection(node.input)) or (multiplies and not named)
         if depends:
             quantized.update(node.output)
@@ -320,30 +363,24 @@ def _float_nodes(graph, constants: dict[str, np.ndarray], net, pattern: str) -> 
     return left
 
 
-def _same(kernel: np.ndarray, weights: np.ndarray) -> bool:
-    return kernel.shape == weights.shape and np.allclose(kernel, weights, rtol=1e-4, atol=1e-7)
-
-
-def _ranges(graph, constants: dict[str, np.ndarray], left: set[str]) -> dict[str, list[dict[str, Any]]]:
+def _ranges(graph, constants: dict[str, np.ndarray], left: set[str]) -> dict[str, list[dict]]:
     """Returns the range of each output of the quantized kernels, as ONNX Runtime's quantizer takes them."""
     from onnxruntime.quantization import QuantType
 
-    found = {}
+    found: dict[str, list[dict]] = {}
     for node in graph.node:
-        if node.op_type not in _MULTIPLYING or node.name in left or node.input[1] not in constants:
+        if node.op_type not in _MULTIPLYING or node.name in left:
             continue
         kernel = constants[node.input[1]]
-        swapped = any(each.name == "transB" and each.i for each in node.attribute)
-        match kernel.ndim:
-            case 4:
-                axis, ordered = 0, kernel.transpose(2, 3, 1, 0)
-            case 2:
-                axis, ordered = (0, kernel.T[None, None]) if swapped else (1, kernel[None, None])
-            case _:
-                continue
-        tops = np.maximum(peaks(ordered, pairs=True), 1e-12).astype("float32")
-        ranges = [{"quant_type": QuantType.QInt8, "axis": axis, "rmin": -top, "rmax": top} for top in tops]
-        found[node.input[1]] = ranges
+        attributes = {each.name: each.i for each in node.attribute}
+        if kernel.ndim == 4:
+            axis, ordered = 0, kernel.transpose(2, 3, 1, 0)
+        else:
+            axis, ordered = (0, kernel.T[None, None]) if attributes.get("transB") else (1, kernel[None, None])
+        single = attributes.get("group", 1) > 1 and kernel.shape[1] == 1
+        tops = np.maximum(peaks(ordered, pairs=not single), 1e-12).astype("float32")
+        common = {"quant_type": QuantType.QInt8, "axis": axis}
+        found[node.input[1]] = [common | {"rmin": -top, "rmax": top} for top in tops]
     return found
 
 

@@ -180,7 +180,7 @@ RUNTIMES = {
 }
 
 FAST = [name for name, runtime in RUNTIMES.items() if runtime.fast]
-_IN_BFLOAT16 = [name for name, runtime in RUNTIMES.items() if runtime.bfloat16]
+IN_BFLOAT16 = [name for name, runtime in RUNTIMES.items() if runtime.bfloat16]
 
 
 def of_file(path: str | os.PathLike, name: str = "auto", precision: str = "float32") -> str:
@@ -206,7 +206,12 @@ def of_file(path: str | os.PathLike, name: str = "auto", precision: str = "float
             f"Expected a file that ends in one of {', '.join(FORMATS.values())}. Received: {os.fspath(path)!r}"
         )
     if name == "auto" and precision == "bfloat16":
-        name = next((other for other in able if other in _IN_BFLOAT16), able[0])
+        (name,) = IN_BFLOAT16
+        if name not in able:
+            endings = ", ".join(FORMATS[each] for each in RUNTIMES[name].formats)
+            raise ValueError(
+                f"Expected a file that ends in one of {endings} for bfloat16. Received: {os.fspath(path)!r}"
+            )
     elif name == "auto":
         name = next((other for other in able if RUNTIMES[other].installed), able[0])
     elif name not in able:
@@ -232,7 +237,7 @@ def choose(name: str, precision: str = "float32") -> list[str]:
     """
     one_of("runtime", name, ["auto", *FAST, "keras"])
     if name == "auto" and precision == "bfloat16":
-        name = _IN_BFLOAT16[0]
+        name = IN_BFLOAT16[0]
     if name == "auto":
         return [other for other in FAST if RUNTIMES[other].installed]
     if name != "keras":
@@ -244,8 +249,8 @@ def choose(name: str, precision: str = "float32") -> list[str]:
 def _check_precision(name: str, precision: str) -> None:
     if precision != "bfloat16":
         return
-    if name not in _IN_BFLOAT16:
-        raise ValueError(f"Expected runtime={_IN_BFLOAT16[0]!r} for bfloat16. Received: runtime={name!r}")
+    if name not in IN_BFLOAT16:
+        raise ValueError(f"Expected runtime={IN_BFLOAT16[0]!r} for bfloat16. Received: runtime={name!r}")
     if not has_bfloat16():
         raise ValueError(
             "Expected a processor that computes in bfloat16 (AVX512-BF16 or AMX). Received: one that does not. "

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, fill
+from helpers import fill
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,12 +38,10 @@ def test_two_products_of_a_pair_fit_into_16_bits(shape, seed):
     random = np.random.default_rng(seed)
     kernel = random.normal(size=(side, side, inputs, outputs)) ** 3
     tops = quantization.peaks(kernel, pairs=True)
-    assert (tops >= np.abs(kernel).max((0, 1, 2))).all()
+    # Depthwise convolutions add no pairs, so all of the range is used.
+    np.testing.assert_array_equal(quantization.peaks(kernel), np.abs(kernel).max((0, 1, 2)))
     weights = np.abs(np.rint(kernel / tops * 127)).astype(int)
     assert weights.max() <= 127
-    if inputs == 1:  # depthwise: one product at a time, so that all of the range is used
-        assert (weights.max((0, 1, 2)) == 127).all()
-        return
     taps = weights.reshape(-1, inputs, outputs)
     for rows in (*taps, taps.reshape(-1, outputs), taps.transpose(1, 0, 2).reshape(-1, outputs)):
         rows = np.pad(rows, ((0, len(rows) % 2), (0, 0)))
@@ -76,6 +74,27 @@ def test_equal_ranges_in_the_channels_between_linear_convolutions(model, images)
     assert {"block1a_project_conv", "block2a_expand_conv", "top_conv"} <= changed
     # An activation function is not linear, so the channels around it stay.
     assert all(name.endswith(("project_conv", "expand_conv", "top_conv")) for name in changed)
+
+
+def test_channels_without_values_and_layers_that_are_called_twice_are_not_scaled(images):
+    def conv(filters: int, name: str, **options):
+        return keras.layers.Conv2D(filters, 1, name=name, **options)
+
+    inputs = keras.Input(SHAPE)
+    zeros = conv(4, "zeros", kernel_initializer="zeros")(inputs)
+    silent = keras.Model(inputs, conv(3, "reads", activation="relu")(zeros))
+    both = conv(4, "both", activation="relu")  # reads channels that could be scaled, and others that could not
+    twice = keras.Model(inputs, [both(conv(3, "linear")(inputs)), both(conv(3, "curved", activation="relu")(inputs))])
+    for net, constant in ((silent, "zeros"), (twice, "linear")):
+        folded = for_inference(net, SHAPE)
+        kernel = numbers(folded.get_layer(constant).kernel).copy()
+        before = folded.predict(images, verbose=0)
+        quantization.equalize(folded, images)
+        for one, other in zip(
+            keras.tree.flatten(before), keras.tree.flatten(folded.predict(images, verbose=0)), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(numbers(folded.get_layer(constant).kernel), kernel)
 
 
 def constants_of(graph) -> dict[str, np.ndarray]:
@@ -154,7 +173,7 @@ def test_openvino_runs_the_convolutions_in_8_bits(model, images, monkeypatch, tm
     np.testing.assert_array_equal(again(images), predictor(images))
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="two backends are enough")
+@pytest.mark.parametrize("model", ["lite0"], indirect=True)
 def test_bfloat16_computes_in_it_or_says_that_this_processor_cannot(model, images, monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_EFFNET_HOME", str(tmp_path))
     whole = ke.Predictor(model, "openvino")

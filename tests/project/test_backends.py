@@ -16,6 +16,7 @@ _BOTH = (
     "inference/test_export.py",
     "inference/test_folding.py",
     "inference/test_predictor.py",
+    "inference/test_quantization.py",
     "commands/test_commands.py",
     "pruning/test_pruning.py",
 )
@@ -45,6 +46,7 @@ CHOSEN = {
     "inference/test_export.py": "swish or fresh_process",
     "inference/test_folding.py": "edgetpu-s or channels_first or border",
     "inference/test_predictor.py": "predict_gives and onnxruntime or any_size",
+    "inference/test_quantization.py": "what_is_said and lite0",
     "commands/test_commands.py": "predict or convert",
     "pruning/test_pruning.py": "lite0-0 or slope or modules_differences or student_learns",
     "tpu/step/test_train_step.py": "originals or moving_variance",
