@@ -155,6 +155,7 @@ def test_biases_of_layers_in_float_are_not_corrected(model, images):
         )
 
 
+@pytest.mark.parametrize("model", ["b0"], indirect=True)
 def test_openvino_runs_the_convolutions_in_8_bits(model, images, monkeypatch, tmp_path):
     openvino = pytest.importorskip("openvino")
     monkeypatch.setenv("KERAS_EFFNET_HOME", str(tmp_path))
