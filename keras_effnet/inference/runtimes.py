@@ -283,7 +283,7 @@ class Pool:
         runtime: Key of `RUNTIMES`.
         path: Path of the file.
         threads: Integer. Threads to use.
-        precision: `"bfloat16"` to compute in it, whatever the file stores. Anything else: as the file says. Defaults to
+        precision: `"bfloat16"` to compute a float32 file in it. Anything else: as the file says. Defaults to
             `"float32"`.
 
     Attributes:

@@ -50,10 +50,8 @@ def test_two_products_of_a_pair_fit_into_16_bits(shape, seed):
 
 def test_equal_ranges_in_the_channels_between_linear_convolutions(model, images):
     net = for_inference(model, SHAPE)
-    before, kernels = (
-        numbers(net(images)),
-        {layer.name: numbers(layer.weights[0]) for layer in net.layers if layer.weights},
-    )
+    before = numbers(net(images))
+    kernels = {layer.name: numbers(layer.weights[0]) for layer in net.layers if layer.weights}
 
     def ranges(name: str) -> np.ndarray:
         layers = [net.get_layer(f"{name}_{end}").output for end in ("project_conv", "add") if has(f"{name}_{end}")]
@@ -97,13 +95,10 @@ def test_channels_without_values_and_layers_that_are_called_twice_are_not_scaled
         np.testing.assert_array_equal(numbers(folded.get_layer(constant).kernel), kernel)
 
 
-def constants_of(graph) -> dict[str, np.ndarray]:
-    return {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
-
-
 def kernels_of(graph) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns the kernels of an ONNX graph in float, and those in 8 bits."""
-    constants, makers = constants_of(graph), {name: node for node in graph.node for name in node.output}
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
     whole, quantized = [], []
     for node in graph.node:
         if node.op_type not in ("Conv", "MatMul", "Gemm"):
@@ -118,7 +113,9 @@ def kernels_of(graph) -> tuple[list[np.ndarray], list[np.ndarray]]:
 def test_what_is_said_to_stay_in_float_does_and_all_else_is_in_8_bits(model, images, monkeypatch, tmp_path):
     path = tmp_path / "net.onnx"
     monkeypatch.setattr(quantization, "FLOAT", quantization.FLOAT[2:3])  # stages 1 and 2
+    monkeypatch.chdir(tmp_path)
     report = ke.export(model, path, precision="int8", calibration=images)
+    assert list(tmp_path.iterdir()) == [path]  # the quantizer's own files are gone, also where it was started
     whole, quantized = kernels_of(onnx.load(path).graph)
     # Exporters name the nodes: TensorFlow's leaves out the layer for some, JAX' for all. The kernels tell.
     net = for_inference(model, SHAPE)
