@@ -45,6 +45,26 @@ def viewed(encoded: bytes) -> bytes:
 _ORIENTATION = 0x0112  # EXIF 2.3, table 4
 
 
+BLOCK = 256  # examples between two marks
+
+_ENDLESS = np.iinfo(np.int64).max
+
+
+def marked(examples: tf.data.Dataset, ordinal) -> tf.data.Dataset:
+    """Appends a mark: a row without an example, which can always be read. At it, a reader notices what is missing.
+
+    Args:
+        examples: `tf.data.Dataset` of dicts.
+        ordinal: Integer scalar, number of the example that is expected after the mark.
+
+    Returns:
+        `tf.data.Dataset` of the same dicts, with `mark`, which is True for the mark alone.
+    """
+    mark = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec)
+    mark |= {"ordinal": tf.cast(ordinal, tf.int64), "mark": tf.constant(True)}
+    return examples.map(lambda one: {**one, "mark": False}).concatenate(tf.data.Dataset.from_tensors(mark))
+
+
 @dataclass(frozen=True)
 class Items:
     """Examples that can be read in any order: files, or pixels in memory.
@@ -61,10 +81,12 @@ class Items:
         """Returns the number of examples of one host in a training epoch, the same for all hosts."""
         return len(self.labels) // hosts
 
-    def train(self, seed: int, start: int, host: int, hosts: int, batch: int) -> tf.data.Dataset:
+    @tf.autograph.experimental.do_not_convert
+    def train(self, seed: int, start: int, host: int, hosts: int, batch: int, marks: bool = False) -> tf.data.Dataset:
         """Returns one host's examples from number `start` on, endlessly. Each epoch has its own order.
 
-        The hosts' batches of `batch` images, interleaved, are the batches that a single host would read.
+        The hosts' batches of `batch` images, interleaved, are the batches that a single host would read. With `marks`,
+        a mark follows each `BLOCK` of examples, see `marked()`.
         """
         everything = len(self.labels)
 
@@ -74,16 +96,24 @@ class Items:
             index = SHUFFLED(place % everything, _key(seed, epoch), everything - 1)
             return self._example(ordinal, epoch, index)
 
-        return tf.data.Dataset.range(start, np.iinfo(np.int64).max).map(example)
+        def block(number):
+            end = (number + 1) * BLOCK
+            return marked(tf.data.Dataset.range(tf.maximum(number * BLOCK, start), end).map(example), end)
+
+        if marks:
+            return tf.data.Dataset.range(start // BLOCK, _ENDLESS).flat_map(block)
+        return tf.data.Dataset.range(start, _ENDLESS).map(example)
 
     def evaluated(self, host: int, hosts: int) -> int:
         """Returns the number of examples of one host in an evaluation."""
         return len(range(host, len(self.labels), hosts))
 
+    @tf.autograph.experimental.do_not_convert
     def evaluate(self, host: int, hosts: int) -> tf.data.Dataset:
         """Returns one host's examples, each once."""
         return self._once(tf.data.Dataset.range(host, len(self.labels), hosts))
 
+    @tf.autograph.experimental.do_not_convert
     def sample(self, count: int) -> tf.data.Dataset:
         """Returns at most `count` examples, evenly spaced, because folders are sorted by class."""
         chosen = np.linspace(0, len(self.labels), min(count, len(self.labels)), endpoint=False)
@@ -164,8 +194,12 @@ class Records:
         """Returns the number of examples of one host in a training epoch."""
         return sum(part.count for part in self._parts(host, hosts))
 
-    def train(self, seed: int, start: int, host: int, hosts: int, batch: int) -> tf.data.Dataset:
-        """Returns one host's examples from number `start` on, endlessly. Each epoch has its own order."""
+    @tf.autograph.experimental.do_not_convert
+    def train(self, seed: int, start: int, host: int, hosts: int, batch: int, marks: bool = False) -> tf.data.Dataset:
+        """Returns one host's examples from number `start` on, endlessly. Each epoch has its own order.
+
+        With `marks`, a mark follows each epoch, see `marked()`.
+        """
         del batch  # each host has its own files
         count, first = self.count(host, hosts), start // self.count(host, hosts)
 
@@ -178,14 +212,17 @@ class Records:
             windows: Any = examples.batch(self.buffer).enumerate()
             examples = windows.flat_map(lambda number, window: _mixed(window, tf.random.fold_in(key, number)))
             skip = tf.where(epoch == first, tf.constant(start - first * count, tf.int64), tf.constant(0, tf.int64))
-            return examples.enumerate(epoch * count).skip(skip).map(lambda n, x: {**x, "ordinal": n, "epoch": epoch})
+            examples = examples.enumerate(epoch * count).skip(skip)
+            examples = examples.map(lambda number, one: {**one, "ordinal": number, "epoch": epoch})
+            return marked(examples, (epoch + 1) * count) if marks else examples
 
-        return tf.data.Dataset.range(first, np.iinfo(np.int64).max).flat_map(one)
+        return tf.data.Dataset.range(first, _ENDLESS).flat_map(one)
 
     def evaluated(self, host: int, hosts: int) -> int:
         """Returns the number of examples of one host in an evaluation."""
         return self.count(host, hosts)
 
+    @tf.autograph.experimental.do_not_convert
     def evaluate(self, host: int, hosts: int) -> tf.data.Dataset:
         """Returns one host's examples, each once."""
         order = tf.data.Dataset.range(len(self._parts(host, hosts)))
@@ -196,6 +233,7 @@ class Records:
             .map(lambda ordinal, example: {**example, "ordinal": ordinal, "epoch": zero})
         )
 
+    @tf.autograph.experimental.do_not_convert
     def sample(self, count: int) -> tf.data.Dataset:
         """Returns at most `count` examples, the first of each file."""
         return self.evaluate(0, 1).take(count)

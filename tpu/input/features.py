@@ -1,13 +1,9 @@
 """Computes the features of photos with a frozen body, once, and keeps them on disk."""
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
-import shutil
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +13,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_effnet import __version__, files
+from keras_effnet import __version__, cache, files
 from keras_effnet.tpu.config import Recipe
 from keras_effnet.tpu.input.crops import eval_image, train_crop
 from keras_effnet.tpu.input.example_readers import Items, Records
 from keras_effnet.tpu.input.pipeline import changed, keys
 from keras_effnet.tpu.input.skipped_examples import Skipped
-from keras_effnet.weights import downloads
 
 CHUNK = 256  # photos per file: at most so many are lost when a run is killed
-
-DAYS = 30  # features that no run has used for so long are removed
 
 _FORMAT = 1  # increased when crops or files change, which invalidates all that is kept
 
@@ -65,11 +58,11 @@ class View:
     size: int
     number: int = 0
 
+    @tf.autograph.experimental.do_not_convert
     def images(self, chunks: Sequence[int], batch: int) -> tf.data.Dataset:
         """Returns batches of the ordinals, labels and float32 pixels of the readable photos in some chunks."""
         wanted = tf.constant(chunks, tf.int64)
 
-        @tf.autograph.experimental.do_not_convert  # it would take longer than the images of a small data set
         def read(example):
             image = tf.cast(self._image(self.examples.load(example["image"]), example["id"]), tf.float32)
             return example["ordinal"], example["label"], image
@@ -153,9 +146,9 @@ def compute(
         OSError: If the disk is full.
         ValueError: If too many photos are unreadable, or the storage does not answer.
     """
-    folder = _folder(view.key(body))
+    folder = cache.use("features", view.key(body), view.recipe.model.name)
     skipped.probe = view.examples.probe
-    kept = {number: _read(folder, number) for number in range(-(-view.count // CHUNK))}
+    kept = {number: _read(folder.path, number) for number in range(-(-view.count // CHUNK))}
     missing = [number for number, chunk in kept.items() if chunk is None]
     for number, chunk in kept.items():
         if chunk is not None:
@@ -163,9 +156,11 @@ def compute(
             on_progress(min(CHUNK, view.count - number * CHUNK))
     for number, chunk in _computed(view, predict, missing) if missing else ():
         _account(view, number, chunk, skipped)  # first: a storage that fails must not leave a chunk without photos
-        _write(folder, number, chunk)
+        _write(folder.path, number, chunk)
         kept[number] = chunk
         on_progress(min(CHUNK, view.count - number * CHUNK))
+    if missing:
+        cache.trim()
     chunks = [chunk for _, chunk in sorted(kept.items()) if chunk is not None and len(chunk.ordinals)]
     if not chunks:
         raise ValueError(f"Expected readable photos. Received: none of {view.count} in {view.recipe.data.source!r}")
@@ -197,6 +192,7 @@ def _chunk(rows: Sequence[Any]) -> Features:
     return Features(np.asarray(made, "float32"), np.array(labels, "int32"), np.array(ordinals, "int64"))
 
 
+@tf.autograph.experimental.do_not_convert
 def _account(view: View, number: int, chunk: Features, skipped: Skipped) -> None:
     """Records the photos of a chunk that could not be read."""
     first, end = number * CHUNK, min((number + 1) * CHUNK, view.count)
@@ -208,30 +204,22 @@ def _account(view: View, number: int, chunk: Features, skipped: Skipped) -> None
         skipped(row["ordinal"].numpy(), 1, [row["name"].numpy()])
 
 
-def _folder(key: str) -> Path:
-    """Returns the folder of some features, which exists. Removes folders that no run has used for a long time."""
-    root = downloads.home() / "features"
-    folder = root / key
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
-    files.sweep(folder)
-    for other in root.iterdir():
-        with contextlib.suppress(OSError):
-            if time.time() - other.stat().st_mtime > DAYS * 24 * 3600:
-                shutil.rmtree(other)
-    return folder
-
-
 def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.npz"
 
 
 def _read(folder: Path, number: int) -> Features | None:
-    try:
-        with open(_path(folder, number), "rb") as file, np.load(file) as found:
-            return Features(*(found[name] for name in _FIELDS))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or damaged
+    path = _path(folder, number)
+    if not path.exists():
         return None
+    try:
+        with open(path, "rb") as file, np.load(file) as found:
+            if cache.is_mine(path):
+                return Features(*(found[name] for name in _FIELDS))  # zipfile compares their checksums
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass
+    cache.tell_of_damage(path)
+    return None
 
 
 def _write(folder: Path, number: int, chunk: Features) -> None:

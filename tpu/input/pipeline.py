@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_effnet.tpu.config import Augment, Data, Recipe
 from keras_effnet.tpu.input import augment, mixing
 from keras_effnet.tpu.input.crops import eval_image, train_crop
+from keras_effnet.tpu.input.example_readers import marked
 from keras_effnet.tpu.input.skipped_examples import Skipped
 from keras_effnet.tpu.input.sources import Source
 
@@ -29,6 +30,7 @@ class Host:
     count: int = 1
 
 
+@tf.autograph.experimental.do_not_convert
 def training(
     source: Source,
     recipe: Recipe,
@@ -79,21 +81,16 @@ def training(
         skipped.probe = examples.probe
 
     def read(example):
-        image = train_crop(
-            examples.load(example["image"], skipped is not None),
-            size,
-            data,
-            recipe.augment,
-            keys(seed, example["epoch"], example["id"])[0],
-        )
-        return {**_told(example), "image": image}
+        key = keys(seed, example["epoch"], example["id"])[0]
+        return train_crop(examples.load(example["image"], skipped is not None), size, data, recipe.augment, key)
 
     def finish(example):
         example = _labelled(example, classes)
         _, changing, mixing = keys(seed, example["epoch"], example["id"])
         return {**example, "image": changed(example["image"], data, recipe.augment, changing), "key": mixing}
 
-    dataset = _checked(examples.train(seed, first, host.index, host.count, batch), read, first, skipped)
+    raw = examples.train(seed, first, host.index, host.count, batch, marks=True)
+    dataset = _checked(raw, read, size, first, skipped)
     dataset = dataset.map(finish, num_parallel_calls=tf.data.AUTOTUNE)
     dataset = _batches(dataset, recipe.augment, classes, batch, parts)
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(_options(recipe))
@@ -150,6 +147,7 @@ def names(source: Source, recipe: Recipe, batch: int, skipped: Skipped | None, s
     return list(itertools.islice(found, batch))
 
 
+@tf.autograph.experimental.do_not_convert
 def evaluation(
     source: Source,
     recipe: Recipe,
@@ -184,19 +182,10 @@ def evaluation(
     mine = counts[host.index]
 
     def read(example):
-        image = tf.cond(
-            example["ordinal"] < mine,
-            lambda: eval_image(examples.load(example["image"], skipped is not None), size, recipe.data),
-            lambda: tf.zeros([size, size, 3]),
-        )
-        return {**_told(example), "image": image}
+        return eval_image(examples.load(example["image"], skipped is not None), size, recipe.data)
 
-    raw = examples.evaluate(host.index, host.count)
-    # One extra example at the end: a missing example is noticed at the next one.
-    end = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), raw.element_spec)
-    end["ordinal"] = tf.constant(mine, tf.int64)
-    dataset = _checked(raw.concatenate(tf.data.Dataset.from_tensors(end)), read, 0, skipped)
-    dataset = dataset.filter(lambda example: example["ordinal"] < mine)
+    raw = marked(examples.evaluate(host.index, host.count), mine)
+    dataset = _checked(raw, read, size, 0, skipped)
     classes = recipe.data.classes or source.classes
     dataset = dataset.map(lambda x: (x["image"], _labelled(x, classes)["label"], tf.ones([])))
     filling = tf.data.Dataset.from_tensors((tf.zeros([size, size, 3]), tf.zeros([], tf.int32), tf.zeros([]))).repeat()
@@ -223,11 +212,13 @@ def _labelled(example, classes: int):
 
 
 def _told(example) -> dict[str, Any]:
-    return {name: example[name] for name in ("ordinal", "epoch", "id", "name", "before", "lost", "label")}
+    return {name: example[name] for name in ("ordinal", "epoch", "id", "name", "mark", "before", "lost", "label")}
 
 
-def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped | None) -> tf.data.Dataset:
+def _checked(raw: tf.data.Dataset, read: Callable, size: int, first: int, skipped: Skipped | None) -> tf.data.Dataset:
     """Returns the readable examples, and reports the others: a gap in the ordinals shows that some are missing.
+
+    A gap is noticed at the next example that can be read, or at the next mark, see `marked()`.
 
     Each example carries the names of those before it, because a map can only drop an example that raises. A `try` for
     each example costs more than a tenth of the speed.
@@ -235,10 +226,16 @@ def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped 
 
     def remember(state, example):
         names, last, lost = state
-        # A truncated file yields no ordinals: only the first example of the next epoch shows the gap.
-        lost += example["ordinal"] - last - 1
-        names_now = tf.concat([names[1:], example["name"][None]], 0)
-        return (names_now, example["ordinal"], lost), {**example, "before": names, "lost": lost}
+        # A truncated file yields no ordinals: only the mark after its epoch shows the gap.
+        ordinal, mark = example["ordinal"], example["mark"]
+        lost += ordinal - last - 1
+        names_now = tf.where(mark, names, tf.concat([names[1:], example["name"][None]], 0))
+        last = ordinal - tf.cast(mark, tf.int64)
+        return (names_now, last, lost), {**example, "before": names, "lost": lost}
+
+    def seen(example):
+        image = tf.cond(example["mark"], lambda: tf.zeros([size, size, 3]), lambda: read(example))
+        return {**_told(example), "image": image}
 
     def compare(expected, example):
         ordinal, before = example["ordinal"], example["before"]
@@ -258,12 +255,13 @@ def _checked(raw: tf.data.Dataset, read: Callable, first: int, skipped: Skipped 
                     lambda: tf.constant(0, tf.int64),
                 )
         with tf.control_dependencies([report]):
-            return ordinal + 1, {**example, "ordinal": tf.identity(ordinal)}
+            following = ordinal + 1 - tf.cast(example["mark"], tf.int64)
+            return following, {**example, "ordinal": tf.identity(ordinal)}
 
     last = tf.constant(first - 1, tf.int64)
     done = raw.scan((tf.fill([NAMED], ""), last, tf.constant(0, tf.int64)), remember)
-    done = done.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
-    return done.scan(tf.constant(first, tf.int64), compare)
+    done = done.map(seen, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
+    return done.scan(tf.constant(first, tf.int64), compare).filter(lambda example: ~example["mark"])
 
 
 def changed(image, data: Data, how: Augment, key):

@@ -16,7 +16,7 @@ class Skipped:
     Args:
         path: Path of a file of JSON lines, or None to keep them in memory only.
         per_epoch: Integer, examples per epoch on this host.
-        most: Float, the run stops if more than this fraction of an epoch's examples is unreadable. Defaults to 1.
+        most: Float, largest share of an epoch's examples that may be unreadable, but not all. Defaults to 1.
 
     Example:
 
@@ -47,17 +47,15 @@ class Skipped:
         every = ["?"] * (count - len(known)) + known
         new = {first + place: name for place, name in enumerate(every) if first + place not in self._found}
         self._try(new.values())
+        self._store(new)
         self._found |= new
         for name in new.values():
             if name not in self._named or name == "?":
                 logging.getLogger("keras_effnet").warning("Skipped unreadable image: %s", name)
         self._named |= set(new.values())
-        if self.path and new:
-            with tf.io.gfile.GFile(self.path, "a") as file:
-                file.write(self._lines(new))
         epoch = first // self.per_epoch
         bad = sum(number // self.per_epoch == epoch for number in self._found)
-        if bad > self.most * self.per_epoch:
+        if bad > self.most * self.per_epoch or bad >= self.per_epoch:
             self.problem = (
                 f"Expected at most {self.most:.1%} of the images to be unreadable (data.max_corrupt). Received: {bad} "
                 f"of {self.per_epoch}, such as {', '.join(self.names[-3:])}"
@@ -74,6 +72,17 @@ class Skipped:
             except tf.errors.OpError as error:
                 self.problem = f"Expected to read {name}. Received: {error.message}"
                 raise ValueError(self.problem) from error
+
+    def _store(self, new: dict[int, str]) -> None:
+        """Stops the run if the file cannot be written: the examples that follow would count as unreadable."""
+        if not self.path or not new:
+            return
+        try:
+            with tf.io.gfile.GFile(self.path, "a") as file:
+                file.write(self._lines(new))
+        except tf.errors.OpError as error:
+            self.problem = f"Expected to write {self.path}. Received: {error.message}"
+            raise ValueError(self.problem) from error
 
     @staticmethod
     def _lines(found: dict[int, str]) -> str:

@@ -259,6 +259,7 @@ def _is_whole(path: str) -> bool:
     return True
 
 
+@tf.autograph.experimental.do_not_convert
 def _count(paths: Sequence[str], cache: str | None) -> dict[str, int]:
     counts: dict[str, int] = {}
     if cache and tf.io.gfile.exists(cache):

@@ -272,7 +272,7 @@ def samples(source: Source, recipe: Recipe, size: int, count: int, epochs: int) 
         image = train_crop(content, size, recipe.data, recipe.augment, cropping)
         return changed(image, recipe.data, recipe.augment, changing), mixing
 
-    see, found = tf.function(one), []
+    see, found = tf.function(one, autograph=False), []
     for row in examples.sample(2 * count):  # some may be unreadable
         content = examples.load(row["image"], python=False)
         try:

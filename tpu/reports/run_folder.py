@@ -37,7 +37,7 @@ class Trained:
 
     def read(self) -> Callable[[bytes], np.ndarray]:
         """Returns a function from an image's bytes to the pixels that the run evaluates on."""
-        cut = tf.function(lambda encoded: eval_image(encoded, self.size, self.recipe.data))
+        cut = tf.function(lambda encoded: eval_image(encoded, self.size, self.recipe.data), autograph=False)
         return lambda encoded: cut(tf.constant(viewed(encoded))).numpy()
 
 

@@ -92,7 +92,7 @@ class Devices:
         def one():
             return tf.identity(share)
 
-        @tf.function
+        @tf.function(autograph=False)
         def summed():
             return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(one), axis=None)
 
@@ -146,7 +146,7 @@ class Devices:
             sums = strategy.run(replica, args=(images, labels, weights, trainer.stop.read_value()))
             return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in sums.items()}
 
-        return Evaluator(tf.function(score), batches)
+        return Evaluator(tf.function(score, autograph=False), batches)
 
     def files(self, step, trainer: "Trainer", learner: Learner, state: State) -> Bundles:
         """Returns the reader and writer of checkpoints.
@@ -435,7 +435,7 @@ class Trainer(orbit.AbstractTrainer):
                 f"Expected a single device with run.xla. Received: {strategy.num_replicas_in_sync} replicas"
             )
         if xla:
-            one = tf.function(one, jit_compile=True)
+            one = tf.function(one, jit_compile=True, autograph=False)
 
         def replica(images, labels, number, stop):
             metrics = one(images, labels, number)
@@ -443,8 +443,7 @@ class Trainer(orbit.AbstractTrainer):
             return tf.stack([*(metrics[name] for name in TRAINING_METRICS), stop])
 
         def loop(iterator, count):
-            sums = tf.zeros([len(TRAINING_METRICS) + 1])
-            for _ in tf.range(count):
+            def advance(_):
                 images, labels = next(iterator)
                 number = tf.cast(step.read_value(), tf.int32)
                 shares = strategy.run(replica, args=(images, labels, number, self.stop.read_value()))
@@ -452,13 +451,19 @@ class Trainer(orbit.AbstractTrainer):
                 step.assign_add(1)
                 totals.sums.assign_add(sums[:-1])
                 totals.steps.assign_add(1)
-                if not tf.math.is_finite(sums[0]) or sums[-1] > 0:
-                    break
+                return [sums]
+
+            def goes_on(sums):
+                return tf.math.is_finite(sums[0]) & (sums[-1] <= 0)
+
+            start = tf.zeros([len(TRAINING_METRICS) + 1])
+            (sums,) = tf.while_loop(goes_on, advance, [start], maximum_iterations=count)
             # Gradients may be non-finite although the loss is finite. Check once per loop, before anything is saved.
             kept = [tf.reduce_all(tf.math.is_finite(value)) for value in tf.nest.flatten(state)]
             return sums, tf.reduce_all(kept)
 
-        self._loop = tf.function(loop)
+        # Without AutoGraph, which leaves a file in /tmp for each function if the process is killed.
+        self._loop = tf.function(loop, autograph=False)
 
     def close(self) -> None:
         """Stops reading: a reader thread that still runs Python when the interpreter exits would kill the process."""

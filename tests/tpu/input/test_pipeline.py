@@ -2,7 +2,11 @@
 
 import hashlib
 import importlib.resources
+import itertools
 import json
+import os
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ import tensorflow as tf
 from keras_effnet.tpu.input import crops, pipeline
 from keras_effnet.tpu.input.skipped_examples import Skipped
 from keras_effnet.tpu.input.sources import open_evaluation, open_source
+from keras_effnet.tpu.resume import checkpoints
 
 PHOTOGRAPHS = {
     name: (importlib.resources.files("sklearn.datasets.images") / f"{name}.jpg").read_bytes()
@@ -285,8 +290,6 @@ def test_other_places_are_refused(tmp_path):
 
 def spoil(folder, tmp_path, share_of):
     """Returns a copy in which some files are truncated, empty or text, and the paths of these files."""
-    import shutil
-
     root = tmp_path / "spoilt"
     shutil.copytree(folder, root)
     files = sorted(root.glob("train/*/*.jpg"))
@@ -324,9 +327,45 @@ def test_too_much_that_cannot_be_read_stops_the_run(folder, tmp_path):
     assert set(skipped.names) <= bad and len(skipped) == 5
 
 
-def test_a_storage_that_does_not_answer_is_no_photographs_fault(folder, tmp_path):
-    import shutil
+@pytest.mark.parametrize("most", [0.1, 1.0])
+def test_a_run_of_which_nothing_can_be_read_stops(most, folder, records, tmp_path):
+    """In place of looking for the next photo without end."""
+    root = tmp_path / "spoilt"
+    shutil.copytree(folder, root)
+    for path in root.glob("train/*/*.*"):
+        path.write_bytes(b"no photograph")
+    skipped = Skipped(None, 40, most)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        train(recipe(root), 1, skipped=skipped)
+    told = rf"Expected at most {most:.1%} of the images to be unreadable \(data.max_corrupt\). Received: 40 of 40, "
+    assert skipped.problem and re.match(told, skipped.problem)
+    # Files of records that have become empty.
+    copied = tmp_path / "records"
+    shutil.copytree(records, copied)
+    how = recipe(copied)
+    source = open_source(how.data)
+    for path in copied.glob("train-*"):
+        path.write_bytes(b"")
+    with pytest.raises(tf.errors.InvalidArgumentError, match="fewer: a file was not read to its end"):
+        list(pipeline.training(source, how, 32, 6, Skipped(None, source.train_count, most)).take(1))
 
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_on_a_full_disk_no_photo_that_can_be_read_is_skipped(folder, tmp_path, caplog):
+    root, bad = spoil(folder, tmp_path, 0.1)
+    account = tmp_path / "skipped.jsonl"
+    skipped = Skipped(str(account), 40)
+    account.symlink_to("/dev/full")
+    batches = iter(pipeline.training(open_source(recipe(root).data), recipe(root), 32, 6, skipped))
+    for _ in range(2):  # what was read ahead follows the error
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            list(itertools.islice(batches, 20))
+    assert skipped.problem and f"Expected to write {account}" in skipped.problem and "No space left" in skipped.problem
+    assert not len(skipped) and set(re.findall(r"Skipped unreadable image: (.*)", caplog.text)) <= bad
+    assert checkpoints.full(ValueError(skipped.problem), "runs/x")
+
+
+def test_a_storage_that_does_not_answer_is_no_photographs_fault(folder, tmp_path):
     root = tmp_path / "moved"
     shutil.copytree(folder, root)
     source, how = open_source(recipe(root).data), recipe(root)
@@ -344,8 +383,6 @@ def test_a_storage_that_does_not_answer_is_no_photographs_fault(folder, tmp_path
 
 def test_a_file_of_records_that_rots_is_no_photograph(records, tmp_path):
     """Unreadable records are not skipped: all that follow would shift and carry wrong names."""
-    import shutil
-
     root = tmp_path / "records"
     shutil.copytree(records, root)
     how, counts = recipe(root), str(tmp_path / "counts.json")
