@@ -68,7 +68,7 @@ def train(
     images), model.keras with the moving average of all variables, best.keras with the best moving average if that is
     not the last, report.html and result.json.
 
-    SIGTERM and Ctrl-C save the state after the current step and end the process.
+    SIGTERM, SIGHUP and Ctrl-C save the state after the current step and end the process.
 
     Args:
         recipe: `Recipe`.
@@ -85,8 +85,8 @@ def train(
         ValueError: If the recipe does not fit the data, the devices or the run in the folder; if another run uses the
             folder; or if the loss is not finite.
         OSError: If the disk is full.
-        SystemExit: With status 75 after SIGTERM or when another host is lost: the same call resumes. With 130 after
-            Ctrl-C.
+        SystemExit: With status 75 after SIGTERM or SIGHUP, or when another host is lost: the same call resumes. With
+            130 after Ctrl-C.
 
     Example:
 

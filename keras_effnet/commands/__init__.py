@@ -3,12 +3,13 @@
 import atexit
 import contextlib
 import os
+import signal
 import sys
 
 import click
 
 from keras_effnet import __version__
-from keras_effnet.commands import catalog, diagnostics, inference, pruning, training, weight_files
+from keras_effnet.commands import cache, catalog, diagnostics, inference, pruning, training, weight_files
 from keras_effnet.commands.output import complain
 
 
@@ -36,7 +37,7 @@ for command in (
     *(weight_files.download, weight_files.convert, weight_files.verify),
     *(inference.predict, inference.export, inference.benchmark),
     *(training.train, training.evaluate_, training.report),
-    *(diagnostics.doctor, diagnostics.tpu_plan),
+    *(diagnostics.doctor, diagnostics.tpu_plan, cache.cache_),
     pruning.prune,
 ):
     main.add_command(command)
@@ -57,6 +58,12 @@ def program() -> None:
                     stream.flush()
             os._exit(status[0])
 
+    def end(number: int, _) -> None:
+        sys.exit(128 + number)  # so that temporary files are removed
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
     atexit.register(leave)  # before libraries are imported: the last one registered runs first
     try:
         main(prog_name="keras-effnet")

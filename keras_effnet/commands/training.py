@@ -24,8 +24,8 @@ def train(ctx, recipe, source, workdir, allow_changes, runner, as_json, asked, c
     RECIPE is a name, or the path of the config.json of a run. --FIELD VALUE changes a field of the recipe, for example
     --batch-size 256 --optimizer.peak 0.128.
 
-    Exit status 75 after SIGTERM or if another host is lost, 130 after Ctrl-C. The state is saved: run the same command
-    again to resume.
+    Exit status 75 after SIGTERM, after SIGHUP (a closed terminal), or if another host is lost; 130 after Ctrl-C. The
+    state is saved: run the same command again to resume.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if recipe is None and asked:

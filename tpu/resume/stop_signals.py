@@ -70,14 +70,29 @@ def at_once(code: int, text: str) -> None:
     os._exit(code)
 
 
+def _is_terminal(number: int) -> bool:
+    with contextlib.suppress(OSError):  # a closed descriptor
+        return os.isatty(number)
+    return False
+
+
+def _silence(descriptors: list[int]) -> None:
+    """Lets what is written to a closed terminal vanish, in place of an error for each line."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in descriptors:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 def _leave(*_) -> None:
     """Does nothing: the watch reads signals from its pipe."""
 
 
 class Watch(contextlib.AbstractContextManager):
-    """Catches SIGTERM, and after `begin()` Ctrl-C too, at once, even while TensorFlow computes.
+    """Catches SIGTERM and SIGHUP, and after `begin()` Ctrl-C too, at once, even while TensorFlow computes.
 
-    The first signal after `begin()` asks the run to stop. A second one, or SIGTERM before `begin()`, ends the process.
+    SIGHUP comes when a terminal or a connection is closed; `nohup` ignores it, and so does this class then. The first
+    signal after `begin()` asks the run to stop. A second one, or any before `begin()`, ends the process.
     Outside the main thread, where Python allows no handlers, it catches nothing.
     """
 
@@ -89,12 +104,15 @@ class Watch(contextlib.AbstractContextManager):
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread():
             return self
+        self._terminals = [number for number in range(3) if _is_terminal(number)]
         self._end, start = os.pipe()
         os.set_blocking(start, False)
         # Python runs handlers between bytecode instructions, and there are none during a whole loop of steps. To this
         # descriptor it writes right away.
         self._before = (signal.set_wakeup_fd(start, warn_on_full_buffer=False), start)
         self._take(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._take(signal.SIGHUP)
         threading.Thread(target=self._listen, daemon=True).start()
         return self
 
@@ -128,6 +146,8 @@ class Watch(contextlib.AbstractContextManager):
             number = read[0]
             if number not in self._handlers:
                 continue
+            if number == signal.SIGHUP:
+                _silence(self._terminals)
             if self.signal is not None:
                 at_once(128 + number, "Stopped at once")
             self.signal = number

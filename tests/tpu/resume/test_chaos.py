@@ -5,14 +5,18 @@ on both runners, and in more runs: a complete run of digits_demo, which has to l
 and mixup.
 """
 
+import contextlib
 import json
 import os
+import pty
 import random
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -36,19 +40,46 @@ RUNS = {
 }
 
 
+# Runs a command in the terminal of its session, as `ssh` does.
+OF_ITS_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Process:
-    """A process of the command, and its output."""
+    """A process of the command, and its output. With a terminal, `hang_up()` closes it."""
 
     started: ClassVar[list["Process"]] = []
 
-    def __init__(self, workdir: Path, arguments: str, **environment: str):
+    def __init__(self, workdir: Path, arguments: str, terminal: bool = False, **environment: str):
         self.log = open(workdir.parent / f"{workdir.name}-{time.monotonic_ns()}.log", "w+")  # noqa: SIM115
         line = [sys.executable, ROOT / "tests" / "mini.py", "train", *arguments.split(), "--workdir", str(workdir)]
-        self.workdir = workdir
-        self.process = subprocess.Popen(
-            line, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-        )
+        self.workdir, self.closed = workdir, threading.Event()
+        environment = {**os.environ, "TMPDIR": str(temporary_of(workdir)), **environment}
+        if not terminal:
+            self.process = subprocess.Popen(line, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
+        else:
+            self.master, slave = pty.openpty()
+            streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+            line = [sys.executable, "-c", OF_ITS_TERMINAL, *line]
+            self.process = subprocess.Popen(line, **streams, env=environment, start_new_session=True)
+            os.close(slave)
+            threading.Thread(target=self._copy).start()
         self.started.append(self)
+
+    def _copy(self) -> None:
+        """Shows what the process writes to its terminal, until that is closed."""
+        while not self.closed.is_set():
+            if select.select([self.master], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):  # the process has ended
+                    self.log.write(os.read(self.master, 4096).decode(errors="replace"))
+        os.close(self.master)
+
+    def hang_up(self) -> None:
+        """Closes the terminal. The system then sends SIGHUP."""
+        self.closed.set()
 
     def said(self) -> str:
         self.log.seek(0)
@@ -68,6 +99,13 @@ class Process:
         told = self.said()
         self.log.close()
         return told
+
+
+def temporary_of(workdir: Path) -> Path:
+    """Returns the folder for the temporary files of a run."""
+    path = workdir.parent / "tmp"
+    path.mkdir(exist_ok=True)
+    return path
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -120,6 +158,7 @@ def end_all() -> None:
     for one in Process.started:
         one.process.kill()
         one.process.wait()
+        one.hang_up()
         one.log.close()
     Process.started.clear()
 
@@ -243,6 +282,7 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
     left = files(workdir) - files(reference)
     assert left and all(re.match(rf"events\.out|damaged-ckpt-({first}|{second})\b", name) for name in left)
     assert len(steps(workdir)) <= 4
+    assert not list(temporary_of(workdir).iterdir()) and not list(temporary_of(reference).iterdir())
     if not small_disk:
         pytest.skip("no small disk could be mounted; the rest holds")
 
@@ -269,6 +309,14 @@ def test_a_progressive_run_that_is_killed_ends_the_same(runner, killed, tmp_path
     resolved = json.loads((reference / "config.json").read_text())["resolved"]
     total, ends = resolved["steps"], resolved["stage_ends"]
     assert ends == [total // 3, total * 2 // 3, total] and resolved["image_size"] == 32
+    # The terminal is closed.
+    run = Process(workdir, arguments, terminal=True)
+    while not rows(workdir):
+        assert run.process.poll() is None, run.said()
+        time.sleep(0.02)
+    run.hang_up()
+    run.ended(75, 60)
+    assert done(workdir) <= newest(workdir) < ends[0]
     for end in (ends[stage] for stage in killed):  # some steps after a report in each stage, and before its end
         run = Process(workdir, arguments).after(end - 25)
         run.process.kill()
@@ -278,6 +326,7 @@ def test_a_progressive_run_that_is_killed_ends_the_same(runner, killed, tmp_path
     models = [keras.models.load_model(place / "model.keras", compile=False) for place in (reference, workdir)]
     assert same_weights(*models) and models[0].input_shape == (None, 32, 32, 3)
     assert curve(workdir) == curve(reference)
+    assert not list(temporary_of(workdir).iterdir())
 
 
 def files(workdir: Path) -> set[str]:
