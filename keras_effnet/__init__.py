@@ -4,12 +4,16 @@
 without it.
 """
 
+import os
 from importlib import import_module
 
 import lazy_loader
 from wrapt import when_imported
 
 __version__ = "0.1.0"
+
+# ONNX Runtime 1.29 and later sends data about models to its maker, and asks nobody. Set to 0, it does so here too.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from keras_effnet import model_metadata
 from keras_effnet.nets.variants import VARIANTS, find_model, is_model, unknown_model
 
@@ -196,3 +198,26 @@ def attach(model: "keras.Model", metadata: dict[str, Any]) -> "keras.Model":
         target.weights_record = next(found, None)
     target.labels = metadata.get("labels") or model_metadata.labels_of(model)
     return model
+
+
+def check_finite(model: "keras.Model") -> None:
+    """Checks that all weights of a model are numbers.
+
+    Args:
+        model: A `keras.Model`.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite. The message names the first such variable.
+    """
+    import keras
+
+    for variable in model.weights:
+        if not keras.backend.is_float_dtype(variable.dtype):
+            continue
+        values = np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(variable.value, "float32")))
+        wrong = values[~np.isfinite(values)]
+        if len(wrong):
+            raise ValueError(
+                f"Expected finite weights. Received: {wrong[0]} in {variable.path!r} of the model {model.name!r}, "
+                f"{len(wrong)} of {values.size} values"
+            )
