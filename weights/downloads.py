@@ -16,23 +16,12 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from keras_effnet import files
+from keras_effnet.cache import home
 from keras_effnet.weights.registry import RECORDS, File, digest
 
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
 REMEDY = "To use a copy of your own"
-
-
-def home() -> Path:
-    """Returns the folder of downloaded weights: `KERAS_EFFNET_HOME`, or the system's cache folder.
-
-    Returns:
-        Path. The folder may not exist yet.
-    """
-    import platformdirs  # not pooch.os_cache: weights that are saved already need no network library
-
-    chosen = os.environ.get("KERAS_EFFNET_HOME")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("keras_effnet"))
 
 
 def place(file: File) -> Path:

@@ -1,6 +1,6 @@
 """Weights of a model hub: addresses `hf://owner/name[@revision][/file]` and `timm/name`, and config.json beside them.
 
-huggingface_hub downloads, into the folder `hub` of `downloads.home()`. KERAS_EFFNET_MIRROR replaces it.
+huggingface_hub downloads, into the folder `hub` of `cache.home()`. KERAS_EFFNET_MIRROR replaces it.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_effnet.cache import home
 from keras_effnet.nets.normalization import scheme_near
 from keras_effnet.nets.variants import is_model, of_timm
 from keras_effnet.weights import downloads, registry
@@ -224,7 +225,7 @@ def _get(address: Address, name: str, failures: list[str]) -> Path | None:
             raise
         except Exception:  # of the library that connects, which depends on the release
             connected = False
-        cache = downloads.home() / "hub"
+        cache = home() / "hub"
         found = Path(
             hf_hub_download(address.repository, name, cache_dir=cache, local_files_only=not connected, **place)
         )

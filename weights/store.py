@@ -8,8 +8,8 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from keras_effnet import files
-from keras_effnet.weights.downloads import REMEDY, addresses, discard, home, is_mirror_folder, locate, pin, place
+from keras_effnet import cache, files
+from keras_effnet.weights.downloads import REMEDY, addresses, discard, is_mirror_folder, locate, pin, place
 from keras_effnet.weights.formats import safetensors_file
 from keras_effnet.weights.registry import File, Record, digest
 
@@ -106,13 +106,13 @@ def _prepared(record: Record, file: File, path: Path, background: bool, keep: bo
 
 
 def _stem(record: Record, file: File) -> Path:
-    return home() / "converted" / record.model / f"{record.tag}-{file.format}{KEPT_AS}"
+    return cache.home() / "converted" / record.model / f"{record.tag}-{file.format}{KEPT_AS}"
 
 
 def _keep(record: Record, file: File, values) -> Path:
     """Saves converted weights. The name contains the hash of the content, which reveals a damaged file."""
     stem = _stem(record, file)
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    cache.folder("converted", record.model)
     tensors = {"/".join(key): value for key, value in values.items()}
     with files.folder_beside(stem) as folder:
         temporary = safetensors_file.write_safetensors(
@@ -120,14 +120,18 @@ def _keep(record: Record, file: File, values) -> Path:
         )
         final = stem.with_name(f"{stem.name}-{_short(temporary)}.safetensors")
         os.replace(temporary, final)
+    cache.trim()
     return final
 
 
 def _kept(record: Record, file: File) -> Path | None:
     stem = _stem(record, file)
     for path in stem.parent.glob(f"{stem.name}-*.safetensors"):
-        if path.stem.removeprefix(f"{stem.name}-") == _short(path):
+        if cache.is_mine(path) and path.stem.removeprefix(f"{stem.name}-") == _short(path):
+            with suppress(OSError):  # read-only
+                os.utime(path)  # the time of its last use
             return path
+        cache.tell_of_damage(path)
         with suppress(OSError):
             path.unlink()
     return None

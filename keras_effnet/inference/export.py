@@ -19,7 +19,7 @@ from keras_effnet.images import decoding, folders, photo_loader, resizing
 from keras_effnet.inference import runtimes
 from keras_effnet.inference.export_check import compare
 from keras_effnet.inference.export_formats import ADD_METADATA, WRITERS, quietly
-from keras_effnet.model_loader import load_model
+from keras_effnet.model_loader import check_finite, load_model
 from keras_effnet.nets import inspection
 from keras_effnet.nets.variants import VARIANTS, nearest
 
@@ -88,6 +88,7 @@ def export(
     kind = format or next((name for name, ending in runtimes.FORMATS.items() if path.suffix == ending), "savedmodel")
     _check_arguments(path, kind, precision)
     shape = shape_of(model, input_shape)
+    check_finite(model)
     read = photo_loader.image_loader(model, shape=shape)
     photographs = pixels_of(calibration, read, shape) if calibration is not None else _own_photographs(read, shape)
     if precision == "int8" and calibration is None:

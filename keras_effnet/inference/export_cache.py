@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from keras_effnet import __version__, compat, files, model_metadata
+from keras_effnet import __version__, cache, compat, model_metadata
 from keras_effnet.errors import one_of
 from keras_effnet.images import folders
 from keras_effnet.inference import runtimes
-from keras_effnet.model_loader import load_model, resolve
-from keras_effnet.weights import downloads, registry
+from keras_effnet.model_loader import check_finite, load_model, resolve
+from keras_effnet.weights import registry
 
 _FASTEST = ".fastest.json"
-KEPT_AS = 3  # increased when exports change, which invalidates all that are cached
+KEPT_AS = 4  # increased when exports change, which invalidates all that are cached
 
 
 class ExportCache:
@@ -43,7 +43,7 @@ class ExportCache:
 
     Attributes:
         exported: Path of the exported file that was given as `model`, or None.
-        folder: Path of the cache folder. Not set for an exported file.
+        hold: `cache.Hold` of the cache folder, or None before the first export. Keep it as long as the runtime.
 
     Raises:
         OSError: If a file does not exist or cannot be read.
@@ -52,6 +52,8 @@ class ExportCache:
 
     def __init__(self, model, weights, precision: str, calibration, input_shape, loaded: Any = None):
         self.exported = None
+        self.hold: cache.Hold | None = None
+        self._intact: set[Path] = set()
         self.precision, self._calibration, self._shape = precision, calibration, input_shape
         self._stored = precision if precision in runtimes.STORED else "float32"  # the precision of the file
         self._weights = weights
@@ -67,15 +69,15 @@ class ExportCache:
                 told = ["name", found.place, _weights_of(found.place, self._weights)]
             else:
                 told = ["file", registry.digest(found.place, "sha256")]
-            self._model = found.place
+            self._model, self._name = found.place, str(found.place)
         else:
             told = ["model", _fingerprint(model)]
+            self._name = model.name
         self._model = self._model if loaded is None else loaded
         if precision == "int8" and calibration is not None:
             told.append(_told(calibration))
         told += [KEPT_AS, __version__, version("keras"), input_shape and list(input_shape)]
-        key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
-        self.folder = downloads.home() / "predictor" / key
+        self._key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
     def model(self) -> Any:
         """Returns the Keras model, which is loaded on first use.
@@ -85,11 +87,11 @@ class ExportCache:
 
         Raises:
             OSError: If the weights cannot be downloaded.
-            ValueError: If the file is not a model.
+            ValueError: If the file is not a model, or a weight is NaN or infinite.
         """
-        if not isinstance(self._model, str | os.PathLike):
-            return self._model
-        self._model = load_model(self._model, self._weights)
+        if isinstance(self._model, str | os.PathLike):
+            self._model = load_model(self._model, self._weights)
+        check_finite(self._model)
         return self._model
 
     def opened(self, runtime: str, threads: int, device: str = "cpu") -> tuple[str, Path | None, dict[str, Any], Any]:
@@ -162,10 +164,16 @@ class ExportCache:
         run = _OnKeras(for_inference(model, shape), shape)
         return "keras", None, export.metadata_of(model, shape, self.precision), run
 
+    @property
+    def _folder(self) -> Path:
+        """The cache folder, which is made on first use and not removed while it is in use."""
+        self.hold = self.hold or cache.use("predictor", self._key, self._name)
+        return self.hold.path
+
     def _places(self, name: str) -> tuple[Path, Path]:
         """Returns the paths of the export for a runtime, and of its record."""
         kind = self._format(name)
-        path = self.folder / f"{self._stored}{runtimes.FORMATS[kind]}"
+        path = self._folder / f"{self._stored}{runtimes.FORMATS[kind]}"
         return path, path.with_suffix(f".{kind}.json")
 
     def _format(self, name: str) -> str:
@@ -175,11 +183,18 @@ class ExportCache:
     def _kept(self, name: str) -> dict[str, Any] | None:
         """Returns the record of the export for a runtime, or None if the export is missing or damaged."""
         path, told = self._places(name)
-        with suppress(OSError, ValueError, KeyError):
-            record = json.loads(told.read_text())
-            if runtimes.size_of(path) == record["size"]:
-                return record
-        return None
+        if not told.exists():
+            return None
+        record = cache.read_json(told)
+        files = runtimes.files_of(path)
+        if record is None or not files or not all(map(cache.is_mine, files)):
+            cache.tell_of_damage(path)
+            return None
+        if path not in self._intact and cache.checksum(*files) != record["crc32c"]:
+            cache.tell_of_damage(path)
+            return None
+        self._intact.add(path)
+        return record
 
     def _made(self, name: str) -> tuple[Path, dict[str, Any]]:
         """Returns the path and the record of the export for a runtime. Exports the model if necessary."""
@@ -190,25 +205,21 @@ class ExportCache:
         from keras_effnet.inference import export
 
         model = self.model()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.sweep(self.folder)
         report = export.export(
             model, path, self._format(name), self._stored, calibration=self._calibration, input_shape=self._shape
         )
         record = report | {key: value for key, value in model_metadata.metadata(path).items() if key not in report}
-        with files.replacing(told) as temporary:
-            temporary.write_text(json.dumps(record))
+        record["crc32c"] = cache.checksum(*runtimes.files_of(path))
+        cache.write_json(told, record)
+        cache.trim()
         return path, record
 
     def _choices(self) -> Path:
-        return self.folder / f"{self.precision}{_FASTEST}"
+        return self._folder / f"{self.precision}{_FASTEST}"
 
     def _remembered(self, names: list[str], measured_on: str) -> dict[str, Any] | None:
-        try:
-            choice = json.loads(self._choices().read_text())[measured_on]
-            return choice if choice["chosen"] in names else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        choice = (cache.read_json(self._choices()) or {}).get(measured_on)
+        return choice if choice and choice["chosen"] in names else None
 
     def _fastest(self, names: list[str], threads: int, measured_on: str) -> dict[str, Any] | None:
         """Measures all runtimes that the model can be exported to, in turn, and remembers the fastest.
@@ -244,13 +255,7 @@ class ExportCache:
         choice = {"chosen": min(seconds, key=lambda name: seconds[name]), "seconds": seconds}
         if whole:
             choice["float32"] = min(times[len(pools) :])
-        try:
-            known = json.loads(self._choices().read_text())
-        except (OSError, ValueError):
-            known = {}
-        known[measured_on] = choice
-        with files.replacing(self._choices()) as temporary:
-            temporary.write_text(json.dumps(known))
+        cache.write_json(self._choices(), (cache.read_json(self._choices()) or {}) | {measured_on: choice})
         return choice
 
     def pools(self, names: list[str], threads: int) -> tuple[dict[str, runtimes.Pool], dict[str, Exception]]:
@@ -282,7 +287,7 @@ class ExportCache:
 
 def forget_fastest() -> None:
     """Forgets which runtime is the fastest for each model, so that the next `Predictor` measures again."""
-    for path in (downloads.home() / "predictor").glob(f"*/*{_FASTEST}"):
+    for path in (cache.home() / "predictor").glob(f"*/*{_FASTEST}"):
         with suppress(OSError):
             path.unlink()
 

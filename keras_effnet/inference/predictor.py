@@ -103,6 +103,7 @@ class Predictor:
             self.precision = precision if precision == "bfloat16" else stored
         else:
             self.runtime, self.path, record, self._run = self._opened_from(source, runtime, device)
+            self._hold = source.hold  # while this object lives, its export stays
         self._check_device(device)
         self.metadata: dict[str, Any] = record
         self.input_shape: tuple[int, ...] = tuple(record["input_shape"])

@@ -149,12 +149,17 @@ def _savedmodel(path: str, count: int, threads: int) -> tuple[Shape, list[Run]]:
     return tuple(spec.shape[1:]), [run] * count
 
 
-def size_of(path: str | os.PathLike) -> int:
-    """Returns the size of all files of an export, in bytes."""
+def files_of(path: str | os.PathLike) -> list[Path]:
+    """Returns the paths of all files of an export."""
     path = Path(path)
     parts = [path, path.with_suffix(".bin")] if path.suffix == FORMATS["openvino"] else [path]
-    inside = [file for each in parts for file in ([each] if each.is_file() else each.rglob("*"))]
-    return sum(file.stat().st_size for file in inside if file.is_file())
+    inside = [file for each in parts for file in ([each] if each.is_file() else sorted(each.rglob("*")))]
+    return [file for file in inside if file.is_file()]
+
+
+def size_of(path: str | os.PathLike) -> int:
+    """Returns the size of all files of an export, in bytes."""
+    return sum(file.stat().st_size for file in files_of(path))
 
 
 def _check(shape, dtype: str) -> None:

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_effnet.errors import one_of
+from keras_effnet.model_loader import check_finite
 from keras_effnet.nets import inspection
 from keras_effnet.nets.architecture import Architecture
 from keras_effnet.nets.pruning_plan import Plan
@@ -74,6 +75,7 @@ def plan(
     """
     _check_arguments(reduction, cost, solver, importance, floor, divisor)
     _, reading = inspection.find(model)
+    check_finite(model)
     net = reading.architecture
     price = COSTS[cost](model, reading, image_size(model, reading, dataset))
     if isinstance(importance, str):

@@ -12,6 +12,7 @@ import pytest
 from helpers import BACKEND, ROOT, command
 
 import keras_effnet as ke
+from keras_effnet import cache
 from keras_effnet.inference import runtimes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of converters
@@ -61,13 +62,13 @@ def test_refresh_decides_anew(model, home, tmp_path):
     path = ke.save_model(model, tmp_path / "net.keras")
     ke.Predictor(path)
     (choices,) = home.glob("predictor/*/*.fastest.json")
-    (key,), known = json.loads(choices.read_text()), choices.read_text()
-    choices.write_text(json.dumps({key: {"chosen": "openvino", "seconds": {"openvino": 0}}}))
+    (key,), known = cache.read_json(choices), cache.read_json(choices)
+    cache.write_json(choices, {key: {"chosen": "openvino", "seconds": {"openvino": 0}}})
     assert ke.Predictor(path).runtime == "openvino"
     done = command("benchmark", path, "--refresh", "--runtimes", "onnxruntime", "--batch-sizes", "1", "--rounds", "1")
     assert done.returncode == 0 and not choices.exists(), done.stderr
     ke.Predictor(path)
-    assert json.loads(choices.read_text())[key]["seconds"].keys() == json.loads(known)[key]["seconds"].keys()
+    assert cache.read_json(choices)[key]["seconds"].keys() == known[key]["seconds"].keys()
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT's int8 is made on TensorFlow")
@@ -81,12 +82,12 @@ def test_int8_that_is_slower_than_float32_is_told(model, home):
         warnings.simplefilter("ignore", UserWarning)  # whichever is faster here
         made()
     (choices,) = home.glob("predictor/*/int8.fastest.json")
-    ((key, choice),) = json.loads(choices.read_text()).items()
+    ((key, choice),) = cache.read_json(choices).items()
     # Both were measured, on the same runtimes.
     assert choice["float32"] > 0 and choice["seconds"][choice["chosen"]] == min(choice["seconds"].values())
     for share in (0.4, 1.5):
         times = dict.fromkeys(choice["seconds"], share * choice["float32"])
-        choices.write_text(json.dumps({key: choice | {"seconds": times}}))
+        cache.write_json(choices, {key: choice | {"seconds": times}})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             made()

@@ -1,11 +1,11 @@
 """`Predictor` returns what `predict()` returns: on every runtime, from many threads, without Keras once cached."""
 
-import json
 import os
 import resource
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import keras
@@ -14,6 +14,7 @@ import pytest
 from helpers import BACKEND, GOLDEN, ROOT, shallow_nets, trained
 
 import keras_effnet as ke
+from keras_effnet import cache
 from keras_effnet.images.resizing import crop_and_resize
 from keras_effnet.inference import runtimes
 from keras_effnet.inference.export_check import agreement
@@ -74,27 +75,60 @@ def test_it_gives_what_predict_gives(runtime, model, images, expected):
 def test_auto_takes_the_fastest_and_remembers_it(model, images, expected, home):
     predictor = ke.Predictor(model)
     assert np.abs(predictor(images) - expected).max() < 1e-5
-    told = json.loads((predictor.path.parent / "float32.fastest.json").read_text())
+    told = cache.read_json(predictor.path.parent / "float32.fastest.json")
     (measured,) = told.values()
     assert set(measured["seconds"]) == set(RUNTIMES) - {"keras"}
     assert predictor.runtime == measured["chosen"] == min(measured["seconds"], key=measured["seconds"].get)
     # A cached choice is not measured again: a different one on disk is used.
     other = max(measured["seconds"], key=measured["seconds"].get)
     (key,) = told
-    (predictor.path.parent / "float32.fastest.json").write_text(json.dumps({key: {"chosen": other}}))
+    cache.write_json(predictor.path.parent / "float32.fastest.json", {key: {"chosen": other}})
     assert ke.Predictor(model).runtime == other
     (predictor.path.parent / "float32.fastest.json").write_text("{ damaged")
     assert ke.Predictor(model).runtime in measured["seconds"]
 
 
 @pytest.mark.usefixtures("shallow")
-def test_a_damaged_export_is_made_again(model, images, expected):
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "record"])
+def test_a_damaged_export_is_made_again(damage, model, images, expected):
     runtime = RUNTIMES[-2]
     path = ke.Predictor(model, runtime).path
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    assert np.abs(ke.Predictor(model, runtime)(images) - expected).max() < 1e-5
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "zeroed":  # of the same size: in the middle, where the weights are
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
+        assert path.read_bytes() != content
+    else:
+        (record,) = path.parent.glob(f"float32.{runtimes.RUNTIMES[runtime].formats[0]}.json")
+        record.write_text(record.read_text().replace('"input_shape": [48', '"input_shape": [47'))
+    with pytest.warns(UserWarning, match=f"A kept file is damaged and is made again: {path}"):
+        again = ke.Predictor(model, runtime)
+    assert np.abs(again(images) - expected).max() < 1e-5 and again.input_shape == SHAPE
     assert abs(path.stat().st_size - len(content)) < 1000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ke.Predictor(model, runtime)
+
+
+def test_weights_that_are_no_numbers_are_told(model, tmp_path):
+    wrong = keras.models.clone_model(model)
+    wrong.set_weights(model.get_weights())
+    kernel = next(weight for weight in wrong.weights if weight.path.endswith("block2a_dwconv/kernel"))
+    values = keras.ops.convert_to_numpy(kernel.value).copy()
+    values.flat[5] = np.nan
+    kernel.assign(values)
+    told = rf"Expected finite weights. Received: nan in '{kernel.path}' of the model .*, 1 of {values.size} values"
+    for runtime in ("auto", "keras"):
+        with pytest.raises(ValueError, match=told):
+            ke.Predictor(wrong, runtime)
+    with pytest.raises(ValueError, match=told):
+        ke.export(wrong, tmp_path / "x.onnx")
+    data = np.zeros((4, *SHAPE)), np.arange(4)
+    with pytest.raises(ValueError, match=told):
+        ke.pruning.plan(wrong, data)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
@@ -283,7 +317,7 @@ def test_int8_runs_and_tells_what_it_left_in_float(model, images, expected):
     predictor = ke.Predictor(model, "litert", "int8", calibration=images)
     assert np.abs(predictor(images) - expected).max() < 0.1
     assert predictor.path.stat().st_size < 0.4 * ke.Predictor(model, "litert").path.stat().st_size
-    told = json.loads(predictor.path.with_suffix(".litert.json").read_text())
+    told = cache.read_json(predictor.path.with_suffix(".litert.json"))
     assert "stem_conv" in told["float_layers"] and "top_conv" not in told["float_layers"]
     errors = told["layer_errors"]
     assert any(name.startswith("block7a") for name in errors)

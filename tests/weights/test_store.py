@@ -18,6 +18,7 @@ import pytest
 from helpers import BACKEND, fill, invoked, same_weights, shallow_nets
 
 import keras_effnet as ke
+from keras_effnet import cache
 from keras_effnet.weights import downloads, registry, store
 
 MODEL = "efficientnet-edgetpu-s"  # the TPU repository's file has 1001 classes
@@ -182,7 +183,7 @@ def test_a_login_page_for_the_original_leaves_its_port(mirror, loaded, server, m
     usual = ke.create_model(MODEL, weights=None)
     values = mirror[1].get_weights()
     usual.set_weights([*values[:-2], *(value[..., 1:] for value in values[-2:])])
-    path = ke.weights.export(usual, downloads.home().parent / "es.safetensors", target="timm")
+    path = ke.weights.export(usual, cache.home().parent / "es.safetensors", target="timm")
     server.files[f"/{hub.url.removeprefix('https://huggingface.co/')}"] = path.read_bytes()
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", server.url)
     with pytest.warns(UserWarning, match="Using the timm file of the same weights instead"):

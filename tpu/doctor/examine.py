@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from keras_effnet import cache
 from keras_effnet.tpu.config import Run
 from keras_effnet.tpu.doctor.backends import (
     IMPORTED,
@@ -29,7 +30,6 @@ from keras_effnet.tpu.doctor.hosts import hosts
 from keras_effnet.tpu.doctor.memory import disk, memory, processors
 from keras_effnet.tpu.doctor.strategies import strategy_of_jax, strategy_of_tensorflow
 from keras_effnet.tpu.doctor.versions import ROWS, compare, extras, installed
-from keras_effnet.weights import downloads
 
 
 def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Finding]:
@@ -88,7 +88,7 @@ def examine(run: Run | None = None, devices: Sequence[str] = DEVICES) -> list[Fi
         Finding("Processors", str(processors()), "ok"),
         memory(),
         disk("Disk, this folder", Path.cwd(), "Free up space, or change to another folder"),
-        disk("Disk, weights", downloads.home(), "Free up space, or set KERAS_EFFNET_HOME to another folder"),
+        disk("Disk, weights", cache.home(), "Free up space, or set KERAS_EFFNET_HOME to another folder"),
         config,
         training,
         chosen,

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
-import os
 import re
 import signal
 import threading
@@ -23,6 +22,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from keras_effnet import cache
 from keras_effnet.tpu.config import Recipe
 from keras_effnet.tpu.environment import without_tpu
 from keras_effnet.tpu.input.sources import open_source
@@ -31,7 +31,6 @@ from keras_effnet.tpu.planning import memory_traffic
 from keras_effnet.tpu.recipes.finetune import decided
 from keras_effnet.tpu.runners import jax_runner, jax_step
 from keras_effnet.tpu.step import cross_replica
-from keras_effnet.weights import downloads
 
 
 @dataclass(frozen=True)
@@ -251,18 +250,19 @@ def compiled(lowered) -> dict[str, Any]:
     return found | {"compile_seconds": round(time.monotonic() - began, 1)}
 
 
-def _remembered(lowered, name: str) -> dict[str, Any]:
+def _remembered(lowered, name: str, model: str) -> dict[str, Any]:
     """Returns `compiled()`, cached for each program and compiler."""
     versions = [f"{package} {importlib.metadata.version(package)}" for package in ("jaxlib", "libtpu")]
     key = json.dumps([name, versions, _OPTIONS, lowered.as_text()])
-    path = downloads.home() / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text()) | {"compile_seconds": 0.0}
+    path = cache.folder("plans") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    if path.exists():
+        kept = cache.read_json(path)
+        if kept is not None:
+            return kept["found"] | {"compile_seconds": 0.0}
+        cache.tell_of_damage(path)
     found = compiled(lowered)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps(found))
-    scratch.replace(path)
+    cache.write_json(path, {"model": model, "found": found})
+    cache.trim()
     return found
 
 
@@ -311,7 +311,7 @@ def plan(
     tell(f"Tracing {_what(recipe, where)}")
     program = lowered(recipe, devices, evaluation)
     tell(f"Compiling {_what(recipe, where)}")
-    found = _remembered(program.lowered, where)
+    found = _remembered(program.lowered, where, recipe.model.name)
     on_chip = len(devices) // chips  # without megacore, each core of a chip is a device
     steps = None if evaluation else program.steps
     return {

@@ -17,7 +17,7 @@ from keras_effnet.errors import one_of
 from keras_effnet.images import photo_loader
 from keras_effnet.images.resizing import INTERPOLATIONS
 from keras_effnet.inference.predictor import Predictor
-from keras_effnet.model_loader import Reference, load_model, resolve
+from keras_effnet.model_loader import Reference, check_finite, load_model, resolve
 from keras_effnet.nets import inspection
 from keras_effnet.tpu.config import Data
 from keras_effnet.tpu.input.sources import Evaluated, Source, open_evaluation
@@ -180,6 +180,7 @@ def _subject(model, weights, crop, interpolation, best: bool = False) -> _Subjec
 
 def _subject_of_run(folder: str, best: bool) -> _Subject:
     run = trained(folder, best)
+    check_finite(run.net)
     how, size = run.recipe.data, run.size
     used = _used((size, size), how.eval_crop or size / (size + 32), how.interpolation, how.crop_mode)
     return _Subject(run.net, _outputs(run.net), run.read(), used, run=run, labels=labels_of(folder))
@@ -187,6 +188,7 @@ def _subject_of_run(folder: str, best: bool) -> _Subject:
 
 def _subject_of_model(net, weights, crop, interpolation) -> _Subject:
     outputs = _outputs(net)
+    check_finite(net)
     # A model that does not record its weights gets the preprocessing of its variant's usual ones, or of `weights`.
     known = hasattr(net, "weights_record") or weights == "imagenet" or os.path.isfile(weights)
     read, used = _reader(photo_loader.expected_by(net, "auto" if known else weights), crop, interpolation)

@@ -1,5 +1,6 @@
 """The JAX runner: finds the devices of all hosts and connects the model, data, trainer and checkpoints to them."""
 
+import atexit
 import contextlib
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from jax.sharding import Mesh, NamedSharding
 
+from keras_effnet import cache
 from keras_effnet.nets.condconv import CondConv2D, DepthwiseCondConv2D
 from keras_effnet.tpu.config import Run
 from keras_effnet.tpu.environment import has_tpu, processes, without_tpu
@@ -31,7 +33,6 @@ from keras_effnet.tpu.runners.jax_step import train_step as train_step
 from keras_effnet.tpu.runners.jax_trainer import Kept, Trainer, upgraded
 from keras_effnet.tpu.step.cross_replica import group_size, spread
 from keras_effnet.tpu.step.train_step import Learner
-from keras_effnet.weights import downloads
 
 NAME = "jax"
 
@@ -215,7 +216,10 @@ def connect(run: Run) -> Devices:
     found = _found(run, hosts)
     # Cache compiled steps, which take minutes. Not for processors: another of the same kind may not run the program.
     if found[0].platform != "cpu" and not getattr(jax.config, "jax_compilation_cache_dir", None):
-        jax.config.update("jax_compilation_cache_dir", str(downloads.home() / "jax"))
+        programs = cache.folder("jax")
+        cache.remove_damaged(programs, "*-cache")
+        atexit.register(cache.record_sums, programs, "*-cache")
+        jax.config.update("jax_compilation_cache_dir", str(programs))
     return Devices(make_mesh(found, group_size(len(found), run.batch_norm_group)), hosts)
 
 
