@@ -58,12 +58,12 @@ def program() -> None:
                     stream.flush()
             os._exit(status[0])
 
-    def end(number: int, _) -> None:
+    def stop(number: int, _) -> None:
         sys.exit(128 + number)  # so that temporary files are removed
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, end)
+            signal.signal(number, stop)
     atexit.register(leave)  # before libraries are imported: the last one registered runs first
     try:
         main(prog_name="keras-effnet")
