@@ -527,7 +527,7 @@ def _spread(x, strides: tuple[int, int]):
     return x[:, : (height - 1) * down + 1, : (width - 1) * across + 1]
 
 
-class _Experts:
+class _Experts(keras.regularizers.Regularizer, keras.constraints.Constraint):
     """Applies a function of a kernel to the kernel of each expert."""
 
     def __init__(self, function, combine):

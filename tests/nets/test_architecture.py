@@ -154,10 +154,10 @@ def test_widths_fit_together(name):
 def test_round_filters_keeps_within_a_tenth_and_the_divisor(filters, width):
     rounded = round_filters(filters, width)
     assert rounded % 8 == 0 and rounded >= 8
-    assert rounded >= 0.9 * filters * width
+    assert rounded >= 0.9 * (filters * width)
     assert rounded <= max(8, filters * width + 8)
 
 
 @given(st.integers(1, 20), st.floats(0.1, 6))
 def test_round_repeats_never_loses_a_block(repeats, depth):
-    assert repeats * depth <= round_repeats(repeats, depth) < repeats * depth + 1
+    assert round_repeats(repeats, depth) - 1 < repeats * depth <= round_repeats(repeats, depth)
