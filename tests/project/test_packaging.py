@@ -1,5 +1,6 @@
-"""What a wheel installs."""
+"""What a wheel installs, and which versions: of setup.cfg's bounds and of CI's lock."""
 
+import configparser
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import zipfile
 
 import pytest
 from helpers import BACKEND, ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
@@ -46,3 +49,20 @@ def test_a_wheel_holds_one_package_and_its_command(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout.split() == [str(target / "keras_effnet/__init__.py"), "efficientnet-lite0"], result.stderr
     assert (target / "bin" / "keras-effnet").exists()
+
+
+def test_the_lock_of_ci_keeps_the_bounds_of_setup_cfg():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = "\n".join([config["options"]["install_requires"], *config["options.extras_require"].values()]).split("\n")
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("keras_effnet[")]
+    assert len(requirements) > 40
+    lines = (ROOT / ".ci" / "lock.txt").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines if not line.startswith("#"))
+    wrong = [
+        f"{requirement} is locked at {version}"
+        for requirement in requirements
+        if not (version := locked.get(canonicalize_name(requirement.name)))
+        or not requirement.specifier.contains(version, prereleases=True)
+    ]
+    assert not wrong, f"Renew the lock with .ci/lock: {wrong}"
