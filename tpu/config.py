@@ -7,10 +7,11 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from keras_effnet.nets.architecture import EPSILONS
 from keras_effnet.nets.variants import VARIANTS, find_model, is_model
+from keras_effnet.ranges import ABOVE_0, BELOW_1, COUNT, INSIDE, NOT_NEGATIVE, POSITIVE, SHARE, Range, check_fields
 
 # Fields that a recipe may leave to the size of the data. `recipes.finetune.decided()` fills them before they are used.
 SIZED = ("epochs", "batch_size", "schedule.warmup_epochs", "run.eval_every", "run.save_every")
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 else:
     SizedFloat, SizedInt = float | None, int | None
 
+SIDE = Range(16)  # pixels. Four of a net's five strides leave one of them
+SEED = Range(0, 2**32 - 1)  # of NumPy
+
 
 @dataclass(frozen=True)
 class Model:
@@ -27,16 +31,16 @@ class Model:
 
     name: str = "efficientnet-b0"
     """A name from `keras-effnet list`."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, SIDE] = None
     """Height and width in pixels. None: the model's own."""
-    dropout_rate: float | None = None
+    dropout_rate: Annotated[float | None, BELOW_1] = None
     """Dropout rate before the classifier. None: the model's own."""
-    drop_connect_rate: float | None = None
+    drop_connect_rate: Annotated[float | None, BELOW_1] = None
     """Rate at which the last blocks are dropped. None: the model's own, 0.2."""
-    bn_momentum: float | None = None
+    bn_momentum: Annotated[float | None, BELOW_1] = None
     """Share of the moving statistics that each step keeps. None: the model's own, 0.9 for V2 and for
     nets that only timm or Composer has, else 0.99."""
-    bn_epsilon: float | None = None
+    bn_epsilon: Annotated[float | None, POSITIVE] = None
     """Added to the variance in batch normalization. None: that of a .keras file of weights, else 1e-3, or 1e-5
     with symmetric padding."""
     padding: Literal["same", "symmetric"] | None = None
@@ -69,17 +73,17 @@ class Data:
     """Training split of a TensorFlow dataset, such as train[:90%]. None: train."""
     eval_split: str | None = None
     """Evaluation split of a TensorFlow dataset. None: the first that exists of validation, val and test."""
-    eval_share: float = 0.2
+    eval_share: Annotated[float, INSIDE] = 0.2
     """Folders without val and CSV files without splits only: share of each class to evaluate on. Not trained on."""
-    holdout_shards: int = 0
+    holdout_shards: Annotated[int, NOT_NEGATIVE] = 0
     """TFRecords only: number of first training shards to evaluate on. They are not trained on."""
-    classes: int | None = None
+    classes: Annotated[int | None, COUNT] = None
     """Number of classes. None: as in the data, or 1000 for TFRecords."""
-    first_label: int = 1
+    first_label: Annotated[int, NOT_NEGATIVE] = 1
     """Number of the first class in TFRecords. The original counts from 1 to 1000."""
-    shuffle_buffer: int = 2048
+    shuffle_buffer: Annotated[int, COUNT] = 2048
     """Records in the shuffle buffer. The order of files also changes each epoch. Folders are shuffled as a whole."""
-    max_corrupt: float = 0.05
+    max_corrupt: Annotated[float, SHARE] = 0.05
     """The run stops when a larger share of an epoch's images is unreadable."""
     transfer: Literal["uint8", "float32"] = "uint8"
     """How training images leave the host. float32 keeps interpolated values outside 0-255, at four times the bytes."""
@@ -89,7 +93,7 @@ class Data:
     """Whether to weight the loss of each class by the inverse of its frequency, in training only. The mean weight is 1.
     Needs a source that knows its labels: a folder or the digits.
     """
-    eval_crop: float | None = None
+    eval_crop: Annotated[float | None, ABOVE_0] = None
     """Share of the shorter side to keep in evaluation. None: size / (size + 32), the original's first rule."""
     crop_mode: Literal["center", "squash"] = "center"
     """center: evaluate the square in the middle; squash: the whole image, whatever its proportions."""
@@ -101,27 +105,27 @@ class Augment:
 
     crop: Literal["inception", "none"] = "inception"
     """inception: a random part of the image, resized; none: as in evaluation."""
-    min_area: float = 0.08
+    min_area: Annotated[float, ABOVE_0] = 0.08
     """Smallest area of the random part, as a share of the image."""
-    min_covered: float = 0.1
+    min_covered: Annotated[float, SHARE] = 0.1
     """Smallest share of the image that a random part covers. The larger of min_area and this counts."""
     flip: bool = True
     """Whether to mirror half of the images."""
     policy: Literal["none", "autoaugment", "randaugment"] = "none"
     """Further augmentation: none, AutoAugment v0 or RandAugment."""
-    layers: int = 2
+    layers: Annotated[int, NOT_NEGATIVE] = 2
     """Number of RandAugment operations per image."""
-    magnitude: float = 10.0
+    magnitude: Annotated[float, NOT_NEGATIVE] = 10.0
     """Magnitude of RandAugment. 10 is AutoAugment's strongest; the published recipes go beyond."""
-    magnitude_std: float = 0.0
+    magnitude_std: Annotated[float, NOT_NEGATIVE] = 0.0
     """Standard deviation of RandAugment's magnitude."""
-    op_probability: float = 1.0
+    op_probability: Annotated[float, SHARE] = 1.0
     """Probability of applying an operation that RandAugment has picked."""
-    erase: float = 0.0
+    erase: Annotated[float, SHARE] = 0.0
     """Probability of random erasing."""
-    mixup: float = 0.0
+    mixup: Annotated[float, NOT_NEGATIVE] = 0.0
     """Parameter of mixup's beta distribution. 0: no mixup."""
-    cutmix: float = 0.0
+    cutmix: Annotated[float, NOT_NEGATIVE] = 0.0
     """Parameter of cutmix's beta distribution. 0: no cutmix. With mixup too, each takes half of the batch."""
 
 
@@ -129,13 +133,13 @@ class Augment:
 class Progress:
     """Progressive learning: stages of equal length. Each field has one value per stage."""
 
-    sizes: tuple[int, ...] = ()
+    sizes: Annotated[tuple[int, ...], SIDE] = ()
     """Height and width of the training images in each stage. Empty: one stage. image_size is for evaluation only."""
-    magnitudes: tuple[float, ...] = ()
+    magnitudes: Annotated[tuple[float, ...], NOT_NEGATIVE] = ()
     """RandAugment's magnitude in each stage. Empty: augment.magnitude."""
-    mixups: tuple[float, ...] = ()
+    mixups: Annotated[tuple[float, ...], NOT_NEGATIVE] = ()
     """Parameter of mixup in each stage. Empty: augment.mixup."""
-    cutmixes: tuple[float, ...] = ()
+    cutmixes: Annotated[tuple[float, ...], NOT_NEGATIVE] = ()
     """Parameter of cutmix in each stage. Empty: augment.cutmix."""
 
 
@@ -164,25 +168,25 @@ class Optimizer:
     )
     """rmsprop is the original's; rmsprop-keras and rmsprop-torch are those of tf.keras and PyTorch.
     With lars, the original shares batch statistics: --run.batch-norm-group all."""
-    peak: float | None = None
+    peak: Annotated[float | None, NOT_NEGATIVE] = None
     """Highest learning rate. None: per_256 * batch_size / 256, with adam and adamw per_256 for any batch."""
-    per_256: float = _UNSET
+    per_256: Annotated[float, NOT_NEGATIVE] = _UNSET
     """Highest learning rate for a batch of 256 images."""
-    momentum: float = _UNSET
+    momentum: Annotated[float, BELOW_1] = _UNSET
     """Share of the previous step that is kept: beta_1 of adam, adamw and lamb."""
-    decay: float = _UNSET
+    decay: Annotated[float, BELOW_1] = _UNSET
     """Decay of the mean of squared gradients: beta_2 of adam, adamw and lamb."""
-    epsilon: float = _UNSET
+    epsilon: Annotated[float, POSITIVE] = _UNSET
     """Keeps the divisor away from zero."""
-    body_scale: float = 1.0
+    body_scale: Annotated[float, NOT_NEGATIVE] = 1.0
     """Factor of the learning rate for all variables but the classifier's."""
-    clip_norm: float | None = None
+    clip_norm: Annotated[float | None, POSITIVE] = None
     """Largest global norm of the gradients. None: no clipping."""
-    trust: float = 1e-3
+    trust: Annotated[float, POSITIVE] = 1e-3
     """Trust coefficient of LARS."""
-    layer_decay: float = _UNSET
+    layer_decay: Annotated[float, NOT_NEGATIVE] = _UNSET
     """Weight decay inside AdamW, LARS and LAMB, not part of the loss."""
-    weight_decay: float = _UNSET
+    weight_decay: Annotated[float, NOT_NEGATIVE] = _UNSET
     """Weight decay in the loss: this times half the sum of squares."""
     decayed: Literal["no-batch-norm", "all", "kernels"] = "no-batch-norm"
     """Variables with weight decay. The original decays all but the gamma and beta of normalizations."""
@@ -199,13 +203,13 @@ class Schedule:
 
     kind: Literal["exponential", "cosine", "constant", "poly"] = "exponential"
     """Shape of the decay after the warm-up."""
-    warmup_epochs: SizedFloat = 5.0
+    warmup_epochs: Annotated[SizedFloat, NOT_NEGATIVE] = 5.0
     """Epochs in which the learning rate grows linearly. None: as fits the number of training images."""
-    warmup_start: float = 0.0
+    warmup_start: Annotated[float, NOT_NEGATIVE] = 0.0
     """Learning rate of the first step."""
-    decay_rate: float = 0.97
+    decay_rate: Annotated[float, ABOVE_0] = 0.97
     """Factor of the exponential decay."""
-    decay_epochs: float = 2.4
+    decay_epochs: Annotated[float, POSITIVE] = 2.4
     """Epochs between two applications of the factor."""
     decay_from: Literal["start", "warmup"] = "start"
     """Whether the decay counts from the first step or from the end of the warm-up."""
@@ -217,9 +221,9 @@ class Schedule:
 class Probe:
     """A classifier on the features of the frozen body, which are computed once. Uses no optimizer and no schedule."""
 
-    views: int = 0
+    views: Annotated[int, NOT_NEGATIVE] = 0
     """Views of each training photo: its center crop, then random ones, as augment says. 0: no probe, but training."""
-    l2: float | None = None
+    l2: Annotated[float | None, POSITIVE] = None
     """Strength of the penalty on the classifier's weights. None: the best of several on held-out training photos."""
 
 
@@ -227,34 +231,34 @@ class Probe:
 class Run:
     """How the run executes. Except for the seed, the batch-norm groups and the patience, this changes only rounding."""
 
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of initial values, order, augmentation and masks."""
     devices: Literal["auto", "tpu", "gpu", "cpu"] = "auto"
     """auto: a TPU if one is available, else all GPUs, else the CPU."""
     tpu: str | None = None
     """Name of the TPU. local: the one attached to this machine. None: the environment's TPU_NAME, or local."""
-    cpu_replicas: int = 1
+    cpu_replicas: Annotated[int, COUNT] = 1
     """Number of replicas on the CPU, to try a distributed run without the devices."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
     """auto: mixed_bfloat16 on TPUs and on GPUs that compute with it (compute capability 8.0 or more), else float32.
     mixed_float16: with dynamic loss scaling. The loss and all variables are float32."""
     batch_norm_group: str = "auto"
     """Number of replicas that share batch statistics: auto (the original's rule), all, or a number."""
-    steps_per_loop: int = 100
+    steps_per_loop: Annotated[int, COUNT] = 100
     """Steps that run in one graph, between two reports of the metrics."""
-    eval_batch: int | None = None
+    eval_batch: Annotated[int | None, COUNT] = None
     """Batch size of the evaluation. None: that of the training."""
-    eval_every: SizedFloat = 1.0
+    eval_every: Annotated[SizedFloat, POSITIVE] = 1.0
     """Epochs between evaluations. None: as fits the number of epochs."""
     eval_raw: bool = True
     """Whether to evaluate the raw weights too, not only their moving average."""
-    patience: int | None = None
+    patience: Annotated[int | None, COUNT] = None
     """Evaluations without a better top-1 of the moving average after which the run ends early. None: it never does."""
-    save_every: SizedFloat = 1.0
+    save_every: Annotated[SizedFloat, POSITIVE] = 1.0
     """Epochs between checkpoints. None: as fits the number of epochs."""
-    save_minutes: float | None = 10.0
+    save_minutes: Annotated[float | None, POSITIVE] = 10.0
     """Minutes after which a checkpoint is saved in any case. None: only save_every counts."""
-    keep: int = 3
+    keep: Annotated[int, COUNT] = 3
     """Number of newest checkpoints to keep, besides the one with the best top-1 of the moving average."""
     deterministic: bool = False
     """Whether to use only operations that always return the same bits. On a CPU all do; on a GPU this costs speed."""
@@ -265,7 +269,7 @@ class Run:
     kernels: also use a kernel for the gradients of depthwise convolutions, on TPUs only."""
     xla: bool = False
     """Whether to compile the step of a single device with XLA. On a TPU and with JAX it always is."""
-    threads: int | None = None
+    threads: Annotated[int | None, COUNT] = None
     """Threads of the input pipeline. None: chosen by tf.data."""
 
 
@@ -301,17 +305,17 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     probe: Probe = field(default_factory=Probe)
     run: Run = field(default_factory=Run)
-    epochs: SizedFloat = 350.0
+    epochs: Annotated[SizedFloat, POSITIVE] = 350.0
     """Passes over the training images. None: as fits their number."""
-    batch_size: SizedInt = 2048
+    batch_size: Annotated[SizedInt, COUNT] = 2048
     """Images per step, on all replicas together. None: as fits the number of training images."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """softmax: cross-entropy with one class for each image; sigmoid: one yes or no for each class."""
-    label_smoothing: float = 0.1
+    label_smoothing: Annotated[float, BELOW_1] = 0.1
     """Share of a label that is spread evenly over all classes."""
-    average_decay: float = 0.9999
+    average_decay: Annotated[float, BELOW_1] = 0.9999
     """Decay of the moving average of all variables."""
-    expected_top1: float | None = None
+    expected_top1: Annotated[float | None, Range(0, 100)] = None
     """Top-1 in percent, as published for the unchanged recipe."""
     source: str = ""
     """Source of these numbers."""
@@ -546,17 +550,21 @@ def from_json(text: str) -> Recipe:
         `Recipe`.
 
     Raises:
-        ValueError: If the text has a field that this version lacks.
+        ValueError: If the text has a field that this version lacks, or a value of another type.
     """
     tree = json.loads(text)
+    if not isinstance(tree, dict):
+        raise ValueError(f"Expected a recipe, a JSON object. Received: {type(tree).__name__}")
     tree.pop("resolved", None)
     parts: dict[str, Any] = {one.name: one.default_factory for one in dataclasses.fields(Recipe)}
     try:
-        return Recipe(
+        recipe = Recipe(
             **{
                 name: parts[name](**_tuples(value)) if isinstance(value, dict) else value
                 for name, value in tree.items()
             }
         )
+        check_fields(recipe, ranges=False)  # a run of an earlier version may have had others
     except (TypeError, KeyError) as error:
         raise ValueError(f"Expected a recipe of this version. Received: {error}") from error
+    return recipe

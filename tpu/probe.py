@@ -147,8 +147,6 @@ def _check(recipe: Recipe, hosts: int) -> None:
             "Expected only fields that a probe uses: probe, data, augment, model.name, model.image_size, model.weights "
             f"and label_smoothing. Received: {', '.join(wrong[:3])}. To train by steps, use the recipe finetune"
         )
-    if recipe.probe.l2 is not None and not recipe.probe.l2 > 0:
-        raise ValueError(f"Expected probe.l2 above 0. Received: {recipe.probe.l2:g}")
 
 
 def _open(recipe: Recipe, workdir: str) -> _Job:

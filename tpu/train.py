@@ -20,6 +20,7 @@ import orbit
 import tensorflow as tf
 
 from keras_effnet.errors import one_of
+from keras_effnet.ranges import check_fields
 from keras_effnet.tpu.config import Recipe, Run, to_json
 from keras_effnet.tpu.input import pipeline
 from keras_effnet.tpu.input.example_readers import Items
@@ -562,6 +563,7 @@ def _skipped_names(job: _Job) -> set[str]:
 
 
 def _check(recipe: Recipe) -> None:
+    check_fields(recipe)
     freezing(recipe.model)
     sizes = recipe.progress.sizes
     for name, values in dataclasses.asdict(recipe.progress).items():
@@ -570,16 +572,6 @@ def _check(recipe: Recipe) -> None:
                 f"Expected {len(sizes)} values of --progress.{name}, one for each of --progress.sizes. Received: "
                 f"{len(values)}"
             )
-    if min(sizes, default=1) < 1:
-        raise ValueError(f"Expected each of --progress.sizes to be at least 1 pixel. Received: {min(sizes)}")
-    named = {"batch_size": recipe.batch_size, "epochs": recipe.epochs}
-    named |= {f"run.{name}": getattr(recipe.run, name) for name in ("steps_per_loop", "keep", "cpu_replicas")}
-    named |= {f"run.{name}": getattr(recipe.run, name) for name in ("eval_every", "save_every", "patience")}
-    if recipe.optimizer.body_scale < 0:
-        raise ValueError(f"Expected optimizer.body_scale of at least 0. Received: {recipe.optimizer.body_scale}")
-    for name, value in named.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"Expected {name} above 0. Received: {value}")
 
 
 def _leave(code: int) -> None:

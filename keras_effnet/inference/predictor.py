@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_effnet import compat, model_metadata
+from keras_effnet import compat, model_metadata, ranges
 from keras_effnet.errors import one_of
 from keras_effnet.images import folders, photo_loader
 from keras_effnet.inference import photo_stream, runtimes
@@ -85,8 +85,8 @@ class Predictor:
         device: str = "auto",
     ):
         one_of("precision", precision, runtimes.PRECISIONS)
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"Expected threads as a positive integer. Received: threads={threads!r}")
+        if threads is not None:
+            ranges.check(threads=(threads, int, ranges.COUNT))
         self.precision, self.threads = precision, threads or runtimes.cores()
         self._rules_of = (model, weights) if isinstance(model, str | os.PathLike) else None
         source = ExportCache(model, weights, precision, calibration, input_shape)

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_effnet import ranges
 from keras_effnet.errors import one_of
 from keras_effnet.model_loader import check_finite
 from keras_effnet.nets import inspection
@@ -101,11 +102,11 @@ def plan(
 def _check_arguments(reduction, cost, solver, importance, floor, divisor) -> None:
     one_of("cost", cost, COSTS)
     one_of("solver", solver, knapsack.SOLVERS)
-    for name, share in (("reduction", reduction), ("floor", floor)):
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-            raise ValueError(f"Expected {name} between 0 and 1. Received: {name}={share!r}")
-    if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 1:
-        raise ValueError(f"Expected divisor to be a positive integer. Received: divisor={divisor!r}")
+    ranges.check(
+        reduction=(reduction, float, ranges.INSIDE),
+        floor=(floor, float, ranges.INSIDE),
+        divisor=(divisor, int, ranges.COUNT),
+    )
     if isinstance(importance, str):
         one_of("importance", importance, KINDS)
 

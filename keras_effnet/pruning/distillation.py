@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_effnet import compat
+from keras_effnet import compat, ranges
 from keras_effnet.nets import inspection
 from keras_effnet.pruning.data_and_loss import ends_in_activation, fit, last_operation, loss_of
 
@@ -78,6 +78,12 @@ def distill(
     Reference:
         arXiv 2002.08258, section 4; recipe of train_pruning.py:88-120.
     """
+    ranges.check(
+        epochs=(epochs, int, ranges.NOT_NEGATIVE),
+        gamma=(gamma, float, ranges.NOT_NEGATIVE),
+        learning_rate=(learning_rate, float, ranges.POSITIVE),
+        batch_size=(batch_size, int, ranges.COUNT),
+    )
     _check_trainable(student)
     with _restored_trainable(teacher):  # `Distiller` freezes it
         distiller = Distiller(student, teacher, gamma)

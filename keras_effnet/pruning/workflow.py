@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_effnet import compat, files, model_metadata
+from keras_effnet import compat, files, model_metadata, ranges
 from keras_effnet.errors import few
 from keras_effnet.images.decoding import decode_image
 from keras_effnet.images.folders import labelled, readable
@@ -99,6 +99,15 @@ def prune(
         ValueError: If an argument is not valid, the model and the folder differ in their classes, or too many photos
             cannot be read.
     """
+    ranges.check(
+        reduction=(reduction, float, ranges.INSIDE),
+        divisor=(divisor, int, ranges.COUNT),
+        calibration=(calibration, int, ranges.COUNT),
+        epochs=(epochs, int, ranges.NOT_NEGATIVE),
+        gamma=(gamma, float, ranges.NOT_NEGATIVE),
+        learning_rate=(learning_rate, float, ranges.POSITIVE),
+        batch_size=(batch_size, int, ranges.COUNT),
+    )
     out = Path(out)
     figure_class()  # fails before the work if matplotlib is not installed
     path = resolve(path).place

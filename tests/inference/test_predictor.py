@@ -249,7 +249,7 @@ def test_bad_arguments_are_refused(model, tmp_path):
     for arguments, told in [
         ((model, "tensorrt"), "Unknown runtime"),
         ((model, "auto", "int4"), "Unknown precision"),
-        ((model, "auto", "float32", 0), "positive integer"),
+        ((model, "auto", "float32", 0), "Expected threads of at least 1"),
         ((model, "keras", "int8"), "Expected precision='float32' for runtime='keras'"),
         (("efficientnet-b9",), "Unknown model.*Nearest: 'efficientnet-b"),
         (("b0.tfl",), r"Unknown model.*the path of a \.keras file"),

@@ -329,7 +329,7 @@ def test_a_pruned_model_can_be_pruned_again(tmp_path):
     ("arguments", "problem"),
     [
         ({"reduction": 1.2}, "Expected reduction between 0 and 1"),
-        ({"reduction": True}, "Expected reduction between 0 and 1"),
+        ({"reduction": True}, "Expected reduction as a number between 0 and 1"),
         ({"reduction": 0.995}, r"Expected reduction of at most 0\.\d+"),
         ({"cost": "flops"}, "Unknown cost"),
         ({"solver": "exakt"}, "Nearest: 'exact'"),

@@ -5,13 +5,16 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
+from typing import get_args, get_type_hints
 
 import pytest
 from click.testing import CliRunner
-from helpers import BACKEND, same_weights
+from helpers import BACKEND, invoked, same_weights
 
 from keras_effnet.commands import main
 from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.ranges import Range, check_fields
 from keras_effnet.tpu import config, recipes
 from keras_effnet.tpu.config import Recipe, override
 
@@ -140,6 +143,74 @@ def test_fields_are_changed_by_name_and_type():
         with pytest.raises(ValueError) as error:  # noqa: PT011
             override(Recipe(), arguments)
         assert told in str(error.value)
+
+
+def test_every_number_has_a_range():
+    leaves = list(config_fields(Recipe()))
+    numbers = {name: hint for name, hint in leaves if re.search(r"\b(int|float)\b", str(hint))}
+    without = [name for name, hint in numbers.items() if not any(isinstance(each, Range) for each in get_args(hint))]
+    assert len(numbers) > 50 and not without
+    for recipe in EVERY.values():
+        check_fields(recipe)
+    for name, hint in numbers.items():
+        within = next(each for each in get_args(hint) if isinstance(each, Range))
+        several = "tuple" in str(hint)
+        for wrong in (within.least - 1, float("nan"), float("inf"), within.most + 1, True):
+            value = (wrong,) if several else wrong
+            with pytest.raises(ValueError, match=rf"Expected {name} (of|above|as|between) .*\. Received: "):
+                check_fields(config.with_fields(Recipe(), {name: value}))
+
+
+def config_fields(record, prefix=""):
+    """Yields the names and the annotated types of all fields."""
+    hints = get_type_hints(type(record), include_extras=True)
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from config_fields(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, hints[field.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--optimizer.peak -1", "optimizer.peak of at least 0. Received: -1.0"),
+        ("--label-smoothing 3", "label_smoothing of at least 0 and below 1. Received: 3.0"),
+        ("--data.max-corrupt 5", "data.max_corrupt of at least 0 and at most 1. Received: 5.0"),
+        ("--model.image-size 7", "model.image_size of at least 16. Received: 7"),
+        ("--model.image-size 0", "model.image_size of at least 16. Received: 0"),
+        ("--progress.sizes 32 8", "progress.sizes of at least 16. Received: (32, 8)"),
+        ("--epochs nan", "epochs above 0. Received: nan"),
+        ("--run.save-minutes inf", "run.save_minutes above 0. Received: inf"),
+    ],
+)
+def test_values_out_of_their_range_are_refused_before_anything_starts(arguments, told, tmp_path):
+    done = invoked("train", "digits_demo", "--workdir", tmp_path / "run", *arguments.split())
+    assert (done.returncode, done.stderr.strip()) == (2, f"error: Expected {told}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("prune none.keras --data none --out none --gamma -1", "gamma of at least 0. Received: -1.0"),
+        ("prune none.keras --data none --out none --learning-rate nan", "learning_rate above 0. Received: nan"),
+        ("prune none.keras --data none --out none --calibration 0", "calibration of at least 1. Received: 0"),
+        ("prune none.keras --data none --out none --reduction 1", "reduction between 0 and 1. Received: 1.0"),
+        ("eval efficientnet-b0 --data none --first-label -1", "first_label of at least 0. Received: -1"),
+        ("eval efficientnet-b0 --data none --eval-crop nan", "crop above 0 and at most 1. Received: nan"),
+    ],
+)
+def test_so_are_those_of_other_commands(arguments, told):
+    done = invoked(*arguments.split())
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: Expected {told}")
+
+
+def test_types_are_those_of_the_fields():
+    for text in ('{"epochs": "3"}', '{"run": {"keep": 1.5}}', '{"run": {"report": 1}}', '{"model": 3}', "[]", "3", "{"):
+        with pytest.raises(ValueError, match=r"Expected|JSON|Expecting"):
+            config.from_json(text)
 
 
 def test_the_command_lists_and_explains(tmp_path):

@@ -167,7 +167,7 @@ def test_devices_that_are_not_there(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is not a directory"):
         train(RECIPE, tmp_path / "file" / "run", quiet=True)
-    with pytest.raises(ValueError, match="Expected batch_size above 0"):
+    with pytest.raises(ValueError, match="Expected batch_size of at least 1"):
         train(override(RECIPE, ["--batch-size", "0"]), tmp_path / "none", quiet=True)
     with pytest.raises(ValueError, match=r"at least one step: epochs \* 1437 images / batch_size"):
         train(override(RECIPE, ["--batch-size", "4096"]), tmp_path, quiet=True)
@@ -230,7 +230,7 @@ def test_a_run_that_gets_no_better_ends_early(tmp_path, monkeypatch):
     assert train(patient, tmp_path / "run", quiet=True) == result
     longer = train(how, tmp_path / "run", quiet=True)
     assert (longer["steps"], longer["stopped_early"]) == (22, None)
-    with pytest.raises(ValueError, match=r"Expected run.patience above 0. Received: 0"):
+    with pytest.raises(ValueError, match=r"Expected run.patience of at least 1. Received: 0"):
         train(override(how, ["--run.patience", "0"]), tmp_path / "none", quiet=True)
     with pytest.raises(ValueError, match=r"Unknown model.freeze. .*Received: 'block4'. Nearest: 'block3'"):
         train(override(how, ["--model.freeze", "block4"]), tmp_path / "none", quiet=True)

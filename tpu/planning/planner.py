@@ -23,6 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from keras_effnet import cache
+from keras_effnet.ranges import check_fields
 from keras_effnet.tpu.config import Recipe
 from keras_effnet.tpu.environment import without_tpu
 from keras_effnet.tpu.input.sources import open_source
@@ -301,6 +302,7 @@ def plan(
     Reference:
         docs/tpu.md.
     """
+    check_fields(recipe)
     if recipe.progress.sizes and not evaluation:
         return _plan_stages(recipe, where, tell)
     devices = topology(where)

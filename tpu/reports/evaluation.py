@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_effnet import class_names, files, model_metadata, models
+from keras_effnet import class_names, files, model_metadata, models, ranges
 from keras_effnet.errors import one_of
 from keras_effnet.images import photo_loader
 from keras_effnet.images.resizing import INTERPOLATIONS
@@ -80,7 +80,7 @@ def evaluate(
     Reference:
         tensorflow/tpu efficientnet eval_ckpt_main.py.
     """
-    _check_arguments(crop, interpolation, batch_size, limit)
+    _check_arguments(data, crop, interpolation, batch_size, limit)
     subject = _subject(model, weights, crop, interpolation, best)
     found, place = _open_data(model, data, subject)
     numbers, names = _classes(found, subject, place)
@@ -152,12 +152,14 @@ class _Subject:
     labels: Sequence[str] = ()
 
 
-def _check_arguments(crop, interpolation, batch_size: int, limit: int | None) -> None:
-    for name, value in (("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
-        if value < 1:
-            raise ValueError(f"Expected {name} of at least 1. Received: {value}")
-    if crop is not None and not 0 < crop <= 1:
-        raise ValueError(f"Expected a crop above 0 and up to 1. Received: {crop}")
+def _check_arguments(data, crop, interpolation, batch_size: int, limit: int | None) -> None:
+    ranges.check(batch_size=(batch_size, int, ranges.COUNT))
+    if limit is not None:
+        ranges.check(limit=(limit, int, ranges.COUNT))
+    if crop is not None:
+        ranges.check(crop=(crop, float, ranges.ABOVE_0))
+    if data is not None:
+        ranges.check_fields(data)
     if interpolation is not None:
         one_of("interpolation", interpolation, INTERPOLATIONS)
 

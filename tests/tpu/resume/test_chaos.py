@@ -329,6 +329,18 @@ def test_a_progressive_run_that_is_killed_ends_the_same(runner, killed, tmp_path
     assert not list(temporary_of(workdir).iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", ["tensorflow", "jax"])
+def test_two_processes_compute_the_same_bits(runner, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    arguments = f"{RUNS['short']} --epochs 1 --runner {runner}"
+    places = [tmp_path / name for name in ("one", "other")]
+    for number, place in enumerate(places):  # one after the other, with other hashes of strings
+        Process(place, arguments, PYTHONHASHSEED=str(number)).ended(0)
+    models = [keras.models.load_model(place / "model.keras", compile=False) for place in places]
+    assert same_weights(*models) and curve(places[0]) == curve(places[1])
+
+
 def files(workdir: Path) -> set[str]:
     """Returns the names of all files in a run folder, except those inside a checkpoint."""
     paths = (path.relative_to(workdir) for path in workdir.rglob("*"))
