@@ -7,6 +7,7 @@ the last tenth of the time over that of the tenth after the first sixth, when ev
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -29,6 +30,12 @@ def grown(values: list[float]) -> float:
     tenth = max(1, len(values) // 10)
     early = statistics.median(values[len(values) // 6 : len(values) // 6 + tenth])
     return statistics.median(values[-tenth:]) / early - 1
+
+
+def tenths(values: list[float]) -> list[float]:
+    """Returns the medians of ten parts, which show whether growth goes on or ends."""
+    ends = [round(number * len(values) / 10) for number in range(11)]
+    return [statistics.median(values[first:end]) for first, end in itertools.pairwise(ends) if end > first]
 
 
 def main() -> None:
@@ -64,6 +71,7 @@ def main() -> None:
         print(*names, sep="\n")
         print(f"{rows[-1]['step']} steps, {sum(row['split'] == 'eval' for row in rows)} evaluations, status {status}")
         print(f"memory {memory[len(memory) // 6]:.0f} MiB to {memory[-1]:.0f} MiB, grown by {grown(memory):+.2%}")
+        print("medians of ten parts of the time, MiB:", *(f"{value:.1f}" for value in tenths(memory)))
         print(f"files in the folder: {early} to {files[-1]}, at most {max(files)}")
         if (
             grown(memory) >= 0.01 or files[-1] > early + 4

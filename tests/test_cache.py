@@ -183,3 +183,22 @@ def test_a_predictor_protects_its_export(home):
     assert predictor(image).shape == (3, 2)
     del predictor
     assert cache.remove([entry]) == [] and not entry.path.exists()
+
+
+WORK = """
+import keras, keras_effnet as ke
+layers = keras.layers
+head = [layers.Conv2D(2, 3), layers.GlobalAveragePooling2D(), layers.Dense(2)]
+ke.Predictor(keras.Sequential([keras.Input((16, 16, 3)), *head]), "onnxruntime")
+"""
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
+def test_nothing_is_left_and_nothing_is_sent(home, tmp_path):
+    """ONNX Runtime leaves a file of its telemetry unless it is told to send none."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment |= {"TMPDIR": str(temporary), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    subprocess.run([sys.executable, "-c", WORK], env=environment, check=True)
+    assert not list(temporary.iterdir())

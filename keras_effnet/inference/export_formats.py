@@ -50,7 +50,7 @@ def _need(*modules: str) -> None:
 
 
 def _savedmodel(model, path: Path, shape, precision, photographs) -> dict[str, Any]:
-    _exported(for_inference(model, shape), path, "tf_saved_model")
+    for_inference(model, shape).export(path, format="tf_saved_model", verbose=False)
     return {}
 
 
@@ -64,7 +64,7 @@ def _onnx(model, path: Path, shape, precision: str, photographs, fused: bool = F
     def write(net, path: Path) -> None:
         if _backend() == "torch":  # there, Keras exports only models that have been called
             net(keras.ops.zeros((1, *shape)))
-        _exported(net, path, "onnx")
+        net.export(str(path), format="onnx", verbose=False)
 
     net = for_inference(model, shape)
     if precision == "int8":
@@ -76,17 +76,6 @@ def _onnx(model, path: Path, shape, precision: str, photographs, fused: bool = F
     if precision == "float16":
         onnx.save(_halved(onnx.load(path)), path)
     return {}
-
-
-def _exported(net, path: Path, kind: str) -> None:
-    """Exports a net with Keras."""
-    export = net.export
-    if _backend() != "torch":
-        import tensorflow as tf
-
-        # AutoGraph leaves a file in /tmp if the process is killed, and nets need none of it.
-        export = tf.autograph.experimental.do_not_convert(export)
-    export(str(path), format=kind, verbose=False)
 
 
 def _best(net, path: Path, kind: str, photographs: np.ndarray, quantise, pairs: bool = False) -> dict[str, Any]:
