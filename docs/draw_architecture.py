@@ -19,7 +19,7 @@ FLOORS = [
     ["model_loader"],
     ["models"],
 ]
-FLOORS += [["weights"], ["model_metadata"], ["nets"], ["class_names", "compat", "errors", "files"]]
+FLOORS += [["weights"], ["model_metadata"], ["nets"], ["cache"], ["class_names", "compat", "errors", "files", "ranges"]]
 TPU_FLOORS = [["train", "planning"], ["probe"], ["reports"], ["runners"], ["model_from_recipe"], ["input", "step"]]
 TPU_FLOORS += [["resume"], ["doctor", "recipes"], ["config", "environment"]]
 INK, PAPER, QUIET = "#22304a", "#eef2f8", "#8b97ab"

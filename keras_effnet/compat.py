@@ -237,6 +237,20 @@ def sees_gpu() -> bool:
     return False
 
 
+def watch_hosts(strategy, seconds: int) -> None:
+    """Sets how often a host asks whether the others are still there, and how long it waits for an answer, three times.
+
+    TensorFlow asks every 30 seconds and waits for 10. So a lost host is noticed after up to a minute, and no public API
+    changes that.
+
+    Args:
+        strategy: `tf.distribute.MultiWorkerMirroredStrategy`.
+        seconds: Integer, for both.
+    """
+    strategy.extended._check_health_interval = seconds
+    strategy.extended._check_health_timeout = seconds
+
+
 def load_openvino():
     """Imports OpenVINO without its telemetry.
 

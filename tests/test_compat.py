@@ -345,6 +345,26 @@ def test_frozen():
     assert np.allclose(concrete(x), 1.5 * expected) and np.allclose(frozen(x)[0], expected)
 
 
+@needs_tensorflow
+@private("tensorflow.python.distribute.collective_all_reduce_strategy.CollectiveAllReduceExtended")
+def test_watch_hosts():
+    """With real processes: `pytest -m long tests/tpu/resume/test_chaos.py -k full_disk_of_one`."""
+    import inspect
+
+    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+
+    class Strategy:
+        extended = CollectiveAllReduceExtended.__new__(CollectiveAllReduceExtended)
+
+    before = vars(CollectiveAllReduceExtended).copy()
+    compat.watch_hosts(Strategy, 5)
+    changed = vars(Strategy.extended)
+    assert len(changed) == 2 and all(before[name] > value == 5 for name, value in changed.items())
+    # Its thread reads both anew in each round.
+    source = inspect.getsource(CollectiveAllReduceExtended._check_health)
+    assert all(f"self.{name}" in source for name in changed)
+
+
 # Elsewhere
 
 

@@ -43,6 +43,7 @@ def test_examples_run(module, monkeypatch, tmp_path):
         if BLOCK.search(path.read_text())
     ],
 )
+@pytest.mark.filterwarnings("ignore:On this machine, (int8|bfloat16) takes:UserWarning")
 def test_the_python_of_the_pages_runs(page, monkeypatch, tmp_path, request):
     if page in ("finetune.md", "pruning.md"):  # which train for a few steps
         request.getfixturevalue("eager")

@@ -1,6 +1,7 @@
 """The TensorFlow runner: trains and evaluates on the devices of a `tf.distribute.Strategy`, with orbit."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import keras
 import orbit
 import tensorflow as tf
 
+from keras_effnet import compat
 from keras_effnet.tpu.config import Run
 from keras_effnet.tpu.environment import has_tpu
 from keras_effnet.tpu.input.pipeline import Host
@@ -24,6 +26,8 @@ from keras_effnet.tpu.step.train_step import TRAINING_METRICS, Learner, State
 NAME = "tensorflow"
 
 WAITS = False  # an ending process does not wait for hosts that are gone
+
+WATCH = 5  # seconds between two looks at the other hosts
 
 # Errors raised when devices or other hosts fail.
 ERRORS = (tf.errors.OpError,)
@@ -86,17 +90,7 @@ class Devices:
         """
         if self.hosts == 1:
             return value
-        strategy = self.strategy
-        share = tf.constant(value * self.hosts / self.count, tf.float64)
-
-        def one():
-            return tf.identity(share)
-
-        @tf.function(autograph=False)
-        def summed():
-            return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(one), axis=None)
-
-        return round(float(summed()))
+        return round(float(_summed(self.strategy)(tf.constant(value * self.hosts / self.count, tf.float64))))
 
     def batches(self, part: Callable[[Host, int, bool], tf.data.Dataset]) -> Iterable:
         """Returns the batches of all hosts, on their devices.
@@ -163,6 +157,17 @@ class Devices:
         return Bundles(tf.train.Checkpoint(step=step, totals=trainer.totals, state=learner.by_name(state)))
 
 
+@functools.cache  # TensorFlow never frees a function
+def _summed(strategy: tf.distribute.Strategy) -> Callable:
+    """Returns a function that sums a number over all replicas."""
+
+    @tf.function(autograph=False)
+    def summed(share):
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(tf.identity, (share,)), axis=None)
+
+    return summed
+
+
 def connect(run: Run) -> Devices:
     """Finds the devices of a run.
 
@@ -192,7 +197,9 @@ def _strategy(run: Run, hosts: int) -> tf.distribute.Strategy:
             )
         if run.devices == "cpu":
             tf.config.set_visible_devices([], "GPU")
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        compat.watch_hosts(strategy, WATCH)
+        return strategy
     return _tpu_strategy(run) if wants_tpu else _local_strategy(run)
 
 

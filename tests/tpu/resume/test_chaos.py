@@ -25,6 +25,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import BACKEND, ROOT, same_weights
+from PIL import Image
 
 if BACKEND != "tensorflow":
     pytest.skip("TensorFlow's runner", allow_module_level=True)
@@ -352,6 +353,60 @@ def speed(result: dict) -> dict:
     return {name: result[name] for name in ("seconds", "images_per_second")}
 
 
+def two_addresses() -> list[str]:
+    """Returns free addresses for two hosts on this machine."""
+    sockets = [socket.socket() for _ in range(2)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+    for one in sockets:
+        one.close()
+    return addresses
+
+
+def environments(runner: str, addresses: list[str]) -> list[dict[str, str]]:
+    """Returns what tells two hosts of each other."""
+    if runner == "jax":
+        names = {"JOB_ADDRESSES": addresses[0], "NUM_PROCESSES": "2"}
+        told = [names | {"PROCESS_ID": str(index)} for index in range(2)]
+        return [{f"KERAS_DISTRIBUTION_{name}": value for name, value in one.items()} for one in told]
+    tasks = [{"type": "worker", "index": index} for index in range(2)]
+    return [{"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})} for task in tasks]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("runner", ["tensorflow", "jax"])
+def test_a_full_disk_of_one_host_ends_all(runner, tmp_path, small_disk, monkeypatch):
+    """Host 1 writes the names of the photos that it cannot read, to a disk of its own."""
+    if not small_disk:
+        pytest.skip("no small disk could be mounted")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    chance = np.random.default_rng(0)
+    for number in range(128):
+        place = tmp_path / "photos" / ("val" if number < 4 else "train") / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(chance.integers(0, 256, (40, 40, 3), "uint8")).save(place / f"{number}.jpg")
+        if number % 16 == 5:
+            (place / f"{number}.jpg").write_text("no photo")
+    arguments = f"b0_baseline --runner {runner} --model.name efficientnet-mini --data {tmp_path / 'photos'}"
+    arguments += " --epochs 1000 --batch-size 16 --model.image-size 32 --run.steps-per-loop 7 --run.no-report"
+    arguments += " --data.max-corrupt 0.5"
+    places = [tmp_path / "two", tmp_path / "other"]
+    places[0].mkdir()
+    places[1].symlink_to(small_disk)
+    pairs = zip(places, environments(runner, two_addresses()), strict=True)
+    first, second = [Process(place, arguments, **environment) for place, environment in pairs]
+    first.after(21)
+    with open(small_disk / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**20))
+    told = second.ended(2, 300)
+    died = time.monotonic()
+    assert "Expected free space on the disk of" in told and "no space left" in told, told[-2000:]
+    assert "Lost another host. Run the same command again on all hosts" in first.ended(75, 30)
+    assert time.monotonic() - died < 30
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("runner", ["tensorflow", "jax"])
 def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path, monkeypatch):
@@ -359,21 +414,10 @@ def test_two_hosts_are_one_machine_and_one_that_is_lost_is_told(runner, tmp_path
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     arguments = f"digits_demo --runner {runner} --model.name efficientnet-mini --epochs 1.5 --batch-size 32"
     arguments += " --model.image-size 32 --run.steps-per-loop 7 --run.save-every 0.3 --run.no-report"
-    sockets = [socket.socket() for _ in range(2)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
-    for one in sockets:
-        one.close()
+    addresses = two_addresses()
 
     def hosts() -> list[Process]:
-        configs = [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}} for index in range(2)]
-        told = [{"TF_CONFIG": json.dumps(config)} for config in configs]
-        if runner == "jax":
-            names = {"JOB_ADDRESSES": addresses[0], "NUM_PROCESSES": "2"}
-            told = [names | {"PROCESS_ID": str(index)} for index in range(2)]
-            told = [{f"KERAS_DISTRIBUTION_{name}": value for name, value in one.items()} for one in told]
-        return [Process(tmp_path / "two", arguments, **environment) for environment in told]
+        return [Process(tmp_path / "two", arguments, **environment) for environment in environments(runner, addresses)]
 
     (tmp_path / "two").mkdir()
     Process(tmp_path / "one", f"{arguments} --run.cpu-replicas 2").ended(0)
