@@ -166,7 +166,9 @@ def load_model(
 
     try:
         loaded: Any = keras.saving.load_model(found.place, compile=False)
-    except (TypeError, NotImplementedError) as error:  # raised by Keras for an unknown layer
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # Keras raises its own for an unknown layer, and any for a damaged file
         raise ValueError(
             f"Expected a model whose layers Keras knows. Received: {found.place!r}: "
             f"{' '.join(str(error).split())[:300]}"

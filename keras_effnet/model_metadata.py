@@ -7,7 +7,8 @@ docs/metadata.md describes the keys.
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,7 +259,7 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ImportError: If the runtime of the format is not installed.
         OSError: If the file cannot be read.
-        ValueError: If it is of another kind, or a newer version of this package has saved it.
+        ValueError: If it is of another kind or damaged, or a newer version of this package has saved it.
 
     Example:
 
@@ -278,10 +279,12 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
         )
     if not place.exists():
         raise FileNotFoundError(f"Expected a model or a report. Received: {os.fspath(path)!r}, which does not exist")
-    text = _READERS[kind](place)
-    found = json.loads(text) if text else {}
-    if kind == ".json":
-        found = found.get("metadata", {})
+    with _damage_named(place):
+        text = _READERS[kind](place)
+        found = json.loads(text) if text else {}
+        if kind == ".json":
+            found = found.get("metadata", {})
+        _check_types(found)
     if found.get("schema", SCHEMA) > SCHEMA:  # files from before the first release have no number
         raise ValueError(
             f"Expected metadata of schema {SCHEMA}. Received: {os.fspath(path)!r} of schema {found['schema']}, which a "
@@ -290,12 +293,71 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # each library raises its own types
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(
+            f"Expected a model or a report. Received: {os.fspath(path)!r}, whose metadata cannot be read "
+            f"({' '.join(str(error).split())[:300]})"
+        ) from error
+
+
+def _check_types(found: Any, types: dict[str, Any] | None = None, where: str = "") -> None:
+    """Raises for a value of another type than docs/metadata.md names. A key may be missing, and others there."""
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a dict, received {found!r:.80}")
+    for key, kind in (_TYPES if types is None else types).items():
+        value = found.get(key)
+        if key in found and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise ValueError(f"its key {where + key!r} is {value!r:.80}")
+    if types is None:
+        _check_types(found.get("preprocessing") or {}, _PIXELS, "preprocessing.")
+        sides = found.get("input_shape") or []
+        if not all(side is None or (type(side) is int and side > 0) for side in sides):
+            raise ValueError(f"its key 'input_shape' is {sides!r:.80}")
+        if not all(isinstance(label, str) for label in found.get("labels") or []):
+            raise ValueError("its labels are not strings")
+
+
+# docs/metadata.md. Files from before the first release may lack a key.
+_TYPES: dict[str, Any] = {
+    "schema": int,
+    "model": str,
+    "input_shape": list,
+    "labels": list | None,
+    "preprocessing": dict,
+    "weights": dict | None,
+    "training": dict | None,
+    "outputs": list | int | None,
+    "precision": str,
+}
+_PIXELS: dict[str, Any] = {
+    "crop_padding": int | None,
+    "interpolation": str,
+    "crop_mode": str,
+    "scale": list,
+    "offset": list,
+}
+
+_LONGEST = 1 << 24  # bytes of the metadata, which may list thousands of class names
+
+
 def _of_archive(path: Path) -> bytes | None:
     """Reads the member of a `.keras` file, or of the archive at the end of a LiteRT file."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
-        return archive.read(MEMBER) if MEMBER in archive.namelist() else None
+        if MEMBER not in archive.namelist():
+            return None
+        if archive.getinfo(MEMBER).file_size > _LONGEST:
+            raise ValueError(f"more than {_LONGEST} bytes")
+        return archive.read(MEMBER)
 
 
 def _of_onnx(path: Path) -> str | None:

@@ -566,5 +566,5 @@ def from_json(text: str) -> Recipe:
         )
         check_fields(recipe, ranges=False)  # a run of an earlier version may have had others
     except (TypeError, KeyError) as error:
-        raise ValueError(f"Expected a recipe of this version. Received: {error}") from error
+        raise ValueError(f"Expected a recipe of this version. Received: {' '.join(str(error).split())[:300]}") from error
     return recipe

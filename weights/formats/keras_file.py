@@ -68,7 +68,11 @@ def preprocessing_of(path):
     with _layers(path) as layers:
         for layer in layers:
             if layer.get("class_name") == "Rescaling" and _name(layer).endswith("preprocessing"):
-                return tuple(np.ravel(layer["config"][key]).tolist() for key in ("scale", "offset"))
+                pixels = [np.ravel(np.asarray(layer["config"][key], np.float64)) for key in ("scale", "offset")]
+                if not np.isfinite(np.concatenate(pixels)).all():
+                    raise ValueError("its preprocessing is not of finite numbers")
+                scale, offset = np.broadcast_arrays(*pixels)
+                return scale.tolist(), offset.tolist()
     return None
 
 

@@ -40,6 +40,8 @@ def fields(message: bytes) -> dict[int, list]:
         ValueError: If it is no message.
         IndexError: If it is cut short.
     """
+    if not isinstance(message, bytes):  # a number, where the schema has a message
+        raise ValueError("it contains a message of another kind")
     found: dict[int, list] = {}
     place = 0
     while place < len(message):
