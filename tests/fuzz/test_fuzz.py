@@ -40,6 +40,13 @@ def valid(tmp_path_factory):
     return of
 
 
+class _Case:
+    """A damaged file. Hypothesis prints what it has drawn, and this is short."""
+
+    def __init__(self, files):
+        self.files = files
+
+
 def _signature(problem: str) -> str:
     """Returns what the same fault has in common: the exception, and the line of this package that raised it."""
     first, *frames = problem.splitlines()
@@ -62,10 +69,10 @@ def test_a_damaged_file_is_read_or_refused(name, cases, child, valid, tmp_path):
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.one_of([format.damage(each) for each in files]))
-    def run(case):
+    @given(st.one_of([format.damage(each) for each in files]).map(_Case))
+    def run(drawn):
         nonlocal count
-        count += 1
+        count, case = count + 1, drawn.files
         problem = child.problem(format.reader, format.write(case, tmp_path / "case"), paths)
         if problem:
             data, place = pack(case), _signature(problem)
