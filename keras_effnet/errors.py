@@ -98,5 +98,23 @@ def few(names: Iterable[Any]) -> str:
     return ", ".join(names[:FEW]) + f", ... ({len(names)})" * (len(names) > FEW)
 
 
+def one_line(error: BaseException) -> str:
+    """Returns what an exception says, on one line. Libraries quote what is in a file, which may be anything.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        String of printable characters, 500 at most. The exception's name if it says nothing.
+
+    Example:
+
+    >>> one_line(ValueError("Invalid name:\n 'a'"))
+    "Invalid name: 'a'"
+    """
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error)[:5000])
+    return " ".join(text.split())[:500] or type(error).__name__
+
+
 def _letters(name: object) -> str:
     return re.sub("[^a-z0-9]", "", str(name).lower())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_effnet import model_metadata
+from keras_effnet.errors import one_line
 from keras_effnet.nets.variants import VARIANTS, find_model, is_model, unknown_model
 
 if TYPE_CHECKING:
@@ -170,8 +171,7 @@ def load_model(
         raise
     except Exception as error:  # Keras raises its own for an unknown layer, and any for a damaged file
         raise ValueError(
-            f"Expected a model whose layers Keras knows. Received: {found.place!r}: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"Expected a model whose layers Keras knows. Received: {found.place!r}: {one_line(error)}"
         ) from error
     return attach(loaded, model_metadata.metadata(found.place))
 

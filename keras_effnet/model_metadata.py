@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_effnet import class_names, compat, files
+from keras_effnet.errors import one_line
 
 if TYPE_CHECKING:
     import keras
@@ -304,7 +305,7 @@ def _damage_named(path: Path) -> Iterator[None]:
             raise
         raise ValueError(
             f"Expected a model or a report. Received: {os.fspath(path)!r}, whose metadata cannot be read "
-            f"({' '.join(str(error).split())[:300]})"
+            f"({one_line(error)})"
         ) from error
 
 

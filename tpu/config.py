@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
+from keras_effnet.errors import one_line
 from keras_effnet.nets.architecture import EPSILONS
 from keras_effnet.nets.variants import VARIANTS, find_model, is_model
 from keras_effnet.ranges import ABOVE_0, BELOW_1, COUNT, INSIDE, NOT_NEGATIVE, POSITIVE, SHARE, Range, check_fields
@@ -566,5 +567,5 @@ def from_json(text: str) -> Recipe:
         )
         check_fields(recipe, ranges=False)  # a run of an earlier version may have had others
     except (TypeError, KeyError) as error:
-        raise ValueError(f"Expected a recipe of this version. Received: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"Expected a recipe of this version. Received: {one_line(error)}") from error
     return recipe

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from keras_effnet.cache import home
+from keras_effnet.errors import one_line
 from keras_effnet.nets.normalization import scheme_near
 from keras_effnet.nets.variants import is_model, of_timm
 from keras_effnet.weights import downloads, registry
@@ -303,7 +304,9 @@ def _damage_named(config: Path) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"Expected the config.json of a model. Received: {str(config)!r} ({error})") from error
+        raise ValueError(
+            f"Expected the config.json of a model. Received: {str(config)!r} ({one_line(error)})"
+        ) from error
 
 
 def _check_net(architecture: str, arguments: dict[str, Any], path) -> None:

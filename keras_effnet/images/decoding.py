@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from keras_effnet.errors import one_line
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -92,7 +94,9 @@ def decode_image(
                 f"Expected an image of at most {limit:,} pixels. Received: {name}, a possible decompression bomb"
             ) from error
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError and others, depending on the format
-            raise ValueError(f"Expected an intact image. Received: {name}, which is damaged ({error})") from error
+            raise ValueError(
+                f"Expected an intact image. Received: {name}, which is damaged ({one_line(error)})"
+            ) from error
         with contextlib.suppress(Exception):  # a viewer also shows a photo with unreadable EXIF data
             ImageOps.exif_transpose(image, in_place=True)  # a copy would take as long as cropping
         image = _to_mode(image, kind, _MODES[channels])

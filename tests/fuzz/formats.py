@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from fuzz import mutations
-from fuzz.mutations import of_bytes, of_h5, of_index, of_json_text, of_pickle, of_png, of_protobuf, of_safetensors, of_zip
+from fuzz.mutations import (
+    of_bytes,
+    of_h5,
+    of_index,
+    of_json_text,
+    of_pickle,
+    of_png,
+    of_protobuf,
+    of_safetensors,
+    of_zip,
+)
 from hypothesis import strategies as st
 
 Files = dict[str, bytes]  # by their paths in the folder of a case
@@ -38,11 +48,13 @@ class Format(NamedTuple):
     share: int = 1
 
     def write(self, case: "bytes | Files", folder: Path) -> Path:
-        """Writes the files of a case into a folder of its own, new ones: others may be mapped. Returns the path to read."""
-        shutil.rmtree(folder, ignore_errors=True)
+        """Writes the files of a case anew: libraries may have mapped the ones before. Returns the path to read."""
+        if isinstance(case, dict):
+            shutil.rmtree(folder, ignore_errors=True)
         for name, data in (case if isinstance(case, dict) else {self.name: case}).items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
             path.write_bytes(data)
         return folder / self.name
 
@@ -71,7 +83,9 @@ def _any_file(files: Files, special: dict[str, Callable] | None = None) -> st.Se
 
 def read_folder(folder: Path, under: str = "") -> Files:
     """Returns the files in a folder."""
-    return {under + str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        under + str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 # Valid files
@@ -98,7 +112,13 @@ def _torch(folder: Path, new: bool) -> list[bytes]:
 
     state = {name: torch.from_numpy(np.array(value)) for name, value in STATE.items()}
     state |= {"turned": state["conv_stem.weight"].permute(3, 1, 0, 2), "brain": state["half"].bfloat16()}
-    parts = {"epoch": 3, "state_dict": state, "state_dict_ema": state, "args": Namespace(lr=0.1, betas=None), "metric": 77.1}
+    parts = {
+        "epoch": 3,
+        "state_dict": state,
+        "state_dict_ema": state,
+        "args": Namespace(lr=0.1, betas=None),
+        "metric": 77.1,
+    }
     found = []
     for whole in (state, parts):
         file = io.BytesIO()
@@ -279,6 +299,7 @@ def _of_saved_model(files: Files) -> st.SearchStrategy[Files]:
 def _nets(folder: Path) -> list[bytes]:
     """Returns the weights of a whole net, all zero, which compresses to little."""
     import h5py
+
     import keras_effnet as ke
 
     net = ke.EfficientNetLite0(weights=None, classes=2, input_shape=(32, 32, 3))
@@ -303,7 +324,13 @@ KINDS = {
     "GIF": [("P", {}), ("RGB", {"save_all": True})],
     "BMP": [("RGB", {}), ("P", {}), ("1", {})],
     "WEBP": [("RGB", {}), ("RGBA", {"lossless": True}), ("RGB", {"save_all": True})],
-    "TIFF": [("RGB", {}), ("L", {"compression": "tiff_lzw"}), ("F", {}), ("RGB", {"compression": "jpeg"}), ("1", {"compression": "group4"})],
+    "TIFF": [
+        ("RGB", {}),
+        ("L", {"compression": "tiff_lzw"}),
+        ("F", {}),
+        ("RGB", {"compression": "jpeg"}),
+        ("1", {"compression": "group4"}),
+    ],
     "JPEG2000": [("RGB", {}), ("L", {"irreversible": True})],
     "AVIF": [("RGB", {})],
     "ICO": [("RGBA", {})],
@@ -347,7 +374,14 @@ METADATA = {
     "model": "small",
     "input_shape": [8, 8, 3],
     "pixels": "0-255",
-    "preprocessing": {"scale": [0.1], "offset": [0.0], "crop_padding": 0, "interpolation": "bilinear", "crop_mode": "center", "inside": True},
+    "preprocessing": {
+        "scale": [0.1],
+        "offset": [0.0],
+        "crop_padding": 0,
+        "interpolation": "bilinear",
+        "crop_mode": "center",
+        "inside": True,
+    },
     "weights": {"model": "efficientnet-b0", "tag": "imagenet", "top1": 77.1, "classes": 1000},
     "labels": ["cat", "dog"],
     "training": None,
@@ -497,7 +531,9 @@ FORMATS: dict[str, Format] = {
     "metadata_litert": Format(_tflites, _of_tflite, "x.tflite", "metadata"),
     "metadata_onnx": Format(_onnx, _of_onnx, "x.onnx", "metadata"),
     "metadata_openvino": Format(_openvino, _of_openvino, "x.xml", "metadata"),
-    "metadata_report": Format(lambda folder: [mutations.text({"metadata": METADATA})], of_json_text, "x.json", "metadata"),
+    "metadata_report": Format(
+        lambda folder: [mutations.text({"metadata": METADATA})], of_json_text, "x.json", "metadata"
+    ),
     # Whole ways through the package.
     "rebuilt": Format(lambda folder: _h5_of_keras2(folder), of_h5, "x.h5", "rebuilt", 10),
     "identified": Format(_nets, of_h5, "x.h5", "identified", 20),

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import copy
 import io
+import itertools
 import json
 import pickletools
 import struct
@@ -29,7 +30,21 @@ BOMB = zlib.decompress(
 )
 BOMB_SIZE, BOMB_CRC = 1 << 30, 1533330096
 
-WORDS = [b"", b"\0", b"\xff" * 8, b"\n", b"../", b"/etc/passwd", b"{", b"[" * 2000, b"}", b'"', b":0", b"\x80\x02}", b"PK\x05\x06"]
+WORDS = [
+    b"",
+    b"\0",
+    b"\xff" * 8,
+    b"\n",
+    b"../",
+    b"/etc/passwd",
+    b"{",
+    b"[" * 2000,
+    b"}",
+    b'"',
+    b":0",
+    b"\x80\x02}",
+    b"PK\x05\x06",
+]
 NUMBERS = [0, 1, 2, 3, 7, 8, 127, 128, 255, 256, 0x7FFF, 0xFFFF, 1 << 20, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40]
 NUMBERS += [(1 << 63) - 1, 1 << 63, (1 << 64) - 1]
 
@@ -42,7 +57,11 @@ def _edits(size: int) -> st.SearchStrategy:
     length = st.one_of(st.integers(1, 8), st.integers(1, max(size // 2, 1)))
     return st.one_of(
         st.tuples(st.just("flip"), place, st.integers(1, 255)),
-        st.tuples(st.just("number"), place, st.tuples(st.sampled_from("BHIQ"), st.sampled_from("<>"), st.sampled_from(NUMBERS))),
+        st.tuples(
+            st.just("number"),
+            place,
+            st.tuples(st.sampled_from("BHIQ"), st.sampled_from("<>"), st.sampled_from(NUMBERS)),
+        ),
         st.tuples(st.just("zero"), place, length),
         st.tuples(st.just("remove"), place, length),
         st.tuples(st.just("repeat"), place, st.tuples(length, st.sampled_from([1, 1, 2, 20]))),
@@ -71,7 +90,11 @@ def _edited(data: bytes, edit: tuple) -> bytes:
         return data[:place] + data[place + more :]
     if kind == "repeat":
         length, times = more
-        return data[:place] + data[place : place + length] * (1 + min(times, 10_000 // length + 1)) + data[place + length :]
+        return (
+            data[:place]
+            + data[place : place + length] * (1 + min(times, 10_000 // length + 1))
+            + data[place + length :]
+        )
     other, length = more
     first, second = sorted((place, min(other, len(data))))
     length = min(length, second - first)
@@ -101,10 +124,42 @@ def _of(items: Sequence[Any]) -> st.SearchStrategy[Any]:
 _DEEP: Any = []
 for _ in range(300):
     _DEEP = [_DEEP]
-STRANGE = [None, True, False, 0, -1, 1, 2, 0.5, -0.0, 1e308, 1e-320, float("nan"), float("inf"), 10**30, -(10**30), 2**63]
-STRANGE += ["", "a", "\0", "é\n\u2028\x1b[31m", "x" * 3000, "../../x", "/etc/passwd", "1", "float32", "fuzz_canary", "nan"]
+STRANGE = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    0.5,
+    -0.0,
+    1e308,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    10**30,
+    -(10**30),
+    2**63,
+]
+STRANGE += [
+    "",
+    "a",
+    "\0",
+    "é\n\u2028\x1b[31m",
+    "x" * 3000,
+    "../../x",
+    "/etc/passwd",
+    "1",
+    "float32",
+    "fuzz_canary",
+    "nan",
+]
 STRANGE += [[], [None], [-1], [0, 0], ["a", "a"], [1e300], {}, {"a": 1}, {"class_name": "Lambda"}, {"": []}, _DEEP]
-STRANGE += [[0] * 400, {"module": "fuzz_canary", "class_name": "Canary", "config": {}, "registered_name": "fuzz_canary>C"}]
+STRANGE += [
+    [0] * 400,
+    {"module": "fuzz_canary", "class_name": "Canary", "config": {}, "registered_name": "fuzz_canary>C"},
+]
 
 
 def _places(tree: Any, path: tuple = ()) -> list[tuple]:
@@ -144,6 +199,8 @@ def _json_edited(tree: Any, kind: str, path: tuple, other: tuple, value: Any) ->
     except (KeyError, IndexError, TypeError):  # an edit before has removed it
         return tree
     key = path[-1]
+    if isinstance(owner, str):
+        return tree
     if kind == "remove":
         del owner[key]
     elif kind == "rename" and isinstance(owner, dict):
@@ -215,7 +272,9 @@ def bomb(members: Members, name: str) -> bytes:
     data = bytearray(file.getvalue())
     # In the header before the data and in the directory: method 12 is bz2.
     for mark, method in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
-        place = data.rfind(mark, 0, data.rfind(name.encode(), 0, len(data) if mark[2] == 1 else data.rfind(b"PK\x01\x02")))
+        place = data.rfind(
+            mark, 0, data.rfind(name.encode(), 0, len(data) if mark[2] == 1 else data.rfind(b"PK\x01\x02"))
+        )
         for number in _headers(data, mark):
             if data[number + (30 if mark[2] == 3 else 46) :].startswith(name.encode()):
                 place = number
@@ -275,17 +334,48 @@ def of_zip(data: bytes, inside: dict[str, Callable[[bytes], st.SearchStrategy[by
 
 # Pickles
 
-_OPS = [b"0", b"1", b"2", b"(", b")", b"]", b"}", b"N", b"\x88", b"\x85", b"\x86", b"\x87", b"t", b"l", b"d", b"a", b"e", b"s"]
+_OPS = [
+    b"0",
+    b"1",
+    b"2",
+    b"(",
+    b")",
+    b"]",
+    b"}",
+    b"N",
+    b"\x88",
+    b"\x85",
+    b"\x86",
+    b"\x87",
+    b"t",
+    b"l",
+    b"d",
+    b"a",
+    b"e",
+    b"s",
+]
 _OPS += [b"u", b"b", b"R", b"Q", b"\x81", b"q\x00", b"h\x00", b"h\x05", b"K\x00", b"K\x01", b"J\xff\xff\xff\xff", b"."]
-_OPS += [b"r\xff\xff\xff\x7f", b"X\xff\xff\xff\xffa", b"\x8a\x08" + b"\xff" * 8, b"M\xff\xff", b"cos\nsystem\n", b"F1e400\n"]
-_OPS += [b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"ca\x1b\x85\x0b\nb\n"]
+_OPS += [
+    b"r\xff\xff\xff\x7f",
+    b"X\xff\xff\xff\xffa",
+    b"\x8a\x08" + b"\xff" * 8,
+    b"M\xff\xff",
+    b"cos\nsystem\n",
+    b"F1e400\n",
+]
+_OPS += [
+    b"ctorch\nFloatStorage\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ccollections\nOrderedDict\n",
+    b"ca\x1b\x85\x0b\nb\n",
+]
 _OPS += [b"G" + struct.pack(">d", float("nan")), b"X\x03\x00\x00\x00a\nb", b"J\xff\xff\xff\x7f", b"i", b"V\\ud800\n"]
 
 
 def of_pickle(data: bytes) -> st.SearchStrategy[bytes]:
     """Removes, repeats, exchanges and adds instructions of a pickle, or changes its bytes."""
     starts = [place for _, _, place in pickletools.genops(data)] + [len(data)]
-    parts = [data[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+    parts = [data[start:end] for start, end in itertools.pairwise(starts)]
     place = st.integers(0, len(parts) - 1)
     kinds = st.sampled_from(["remove", "repeat", "exchange", "add", "replace", "move"])
     edit = st.tuples(kinds, place, place, st.sampled_from(_OPS))
@@ -323,7 +413,7 @@ def varint(number: int) -> bytes:
 
 
 def _parsed(data: bytes) -> list | None:
-    """Returns the fields of a message, with the messages in it, as lists of [number, kind, value]; None if it is none."""
+    """Returns the fields of a message, and of messages in it, as lists [number, kind, value]; None if it is none."""
     from keras_effnet.weights.formats.protobuf import varint as read
 
     found, place = [], 0
@@ -338,7 +428,7 @@ def _parsed(data: bytes) -> list | None:
             elif kind == 2:
                 length, place = read(data, place)
                 value, place = data[place : place + length], place + length
-                inner = _parsed(value) if value and not value.isascii() or b"\n" in value[:1] else None
+                inner = _parsed(value) if (value and not value.isascii()) or b"\n" in value[:1] else None
                 value = value if inner is None else inner
             else:
                 return None
@@ -481,7 +571,9 @@ def of_graph(files: dict[str, bytes], index: str, data: str) -> st.SearchStrateg
         string = varint(len(new)) + masked(wide) + new
         checksum = int.from_bytes(masked(wide, masked(wide), new), "little")
         start = len(files[data])
-        value = _packed([[1, 0, 7], [2, 2, b""], [4, 0, start], [5, 0, len(string)], [6, 5, checksum.to_bytes(4, "little")]])
+        value = _packed(
+            [[1, 0, 7], [2, 2, b""], [4, 0, start], [5, 0, len(string)], [6, 5, checksum.to_bytes(4, "little")]]
+        )
         changed = [(key, value if key == GRAPH.encode() else old) for key, old in entries]
         return files | {index: index_of(changed), data: files[data] + string}
 
@@ -527,11 +619,38 @@ def _traps() -> list[Callable]:
     ]
 
 
-_ATTRIBUTES = [0, 1.5, float("nan"), "", "a", b"3.1.0", b"\xff\xfe", "2.0\n", np.zeros((2, 2)), np.array([b"a", b"b"]), h5py.Empty("f4")]
-_ATTRIBUTES += [np.array([], "S1"), np.array([b"stem_conv"] * 3), np.bytes_(b"x" * 900), "x" * 900, True, np.void(b"ab"), "bfloat16"]
+_ATTRIBUTES = [
+    0,
+    1.5,
+    float("nan"),
+    "",
+    "a",
+    b"3.1.0",
+    b"\xff\xfe",
+    "2.0\n",
+    np.zeros((2, 2)),
+    np.array([b"a", b"b"]),
+    h5py.Empty("f4"),
+]
+_ATTRIBUTES += [
+    np.array([], "S1"),
+    np.array([b"stem_conv"] * 3),
+    np.bytes_(b"x" * 900),
+    "x" * 900,
+    True,
+    np.void(b"ab"),
+    "bfloat16",
+]
 
 
-_ARRAYS = [np.zeros(3, "f4"), np.zeros((0,), "f4"), np.zeros((2, 2), "i8"), np.float32(1), np.array([np.nan, np.inf]), np.zeros(2, "?")]
+_ARRAYS = [
+    np.zeros(3, "f4"),
+    np.zeros((0,), "f4"),
+    np.zeros((2, 2), "i8"),
+    np.float32(1),
+    np.array([np.nan, np.inf]),
+    np.zeros(2, "?"),
+]
 
 
 def of_h5(data: bytes) -> st.SearchStrategy[bytes]:
@@ -543,7 +662,9 @@ def of_h5(data: bytes) -> st.SearchStrategy[bytes]:
             attributes += [(group, name) for name in file[group].attrs]
             members += [(group, name) for name in file[group]]
         described = [(each, file[each[0]].attrs[each[1]]) for each in attributes]
-        described = [(each, value) for each, value in described if isinstance(value, bytes | str) and value[:1] in ("{", b"{")]
+        described = [
+            (each, value) for each, value in described if isinstance(value, bytes | str) and value[:1] in ("{", b"{")
+        ]
 
     def changed(edits: Sequence[tuple]) -> bytes:
         whole = io.BytesIO(data)
@@ -586,7 +707,10 @@ def of_png(data: bytes) -> st.SearchStrategy[bytes]:
         place += 12 + length
 
     def whole(parts: Sequence[tuple[bytes, bytes]]) -> bytes:
-        rows = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts]
+        rows = [
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in parts
+        ]
         return data[:8] + b"".join(rows)
 
     def of_chunk(number: int) -> st.SearchStrategy[bytes]:
@@ -594,8 +718,12 @@ def of_png(data: bytes) -> st.SearchStrategy[bytes]:
         before, after = chunks[:number], chunks[number + 1 :]
         new = st.one_of(
             of_bytes(body, 2).map(lambda changed: [(kind, changed)]),
-            st.sampled_from([[], [(kind, body)] * 2, [(kind, body + bytes(9)), *after[:1]], [(kind, zlib.compress(bytes(1 << 20)))]]),
-            st.sampled_from([b"tEXt", b"zTXt", b"iCCP", b"eXIf", b"tRNS", b"PLTE", b"acTL", b"fcTL"]).map(lambda name: [(kind, body), (name, body)]),
+            st.sampled_from(
+                [[], [(kind, body)] * 2, [(kind, body + bytes(9)), *after[:1]], [(kind, zlib.compress(bytes(1 << 20)))]]
+            ),
+            st.sampled_from([b"tEXt", b"zTXt", b"iCCP", b"eXIf", b"tRNS", b"PLTE", b"acTL", b"fcTL"]).map(
+                lambda name: [(kind, body), (name, body)]
+            ),
         )
         return new.map(lambda parts: whole([*before, *parts, *after]))
 

@@ -80,6 +80,7 @@ def test_a_damaged_file_is_read_or_refused(name, cases, child, valid, tmp_path):
                 found[place] = problem, data
 
     run()
+    CRASHES.mkdir(exist_ok=True)
     for _, data in found.values():
         (CRASHES / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}").write_bytes(data)
     assert not found, "\n\n".join(problem for problem, _ in found.values())

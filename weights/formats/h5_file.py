@@ -1,6 +1,9 @@
 """Reads h5 files of Keras 2, Keras 3 and keras.applications, and writes those of keras.applications."""
 
+import mmap
 import os
+import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_effnet.errors import one_line
 from keras_effnet.files import replacing, writing
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 
@@ -54,9 +58,32 @@ def opened_h5_file(file, path: Path) -> Iterator[Any]:
     import h5py
 
     with _damage_named(path):
+        _check_heaps(file)
         opened_file = h5py.File(file, "r")
     with opened_file:
         yield opened_file
+
+
+def _check_heaps(path) -> None:
+    """Raises for a heap of texts with a free entry of no length, at which HDF5 2.0 searches without end.
+
+    Reference:
+        HDF5 File Format Specification 3.0, "II.A. Disk Format: Level 0A" and "III.E. Level 1E - Global Heap".
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:8] != HDF5_SIGNATURE or data[14 if data[8] < 2 else 10] != 8:
+            raise ValueError("it does not begin as the files of Keras do")
+        end = 0
+        for heap in re.finditer(rb"GCOL\x01\0\0\0", data):
+            if heap.start() < end:
+                raise ValueError("its texts overlap")
+            place = heap.end() + 8
+            end = min(heap.start() + int.from_bytes(data[heap.end() : place], "little"), len(data))
+            while place + 16 <= end:
+                index, length = struct.unpack("<H6xQ", data[place : place + 16])
+                if not index and length < 16:  # it counts these 16 bytes
+                    raise ValueError("a text in it is damaged")
+                place += 16 + -(-length // 8) * 8 if index else length
 
 
 @contextmanager
@@ -64,7 +91,9 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
-        raise ValueError(f"Expected an h5 file of Keras' structure. Received: {str(path)!r} ({error})") from error
+        raise ValueError(
+            f"Expected an h5 file of Keras' structure. Received: {str(path)!r} ({one_line(error)})"
+        ) from error
 
 
 def is_legacy(file) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_effnet.errors import one_line
 from keras_effnet.nets.architecture import padding_of
 from keras_effnet.weights.formats.h5_file import model_config, opened_h5
 from keras_effnet.weights.formats.tensors import Tensors
@@ -39,7 +40,7 @@ def opened_keras(path: Path) -> Iterator[Tensors]:
                     raise ValueError(f"it declares {entry.file_size:,} bytes")
                 archive.extract(entry, folder)
         except Exception as error:  # zipfile and zlib raise exceptions of many kinds for a damaged file
-            raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
+            raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({one_line(error)})") from error
         with opened_h5(Path(folder) / "model.weights.h5", path) as tensors:
             yield tensors
 
@@ -127,7 +128,7 @@ def _layers(path) -> Iterator[list[dict[str, Any]]]:
         yield _flat(json.loads(text)["config"].get("layers") or []) if text else []
     except Exception as error:  # zipfile, zlib and json raise exceptions of many kinds for a damaged file
         kind = "a .keras file" if archived else "an h5 file of Keras' structure"
-        raise ValueError(f"Expected {kind}. Received: {str(path)!r} ({error})") from error
+        raise ValueError(f"Expected {kind}. Received: {str(path)!r} ({one_line(error)})") from error
 
 
 def _flat(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

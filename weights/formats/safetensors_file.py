@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_effnet.errors import one_line
 from keras_effnet.files import replacing, writing
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 
@@ -29,7 +30,7 @@ def read_safetensors(path: Path) -> Tensors:
         names = list(file.keys())
         return {name: Stored(tuple(file.get_slice(name).get_shape()), _getter(file.get_tensor, name)) for name in names}
     except Exception as error:  # safetensors raises its own exception class
-        raise ValueError(f"Expected a .safetensors file. Received: {str(path)!r} ({error})") from error
+        raise ValueError(f"Expected a .safetensors file. Received: {str(path)!r} ({one_line(error)})") from error
 
 
 def _sort_metadata(path: Path) -> None:
@@ -64,7 +65,7 @@ def metadata_of(path) -> dict[str, str]:
         with safetensors.safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
     except Exception as error:  # safetensors raises its own exception class
-        raise ValueError(f"Expected a .safetensors file. Received: {str(path)!r} ({error})") from error
+        raise ValueError(f"Expected a .safetensors file. Received: {str(path)!r} ({one_line(error)})") from error
 
 
 def _getter(function: Callable, name: str) -> Callable[[], np.ndarray]:

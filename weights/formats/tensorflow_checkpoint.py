@@ -18,6 +18,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from keras_effnet.errors import one_line
 from keras_effnet.files import folder_beside, writing
 from keras_effnet.weights.formats.object_graph import ObjectGraph
 from keras_effnet.weights.formats.protobuf import fields, one, varint
@@ -77,7 +78,7 @@ def unpack(path: Path, folder: Path) -> None:
     except Exception as error:  # tarfile, gzip and zlib raise exceptions of many kinds for a damaged file
         if isinstance(error, OSError) and error.errno is not None:
             raise  # such as a full disk
-        raise ValueError(f"Expected a checkpoint in a .tar.gz. Received: {str(path)!r} ({error})") from error
+        raise ValueError(f"Expected a checkpoint in a .tar.gz. Received: {str(path)!r} ({one_line(error)})") from error
 
 
 def _check_member(member: tarfile.TarInfo, allowed: int) -> None:
@@ -202,7 +203,7 @@ def _damage_named(prefix: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, IndexError, KeyError, OverflowError, struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected a TensorFlow checkpoint. Received: {prefix!r} ({error})") from error
+        raise ValueError(f"Expected a TensorFlow checkpoint. Received: {prefix!r} ({one_line(error)})") from error
 
 
 @dataclass(frozen=True)

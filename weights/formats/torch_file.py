@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_effnet.errors import one_line
+
 MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py: first object of a file from before torch 1.6
 
 _STORAGES = {
@@ -81,7 +83,7 @@ def is_torch(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(name == "data.pkl" or name.endswith("/data.pkl") for name in archive.namelist())
     except Exception as error:  # zipfile raises exceptions of many kinds for a damaged file
-        raise ValueError(f"Expected an archive. Received: {str(path)!r} ({error})") from error
+        raise ValueError(f"Expected an archive. Received: {str(path)!r} ({one_line(error)})") from error
 
 
 def read_torch(path, raw: bool = False) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
@@ -111,7 +113,7 @@ def read_torch(path, raw: bool = False) -> dict[str, tuple[tuple[int, ...], Call
         return {name: (_size(tensor), _viewer(tensor, storage)) for name, tensor in state.items()}
     except Exception as error:  # unpickling a damaged file raises exceptions of any kind
         raise ValueError(
-            f"Expected a state dict saved by torch. Received: {str(path)!r}, but {error or type(error).__name__}"
+            f"Expected a state dict saved by torch. Received: {str(path)!r}, but {one_line(error)}"
         ) from error
 
 

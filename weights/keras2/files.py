@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keras_effnet.errors import one_line
 from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, is_legacy, layers_of, opened_h5_file
 from keras_effnet.weights.formats.keras_file import opened_keras
 from keras_effnet.weights.formats.object_graph import ObjectGraph
@@ -114,7 +115,9 @@ def _h5(file, path: Path) -> OldModel | None:
         if version.startswith("3"):
             return None
     except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
-        raise ValueError(f"Expected an h5 file of Keras' structure. Received: {str(path)!r} ({error})") from error
+        raise ValueError(
+            f"Expected an h5 file of Keras' structure. Received: {str(path)!r} ({one_line(error)})"
+        ) from error
 
     def find(place: Place) -> dict[str, Stored]:
         variables = stored.get(place[0].name, {})
@@ -160,7 +163,7 @@ def _archived(path: Path) -> tuple[str, Any, str] | None:
         version = _text(json.loads(metadata)["keras_version"])
         return (*_parsed(config), version) if version.startswith("2") else None
     except Exception as error:  # zipfile, zlib and json raise exceptions of many kinds for a damaged file
-        raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({error})") from error
+        raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({one_line(error)})") from error
 
 
 def _keras(tensors: Tensors, class_name: str, config: Any, version: str) -> OldModel:
@@ -195,7 +198,7 @@ def _saved_model(path: Path) -> OldModel | None:
             return None
         class_name, config = _parsed(description)
     except (ValueError, KeyError, IndexError, TypeError, RecursionError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected a SavedModel. Received: {str(path)!r} ({error})") from error
+        raise ValueError(f"Expected a SavedModel. Received: {str(path)!r} ({one_line(error)})") from error
     # Names that start with an underscore are not of layers: generators of random numbers.
     owned = [each for each in graph.variables() if not any(part.startswith("_") for part in each.path)]
     find = _in_graph(graph, prefix)
