@@ -98,22 +98,23 @@ def few(names: Iterable[Any]) -> str:
     return ", ".join(names[:FEW]) + f", ... ({len(names)})" * (len(names) > FEW)
 
 
-def one_line(error: BaseException) -> str:
-    """Returns what an exception says, on one line. Libraries quote what is in a file, which may be anything.
+def one_line(what: object, most: int = 500) -> str:
+    """Returns what an exception or a text says, on one line. Libraries quote what is in a file, which may be anything.
 
     Args:
-        error: The exception.
+        what: An exception, or a string.
+        most: Integer, the most characters to return. Defaults to 500.
 
     Returns:
-        String of printable characters, 500 at most. The exception's name if it says nothing.
+        String of printable characters. The exception's name if it says nothing.
 
     Example:
 
     >>> one_line(ValueError("Invalid name:\n 'a'"))
     "Invalid name: 'a'"
     """
-    text = "".join(letter if letter.isprintable() else " " for letter in str(error)[:5000])
-    return " ".join(text.split())[:500] or type(error).__name__
+    text = "".join(letter if letter.isprintable() else " " for letter in str(what)[: 10 * most])
+    return " ".join(text.split())[:most] or type(what).__name__
 
 
 def _letters(name: object) -> str:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from keras_effnet.errors import one_line
 from keras_effnet.nets import weight_shapes
 from keras_effnet.nets.architecture import Architecture, with_widths
 from keras_effnet.nets.scaling import resolve
@@ -112,7 +113,7 @@ def _recognise(tensors: Tensors, path) -> tuple[str, str]:
         if scopes:
             return key, scopes.pop()
     marks = ", ".join(f"{key} ({naming.mark})" for key, naming in NAMINGS.items())
-    shown = ", ".join(list(tensors)[:3])[:150] or "no tensor"
+    shown = one_line(", ".join(list(tensors)[:3]) or "no tensor", 150)
     raise ValueError(f"Expected the names of an EfficientNet: {marks}. Received: {str(path)!r} with {shown}")
 
 
@@ -468,7 +469,7 @@ def _misfit(report: Report, problems: list[str], model: str) -> ValueError:
         hint = ". To load all but the classifier: keras_effnet.weights.load(model, path, include_top=False)"
     elif more > 0 and report.problems and model in VARIANTS:
         hint = f" (`keras-effnet verify FILE --model {model}` lists all differences)"
-    shown = "; ".join(problems[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    shown = one_line("; ".join(problems[:SHOWN]), 2000) + (f"; and {more} more" if more > 0 else "")
     return ValueError(
         f"Expected exactly the tensors of {model!r}{hint}. Received: {report.path}, where tensors are missing (-), "
         f"unexpected (+) or wrong (!): {shown}"

@@ -90,4 +90,5 @@ def test_a_damaged_file_is_read_or_refused(name, cases, child, valid, tmp_path):
 def test_what_once_crashed_is_read_or_refused(crash, child, valid, tmp_path):
     format, (files, paths) = FORMATS[crash.rpartition("-")[0]], valid(crash.rpartition("-")[0])
     case = unpack((CRASHES / crash).read_bytes(), isinstance(files[0], dict))
-    assert not child.problem(format.reader, format.write(case, tmp_path / "case"), paths)
+    problem = child.problem(format.reader, format.write(case, tmp_path / "case"), paths)
+    assert not problem, problem

@@ -209,6 +209,13 @@ def is_h5(path) -> bool:
         return file.read(8) == HDF5_SIGNATURE
 
 
+def _text(value: Any) -> str | None:
+    """Returns the text of an attribute, or None for anything else."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return str(value) if isinstance(value, str) else None
+
+
 def keras_version(path) -> str | None:
     """Returns the version of Keras that wrote an h5 file, or None for any other file.
 
@@ -220,7 +227,7 @@ def keras_version(path) -> str | None:
     with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
         group = opened_file.get("model_weights", opened_file)
         version = group.attrs.get("keras_version", opened_file.attrs.get("keras_version"))
-    return version.decode(errors="replace") if isinstance(version, bytes) else version and str(version)
+    return _text(version)
 
 
 def model_config(path) -> str | None:
@@ -238,8 +245,7 @@ def model_config(path) -> str | None:
     if not (keras_version(path) or "").startswith("3."):
         return None
     with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
-        found = opened_file.attrs.get("model_config")
-        return found.decode() if isinstance(found, bytes) else found
+        return _text(opened_file.attrs.get("model_config"))
 
 
 def padding_of(path) -> str | None:
