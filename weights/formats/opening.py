@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from keras_effnet.errors import one_line
 from keras_effnet.weights.formats import torch_file
 from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, opened_h5
 from keras_effnet.weights.formats.keras_file import opened_keras
@@ -69,7 +70,13 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
     elif start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar":
         with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
             unpack(path, Path(folder))
-            yield read_tensors(prefix_of(Path(folder), path))
+            prefix = prefix_of(Path(folder), path)
+            try:
+                tensors = read_tensors(prefix)
+            except (OSError, ValueError) as error:  # which names the temporary folder
+                reason = one_line(str(error).replace(f"{folder}{os.sep}", ""))
+                raise ValueError(f"Expected a checkpoint in a .tar.gz. Received: {str(path)!r} ({reason})") from error
+            yield tensors
     elif re.search(r"\.data-\d+-of-\d+$", path.name):
         yield read_tensors(prefix_of(path))
     else:
