@@ -86,6 +86,9 @@ def decode_image(
                 with contextlib.suppress(Exception):  # damaged EXIF data
                     _shrink(image, at_least)
             image.load()
+            with contextlib.suppress(Exception):  # a viewer also shows a photo with unreadable EXIF data
+                ImageOps.exif_transpose(image, in_place=True)  # a copy would take as long as cropping
+            image = _to_mode(image, kind, _MODES[channels])
         except Image.UnidentifiedImageError as error:
             raise ValueError(f"Expected an image (JPEG, PNG, ...). Received: {name}, which is not an image") from error
         except Image.DecompressionBombError as error:
@@ -97,9 +100,6 @@ def decode_image(
             raise ValueError(
                 f"Expected an intact image. Received: {name}, which is damaged ({one_line(error)})"
             ) from error
-        with contextlib.suppress(Exception):  # a viewer also shows a photo with unreadable EXIF data
-            ImageOps.exif_transpose(image, in_place=True)  # a copy would take as long as cropping
-        image = _to_mode(image, kind, _MODES[channels])
         if window is not None:  # a copy inside Pillow takes less time than an array of all pixels
             top, left, height, width = window((image.height, image.width))
             image = image.crop((left, top, left + width, top + height))

@@ -20,6 +20,8 @@ from pathlib import Path
 SECONDS = 10  # of the processor, for one file
 GROWTH = 300 << 20  # bytes of memory that one file may take
 RESERVED = 1 << 30  # bytes of addresses that one file may ask for
+# An image may be small as a file and have up to Pillow's limit of 179 million pixels, of four bytes, twice.
+IMAGES = 2 << 30
 
 # What no file may make the package do. Python tells it to `_heard` (https://docs.python.org/3/library/audit_events.html)
 FORBIDDEN = {
@@ -87,12 +89,13 @@ def _where(error: Exception) -> str:
     return shown + f"\n  {frames[-1].filename}:{frames[-1].lineno}"
 
 
-def judge(reader, path: Path) -> str:
+def judge(reader, path: Path, most: int = GROWTH) -> str:
     """Returns what is wrong with how a file is read, or nothing.
 
     Args:
         reader: Function of a path. It raises `AssertionError` for a result that is not well-formed.
         path: Path of the file.
+        most: Integer, bytes of memory that it may take.
     """
     global _heard
     with open("/proc/self/clear_refs", "w") as file:
@@ -106,7 +109,7 @@ def judge(reader, path: Path) -> str:
     grown, seconds = _size("VmHWM") - before, time.process_time() - started
     if heard:
         return f"something ran: {', '.join(sorted(set(heard)))}"
-    if not problem and grown > GROWTH:
+    if not problem and grown > most:
         return f"took {grown >> 20} MB of memory"
     if not problem and seconds > SECONDS:
         return f"took {seconds:.0f} s"
@@ -120,11 +123,12 @@ def _serve(answers) -> None:
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     for line in sys.stdin:
         name, path, valid = json.loads(line)
+        most = IMAGES if name == "image" else GROWTH
         if valid:  # imports what the reader needs
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
             READERS[name](Path(path))
-            resource.setrlimit(resource.RLIMIT_AS, (_size("VmSize") + RESERVED, hard))
-        answers.write(json.dumps(judge(READERS[name], Path(path))) + "\n")
+            resource.setrlimit(resource.RLIMIT_AS, (_size("VmSize") + RESERVED + most, hard))
+        answers.write(json.dumps(judge(READERS[name], Path(path), most)) + "\n")
         answers.flush()
 
 
