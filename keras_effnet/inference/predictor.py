@@ -94,7 +94,7 @@ class Predictor:
         if source.exported:
             self.runtime, self.path = runtimes.of_file(source.exported, runtime, precision), Path(source.exported)
             self._run: Any = self._opened(device)
-            record = {"input_shape": list(self._run.input_shape)} | model_metadata.metadata(self.path)
+            record = model_metadata.metadata(self.path) | {"input_shape": list(self._run.input_shape)}
             stored = record.get("precision", self.precision)
             if precision == "bfloat16" and stored == "int8":
                 raise ValueError(
@@ -234,6 +234,9 @@ class Predictor:
     def _structured(self, rows: list[np.ndarray]) -> Any:
         match self._structure:
             case list(names) if all(isinstance(name, str) for name in names):
+                if len(names) != len(rows):
+                    told = f"{len(rows)} of {str(self.path)!r}"
+                    raise ValueError(f"Expected {len(names)} outputs, as its metadata say. Received: {told}")
                 return dict(zip(names, rows, strict=True))
             case int():
                 return rows

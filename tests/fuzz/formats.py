@@ -460,15 +460,6 @@ def _of_tflite(data: bytes) -> st.SearchStrategy[bytes]:
     return st.one_of(of_bytes(data), of_zip(data, INSIDE).map(lambda archive: data[:64] + archive))
 
 
-def _exported(folder: Path) -> list[bytes]:
-    """Returns a file that LiteRT runs."""
-    import tensorflow as tf
-
-    function = tf.function(lambda x: tf.reduce_mean(x, [1, 2]), [tf.TensorSpec((1, 8, 8, 3), tf.float32)])
-    data = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()]).convert()
-    return [data]
-
-
 def _configs(folder: Path) -> list[Files]:
     configured = {
         "architecture": "tf_efficientnet_b0",
@@ -535,10 +526,10 @@ FORMATS: dict[str, Format] = {
         lambda folder: [mutations.text({"metadata": METADATA})], of_json_text, "x.json", "metadata"
     ),
     # Whole ways through the package.
-    "rebuilt": Format(lambda folder: _h5_of_keras2(folder), of_h5, "x.h5", "rebuilt", 10),
+    "rebuilt": Format(lambda folder: _h5_of_keras2(folder), of_h5, "x.h5", "rebuilt", 50),
     "identified": Format(_nets, of_h5, "x.h5", "identified", 20),
     "loaded": Format(lambda folder: _archives(folder)[:1], _of_archive, "x.keras", "loaded", 20),
     "export_onnx": Format(_onnx, _of_onnx, "x.onnx", "export", 20),
     "export_openvino": Format(_openvino, _of_openvino, "x.xml", "export", 20),
-    "export_litert": Format(_exported, of_bytes, "x.tflite", "export", 20),
+    # Not .tflite: LiteRT 2.3 does not verify a graph, and ends the process on a damaged one.
 }
