@@ -149,13 +149,14 @@ def _to_mode(image: "Image", kind: str | None, mode: str) -> "Image":
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):  # deeper than 8 bits: Pillow's own conversion clips at 255
-        values = np.nan_to_num(np.asarray(image).astype("float64"))
+        values = np.array(image, "float64" if image.mode == "F" else "float32")
+        np.nan_to_num(values, copy=False)  # in place, as all that follows: an image may be as large as the memory
         largest = values.max(initial=0)
         if image.mode.startswith("I;16") or (image.mode == "I" and (kind in ("PNG", "PPM") or largest > 255)):
-            values = values / 257
+            values /= 257
         elif image.mode == "F" and largest <= 2:  # 0-1, perhaps with a little overshoot
-            values = values * 255
-        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype("uint8"))
+            values *= 255
+        image = Image.fromarray(np.clip(np.rint(values, out=values), 0, 255, out=values).astype("uint8"))
     if mode != "RGBA" and image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

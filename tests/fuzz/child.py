@@ -20,8 +20,9 @@ from pathlib import Path
 SECONDS = 10  # of the processor, for one file
 GROWTH = 300 << 20  # bytes of memory that one file may take
 RESERVED = 1 << 30  # bytes of addresses that one file may ask for
-# An image may be small as a file and have up to Pillow's limit of 179 million pixels, of four bytes, twice.
-IMAGES = 2 << 30
+# An image may be small as a file and have up to Pillow's limit of 179 million pixels. One of them takes four bytes,
+# and transparency four times that: the image, white, both on each other, and without alpha.
+IMAGES = 3 << 30
 
 # What no file may make the package do. Python tells it to `_heard` (https://docs.python.org/3/library/audit_events.html)
 FORBIDDEN = {
