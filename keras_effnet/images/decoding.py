@@ -44,6 +44,8 @@ class _Quiet:
 
 _QUIET = _Quiet()
 
+_LONGEST = 1 << 18  # pixels of a side: for a row of 17 million, Pillow 13 takes more than a minute
+
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes, by the number of channels
 
 
@@ -82,6 +84,8 @@ def decode_image(
         try:
             image = Image.open(io.BytesIO(data), formats=formats())
             kind = image.format
+            if max(image.size) > _LONGEST:
+                raise ValueError(f"a side of {max(image.size):,} pixels, more than {_LONGEST:,}")
             if at_least is not None:
                 with contextlib.suppress(Exception):  # damaged EXIF data
                     _shrink(image, at_least)
