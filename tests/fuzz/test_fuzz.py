@@ -62,7 +62,7 @@ def test_a_damaged_file_is_read_or_refused(name, cases, child, valid, tmp_path):
     count = 0
 
     @settings(
-        max_examples=max(cases // format.share, 5),
+        max_examples=max(cases // format.share, 3),
         derandomize=cases == 50,
         database=None,
         deadline=None,

@@ -38,7 +38,7 @@ RECORD = pytest.param("*.litert.json", marks=pytest.mark.xfail(reason="records h
 
 
 @pytest.mark.parametrize("cases", [5, pytest.param(200, marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", [RECORD, "*.fastest.json"])
+@pytest.mark.parametrize("kind", [RECORD, pytest.param("*.fastest.json", marks=pytest.mark.long)])
 def test_a_damaged_record_of_an_export_changes_no_prediction(kind, cases, tmp_path, monkeypatch):
     import keras
 
@@ -63,7 +63,7 @@ def test_a_damaged_record_of_an_export_changes_no_prediction(kind, cases, tmp_pa
     hunt(cases, st.one_of(of_bytes(whole), trees), check)
 
 
-@pytest.mark.parametrize("cases", [20, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("cases", [10, pytest.param(1000, marks=pytest.mark.long)])
 def test_damaged_features_change_nothing(cases, tmp_path, monkeypatch):
     pytest.importorskip("tensorflow")
     from keras_effnet.tpu import recipes
