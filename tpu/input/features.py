@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +215,7 @@ def _read(folder: Path, number: int) -> Features | None:
         with open(path, "rb") as file, np.load(file) as found:
             if cache.is_mine(path):
                 return Features(*(found[name] for name in _FIELDS))  # zipfile compares their checksums
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except Exception:  # of a damaged file, NumPy and zipfile raise anything
         pass
     cache.tell_of_damage(path)
     return None
