@@ -110,7 +110,7 @@ def one_line(what: object, most: int = 500) -> str:
 
     Example:
 
-    >>> one_line(ValueError("Invalid name:\n 'a'"))
+    >>> one_line(ValueError("Invalid name:\\n 'a'"))
     "Invalid name: 'a'"
     """
     text = "".join(letter if letter.isprintable() else " " for letter in str(what)[: 10 * most])

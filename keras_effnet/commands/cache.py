@@ -6,7 +6,7 @@ from keras_effnet.commands.options import AS_JSON
 from keras_effnet.commands.output import show, show_json, table
 
 
-@click.group("cache", invoke_without_command=True)
+@click.group("cache", invoke_without_command=True, short_help="List the files that are kept, or remove them.")
 @AS_JSON
 @click.pass_context
 def cache_(ctx, as_json) -> None:

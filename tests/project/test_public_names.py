@@ -7,8 +7,11 @@ import dataclasses
 import inspect
 import json
 import types
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+
+import click
 
 from keras_effnet.commands import main
 from keras_effnet.tpu import config, recipes
@@ -51,11 +54,18 @@ def options(command) -> list[dict]:
     ]
 
 
+def every(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        yield prefix + name, command
+        if isinstance(command, click.Group):
+            yield from every(command, f"{prefix}{name} ")
+
+
 def found() -> dict:
     modules = ("keras_effnet", "keras_effnet.weights", "keras_effnet.pruning", "keras_effnet.tpu")
     public = {name: names(import_module(name)) for name in modules}
     return public | {
-        "commands": {name: options(command) for name, command in main.commands.items()},
+        "commands": {name: options(command) for name, command in every(main)},
         "recipes": list(recipes.every()),
         "recipe fields": sorted(config.flat(dataclasses.asdict(config.Recipe()))),
     }
