@@ -3,9 +3,15 @@
 Runs on any backend: tests/project/test_backends.py repeats it on the others.
 """
 
+import base64
+import io
 import json
+import marshal
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -493,3 +499,55 @@ def test_every_returned_model_takes_an_array_without_a_warning(shallow, tmp_path
         keras.saving.load_model(tmp_path / "b0.keras"),
     ):
         net(x)
+
+
+def hostile(tmp_path):
+    """Yields the paths of `.keras` files that would run something, or read another file, if they were trusted."""
+    marker, other = tmp_path / "ran", tmp_path / "secret"
+    other.write_bytes(np.ones(32, "float32").tobytes())
+    plain = tmp_path / "plain.keras"
+    keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, activation="relu", name="mine")]).save(plain)
+    with zipfile.ZipFile(plain) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+
+    def written(name: str, **changed) -> Path:
+        with zipfile.ZipFile(tmp_path / f"{name}.keras", "w") as archive:
+            for member, content in {**members, **changed}.items():
+                archive.writestr(member, content)
+        return tmp_path / f"{name}.keras"
+
+    touch = {"args": ["touch", str(marker)]}
+    code = base64.b64encode(marshal.dumps(compile(f"open({str(marker)!r}, 'w')", "x", "exec"))).decode()
+    function = {"class_name": "__lambda__", "config": {"code": code, "defaults": None, "closure": None}}
+    layers = {
+        "lambda": {"module": "keras.layers", "class_name": "Lambda", "config": {"name": "mine", "function": function}},
+        "process": {"module": "subprocess", "class_name": "Popen", "config": touch, "registered_name": None},
+    }
+    for name, config in {"system": ("os", "system"), "exec": ("builtins", "exec")}.items():
+        module, called = config
+        reference = {"module": module, "class_name": "function", "config": called, "registered_name": called}
+        dense = {"name": "mine", "units": 4, "activation": reference}
+        layers[name] = {"module": "keras.layers", "class_name": "Dense", "config": dense}
+    for name, layer in layers.items():
+        config = json.loads(members["config.json"])
+        config["config"]["layers"][1] |= layer
+        yield written(name, **{"config.json": json.dumps(config)})
+    kernel = "layers/dense/vars/0"
+    for name in ("external", "link"):
+        content = io.BytesIO(members["model.weights.h5"])
+        with h5py.File(content, "a") as file:
+            del file[kernel]
+            if name == "external":
+                file.create_dataset(kernel, (8, 4), "f4", external=[(str(other), 0, 128)])
+            else:
+                file[kernel] = h5py.ExternalLink(str(other), "x")
+        yield written(name, **{"model.weights.h5": content.getvalue()})
+
+
+def test_a_hostile_model_is_refused(tmp_path):
+    paths = list(hostile(tmp_path))
+    assert ke.load_model(tmp_path / "plain.keras").count_params() == 36 and len(paths) == 6
+    for path in paths:
+        with pytest.raises(ValueError, match=f"Received: '{path}'"):
+            ke.load_model(path)
+    assert not (tmp_path / "ran").exists()

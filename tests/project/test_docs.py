@@ -99,6 +99,19 @@ def test_links_outside_the_site_lead_somewhere(page):  # those inside are checke
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], target
 
 
+def test_each_promise_of_security_has_its_tests():
+    rows = re.findall(r"^\| (?!promise|---)(.+) \| (.+) \|$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    modules = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    for promise, tests in rows:
+        for name in re.findall(r"`([^`]+)`", tests):
+            if name.endswith(".py"):
+                assert name.rpartition("/")[2] in modules, promise
+            else:
+                assert any(f"def {name}(" in text for text in modules.values()), promise
+        assert "`" in tests, promise
+
+
 def script(name: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
