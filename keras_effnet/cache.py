@@ -1,17 +1,21 @@
-"""The files that this package keeps: where they are, whether they are intact, who may use them, and when they go.
+"""The files that this package makes and keeps: where they are, whether they are intact, who may use them, when they go.
 
-They lie in `home()`, one folder for each of `KINDS`, and can all be made again. The rest of the folder are downloads,
-whose paths are those of their URLs.
+They lie in `home()`, in a folder for each of `KINDS`, and can all be made again. Downloads are beside them, see
+`keras_effnet.weights.downloads`.
 """
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import re
+import stat
+import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,8 @@ LIMIT = "KERAS_EFFNET_CACHE_LIMIT"
 DEFAULT_LIMIT = "20GB"
 _ABOUT = "about.json"
 _SUMS = "sums.json"
+_LOCK, _MAKING = "lock", "making"
+_WRITTEN = 10.0  # seconds after which a file of another library is taken for complete
 
 
 @dataclass(frozen=True)
@@ -30,23 +36,25 @@ class Kind:
 
     Args:
         title: String, for users.
-        entries: String, pattern of the entries in its folder: folders or files, each kept or removed as a whole.
+        entries: String, pattern of its entries: folders or files, each kept or removed as a whole.
+        name: String, regular expression of the names of entries. What has another name is not ours.
         days: Integer. Entries that nobody has used for so long are removed. None: only the limit counts.
     """
 
     title: str
     entries: str
+    name: str
     days: int | None = None
 
 
+_HASH = "[0-9a-f]{32}"
 KINDS = {
-    "predictor": Kind("exports", "*"),
-    "converted": Kind("converted weights", "*/*.safetensors"),
-    "features": Kind("features", "*", days=30),
-    "plans": Kind("plans", "*.json"),
-    "jax": Kind("compiled programs", "*-cache"),
+    "predictor": Kind("exports", "*", _HASH),
+    "converted": Kind("converted weights", "*/*.safetensors", r".+-[0-9a-f]{16}\.safetensors"),
+    "features": Kind("features", "*", _HASH, days=30),
+    "plans": Kind("plans", "*.json", rf"{_HASH}\.json"),
+    "jax": Kind("compiled programs", "*-cache", r".+-cache"),
 }
-_DOWNLOADS = "downloads"
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,10 @@ class Entry:
 
     Args:
         kind: Key of `KINDS`, or `"downloads"`.
-        path: Path.
+        path: Path of a folder or a file.
         model: String, the model it belongs to. Empty if unknown.
         bytes: Integer, size of all its files.
-        used: Float, time of its last use, in seconds since 1970.
+        used: Float, time in seconds since 1970: of its last use; for downloads and compiled programs, of its making.
     """
 
     kind: str
@@ -88,20 +96,25 @@ def home() -> Path:
 # --- Whose files.
 
 
-def is_mine(path) -> bool:
-    """Returns whether a file belongs to the user of this process, or to root.
+def is_ours(path) -> bool:
+    """Returns whether a file can be trusted: others cannot write to it.
+
+    It belongs to the user of this process, to root, or to the owner of `home()`, whom the user has chosen.
 
     Args:
-        path: Path. Need not exist.
+        path: Path.
 
     Returns:
-        Boolean.
+        Boolean. False if there is no such file.
     """
     try:
-        owner = os.stat(path).st_uid
+        found, owner = os.stat(path), os.stat(home()).st_uid
     except OSError:
         return False
-    return os.name != "posix" or owner in (os.geteuid(), 0)
+    if os.name != "posix":
+        return True
+    open_to_all = stat.S_ISDIR(found.st_mode) and found.st_mode & 0o002
+    return found.st_uid in (os.geteuid(), 0, owner) and not open_to_all
 
 
 def folder(kind: str, name: str = "") -> Path:
@@ -119,22 +132,21 @@ def folder(kind: str, name: str = "") -> Path:
         ValueError: If the limit of the cache is not valid.
     """
     limit()
-    root = home()
-    root.mkdir(parents=True, exist_ok=True)
-    made = root
+    made = home()
+    made.mkdir(parents=True, exist_ok=True)
     for part in (kind, *Path(name).parts):
+        crowded = made.stat().st_mode & 0o022
         made = made / part
-        crowded = made.parent.stat().st_mode & 0o022
         with contextlib.suppress(FileExistsError):
             made.mkdir(mode=0o700 if crowded else 0o755)
-        if not is_mine(made):
-            raise OSError(
-                f"Expected a cache that belongs to you. Received: {str(made)!r}, which belongs to user "
+        if made.stat().st_mode & 0o002:
+            with contextlib.suppress(OSError):  # another user's, or read-only
+                made.chmod(0o700)
+        if not is_ours(made):
+            raise PermissionError(
+                f"Expected a cache to which no other user can write. Received: {str(made)!r} of user "
                 f"{made.stat().st_uid}. Set KERAS_EFFNET_HOME to another folder"
             )
-        if made.stat().st_mode & 0o022:
-            with contextlib.suppress(PermissionError):  # root's
-                made.chmod(0o700)
     return made
 
 
@@ -182,7 +194,7 @@ def read_json(path) -> dict[str, Any] | None:
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         found = json.loads(Path(path).read_text())
-        if is_mine(path) and found["crc32c"] == _sum(found["value"]):
+        if is_ours(path) and found["crc32c"] == _sum(found["value"]):
             return found["value"]
     return None
 
@@ -193,14 +205,23 @@ def _sum(value) -> str:
     return f"{google_crc32c.value(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
+_told: set[tuple[Path, int]] = set()
+
+
 def tell_of_damage(path) -> None:
-    """Warns that a kept file is not used.
+    """Warns that a kept file is not used, once until it is made again.
 
     Args:
-        path: Path.
+        path: Path of the file.
     """
-    reason = "is damaged" if is_mine(path) else "belongs to another user"
-    warnings.warn(f"A kept file {reason} and is made again: {path}", stacklevel=4)
+    path = Path(path)
+    with contextlib.suppress(OSError):  # it is gone
+        known = path, path.stat().st_mtime_ns
+        if known in _told:
+            return
+        _told.add(known)
+        reason = "is damaged" if is_ours(path) else "can be written by another user"
+        warnings.warn(f"A kept file {reason} and is made again: {path}", stacklevel=4)
 
 
 def remove_damaged(place: Path, pattern: str) -> None:
@@ -210,12 +231,18 @@ def remove_damaged(place: Path, pattern: str) -> None:
         place: Path of the folder.
         pattern: String, pattern of the files' names.
     """
-    sums = read_json(place / _SUMS) or {}
+    sums, intact = read_json(place / _SUMS) or {}, {}
     for path in place.glob(pattern):
         with contextlib.suppress(OSError):
-            if not is_mine(path) or sums.get(path.name, found := checksum(path)) != found:
+            found = checksum(path)
+            if is_ours(path) and sums.get(path.name, found) == found:
+                intact |= {path.name: found} if path.name in sums else {}
+            else:
                 tell_of_damage(path)
                 path.unlink()
+    if intact != sums:
+        with contextlib.suppress(OSError):  # read-only
+            write_json(place / _SUMS, intact)
 
 
 def record_sums(place: Path, pattern: str) -> None:
@@ -227,7 +254,9 @@ def record_sums(place: Path, pattern: str) -> None:
     """
     before = read_json(place / _SUMS) or {}
     with contextlib.suppress(OSError):
-        found = {path.name: before.get(path.name) or checksum(path) for path in place.glob(pattern)}
+        # Another process may still be writing the newest ones.
+        done = [path for path in place.glob(pattern) if time.time() - path.stat().st_mtime > _WRITTEN]
+        found = {path.name: before.get(path.name) or checksum(path) for path in done}
         if found != before:
             write_json(place / _SUMS, found)
 
@@ -236,7 +265,7 @@ def record_sums(place: Path, pattern: str) -> None:
 
 
 class Hold:
-    """Protects an entry from removal until this object is collected or its process ends, in whatever way.
+    """Protects an entry from removal: until this object is collected, or until its process ends, however it ends.
 
     Args:
         path: Path of a folder or file of the cache.
@@ -250,23 +279,63 @@ class Hold:
 
     def __init__(self, path):
         self.path = Path(path)
-        if os.name != "posix":  # there, an open file cannot be removed
-            return
-        import fcntl
-
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, descriptor)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        found = os.stat(path)  # raises if it was removed meanwhile
-        if not os.path.samestat(found, os.fstat(descriptor)):
-            raise FileNotFoundError(f"Expected {str(path)!r}. Received: it was replaced while it was opened")
+        if os.name == "posix":  # elsewhere, an open file cannot be removed
+            descriptor = _opened(self.path, os.O_CREAT)
+            weakref.finalize(self, os.close, descriptor)
+            _lock(descriptor, exclusive=False)
+            # Raises if the entry was removed meanwhile.
+            if not os.path.samestat(os.stat(_lock_of(self.path)), os.fstat(descriptor)):
+                raise FileNotFoundError(f"Expected {str(path)!r}. Received: it was replaced while it was opened")
         with contextlib.suppress(OSError):  # read-only
-            os.utime(descriptor)
+            os.utime(self.path)
+
+
+def _lock_of(path: Path) -> Path:
+    """Returns the file whose lock protects an entry. Network file systems lock no folders."""
+    return path / _LOCK if path.is_dir() else path
+
+
+def _opened(path: Path, flags: int = 0) -> int:
+    """Opens the lock of an entry, for writing if that is allowed: network file systems need it."""
+    lock = _lock_of(path)
+    with contextlib.suppress(OSError):
+        return os.open(lock, os.O_RDWR | os.O_CLOEXEC | (flags if lock != path else 0), 0o644)
+    return os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _lock(descriptor: int, exclusive: bool) -> None:
+    """Locks an open file. Waits for a shared lock; raises a `BlockingIOError` if an exclusive one is not free."""
+    import fcntl
+
+    if exclusive:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def making(place: Path) -> Iterator[None]:
+    """Lets one process after the other make the content of a folder. Whoever waited finds it made.
+
+    Args:
+        place: Path of the folder.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with open(place / _MAKING, "a") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def use(kind: str, name: str, model: str) -> Hold:
     """Returns a folder of the cache that is not removed while it is in use.
+
+    Where the cache cannot be used, it is a folder for this process alone, with a warning.
 
     Args:
         kind: Key of `KINDS`.
@@ -277,52 +346,76 @@ def use(kind: str, name: str, model: str) -> Hold:
         `Hold` of an existing folder, which is in use as long as this object lives.
 
     Raises:
-        OSError: See `folder()`.
-        ValueError: See `folder()`.
+        ValueError: If the limit of the cache is not valid.
     """
-    while True:
+    try:
+        hold = _held(kind, name)
+    except OSError as error:
+        place = _own_folder(str(error)) / kind / name
+        place.mkdir(parents=True, exist_ok=True)
+        return Hold(place)
+    files.sweep(hold.path)
+    if read_json(hold.path / _ABOUT) is None:
+        with contextlib.suppress(OSError):  # read-only
+            write_json(hold.path / _ABOUT, {"model": model})
+    return hold
+
+
+def _held(kind: str, name: str) -> Hold:
+    for _ in range(10):
         place = folder(kind, name)
         with contextlib.suppress(FileNotFoundError):  # removed after it was found
-            hold = Hold(place)
-            break
-    files.sweep(place)
-    if read_json(place / _ABOUT) is None:
-        with contextlib.suppress(OSError):  # read-only
-            write_json(place / _ABOUT, {"model": model})
-    return hold
+            return Hold(place)
+    raise FileNotFoundError(f"Expected a folder to use. Received: {str(place)!r}, which is removed again and again")
+
+
+@functools.cache
+def _own_folder(reason: str) -> Path:
+    """Returns a folder that is removed when this process ends."""
+    warnings.warn(f"Exports and features are made for this process alone. {reason}", stacklevel=5)
+    own = tempfile.TemporaryDirectory(prefix="keras_effnet-")
+    atexit.register(own.cleanup)
+    return Path(own.name)
 
 
 # --- What is there, and when it goes.
 
 
 def entries() -> list[Entry]:
-    """Returns all entries of the cache, the last used one first.
+    """Returns all entries of the cache but downloads, the last used one first.
 
     Returns:
         List of `Entry`.
     """
-    found = [made for kind, path in _paths() if (made := _entry(kind, path))]
-    return sorted(found, key=lambda entry: entry.used, reverse=True)
+    found = [_entry(kind, path) for kind, path in _paths()]
+    return sorted(filter(None, found), key=lambda entry: entry.used, reverse=True)
 
 
 def _paths() -> Iterator[tuple[str, Path]]:
-    root = home()
     for name, kind in KINDS.items():
-        yield from ((name, path) for path in (root / name).glob(kind.entries) if not path.name.startswith("."))
-    yield from ((_DOWNLOADS, path) for path in (root / "hub").glob("models--*"))
-    for top in root.iterdir() if root.is_dir() else ():
-        if top.name not in (*KINDS, "hub"):
-            places = top.rglob("*") if top.is_dir() else [top]
-            yield from ((_DOWNLOADS, path) for path in places if path.is_file() and path.suffix != ".sha256")
+        with contextlib.suppress(OSError):
+            paths = (home() / name).glob(kind.entries)
+            yield from ((name, path) for path in paths if re.fullmatch(kind.name, path.name))
 
 
 def _entry(kind: str, path: Path) -> Entry | None:
     try:
-        inside = [path] if path.is_file() else [each for each in path.rglob("*") if not each.is_dir()]
-        size, used = sum(each.lstat().st_size for each in inside), path.stat().st_mtime
+        return Entry(kind, path, _model_of(kind, path), bytes_of(path), path.stat().st_mtime)
     except OSError:  # removed meanwhile
         return None
-    return Entry(kind, path, _model_of(kind, path), size, used)
+
+
+def bytes_of(path: Path) -> int:
+    """Returns the size of a file, or of all files in a folder, in bytes.
+
+    Args:
+        path: Path.
+
+    Raises:
+        OSError: If it does not exist.
+    """
+    inside = [path] if path.is_file() else [each for each in path.rglob("*") if not each.is_dir()]
+    return sum(each.lstat().st_size for each in inside)
 
 
 def _model_of(kind: str, path: Path) -> str:
@@ -333,28 +426,22 @@ def _model_of(kind: str, path: Path) -> str:
             return (read_json(path) or {}).get("model", "")
         case "converted":
             return path.parent.name
-        case "downloads":
-            return path.name
     return ""
 
 
-def remove(chosen: Iterable[Entry], on_removed: Callable[[Entry], Any] = lambda entry: None) -> list[Entry]:
+def remove(chosen: Iterable[Entry]) -> tuple[list[Entry], list[Entry]]:
     """Removes entries that no process uses.
 
     Args:
         chosen: Iterable of `Entry`.
-        on_removed: Function of an `Entry`, called after each. Defaults to one that does nothing.
 
     Returns:
-        List of the entries that are in use, or cannot be removed, and stay.
+        Tuple of the list of the removed entries and that of the entries that are in use, or cannot be removed.
     """
-    kept = []
+    removed, kept = [], []
     for entry in chosen:
-        if _removed(entry.path):
-            on_removed(entry)
-        else:
-            kept.append(entry)
-    return kept
+        (removed if _removed(entry.path) else kept).append(entry)
+    return removed, kept
 
 
 def _removed(path: Path) -> bool:
@@ -371,56 +458,76 @@ def _removed(path: Path) -> bool:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Raises an `OSError` if a process has a `Hold` of the path. None is granted inside."""
-    if os.name != "posix":
+    path.stat()  # raises if it is gone
+    if os.name != "posix" or not _lock_of(path).exists():  # never used
         yield
         return
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = _opened(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, exclusive=True)
         yield
     finally:
         os.close(descriptor)
 
 
+def is_used(path: Path) -> bool:
+    """Returns whether a process has a `Hold` of an entry.
+
+    Args:
+        path: Path.
+    """
+    try:
+        with _alone(path):
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
 def over(found: Iterable[Entry], size: float) -> list[Entry]:
-    """Returns the entries to remove, so that the others are not larger than a size. The last used ones stay.
+    """Returns the entries to remove, so that the others are not larger than a size.
+
+    What is larger alone goes first; then what was not used for the longest time.
 
     Args:
         found: Iterable of `Entry`.
         size: Float, bytes.
 
     Returns:
-        List of `Entry`, the one that was not used for the longest time first.
+        List of `Entry`, in the order in which they go.
 
     Example:
 
     >>> from pathlib import Path
     >>> from keras_effnet.cache import Entry, over
     >>> old, new = (Entry("plans", Path(f"{time}.json"), "", 100, time) for time in (1, 2))
-    >>> over([old, new], 150) == [old]
+    >>> over([new, old], 150) == [old]
     True
     """
-    left, doomed = size, []
-    for entry in sorted(found, key=lambda entry: entry.used, reverse=True):
+    found = sorted(found, key=lambda entry: (entry.bytes <= size, entry.used))
+    left, doomed = sum(entry.bytes for entry in found), []
+    for entry in found:
+        if left <= size:
+            break
         left -= entry.bytes
-        if left < 0:
-            doomed.append(entry)
-    return doomed[::-1]
+        doomed.append(entry)
+    return doomed
 
 
 def trim() -> None:
-    """Removes what was not used for too long, and what exceeds the limit. Downloads count for neither."""
-    found = [entry for entry in entries() if entry.kind in KINDS]
-    now = time.time()
+    """Removes what was not used for too long, and what exceeds the limit. What is in use stays and does not count."""
+    for place in [*(home() / name for name in KINDS), *(home() / "converted").glob("*")]:
+        files.sweep(place)  # of removals that were killed
+    found = [entry for entry in entries() if not is_used(entry.path)]
+    old = [entry for entry in found if _is_old(entry)]
+    remove(old)
+    remove(over([entry for entry in found if entry not in old], limit()))
 
-    def is_old(entry: Entry) -> bool:
-        days = KINDS[entry.kind].days
-        return days is not None and now - entry.used > days * 24 * 3600
 
-    remove(filter(is_old, found))
-    remove(over((entry for entry in found if not is_old(entry)), limit()))
+def _is_old(entry: Entry) -> bool:
+    days = KINDS[entry.kind].days
+    return days is not None and time.time() - entry.used > days * 24 * 3600
 
 
 def limit() -> float:

@@ -237,18 +237,20 @@ def sees_gpu() -> bool:
     return False
 
 
-def watch_hosts(strategy, seconds: int) -> None:
-    """Sets how often a host asks whether the others are still there, and how long it waits for an answer, three times.
+def watch_hosts(seconds: int) -> None:
+    """Sets how often TensorFlow's hosts ask whether the others are still there, and how long they wait for an answer.
 
-    TensorFlow asks every 30 seconds and waits for 10. So a lost host is noticed after up to a minute, and no public API
-    changes that.
+    By default, a host asks every 30 seconds, and waits three times 10 for an answer. So a lost host may be noticed
+    after a minute, and no public API changes that. Call it before the strategy is made, whose thread asks.
 
     Args:
-        strategy: `tf.distribute.MultiWorkerMirroredStrategy`.
         seconds: Integer, for both.
     """
-    strategy.extended._check_health_interval = seconds
-    strategy.extended._check_health_timeout = seconds
+    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+
+    for name in ("_check_health_interval", "_check_health_timeout"):
+        getattr(CollectiveAllReduceExtended, name)  # raises if TensorFlow has renamed it
+        setattr(CollectiveAllReduceExtended, name, seconds)
 
 
 def load_openvino():

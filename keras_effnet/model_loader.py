@@ -216,7 +216,8 @@ def check_finite(model: "keras.Model") -> None:
     for variable in model.weights:
         if not keras.backend.is_float_dtype(variable.dtype):
             continue
-        values = np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(variable.value, "float32")))
+        exact = "float64" if variable.dtype == "float64" else "float32"
+        values = np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(variable.value, exact)))
         wrong = values[~np.isfinite(values)]
         if len(wrong):
             raise ValueError(

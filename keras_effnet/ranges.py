@@ -102,6 +102,9 @@ def _raise(name: str, value: Any, expected: str) -> None:
         raise ValueError(f"Expected {name} {expected}. Received: {value!r}")
 
 
+_WORDS = {str: "a string", bool: "True or False"}
+
+
 def _fields(record: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     hints = get_type_hints(type(record), include_extras=True)
     for field in dataclasses.fields(record):
@@ -129,7 +132,7 @@ def _expected(value: Any, hint: Any, ranges: bool, within: Range | None = None) 
     if hint is types.NoneType:
         return "" if value is None else "as None"
     if hint not in (int, float):
-        return "" if isinstance(value, hint) else f"as a {hint.__name__}"
+        return "" if isinstance(value, hint) else f"as {_WORDS.get(hint, hint.__name__)}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if hint is int else numbers.Real):
         return f"as {'an integer' if hint is int else 'a number'} {within or ''}".rstrip()
     return "" if not ranges or within is None or float(value) in within else str(within)

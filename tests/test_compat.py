@@ -353,16 +353,16 @@ def test_watch_hosts():
 
     from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 
-    class Strategy:
-        extended = CollectiveAllReduceExtended.__new__(CollectiveAllReduceExtended)
-
-    before = vars(CollectiveAllReduceExtended).copy()
-    compat.watch_hosts(Strategy, 5)
-    changed = vars(Strategy.extended)
-    assert len(changed) == 2 and all(before[name] > value == 5 for name, value in changed.items())
-    # Its thread reads both anew in each round.
-    source = inspect.getsource(CollectiveAllReduceExtended._check_health)
-    assert all(f"self.{name}" in source for name in changed)
+    names = ("_check_health_interval", "_check_health_timeout")
+    before = {name: getattr(CollectiveAllReduceExtended, name) for name in names}
+    try:
+        compat.watch_hosts(5)
+        assert all(before[name] > getattr(CollectiveAllReduceExtended, name) == 5 for name in names)
+        source = inspect.getsource(CollectiveAllReduceExtended._check_health)
+        assert all(f"self.{name}" in source for name in names)
+    finally:
+        for name, value in before.items():
+            setattr(CollectiveAllReduceExtended, name, value)
 
 
 # Elsewhere

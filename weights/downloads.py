@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from keras_effnet import files
+from keras_effnet import cache, files
 from keras_effnet.cache import home
 from keras_effnet.weights.registry import RECORDS, File, digest
 
@@ -34,6 +34,19 @@ def place(file: File) -> Path:
         Path.
     """
     return home() / unquote(urlsplit(file.url).path).lstrip("/")
+
+
+def saved() -> list[cache.Entry]:
+    """Returns the downloads on this machine: published files, and repositories of the Hugging Face Hub.
+
+    Returns:
+        List of `cache.Entry`.
+    """
+    known = {place(file): record.model for record in RECORDS for file in record.files if file.url}
+    for path in (home() / "hub").glob("models--*"):
+        known[path] = path.name.removeprefix("models--").replace("--", "/")
+    found = [(path, model) for path, model in known.items() if path.exists()]
+    return [cache.Entry("downloads", path, model, cache.bytes_of(path), path.stat().st_mtime) for path, model in found]
 
 
 def locate(file: File) -> Path:

@@ -13,6 +13,8 @@ from keras_effnet.weights.downloads import REMEDY, addresses, discard, is_mirror
 from keras_effnet.weights.formats import safetensors_file
 from keras_effnet.weights.registry import File, Record, digest
 
+_in_use: dict[Path, cache.Hold] = {}  # of converted files, until this process ends
+
 KEPT_AS = 1  # version of the conversion: a higher number discards what was converted before
 
 
@@ -120,6 +122,7 @@ def _keep(record: Record, file: File, values) -> Path:
         )
         final = stem.with_name(f"{stem.name}-{_short(temporary)}.safetensors")
         os.replace(temporary, final)
+    _in_use[final] = cache.Hold(final)
     cache.trim()
     return final
 
@@ -127,13 +130,15 @@ def _keep(record: Record, file: File, values) -> Path:
 def _kept(record: Record, file: File) -> Path | None:
     stem = _stem(record, file)
     for path in stem.parent.glob(f"{stem.name}-*.safetensors"):
-        if cache.is_mine(path) and path.stem.removeprefix(f"{stem.name}-") == _short(path):
-            with suppress(OSError):  # read-only
-                os.utime(path)  # the time of its last use
-            return path
-        cache.tell_of_damage(path)
-        with suppress(OSError):
-            path.unlink()
+        with suppress(OSError):  # removed by another process, or not readable
+            hold = cache.Hold(path)
+            is_ours = cache.is_ours(path)
+            if is_ours and path.stem.removeprefix(f"{stem.name}-") == _short(path):
+                _in_use[path] = hold
+                return path
+            cache.tell_of_damage(path)
+            if is_ours:
+                path.unlink()
     return None
 
 

@@ -58,10 +58,14 @@ def program() -> None:
                     stream.flush()
             os._exit(status[0])
 
+    numbers = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]  # Windows has no SIGHUP
+
     def stop(number: int, _) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
         sys.exit(128 + number)  # so that temporary files are removed
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in numbers:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, stop)
     atexit.register(leave)  # before libraries are imported: the last one registered runs first

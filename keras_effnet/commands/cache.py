@@ -12,8 +12,8 @@ from keras_effnet.commands.output import show, show_json, table
 def cache_(ctx, as_json) -> None:
     """List the files that are kept on this machine: downloads, exports, features.
 
-    They are in KERAS_EFFNET_HOME. When all but the downloads exceed KERAS_EFFNET_CACHE_LIMIT (default: 20GB; none: no
-    limit), those that were not used for the longest time are removed. A removed file is downloaded or made again when
+    They are in KERAS_EFFNET_HOME. When they exceed KERAS_EFFNET_CACHE_LIMIT without downloads (default: 20GB; none: no
+    limit), those that were not used for the longest time are removed. A removed file is made or downloaded again when
     it is needed.
     """
     if ctx.invoked_subcommand:
@@ -23,8 +23,9 @@ def cache_(ctx, as_json) -> None:
     from rich.filesize import decimal
 
     from keras_effnet import cache
+    from keras_effnet.weights import downloads
 
-    found = cache.entries()
+    found = sorted([*cache.entries(), *downloads.saved()], key=lambda entry: -entry.used)
     if as_json:
         show_json({"folder": str(cache.home()), "entries": [_row(entry) for entry in found]})
         return
@@ -55,9 +56,10 @@ def clear(model, older, over, downloads, as_json) -> None:
 
     from keras_effnet import cache
     from keras_effnet.nets.variants import find_model, is_model
+    from keras_effnet.weights.downloads import saved
 
     wanted = find_model(model) if model and is_model(model) else model
-    chosen = [entry for entry in cache.entries() if downloads or entry.kind in cache.KINDS]
+    chosen = [*cache.entries(), *(saved() if downloads else ())]
     known = sorted({entry.model for entry in chosen if entry.model})
     if wanted:
         chosen = [entry for entry in chosen if entry.model == wanted]
@@ -70,8 +72,8 @@ def clear(model, older, over, downloads, as_json) -> None:
         chosen = [entry for entry in chosen if entry.used < before]
     if over:
         chosen = cache.over(chosen, cache.size_of(over))
-    removed: list[cache.Entry] = []
-    stayed = cache.remove(chosen, removed.append)
+    removed, stayed = cache.remove(chosen)
+    cache.trim()
     if as_json:
         show_json({"removed": [_row(entry) for entry in removed], "in_use": [_row(entry) for entry in stayed]})
         return

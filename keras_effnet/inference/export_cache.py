@@ -183,18 +183,19 @@ class ExportCache:
     def _kept(self, name: str) -> dict[str, Any] | None:
         """Returns the record of the export for a runtime, or None if the export is missing or damaged."""
         path, told = self._places(name)
-        if not told.exists():
-            return None
-        record = cache.read_json(told)
-        files = runtimes.files_of(path)
-        if record is None or not files or not all(map(cache.is_mine, files)):
+        with suppress(OSError):  # it cannot be read, or another process replaces it
+            files = runtimes.files_of(path)
+            if not told.exists() or not files:
+                return None
+            record = cache.read_json(told)
+            if record is None:
+                cache.tell_of_damage(told)
+                return None
+            if path in self._intact or (all(map(cache.is_ours, files)) and cache.checksum(*files) == record["crc32c"]):
+                self._intact.add(path)
+                return record
             cache.tell_of_damage(path)
-            return None
-        if path not in self._intact and cache.checksum(*files) != record["crc32c"]:
-            cache.tell_of_damage(path)
-            return None
-        self._intact.add(path)
-        return record
+        return None
 
     def _made(self, name: str) -> tuple[Path, dict[str, Any]]:
         """Returns the path and the record of the export for a runtime. Exports the model if necessary."""
@@ -205,13 +206,19 @@ class ExportCache:
         from keras_effnet.inference import export
 
         model = self.model()
-        report = export.export(
-            model, path, self._format(name), self._stored, calibration=self._calibration, input_shape=self._shape
-        )
-        record = report | {key: value for key, value in model_metadata.metadata(path).items() if key not in report}
-        record["crc32c"] = cache.checksum(*runtimes.files_of(path))
-        cache.write_json(told, record)
-        cache.trim()
+        with cache.making(self._folder):
+            record = self._kept(name)  # of a process that was faster
+            if record is None:
+                report = export.export(
+                    *(model, path, self._format(name), self._stored),
+                    calibration=self._calibration,
+                    input_shape=self._shape,
+                )
+                found = model_metadata.metadata(path)
+                record = report | {key: value for key, value in found.items() if key not in report}
+                record["crc32c"] = cache.checksum(*runtimes.files_of(path))
+                cache.write_json(told, record)
+                cache.trim()
         return path, record
 
     def _choices(self) -> Path:

@@ -213,7 +213,7 @@ def _read(folder: Path, number: int) -> Features | None:
         return None
     try:
         with open(path, "rb") as file, np.load(file) as found:
-            if cache.is_mine(path):
+            if cache.is_ours(path):
                 return Features(*(found[name] for name in _FIELDS))  # zipfile compares their checksums
     except Exception:  # of a damaged file, NumPy and zipfile raise anything
         pass

@@ -56,9 +56,10 @@ class Skipped:
         epoch = first // self.per_epoch
         bad = sum(number // self.per_epoch == epoch for number in self._found)
         if bad > self.most * self.per_epoch or bad >= self.per_epoch:
+            most = f"Expected at most {self.most:.1%} of the images to be unreadable (data.max_corrupt)"
+            expected = most if bad < self.per_epoch else "Expected at least one image that can be read"
             self.problem = (
-                f"Expected at most {self.most:.1%} of the images to be unreadable (data.max_corrupt). Received: {bad} "
-                f"of {self.per_epoch}, such as {', '.join(self.names[-3:])}"
+                f"{expected}. Received: {bad} of {self.per_epoch} unreadable, such as {', '.join(self.names[-3:])}"
             )
             raise ValueError(self.problem)
         return np.int64(0)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import re
 import signal
 import threading
@@ -251,14 +252,19 @@ def compiled(lowered) -> dict[str, Any]:
     return found | {"compile_seconds": round(time.monotonic() - began, 1)}
 
 
+_KEPT_AS = 1  # increased when the file changes
+
+
 def _remembered(lowered, name: str, model: str) -> dict[str, Any]:
     """Returns `compiled()`, cached for each program and compiler."""
     versions = [f"{package} {importlib.metadata.version(package)}" for package in ("jaxlib", "libtpu")]
-    key = json.dumps([name, versions, _OPTIONS, lowered.as_text()])
+    key = json.dumps([_KEPT_AS, name, versions, _OPTIONS, lowered.as_text()])
     path = cache.folder("plans") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if path.exists():
         kept = cache.read_json(path)
         if kept is not None:
+            with contextlib.suppress(OSError):  # read-only
+                os.utime(path)  # the time of its last use
             return kept["found"] | {"compile_seconds": 0.0}
         cache.tell_of_damage(path)
     found = compiled(lowered)

@@ -159,7 +159,7 @@ def _check_arguments(data, crop, interpolation, batch_size: int, limit: int | No
     if crop is not None:
         ranges.check(crop=(crop, float, ranges.ABOVE_0))
     if data is not None:
-        ranges.check_fields(data)
+        ranges.check(first_label=(data.first_label, int, ranges.NOT_NEGATIVE))
     if interpolation is not None:
         one_of("interpolation", interpolation, INTERPOLATIONS)
 

@@ -97,7 +97,8 @@ class Log:
         left = (self.total - step) * self.batch / steady
         status = f"loss {row['data_loss']:.3f}  lr {row['learning_rate']:.2e}  {rate:.1f} images/s"
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=step, status=status)
+            with contextlib.suppress(OSError):  # a terminal that was just closed
+                self._bar.update(self._task, completed=step, status=status)
         else:
             self._tell(f"step {step}/{self.total}  {status}  {_time(left)} left")
 
@@ -152,7 +153,8 @@ class Log:
 
     def _tell(self, text: str) -> None:
         if self._bar:
-            self._bar.console.print(text, highlight=False)
+            with contextlib.suppress(OSError):  # a terminal that was just closed
+                self._bar.console.print(text, highlight=False)
         elif not self.quiet:
             say(text)
 

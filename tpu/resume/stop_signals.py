@@ -148,6 +148,8 @@ class Watch(contextlib.AbstractContextManager):
                 continue
             if number == signal.SIGHUP:
                 _silence(self._terminals)
+                if self.signal is not None:  # both the shell and the system send it
+                    continue
             if self.signal is not None:
                 at_once(128 + number, "Stopped at once")
             self.signal = number

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -216,11 +217,17 @@ def connect(run: Run) -> Devices:
     found = _found(run, hosts)
     # Cache compiled steps, which take minutes. Not for processors: another of the same kind may not run the program.
     if found[0].platform != "cpu" and not getattr(jax.config, "jax_compilation_cache_dir", None):
-        programs = cache.folder("jax")
-        cache.remove_damaged(programs, "*-cache")
-        atexit.register(cache.record_sums, programs, "*-cache")
-        jax.config.update("jax_compilation_cache_dir", str(programs))
+        with contextlib.suppress(OSError):  # a folder that cannot be used
+            _keep_programs(cache.folder("jax"))
     return Devices(make_mesh(found, group_size(len(found), run.batch_norm_group)), hosts)
+
+
+def _keep_programs(place: Path) -> None:
+    """Lets JAX keep compiled programs in a folder."""
+    cache.remove_damaged(place, "*-cache")
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    atexit.register(cache.trim)
+    atexit.register(cache.record_sums, place, "*-cache")
 
 
 def _configure(run: Run) -> None:

@@ -197,9 +197,8 @@ def _strategy(run: Run, hosts: int) -> tf.distribute.Strategy:
             )
         if run.devices == "cpu":
             tf.config.set_visible_devices([], "GPU")
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
-        compat.watch_hosts(strategy, WATCH)
-        return strategy
+        compat.watch_hosts(WATCH)
+        return tf.distribute.MultiWorkerMirroredStrategy()
     return _tpu_strategy(run) if wants_tpu else _local_strategy(run)
 
 

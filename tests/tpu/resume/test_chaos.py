@@ -316,6 +316,8 @@ def test_a_progressive_run_that_is_killed_ends_the_same(runner, killed, tmp_path
         assert run.process.poll() is None, run.said()
         time.sleep(0.02)
     run.hang_up()
+    time.sleep(0.05)
+    run.process.send_signal(signal.SIGHUP)  # the shell tells its jobs too
     run.ended(75, 60)
     assert done(workdir) <= newest(workdir) < ends[0]
     for end in (ends[stage] for stage in killed):  # some steps after a report in each stage, and before its end
