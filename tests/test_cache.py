@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import keras
@@ -107,12 +108,16 @@ def test_what_belongs_to_others_is_not_used(home):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the same on all backends")
-def test_a_cache_that_cannot_be_written_stops_nothing(home):
+def test_a_cache_that_cannot_be_written_stops_nothing(home, tmp_path, monkeypatch):
     model = keras.Sequential([keras.Input((16, 16, 3)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)])
-    home.write_text("no folder")
+    home.parent.joinpath("file").write_text("no folder")
+    monkeypatch.setenv("KERAS_EFFNET_HOME", str(tmp_path / "file" / "home"))
     with pytest.warns(UserWarning, match="Exports and features are made for this process alone"):
         predictor = ke.Predictor(model, "onnxruntime")
     assert predictor(np.zeros((1, 16, 16, 3))).shape == (1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # its export is kept for the process, and intact
+        ke.Predictor(model, "onnxruntime")
 
 
 HOLDS = """
