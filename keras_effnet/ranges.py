@@ -135,4 +135,6 @@ def _expected(value: Any, hint: Any, ranges: bool, within: Range | None = None) 
         return "" if isinstance(value, hint) else f"as {_WORDS.get(hint, hint.__name__)}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if hint is int else numbers.Real):
         return f"as {'an integer' if hint is int else 'a number'} {within or ''}".rstrip()
-    return "" if not ranges or within is None or float(value) in within else str(within)
+    if not ranges or within is None or float(value) in within:
+        return ""
+    return str(within) if math.isfinite(value) else f"as a finite number {within}"

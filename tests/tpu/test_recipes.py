@@ -181,8 +181,8 @@ def config_fields(record, prefix=""):
         ("--model.image-size 7", "model.image_size of at least 16. Received: 7"),
         ("--model.image-size 0", "model.image_size of at least 16. Received: 0"),
         ("--progress.sizes 32 8", "progress.sizes of at least 16. Received: (32, 8)"),
-        ("--epochs nan", "epochs above 0. Received: nan"),
-        ("--run.save-minutes inf", "run.save_minutes above 0. Received: inf"),
+        ("--epochs nan", "epochs as a finite number above 0. Received: nan"),
+        ("--run.save-minutes inf", "run.save_minutes as a finite number above 0. Received: inf"),
     ],
 )
 def test_values_out_of_their_range_are_refused_before_anything_starts(arguments, told, tmp_path):
@@ -194,16 +194,16 @@ def test_values_out_of_their_range_are_refused_before_anything_starts(arguments,
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("prune none.keras --data none --out none --gamma -1", "gamma of at least 0. Received: -1.0"),
-        ("prune none.keras --data none --out none --learning-rate nan", "learning_rate above 0. Received: nan"),
-        ("prune none.keras --data none --out none --calibration 0", "calibration of at least 1. Received: 0"),
-        ("prune none.keras --data none --out none --reduction 1", "reduction between 0 and 1. Received: 1.0"),
-        ("eval efficientnet-b0 --data none --first-label -1", "first_label of at least 0. Received: -1"),
-        ("eval efficientnet-b0 --data none --eval-crop nan", "crop above 0 and at most 1. Received: nan"),
+        ("prune {} --gamma -1", "gamma of at least 0. Received: -1.0"),
+        ("prune {} --learning-rate nan", "learning_rate as a finite number above 0. Received: nan"),
+        ("prune {} --calibration 0", "calibration of at least 1. Received: 0"),
+        ("prune {} --reduction 1", "reduction between 0 and 1. Received: 1.0"),
+        ("eval b0 --data none --first-label -1", "first_label of at least 0. Received: -1"),
+        ("eval b0 --data none --eval-crop nan", "crop as a finite number above 0 and at most 1. Received: nan"),
     ],
 )
 def test_so_are_those_of_other_commands(arguments, told):
-    done = invoked(*arguments.split())
+    done = invoked(*arguments.format("none.keras --data none --out none").split())
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: Expected {told}")
 
 
