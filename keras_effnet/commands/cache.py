@@ -63,7 +63,7 @@ def clear(model, older, over, downloads, as_json) -> None:
     known = sorted({entry.model for entry in chosen if entry.model})
     if wanted:
         chosen = [entry for entry in chosen if entry.model == wanted]
-        if not chosen and not is_model(wanted):
+        if not chosen and known and not is_model(wanted):
             from keras_effnet.errors import unknown
 
             raise unknown("kept model", model, known)
