@@ -95,6 +95,12 @@ def modules() -> list[str]:
     return sorted(set(found) - {"keras_effnet.__main__"})
 
 
+def arrays(path) -> dict[str, np.ndarray]:
+    """Loads all arrays of an .npz file, and closes it."""
+    with np.load(path) as file:
+        return dict(file)
+
+
 def golden(name: str) -> dict:
     """Loads a JSON file of reference values from tests/golden."""
     return json.loads((GOLDEN / name).read_text())

@@ -19,6 +19,7 @@ from helpers import (
     BACKEND,
     GOLDEN,
     ROOT,
+    arrays,
     fill,
     golden,
     image,
@@ -106,8 +107,8 @@ def test_original_outputs_tell_a_wrong_epsilon(tmp_path):
 
 
 def test_real_weights_name_real_photographs():
-    reference = np.load(GOLDEN / "lite_real" / "lite0_logits.npz")
-    names = sorted({key.rsplit("/", 1)[0] for key in reference.files})
+    reference = arrays(GOLDEN / "lite_real" / "lite0_logits.npz")
+    names = sorted({key.rsplit("/", 1)[0] for key in reference})
     pixels = np.stack([reference[f"{name}/pixels_uint8"] for name in names])
     expected = np.stack([reference[f"{name}/logits"] for name in names])
     found = run(ke.EfficientNetLite0(classifier_activation=None), pixels)
@@ -376,7 +377,7 @@ def test_other_families_outputs(name, tmp_path):
     variant, padding = of_timm(name)
     path = save_torch(timm_tensors(name), tmp_path / f"{name}.safetensors")
     model = ke.create_model(variant, weights=path, preprocessing=None, classifier_activation=None)
-    expected = np.load(GOLDEN / f"timm/{name}.npz")["logits"]
+    expected = arrays(GOLDEN / f"timm/{name}.npz")["logits"]
     assert inspection.read(model).architecture.padding == padding
     assert np.abs(run(model, image(224)) - expected).max() < 2e-5 * expected.std()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, GOLDEN, ROOT, shallow_nets, trained
+from helpers import BACKEND, GOLDEN, ROOT, arrays, shallow_nets, trained
 
 import keras_effnet as ke
 from keras_effnet import cache
@@ -333,7 +333,7 @@ def test_int8_runs_and_tells_what_it_left_in_float(model, images, expected):
 @pytest.mark.parametrize(("runtime", "top1"), [("litert", 0.9), ("onnxruntime", 0.85)])
 def test_int8_keeps_lite0s_classes(runtime, top1):
     """Calibration and test use crops of different photos."""
-    recorded = np.load(GOLDEN / "lite_real" / "lite0_logits.npz")
+    recorded = arrays(GOLDEN / "lite_real" / "lite0_logits.npz")
     wholes = [recorded[name].astype("float32") for name in recorded if name.endswith("pixels_uint8")]
 
     def crops(images, seed):

@@ -12,6 +12,7 @@ import pytest
 from helpers import (
     BACKEND,
     GOLDEN,
+    arrays,
     fill,
     golden,
     image,
@@ -60,7 +61,7 @@ def logits_by_batch(model, x):
 def test_timms_nets_give_timms_numbers(name, tmp_path):
     """In float64: the evaluation logits of V2's seeded weights reach 1e4, and float32 loses all of their digits."""
     variant, padding = of_timm(name)
-    reference, values = golden(f"timm/{name}.json"), np.load(GOLDEN / f"timm/{name}.npz")
+    reference, values = golden(f"timm/{name}.json"), arrays(GOLDEN / f"timm/{name}.npz")
     size = reference["golden"]["resolution"]
     # The file's name says which padding its weights are for.
     path = save_torch(timm_tensors(name), tmp_path / f"{name}.safetensors")

@@ -15,6 +15,7 @@ import pytest
 from helpers import (
     BACKEND,
     GOLDEN,
+    arrays,
     fill,
     golden,
     image,
@@ -142,7 +143,7 @@ def test_timms_files_give_timms_numbers(name, kind, tmp_path):
     assert report.format == "timm" and report.fits
     norms = sum(key.endswith("num_batches_tracked") for key in timm_tensors(name))
     assert list(report.ignored.values()) == [norms]
-    reference = np.load(GOLDEN / f"timm/{name}.npz")
+    reference = arrays(GOLDEN / f"timm/{name}.npz")
     x = image(golden(f"timm/{name}.json")["default_cfg"]["input_size"][1])
     assert np.abs(run(model, x) - reference["logits"]).max() < 2e-5 * reference["logits"].std()
     if kind == "timm.safetensors":
@@ -310,7 +311,7 @@ def test_a_wrong_layout_of_mixed_experts_shows(layout, tmp_path, monkeypatch):
         expected = np.array(golden(f"tpu/{CONDCONV}.json")["golden"]["logits_first16"])
     else:
         path = save_torch(timm_tensors("tf_efficientnet_cc_b0_4e"), tmp_path / "tf_efficientnet_cc_b0_4e.safetensors")
-        expected = np.load(GOLDEN / "timm/tf_efficientnet_cc_b0_4e.npz")["logits"][:, :16]
+        expected = arrays(GOLDEN / "timm/tf_efficientnet_cc_b0_4e.npz")["logits"][:, :16]
     turned = Layout(lambda array, shape: array.reshape(shape), LAYOUTS[layout].from_keras)
     if layout == "E(HWIO)->EHWIO":
         turned = LAYOUTS["E(OIHW)->EHWIO"]
@@ -356,7 +357,7 @@ def test_a_wrong_layout_of_timms_kernels_shows(layout, tmp_path, monkeypatch):
         LAYOUTS, layout, replace(right, to_keras=lambda array, shape: turn(right.to_keras(array, shape)))
     )
     model = ke.EfficientNetB0(weights=path, preprocessing=None, classifier_activation=None)
-    expected = np.load(GOLDEN / f"timm/{name}.npz")["logits"]
+    expected = arrays(GOLDEN / f"timm/{name}.npz")["logits"]
     assert np.abs(run(model, image(224)) - expected).max() > 30 * 2e-5 * expected.std()
 
 
