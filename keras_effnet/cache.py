@@ -285,7 +285,7 @@ class Hold:
         if os.name == "posix":  # elsewhere, an open file cannot be removed
             descriptor = _opened(self.path, os.O_CREAT)
             weakref.finalize(self, os.close, descriptor)
-            _lock(descriptor, exclusive=False)
+            _wait_for_lock(descriptor, exclusive=False)
             # Raises if the entry was removed meanwhile.
             if not os.path.samestat(os.stat(_lock_of(self.path)), os.fstat(descriptor)):
                 raise FileNotFoundError(f"Expected {str(path)!r}. Received: it was replaced while it was opened")
@@ -306,15 +306,11 @@ def _opened(path: Path, flags: int = 0) -> int:
     return os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _lock(descriptor: int, exclusive: bool) -> None:
-    """Locks an open file. Waits for a shared lock; raises a `BlockingIOError` if an exclusive one is not free."""
+def _wait_for_lock(descriptor: int, exclusive: bool) -> None:
     import fcntl
 
-    if exclusive:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
     with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager
@@ -324,14 +320,9 @@ def making(place: Path) -> Iterator[None]:
     Args:
         place: Path of the folder.
     """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
     with open(place / _MAKING, "a") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.name == "posix":
+            _wait_for_lock(file.fileno(), exclusive=True)
         yield
 
 
@@ -464,9 +455,11 @@ def _alone(path: Path) -> Iterator[None]:
     if os.name != "posix" or not _lock_of(path).exists():  # never used
         yield
         return
+    import fcntl
+
     descriptor = _opened(path)
     try:
-        _lock(descriptor, exclusive=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)

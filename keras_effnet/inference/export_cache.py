@@ -87,11 +87,10 @@ class ExportCache:
 
         Raises:
             OSError: If the weights cannot be downloaded.
-            ValueError: If the file is not a model, or a weight is NaN or infinite.
+            ValueError: If the file is not a model.
         """
         if isinstance(self._model, str | os.PathLike):
             self._model = load_model(self._model, self._weights)
-        check_finite(self._model)
         return self._model
 
     def opened(self, runtime: str, threads: int, device: str = "cpu") -> tuple[str, Path | None, dict[str, Any], Any]:
@@ -161,6 +160,7 @@ class ExportCache:
             )
         model = self.model()
         shape = export.shape_of(model, self._shape)
+        check_finite(model)
         run = _OnKeras(for_inference(model, shape), shape)
         return "keras", None, export.metadata_of(model, shape, self.precision), run
 
@@ -281,7 +281,9 @@ class ExportCache:
         if not all(self._kept(name) for name in names):
             from keras_effnet.inference import export
 
-            export.shape_of(self.model(), self._shape)  # an error of the model itself is raised, not collected
+            # An error of the model itself is raised, not collected.
+            export.shape_of(self.model(), self._shape)
+            check_finite(self.model())
         pools: dict[str, runtimes.Pool] = {}
         reasons: dict[str, Exception] = {}
         for name in names:
