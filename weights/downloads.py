@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from keras_effnet import cache, files
-from keras_effnet.cache import home
 from keras_effnet.weights.registry import RECORDS, File, digest
 
 ATTEMPTS = 3
@@ -33,7 +32,7 @@ def place(file: File) -> Path:
     Returns:
         Path.
     """
-    return home() / unquote(urlsplit(file.url).path).lstrip("/")
+    return cache.home() / unquote(urlsplit(file.url).path).lstrip("/")
 
 
 def saved() -> list[cache.Entry]:
@@ -43,7 +42,7 @@ def saved() -> list[cache.Entry]:
         List of `cache.Entry`.
     """
     known = {place(file): record.model for record in RECORDS for file in record.files if file.url}
-    for path in (home() / "hub").glob("models--*"):
+    for path in (cache.home() / "hub").glob("models--*"):
         known[path] = path.name.removeprefix("models--").replace("--", "/")
     found = [(path, model) for path, model in known.items() if path.exists()]
     return [cache.Entry("downloads", path, model, cache.bytes_of(path), path.stat().st_mtime) for path, model in found]
@@ -218,7 +217,7 @@ def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"Expected a writable folder for weights. Received: KERAS_EFFNET_HOME={home()} ({error})"
+            f"Expected a writable folder for weights. Received: KERAS_EFFNET_HOME={cache.home()} ({error})"
         ) from error
     files.sweep(target.parent)
     reasons: list[str] = []

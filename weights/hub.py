@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_effnet.cache import home
+from keras_effnet import cache
 from keras_effnet.errors import one_line
 from keras_effnet.nets.normalization import scheme_near
 from keras_effnet.nets.variants import is_model, of_timm
@@ -226,9 +226,9 @@ def _get(address: Address, name: str, failures: list[str]) -> Path | None:
             raise
         except Exception:  # of the library that connects, which depends on the release
             connected = False
-        cache = home() / "hub"
+        saved = cache.home() / "hub"
         found = Path(
-            hf_hub_download(address.repository, name, cache_dir=cache, local_files_only=not connected, **place)
+            hf_hub_download(address.repository, name, cache_dir=saved, local_files_only=not connected, **place)
         )
     except errors.LocalEntryNotFoundError:
         failures.append(_OFFLINE)
