@@ -9,7 +9,7 @@ import sys
 import click
 
 from keras_effnet import __version__
-from keras_effnet.commands import cache, catalog, diagnostics, inference, pruning, training, weight_files
+from keras_effnet.commands import cache, catalog, diagnostics, explain, inference, pruning, training, weight_files
 from keras_effnet.commands.output import complain
 
 
@@ -35,7 +35,7 @@ def main() -> None:
 for command in (
     *(catalog.list_, catalog.describe_, catalog.plot_),
     *(weight_files.download, weight_files.convert, weight_files.verify),
-    *(inference.predict, inference.export, inference.benchmark),
+    *(inference.predict, explain.explain, inference.export, inference.benchmark),
     *(training.train, training.evaluate_, training.report),
     *(diagnostics.doctor, diagnostics.tpu_plan, cache.cache_),
     pruning.prune,

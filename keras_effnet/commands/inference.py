@@ -10,7 +10,11 @@ import click
 from keras_effnet.commands.options import (
     AS_JSON,
     BEST,
+    DECODE,
     DEVICE,
+    MODEL,
+    PRECISION,
+    RECURSIVE,
     RUNTIME,
     WEIGHTS,
     choose_backend,
@@ -21,25 +25,15 @@ from keras_effnet.commands.output import JsonList, complain, progress, quiet, sh
 
 @click.command()
 @click.argument("photographs", nargs=-1, required=True, metavar="PHOTO...")
-@click.option(
-    "--model",
-    default="efficientnet-lite0",
-    show_default=True,
-    help="Name of a model, .keras file, folder of a run, or exported model.",
-)
+@MODEL
 @WEIGHTS
 @BEST
-@click.option("--recursive", is_flag=True, help="Search folders in folders too.")
+@RECURSIVE
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes to show per photo.")
 @RUNTIME
-@click.option("--precision", default="float32", show_default=True, help="float32, float16, int8 or bfloat16.")
+@PRECISION
 @DEVICE
-@click.option(
-    "--decode",
-    default="exact",
-    show_default=True,
-    help="exact; or fast, which shrinks large JPEGs while it decodes them. Some predictions may change.",
-)
+@DECODE
 @click.option("--jsonl", metavar="FILE", help="Save a line of JSON per photo to FILE. Run again to continue the file.")
 @click.option("--csv", metavar="FILE", help="Save a row per photo to FILE. Run again to continue the file.")
 @AS_JSON
@@ -137,8 +131,9 @@ class _Printer:
 )
 @click.option("--labels", metavar="FILE", help="Text file with one class name per line. Default: those of MODEL.")
 @click.option("--size", nargs=2, type=click.IntRange(1), help="Height and width, if the model takes any size.")
+@click.option("--maps", is_flag=True, help="Also return maps of what speaks for each class, as the last output.")
 @AS_JSON
-def export(model, out, kind, precision, weights, best, calibration, labels, size, as_json) -> None:
+def export(model, out, kind, precision, weights, best, calibration, labels, size, maps, as_json) -> None:
     """Export MODEL for a runtime: a name, a .keras file, or the folder of a run.
 
     OUT ends in .onnx, .tflite or .xml (OpenVINO); any other name is the folder of a SavedModel. The file is saved only
@@ -160,6 +155,7 @@ def export(model, out, kind, precision, weights, best, calibration, labels, size
             calibration=list(calibration) or None,
             labels=labels,
             input_shape=exporter.sized(net, size) if size else None,
+            maps=maps,
         )
     if as_json:
         show_json(report)

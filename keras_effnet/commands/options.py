@@ -9,6 +9,22 @@ from pathlib import Path
 import click
 
 BEST = click.option("--best", is_flag=True, help="Use a run's best.keras instead of its model.keras.")
+MODEL = click.option(
+    "--model",
+    default="efficientnet-lite0",
+    show_default=True,
+    help="Name of a model, .keras file, folder of a run, or exported model.",
+)
+RECURSIVE = click.option("--recursive", is_flag=True, help="Search folders in folders too.")
+PRECISION = click.option(
+    "--precision", default="float32", show_default=True, help="float32, float16, int8 or bfloat16."
+)
+DECODE = click.option(
+    "--decode",
+    default="exact",
+    show_default=True,
+    help="exact; or fast, which shrinks large JPEGs while it decodes them. Some predictions may change.",
+)
 AS_JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else."
 )

@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from keras_effnet import class_names
-from keras_effnet.errors import one_of
+from keras_effnet.errors import one_of, unknown
 from keras_effnet.images import photo_loader
 from keras_effnet.inference.predictor import Predictor
-from keras_effnet.model_loader import resolve
+from keras_effnet.model_loader import load_model, resolve
 from keras_effnet.weights import registry
 
 FEW = 20  # classes
@@ -34,6 +34,7 @@ class Classifier:
         best: Boolean, whether to use a run's best.keras. See `load_model()`. Defaults to False.
         decode: See `load_image()`. Defaults to `"exact"`.
         device: See `Predictor`. Defaults to `"auto"`.
+        maps: Boolean, whether to compute maps too, for `explain_files()`. Defaults to False.
 
     Attributes:
         name: String, the model, its weights, and what else the predictions depend on. Files of predictions hold it.
@@ -67,12 +68,15 @@ class Classifier:
         best: bool = False,
         decode: str = "exact",
         device: str = "auto",
+        maps: bool = False,
     ):
         class_names.rank(np.zeros((0, 1000)), top)  # raises for an invalid `top` before any work
         found = resolve(model, best, exports=True)
         one_of("decode", decode, photo_loader.DECODE)
         self.top, self.note, self._decode = top, None, decode
-        self.predictor = Predictor(found.place, runtime, precision, weights=found.tag_of(weights), device=device)
+        self.predictor = Predictor(
+            *(found.place, runtime, precision), weights=found.tag_of(weights), device=device, maps=maps
+        )
         self._labels = self.predictor.labels
         self._of_imagenet = self._labels == class_names.labels()
         self._named = found, weights
@@ -120,11 +124,80 @@ class Classifier:
         with closing(self.predictor.predict_files(paths, decode=self._decode)) as rows:
             for path, outputs, error in rows:
                 if error is None:
-                    yield {"path": path, "predictions": self._ranked(outputs)}
-                elif isinstance(error, IsADirectoryError):
-                    yield {"path": path, "error": f"Expected photos. Received: {path!r}, a folder without photos"}
+                    yield {"path": path, "predictions": self.ranked(outputs)}
                 else:
-                    yield {"path": path, "error": str(error) or type(error).__name__}
+                    yield {"path": path, "error": told(path, error)}
+
+    def explain_files(
+        self, paths: Iterable[str | os.PathLike], class_ids: Sequence[int] | None = None
+    ) -> Generator[dict[str, Any], None, None]:
+        """Classifies photos, and maps what speaks for each class.
+
+        Args:
+            paths: See `Classifier`.
+            class_ids: Sequence of integers, the classes to explain. Defaults to None: the most likely of each photo.
+
+        Yields:
+            A dict per photo, see `Classifier`, with the chosen classes as `predictions`, and with `maps`, a list of a
+            map for each of them, see `keras_effnet.explain()`, and `pixels`, the photo as the model sees it.
+
+        Raises:
+            ValueError: If the classifier was created without `maps=True`.
+        """
+        with closing(self.predictor.explain_files(paths, decode=self._decode)) as rows:
+            for path, outputs, error, maps, pixels in rows:
+                if error is None:
+                    best = self.ranked(outputs, class_ids)
+                    chosen = [maps[..., row["class_id"]] for row in best]
+                    yield {"path": path, "predictions": best, "maps": chosen, "pixels": pixels}
+                else:
+                    yield {"path": path, "error": told(path, error)}
+
+    def image_loader(self) -> Callable[[Any], np.ndarray]:
+        """Returns the function that loads photos, see `Predictor.image_loader()`.
+
+        Returns:
+            Function from a path, or a file's bytes, to an array of pixels.
+        """
+        return self.predictor.image_loader(self._decode)
+
+    def model(self) -> Any:
+        """Loads the Keras model.
+
+        Returns:
+            A `keras.Model`.
+
+        Raises:
+            ValueError: If the classifier runs an exported file.
+        """
+        found, weights = self._named
+        return load_model(found.place, found.tag_of(weights))
+
+    def class_id(self, given: str) -> int:
+        """Returns the number of a class.
+
+        Args:
+            given: String, the name of a class or its number, from 0.
+
+        Returns:
+            Integer.
+
+        Raises:
+            ValueError: If there is no such class.
+        """
+        classes = self._classes
+        names = self._names(classes) or class_names.labels()
+        if given in names:
+            return names.index(given)
+        if given.isdecimal() and int(given) < classes:
+            return int(given)
+        if given.isdecimal():
+            raise ValueError(f"Expected the number of a class, from 0 to {classes - 1}. Received: {given}")
+        raise unknown("class", given, names)
+
+    @cached_property
+    def _classes(self) -> int:
+        return self.predictor(np.zeros((1, *self.predictor.input_shape), "uint8")).shape[-1]
 
     @cached_property
     def _returns_logits(self) -> bool:
@@ -133,8 +206,19 @@ class Classifier:
         pixels[1], pixels[2] = 0, 255
         return not _are_shares(self.predictor(pixels))
 
-    def _ranked(self, outputs: Any) -> list[dict[str, Any]]:
-        """Returns the most likely classes of a photo."""
+    def ranked(self, outputs: Any, class_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Names the classes of a photo.
+
+        Args:
+            outputs: What the model returns for the photo.
+            class_ids: Sequence of integers, the classes to return. Defaults to None: the most likely.
+
+        Returns:
+            List of dicts, see `Classifier`.
+
+        Raises:
+            ValueError: If the model is no classifier.
+        """
         if isinstance(outputs, dict | list) or outputs.ndim != 1:
             several = isinstance(outputs, dict | list)
             told = "several outputs" if several else f"shape {('batch', *outputs.shape)}".replace("'", "")
@@ -143,9 +227,28 @@ class Classifier:
         if not _are_shares(outputs) or (len(outputs) < FEW and self._returns_logits):
             outputs = np.exp(outputs - outputs.max())
             outputs /= outputs.sum()
-        (best,) = class_names.rank(outputs[None], self.top, self._names(len(outputs)))
+        top = self.top if class_ids is None else len(outputs)
+        (best,) = class_names.rank(outputs[None], top, self._names(len(outputs)))
+        if class_ids is not None:
+            by_class = {row[0]: row for row in best}
+            best = [by_class[number] for number in class_ids]
         keys = ("class_id", "wnid", "name", "probability")
         return [{key: value for key, value in zip(keys, row, strict=True) if value is not None} for row in best]
+
+
+def told(path: str | os.PathLike, error: Exception) -> str:
+    """Returns why a photo cannot be classified.
+
+    Args:
+        path: Path of the photo.
+        error: The exception.
+
+    Returns:
+        String.
+    """
+    if isinstance(error, IsADirectoryError):
+        return f"Expected photos. Received: {path!r}, a folder without photos"
+    return str(error) or type(error).__name__
 
 
 def _is_tag(variant: str, weights: str) -> bool:

@@ -17,6 +17,7 @@ from keras_effnet.errors import one_of
 from keras_effnet.files import folder_beside
 from keras_effnet.images import decoding, folders, photo_loader, resizing
 from keras_effnet.inference import runtimes
+from keras_effnet.inference.class_maps import with_maps
 from keras_effnet.inference.export_check import compare
 from keras_effnet.inference.export_formats import ADD_METADATA, WRITERS, quietly
 from keras_effnet.model_loader import check_finite, load_model
@@ -38,6 +39,7 @@ def export(
     calibration: Any = None,
     labels: Sequence[str] | None = None,
     input_shape: tuple[int, ...] | None = None,
+    maps: bool = False,
 ) -> dict[str, Any]:
     """Exports a model for inference outside Keras, and checks that the file computes what Keras computes.
 
@@ -60,6 +62,8 @@ def export(
         labels: List of class names. Defaults to None: `model.labels`, or ImageNet's if the model has published weights.
         input_shape: Tuple of integers. The shape of an image, for a model that takes any size. Defaults to None: the
             model's own, or the usual one of its variant.
+        maps: Boolean, whether the file also returns class activation maps, (batch, height, width, classes), as its last
+            output. `keras_effnet.explain()` says what they contain. Defaults to False.
 
     Returns:
         Dict with `path`, `format`, `precision`, `size` in bytes, `input_shape`, and `difference`: for random pixels and
@@ -97,13 +101,14 @@ def export(
             "that the model will see",
             stacklevel=2,
         )
-    metadata = metadata_of(model, shape, precision, labels)
+    metadata = metadata_of(model, shape, precision, labels, maps)
+    net = with_maps(model, shape) if maps else model
     random = np.random.default_rng(0).uniform(0, 255, (2, *shape)).astype("float32")
     tried = {"random": random, "photographs": photographs[:: max(1, len(photographs) // 64)][:64]}
     with folder_beside(path) as folder:
         temporary = folder / path.name
-        found = _write(model, temporary, kind, shape, precision, photographs)
-        report = compare(model, temporary, kind, tried) | found
+        found = _write(net, temporary, kind, shape, precision, photographs)
+        report = compare(net, temporary, kind, tried) | found
         _check_difference(model, kind, precision, report["difference"])
         ADD_METADATA[kind](temporary, metadata | {"difference": report["difference"]})
         _move(temporary, path)
@@ -297,7 +302,9 @@ def _own_photographs(read, shape: tuple[int, ...], count: int = 100) -> np.ndarr
     return np.stack(images).astype("float32")
 
 
-def metadata_of(model: keras.Model, shape: Sequence[int], precision: str, labels=None) -> dict[str, Any]:
+def metadata_of(
+    model: keras.Model, shape: Sequence[int], precision: str, labels=None, maps: bool = False
+) -> dict[str, Any]:
     """Returns what `keras_effnet.metadata()` reads back from an export, except for `difference`.
 
     Args:
@@ -305,6 +312,7 @@ def metadata_of(model: keras.Model, shape: Sequence[int], precision: str, labels
         shape: Sequence of integers. The shape of an image.
         precision: See `export()`.
         labels: See `export()`.
+        maps: See `export()`. Defaults to False.
 
     Returns:
         Dict.
@@ -312,7 +320,7 @@ def metadata_of(model: keras.Model, shape: Sequence[int], precision: str, labels
     Raises:
         ValueError: If there is not one label for each output.
     """
-    found = model_metadata.of(model, labels, shape, outputs=outputs_of(model), precision=precision)
+    found = model_metadata.of(model, labels, shape, outputs=outputs_of(model), precision=precision, maps=maps)
     with suppress(ValueError):  # a model of another package
         rules = photo_loader.expected_by(model, "auto")[3]
         if rules is not None:

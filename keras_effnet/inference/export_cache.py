@@ -40,6 +40,7 @@ class ExportCache:
         calibration: See `Predictor`.
         input_shape: See `Predictor`.
         loaded: The Keras model, if it has been loaded already. Defaults to None.
+        maps: See `Predictor`.
 
     Attributes:
         exported: Path of the exported file that was given as `model`, or None.
@@ -50,13 +51,15 @@ class ExportCache:
         ValueError: If the model or the weights are unknown, or the model is neither functional nor sequential.
     """
 
-    def __init__(self, model, weights, precision: str, calibration, input_shape, loaded: Any = None):
+    def __init__(
+        self, model, weights, precision: str, calibration, input_shape, loaded: Any = None, maps: bool = False
+    ):
         self.exported = None
         self.hold: cache.Hold | None = None
         self._intact: set[Path] = set()
         self.precision, self._calibration, self._shape = precision, calibration, input_shape
         self._stored = precision if precision in runtimes.STORED else "float32"  # the precision of the file
-        self._weights = weights
+        self._weights, self._maps = weights, maps
         self._model: Any = model
         self._given = model
         if isinstance(model, str | os.PathLike):
@@ -76,6 +79,8 @@ class ExportCache:
         self._model = self._model if loaded is None else loaded
         if precision == "int8" and calibration is not None:
             told.append(_told(calibration))
+        if maps:
+            told.append("maps")
         told += [KEPT_AS, __version__, version("keras"), input_shape and list(input_shape)]
         self._key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
@@ -152,6 +157,7 @@ class ExportCache:
     def _keras(self):
         """Opens the folded model on Keras itself."""
         from keras_effnet.inference import export
+        from keras_effnet.inference.class_maps import with_maps
         from keras_effnet.inference.folding import for_inference
 
         if self.precision != "float32":
@@ -161,8 +167,9 @@ class ExportCache:
         model = self.model()
         shape = export.shape_of(model, self._shape)
         check_finite(model)
-        run = _OnKeras(for_inference(model, shape), shape)
-        return "keras", None, export.metadata_of(model, shape, self.precision), run
+        net = with_maps(model, shape) if self._maps else for_inference(model, shape)
+        record = export.metadata_of(model, shape, self.precision, maps=self._maps)
+        return "keras", None, record, _OnKeras(net, shape)
 
     @property
     def _folder(self) -> Path:
@@ -213,6 +220,7 @@ class ExportCache:
                     *(model, path, self._format(name), self._stored),
                     calibration=self._calibration,
                     input_shape=self._shape,
+                    maps=self._maps,
                 )
                 found = model_metadata.metadata(path)
                 record = report | {key: value for key, value in found.items() if key not in report}
@@ -253,7 +261,7 @@ class ExportCache:
             return None
         whole: dict[str, runtimes.Pool] = {}
         if self.precision in ("int8", "bfloat16"):
-            other = ExportCache(self._given, self._weights, "float32", None, self._shape, self._model)
+            other = ExportCache(self._given, self._weights, "float32", None, self._shape, self._model, self._maps)
             whole, _ = other.pools(runtimes.choose("auto"), threads)
         image = np.random.default_rng(0).uniform(0, 255, (1, *next(iter(pools.values())).input_shape)).astype("float32")
         calls = [partial(pool, image) for pool in (*pools.values(), *whole.values())]

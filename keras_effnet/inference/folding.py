@@ -44,11 +44,17 @@ _LINEAR: dict[type, int] = {
 _mapped: Any = keras.tree.map_structure  # its annotations allow None
 
 
-class _Tensor:
-    """A value that flows between steps."""
+class Tensor:
+    """A value that flows between steps.
+
+    Attributes:
+        shape: Tuple of integers, with None for a size that the model leaves open.
+        rank: Integer, number of its axes.
+    """
 
     def __init__(self, spec):
-        self.rank = len(spec.shape)
+        self.shape = tuple(spec.shape)
+        self.rank = len(self.shape)
 
 
 class _Affine(NamedTuple):
@@ -60,27 +66,40 @@ class _Affine(NamedTuple):
 
 
 @dataclass
-class _Step:
-    """A call of a layer, or of an operation of `keras.ops`, with a `_Tensor` in place of each tensor."""
+class Step:
+    """A call of a layer, or of an operation of `keras.ops`, with a `Tensor` in place of each tensor.
+
+    Attributes:
+        source: The first `Tensor` that the call takes.
+        bias: Array or number, what a linear layer adds.
+    """
 
     operation: Any
     args: tuple
     kwargs: dict[str, Any]
-    outputs: list[_Tensor]
+    outputs: list[Tensor]
     affine: _Affine | None = None  # set if the call does nothing else
     changed: dict[str, np.ndarray] = field(default_factory=dict)  # arrays that replace the layer's own
 
     @property
-    def source(self) -> _Tensor:
-        return next(value for value in keras.tree.flatten((self.args, self.kwargs)) if isinstance(value, _Tensor))
+    def source(self) -> Tensor:
+        return next(value for value in keras.tree.flatten((self.args, self.kwargs)) if isinstance(value, Tensor))
 
     @source.setter
-    def source(self, tensor: _Tensor) -> None:
+    def source(self, tensor: Tensor) -> None:
         old = self.source
         given: Any = (self.args, self.kwargs)
         self.args, self.kwargs = _mapped(lambda value: tensor if value is old else value, given)
 
     def value(self, name: str) -> np.ndarray:
+        """Returns a kernel or bias in float64.
+
+        Args:
+            name: String, the layer's attribute.
+
+        Returns:
+            Array.
+        """
         found = self.changed.get(name)
         return _numbers(getattr(self.operation, name)) if found is None else found
 
@@ -161,23 +180,57 @@ def _is_graph(layer) -> bool:
     return known and type(layer).call.__module__.startswith("keras.")
 
 
+class Trace(NamedTuple):
+    """The calls in a model and in the models inside it, in order, without layers that act only in training.
+
+    Attributes:
+        inputs: List of `Tensor`.
+        steps: List of `Step`.
+        outputs: The model's outputs, with a `Tensor` for each.
+    """
+
+    inputs: list[Tensor]
+    steps: list[Step]
+    outputs: Any
+
+
+def trace(model: keras.Model) -> Trace:
+    """Returns the calls in a model.
+
+    Args:
+        model: A functional or sequential model.
+
+    Returns:
+        A `Trace`.
+
+    Raises:
+        ValueError: If the model is neither functional nor sequential.
+    """
+    steps: list[Step] = []
+    inputs = [Tensor(tensor) for tensor in check(model).inputs]
+    outputs = _trace(model, keras.tree.pack_sequence_as(_inputs(model), inputs), steps)
+    return Trace(inputs, steps, outputs)
+
+
+def _inputs(model) -> Any:
+    """Returns the structure of a model's inputs."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
 def _folded(model, given: list, dtype: str | None = None) -> keras.Model:
     """Folds a model on new inputs. With `dtype`, all layers compute in it."""
-    steps: list[_Step] = []
-    inputs = [_Tensor(tensor) for tensor in model.inputs]
-    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-    outputs = _trace(model, keras.tree.pack_sequence_as(structure, inputs), steps)
+    inputs, steps, outputs = trace(model)
     known = {id(token): tensor for token, tensor in zip(inputs, given, strict=True)}
     integers = {place for place, tensor in known.items() if not keras.backend.is_float_dtype(tensor.dtype)}
     results = _call(_Folding(steps, outputs, integers).steps(), known, outputs, dtype)
-    folded = keras.Model(keras.tree.pack_sequence_as(structure, given), results, name=model.name)
+    folded = keras.Model(keras.tree.pack_sequence_as(_inputs(model), given), results, name=model.name)
     if hasattr(model, "weights_record"):  # `load_image()` reads the expected preprocessing from it
         folded.weights_record = model.weights_record
     compat.mark_called(folded)
     return folded
 
 
-def _trace(model, inputs, steps: list[_Step]):
+def _trace(model, inputs, steps: list[Step]):
     """Appends the calls in a model to `steps`, and returns its outputs."""
 
     def call(operation, *args, **kwargs):
@@ -191,9 +244,9 @@ def _trace(model, inputs, steps: list[_Step]):
                     "training=True"
                 )
             return _trace(operation, args[0], steps)
-        outputs = [_Tensor(tensor) for tensor in compat.first_outputs(operation)]
+        outputs = [Tensor(tensor) for tensor in compat.first_outputs(operation)]
         affine = _affine(operation, outputs[0].rank) if not training and kwargs.get("mask") is None else None
-        steps.append(_Step(operation, args, kwargs, outputs, affine))
+        steps.append(Step(operation, args, kwargs, outputs, affine))
         return outputs[0] if len(outputs) == 1 else outputs
 
     if isinstance(model, keras.Sequential):
@@ -236,7 +289,7 @@ def _affine(layer, rank: int) -> _Affine | None:
 class _Folding:
     """Folds as many affine steps as possible into other steps."""
 
-    def __init__(self, steps: list[_Step], outputs, integers: set[int]):
+    def __init__(self, steps: list[Step], outputs, integers: set[int]):
         self._steps = steps
         self._integers = integers  # integer inputs, which the remaining preprocessing has to cast
         self._makers = {id(tensor): step for step in steps for tensor in step.outputs}
@@ -245,7 +298,7 @@ class _Folding:
         self._calls = Counter(id(step.operation) for step in steps)
         self._gone: set[int] = set()
 
-    def steps(self) -> list[_Step]:
+    def steps(self) -> list[Step]:
         """Returns the remaining steps."""
         for step in self._steps:
             if step.affine is not None:
@@ -255,11 +308,11 @@ class _Folding:
                 self._into_what_comes_next(step)
         return [step for step in self._steps if id(step) not in self._gone]
 
-    def _before(self, step: _Step) -> _Step | None:
+    def _before(self, step: Step) -> Step | None:
         """Returns the step that makes a step's input, if nothing else uses it."""
         return self._makers.get(id(step.source)) if self._uses[id(step.source)] == 1 else None
 
-    def _takes(self, step: _Step, before: bool) -> bool:
+    def _takes(self, step: Step, before: bool) -> bool:
         """Returns whether the kernel of a step can take a scale of its input (`before`) or of its output."""
         layer = step.operation
         if id(step) in self._gone or type(layer) not in _LINEAR or self._calls[id(layer)] > 1:
@@ -270,7 +323,7 @@ class _Folding:
             return not _mixed(layer) and getattr(layer, "groups", 1) == 1
         return layer.activation is keras.activations.linear and not (_mixed(layer) and layer.use_bias)
 
-    def _into_what_is_before(self, step: _Step, affine: _Affine) -> None:
+    def _into_what_is_before(self, step: Step, affine: _Affine) -> None:
         maker = self._before(step)
         if maker is None:
             return
@@ -296,7 +349,7 @@ class _Folding:
             maker.outputs = step.outputs
             self._makers[id(step.outputs[0])] = maker
 
-    def _into_what_comes_next(self, step: _Step) -> None:
+    def _into_what_comes_next(self, step: Step) -> None:
         first, maker = step, self._before(step)
         if maker is not None and isinstance(maker.operation, keras.layers.ZeroPadding2D):
             first, maker = maker, self._before(maker)
@@ -333,13 +386,13 @@ def _channels(layer) -> int:
     return -1 if getattr(layer, "data_format", "channels_last") == "channels_last" else -3
 
 
-def _call(steps: list[_Step], known: dict[int, Any], outputs, dtype: str | None):
-    """Calls copies of the layers on Keras tensors. `known` maps the `id()` of each `_Tensor` to its Keras tensor."""
+def _call(steps: list[Step], known: dict[int, Any], outputs, dtype: str | None):
+    """Calls copies of the layers on Keras tensors. `known` maps the `id()` of each `Tensor` to its Keras tensor."""
     layers: dict[int, Any] = {}
     names = {tensor.name for tensor in known.values()}
 
     def filled(value):
-        return known[id(value)] if isinstance(value, _Tensor) else value
+        return known[id(value)] if isinstance(value, Tensor) else value
 
     def free(name: str) -> str:
         name = next(other for other in chain((name,), (f"{name}_{n}" for n in count(1))) if other not in names)
@@ -376,7 +429,7 @@ def _goes_by_rows(affine: _Affine | None, x) -> bool:
     return bool(np.all(affine.scale == 1))
 
 
-def _by_rows(step: _Step, x, free: Callable[[str], str]):
+def _by_rows(step: Step, x, free: Callable[[str], str]):
     """Adds the offset of a pixel to whole rows of pixels, where the size of an image is known.
 
     Runtimes are slow at adding three numbers along the last axis: 1.3 of ONNX Runtime's 40 ms for B0, by rows 0.1.
@@ -389,7 +442,7 @@ def _by_rows(step: _Step, x, free: Callable[[str], str]):
     return keras.layers.Reshape((height, width, channels), name=free("image_pixels"))(rows)
 
 
-def _copied(step: _Step, name: str, dtype: str | None):
+def _copied(step: Step, name: str, dtype: str | None):
     old, affine = step.operation, step.affine
     if affine is not None and not isinstance(old, keras.layers.BatchNormalization):
         shape = [1] * (step.outputs[0].rank - 1)
@@ -410,7 +463,7 @@ def _copied(step: _Step, name: str, dtype: str | None):
     return old.__class__.from_config(config)
 
 
-def _fill(layer, step: _Step) -> None:
+def _fill(layer, step: Step) -> None:
     old = step.operation
     if step.affine is not None and isinstance(old, keras.layers.BatchNormalization):
         layer.gamma.assign(step.affine.scale)

@@ -26,6 +26,24 @@ class FilePrediction(NamedTuple):
     error: Exception | None = None
 
 
+class FileExplanation(NamedTuple):
+    """What a model predicts for a photo, and why.
+
+    Attributes:
+        path: String, the path, without `./` and double slashes.
+        outputs: What the model returns for the photo, without the axis of the batch. None if the photo cannot be read.
+        error: The exception, or None.
+        maps: float32 array (height, width, classes), see `keras_effnet.explain()`.
+        pixels: float32 array, the photo as the model sees it.
+    """
+
+    path: str | os.PathLike
+    outputs: Any
+    error: Exception | None = None
+    maps: Any = None
+    pixels: Any = None
+
+
 def stream(
     paths: Iterable[str | os.PathLike],
     load: Callable[[Any], np.ndarray],

@@ -6,18 +6,30 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from keras_effnet import compat, model_metadata, ranges
 from keras_effnet.errors import one_of
 from keras_effnet.images import folders, photo_loader
-from keras_effnet.inference import photo_stream, runtimes
+from keras_effnet.inference import batches, photo_stream, runtimes
 from keras_effnet.inference.export_cache import ExportCache
 
 if TYPE_CHECKING:
     import keras
+
+
+class Explained(NamedTuple):
+    """What a model predicts for images, and why.
+
+    Attributes:
+        outputs: What the model returns.
+        maps: float32 array (images, height, width, classes): what each place adds to the logit of each class.
+    """
+
+    outputs: Any
+    maps: np.ndarray
 
 
 class Predictor:
@@ -44,6 +56,7 @@ class Predictor:
             `"imagenet"`.
         calibration: For `"int8"`, see `export()`. Defaults to None.
         input_shape: Tuple of integers. The shape of an image, for a model that takes any size. Defaults to None.
+        maps: Boolean, whether to compute class activation maps too, for `explain()`. Defaults to False.
 
     Call arguments:
         images: Array of one or more images, with pixels 0-255 in uint8 or another numeric type. Several threads may
@@ -83,13 +96,14 @@ class Predictor:
         calibration: Any = None,
         input_shape: tuple[int, ...] | None = None,
         device: str = "auto",
+        maps: bool = False,
     ):
         one_of("precision", precision, runtimes.PRECISIONS)
         if threads is not None:
             ranges.check(threads=(threads, int, ranges.COUNT))
         self.precision, self.threads = precision, threads or runtimes.cores()
         self._rules_of = (model, weights) if isinstance(model, str | os.PathLike) else None
-        source = ExportCache(model, weights, precision, calibration, input_shape)
+        source = ExportCache(model, weights, precision, calibration, input_shape, maps=maps)
         self.device = runtimes.device_of(device, runtime, precision)
         if source.exported:
             self.runtime, self.path = runtimes.of_file(source.exported, runtime, precision), Path(source.exported)
@@ -109,6 +123,12 @@ class Predictor:
         self.input_shape: tuple[int, ...] = tuple(record["input_shape"])
         self.labels: list[str] | None = record.get("labels")
         self._structure = record.get("outputs")
+        self._has_maps = bool(record.get("maps"))
+        if maps and not self._has_maps:
+            raise ValueError(
+                f"Expected an export with maps. Received: {str(self.path)!r} without them. Export the model again with "
+                "ke.export(model, path, maps=True)"
+            )
 
     def _opened(self, device: str) -> Any:
         """Opens an exported file."""
@@ -160,7 +180,35 @@ class Predictor:
         return f"<Predictor {self.input_shape} {self.precision} on {self.runtime}, {place}>"
 
     def __call__(self, images) -> Any:
-        return self._structured(self._run(self._checked(images)))
+        return self._structured(self._run(batches.of_images(images, self.input_shape)))
+
+    def explain(self, images) -> Explained:
+        """Predicts, and maps which places of the images speak for each class.
+
+        Args:
+            images: See the call.
+
+        Returns:
+            `Explained`. `keras_effnet.explain()` says what the maps contain.
+
+        Raises:
+            ValueError: If the predictor was created without `maps=True`, or the images are not valid.
+
+        Example:
+
+        >>> import keras_effnet as ke, numpy as np
+        >>> model = ke.EfficientNetLite0(weights=None, input_shape=(64, 64, 3), classes=2)
+        >>> outputs, maps = ke.Predictor(model, maps=True).explain(np.zeros((64, 64, 3), "uint8"))
+        >>> outputs.shape, maps.shape
+        ((1, 2), (1, 2, 2, 2))
+        """
+        self._check_maps()
+        rows = self._run(batches.of_images(images, self.input_shape))
+        return Explained(self._structured(rows), rows[-1])
+
+    def _check_maps(self) -> None:
+        if not self._has_maps:
+            raise ValueError("Expected a Predictor with maps: ke.Predictor(model, maps=True). Received: one without")
 
     def predict_files(
         self,
@@ -196,6 +244,40 @@ class Predictor:
         docs/cat.png (2,)
         docs/coffee.png (2,)
         """
+        stream = self._stream(paths, recursive, decode)
+        return (row if row.error else row._replace(outputs=self._structured(row.outputs)) for row in stream)
+
+    def explain_files(
+        self,
+        paths: str | os.PathLike | Iterable[str | os.PathLike],
+        recursive: bool = False,
+        decode: str = "exact",
+    ) -> Generator[photo_stream.FileExplanation, None, None]:
+        """Explains photos as `predict_files()` predicts them.
+
+        Args:
+            paths: See `predict_files()`.
+            recursive: See `predict_files()`.
+            decode: See `predict_files()`.
+
+        Yields:
+            `photo_stream.FileExplanation`.
+
+        Raises:
+            ValueError: See `explain()`.
+        """
+        self._check_maps()
+        for path, outputs, error in self._stream(paths, recursive, decode, with_pixels=True):
+            if error:
+                yield photo_stream.FileExplanation(path, None, error)
+            else:
+                *rows, maps, pixels = outputs
+                yield photo_stream.FileExplanation(path, self._structured([*rows, maps]), None, maps, pixels)
+
+    def _stream(
+        self, paths, recursive: bool, decode: str, with_pixels: bool = False
+    ) -> Generator[photo_stream.FilePrediction, None, None]:
+        """Yields the rows of photos as lists of arrays; the last one may be the pixels."""
         self._run.check()
         given = [paths] if isinstance(paths, str | os.PathLike) else paths
         found = (path for each in given for path in folders.photographs([each], recursive))
@@ -205,13 +287,10 @@ class Predictor:
             # With fewer photos than threads, each photo has all threads.
             head = list(itertools.islice(found, self.threads))
             run = self._run if len(head) < self.threads else self._run.on_one_thread
-            stream = photo_stream.stream(itertools.chain(head, found), load, run, self.threads, self._run.batch)
+            both = (lambda images: [*run(images), images]) if with_pixels else run
+            stream = photo_stream.stream(itertools.chain(head, found), load, both, self.threads, self._run.batch)
             with closing(stream):
-                for row in stream:
-                    if row.error:
-                        yield row
-                    else:
-                        yield photo_stream.FilePrediction(row.path, self._structured(row.outputs))
+                yield from stream
 
         return rows()
 
@@ -232,6 +311,7 @@ class Predictor:
         return photo_loader.loader_of(self.metadata | {"input_shape": self.input_shape}, decode)
 
     def _structured(self, rows: list[np.ndarray]) -> Any:
+        rows = rows[:-1] if self._has_maps else rows
         match self._structure:
             case list(names) if all(isinstance(name, str) for name in names):
                 if len(names) != len(rows):
@@ -241,23 +321,3 @@ class Predictor:
             case int():
                 return rows
         return rows[0] if len(rows) == 1 else rows
-
-    def _checked(self, images) -> np.ndarray:
-        try:
-            array = np.asarray(images)
-        except ValueError as error:  # images of different shapes
-            raise ValueError(f"Expected numeric pixels, in images of one shape. Received: {error}") from error
-        if array.dtype.kind not in "uifb":
-            raise ValueError(f"Expected numeric pixels, in images of one shape. Received: dtype {array.dtype}")
-        if array.ndim == 3:
-            array = array[None]
-        told = ", ".join(map(str, self.input_shape))
-        if array.ndim != 4 or array.shape[1:] != self.input_shape:
-            raise ValueError(f"Expected images of shape (count, {told}). Received: {np.shape(images)}")
-        if not len(array):
-            raise ValueError(f"Expected at least one image of shape ({told}). Received: an empty batch")
-        pixels = np.ascontiguousarray(array, "float32")
-        if array.dtype.kind == "f" and not np.isfinite(pixels).all():
-            wrong = np.flatnonzero(~np.isfinite(pixels).all((1, 2, 3)))
-            raise ValueError(f"Expected finite pixels. Received: NaN or infinity in image {wrong[0]} of {len(array)}")
-        return pixels

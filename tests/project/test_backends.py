@@ -13,6 +13,7 @@ SLOW = {
     "torch": ("test_models.py",),
 }
 _BOTH = (
+    "inference/test_class_maps.py",
     "inference/test_export.py",
     "inference/test_folding.py",
     "inference/test_predictor.py",
@@ -43,6 +44,7 @@ CHOSEN = {
     # pruning/test_pruning.py trains on JAX.
     "jax test_models.py": f"original_outputs and ({NETS}) or {OWN}",
     "torch test_models.py": f"original_outputs and ({NETS}) or {OWN} or training_by_fit and b0",
+    "inference/test_class_maps.py": "the_logit and (own or condconv or first) or linear_head",
     "inference/test_export.py": "swish or fresh_process",
     "inference/test_folding.py": "edgetpu-s or channels_first or border",
     "inference/test_predictor.py": "predict_gives and onnxruntime or any_size",

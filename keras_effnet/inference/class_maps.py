@@ -1,0 +1,339 @@
+"""Class activation maps: which places of an image speak for a class."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_effnet import compat
+from keras_effnet.errors import one_of
+from keras_effnet.inference import batches, folding
+from keras_effnet.inference.explained_photos import METHODS
+from keras_effnet.inference.folding import Step, Tensor, Trace
+from keras_effnet.model_loader import load_model, resolve
+
+BATCH = 8  # images at a time: gradients need the maps of all layers
+
+_POOLING = (keras.layers.GlobalAveragePooling2D, keras.layers.GlobalMaxPooling2D)
+_SQUASHING = ("softmax", "sigmoid")  # activations that turn logits into probabilities
+
+
+def explain(
+    model: "keras.Model | str | os.PathLike",
+    images: Any,
+    class_id: int | Sequence[int] | None = None,
+    method: str = "cam",
+    layer: str | None = None,
+) -> np.ndarray:
+    """Returns maps of the places of images that speak for a class.
+
+    `"cam"` is exact: the sum of a map, plus the bias of the class, is the logit. It needs no gradients, and works for
+    models that end in global average pooling and a dense layer, as all models of this package do. The other methods
+    work for any head and layer. `overlay()` draws a map over its image.
+
+    For many images, `Predictor(model, maps=True)` is faster.
+
+    Args:
+        model: A functional or sequential `keras.Model` of images with one output, (batch, classes); the name of a model
+            or the path of a `.keras` file or of a run's folder; or, for `"cam"`, the path of an export with maps, see
+            `export()`.
+        images: Array of one or more images, with pixels 0-255, as `load_image()` returns them.
+        class_id: Integer, number of the class, from 0; or a sequence of one for each image. Defaults to None: the most
+            likely class of each image.
+        method: `"cam"`, `"grad-cam"` or `"grad-cam++"`. Defaults to `"cam"`.
+        layer: String, for the methods with gradients: name of the layer whose outputs are weighted. Defaults to None:
+            the last layer whose outputs have a height and a width.
+
+    Returns:
+        float32 array (images, height, width), with the height and width of the layer's outputs. For `"cam"`, what each
+        place adds to the logit, which may be negative. For the others, at least 0.
+
+    Raises:
+        ValueError: If an argument is not valid, the model has several outputs, or `method="cam"` does not fit its head.
+
+    Example:
+
+    >>> import keras_effnet as ke, numpy as np
+    >>> model = ke.EfficientNetLite0(weights=None, input_shape=(64, 64, 3), classes=5)
+    >>> image = np.random.default_rng(0).uniform(0, 255, (64, 64, 3))
+    >>> ke.explain(model, image, class_id=3).shape
+    (1, 2, 2)
+
+    Reference:
+        CAM: Zhou et al., arXiv:1512.04150, equation 2. Grad-CAM: Selvaraju et al., arXiv:1610.02391, equations 1 and 2.
+        Grad-CAM++: Chattopadhay et al., arXiv:1710.11063.
+    """
+    one_of("method", method, METHODS)
+    if layer is not None and method == "cam":
+        raise ValueError(f"Expected layer=None for method='cam'. Received: layer={layer!r}. Nearest: method='grad-cam'")
+    if isinstance(model, str | os.PathLike):
+        if resolve(model, exports=True).kind == "export":
+            return _of_export(model, images, class_id, method)
+        model = load_model(model)
+    graph = _Graph(model)
+    pixels = batches.of_images(images, tuple(model.inputs[0].shape[1:]))
+    classes = _each(class_id, len(pixels), graph.classes)
+    explain_batch = _cam(graph) if method == "cam" else _grad_cam(graph, layer, method)
+    parts = [slice(start, start + BATCH) for start in range(0, len(pixels), BATCH)]
+    maps = [explain_batch(pixels[part], None if classes is None else classes[part]) for part in parts]
+    return np.concatenate(maps).astype("float32")
+
+
+def _cam(graph: "_Graph") -> Callable:
+    head = graph.head()
+
+    def explain_batch(pixels: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
+        features = graph.last(_numpy(graph.run(pixels, [head.features])[0]))
+        if classes is None:
+            classes = (features.mean((1, 2)) @ head.kernel + head.bias).argmax(1)
+        return np.einsum("nhwc,cn->nhw", features, head.kernel[:, classes]) / np.prod(features.shape[1:3])
+
+    return explain_batch
+
+
+def _grad_cam(graph: "_Graph", layer: str | None, method: str) -> Callable:
+    source = graph.layer(layer)
+
+    def explain_batch(pixels: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
+        if classes is None:
+            classes = _numpy(graph.run(pixels, [graph.scores])[0]).argmax(1)
+        return _weighted(*graph.gradient(pixels, source, classes), method)
+
+    return explain_batch
+
+
+def with_maps(model: keras.Model, shape: tuple[int, ...]) -> keras.Model:
+    """Adds the maps of all classes to the outputs of a model.
+
+    Args:
+        model: A functional or sequential model with one output, (batch, classes).
+        shape: Tuple of integers. The shape of an image.
+
+    Returns:
+        A functional model for inference, see `folding.for_inference()`, whose outputs are a list: those of the model,
+        and the maps, (batch, height, width, classes). `explain()` says what they contain.
+
+    Raises:
+        ValueError: If the model does not end in global average pooling and one dense layer.
+    """
+    net = folding.for_inference(model, shape)
+    graph = _Graph(net)
+    head = graph.head()
+    features = head.pooling.input
+    if graph.channels_first:
+        features = keras.layers.Permute((2, 3, 1), name="features_last")(features)
+    classes = head.kernel.shape[1]
+    layer: Any = keras.layers.Conv2D(classes, 1, use_bias=False, data_format="channels_last", name="class_maps")
+    maps = layer(features)
+    layer.kernel.assign((head.kernel / np.prod(features.shape[1:3]))[None, None])
+    both = keras.Model(net.input, [net.output, maps], name=model.name)
+    compat.mark_called(both)
+    return both
+
+
+class _Head(NamedTuple):
+    """Global average pooling, and the dense layer after it."""
+
+    pooling: Any
+    features: Tensor
+    kernel: np.ndarray  # (channels, classes)
+    bias: np.ndarray  # (classes,)
+
+
+class _Graph:
+    """The calls in a classifier, which can be run up to any of them.
+
+    Attributes:
+        classes: Integer, number of classes.
+        scores: `Tensor` of the logits; or of the outputs, where no softmax or sigmoid makes them.
+        channels_first: Boolean, whether the channels of feature maps come first.
+    """
+
+    def __init__(self, model):
+        self._trace: Trace = folding.trace(model)
+        self._name, self.classes = model.name, model.outputs[0].shape[-1]
+        outputs = keras.tree.flatten(self._trace.outputs)
+        if len(outputs) != 1 or outputs[0].rank != 2 or len(self._trace.inputs) != 1:
+            raise ValueError(
+                "Expected a model of images with one output of shape (batch, classes). Received: "
+                f"{model.name!r} with {[tuple(each.shape) for each in model.outputs]}"
+            )
+        self._makers = {id(each): step for step in self._trace.steps for each in step.outputs}
+        formats = (getattr(step.operation, "data_format", None) for step in self._trace.steps)
+        self.channels_first = next(filter(None, formats), "") == "channels_first"
+        self._bare: Any = None  # the dense layer that runs without its activation
+        self.scores: Tensor = outputs[0]
+        last = self._makers.get(id(self.scores))
+        operation = last and last.operation
+        if isinstance(operation, keras.layers.Dense) and _name(operation.activation) in _SQUASHING:
+            self._bare = last
+        elif last and (_name(operation) in _SQUASHING or _name(getattr(operation, "activation", None)) in _SQUASHING):
+            self.scores = last.source
+
+    def head(self) -> _Head:
+        """Returns the head, if it is linear after global average pooling."""
+        token, kernel, bias = self.scores, None, np.zeros(1)
+        while (step := self._makers.get(id(token))) is not None:
+            layer = step.operation
+            linear = isinstance(layer, keras.layers.Dense) and not getattr(layer, "quantization_mode", None)
+            if isinstance(layer, keras.layers.GlobalAveragePooling2D) and kernel is not None:
+                return _Head(layer, step.source, kernel, np.broadcast_to(bias, kernel.shape[1]))
+            if linear and (step is self._bare or layer.activation is keras.activations.linear):
+                own = step.value("kernel")
+                added = np.broadcast_to(step.bias, own.shape[1])
+                bias = bias + (added if kernel is None else added @ kernel)
+                kernel = own if kernel is None else own @ kernel
+            elif step.affine is not None and kernel is not None:
+                scale, offset = (np.broadcast_to(row, len(kernel)) for row in step.affine[:2])
+                bias, kernel = bias + offset @ kernel, scale[:, None] * kernel
+            elif not isinstance(layer, keras.layers.Flatten | keras.layers.Reshape):
+                break
+            token = step.source
+        raise ValueError(
+            "Expected a model that ends in global average pooling and one dense layer. Received: "
+            f"{self._name!r}{', with ' + repr(step.operation.name) if step else ''}. Nearest: method='grad-cam'"
+        )
+
+    def layer(self, name: str | None) -> Tensor:
+        """Returns the output of a layer, by default of the last one whose outputs have a height and a width."""
+        tokens = {step.operation.name: step.outputs[0] for step in self._trace.steps if step.outputs[0].rank == 4}
+        if name is not None:
+            return tokens[one_of("layer", name, list(tokens))]
+        token = self.scores
+        while (step := self._makers.get(id(token))) is not None:
+            if isinstance(step.operation, _POOLING):
+                return step.source
+            if token.rank == 4 and token.shape[1:3] != (1, 1):
+                return token
+            token = step.source
+        raise ValueError(f"Expected a model with a convolution. Received: {self._name!r}")
+
+    def last(self, maps: np.ndarray) -> np.ndarray:
+        """Moves the channels of maps to the last axis."""
+        return np.moveaxis(maps, 1, -1) if self.channels_first else maps
+
+    def run(self, pixels, wanted: list[Tensor], added: tuple[Tensor, Any] | None = None) -> list[Any]:
+        """Runs the model at inference up to the wanted tensors.
+
+        Args:
+            pixels: Array, a batch of images.
+            wanted: List of `Tensor`.
+            added: A `Tensor` and a value that is added to it. Defaults to None.
+
+        Returns:
+            List of the backend's tensors.
+        """
+        trace = self._trace
+        keep = Counter(id(each) for step in trace.steps for each in _tokens(step))
+        keep.update(map(id, wanted))
+        known = {id(trace.inputs[0]): keras.ops.convert_to_tensor(pixels)}
+        for step in trace.steps:
+            args, kwargs = _mapped(lambda each: known[id(each)] if isinstance(each, Tensor) else each, step)
+            made = _logits(step, args[0]) if step is self._bare else step.operation(*args, **kwargs)
+            for token, value in zip(step.outputs, keras.tree.flatten(made), strict=True):
+                known[id(token)] = value + added[1] if added and token is added[0] else value
+            for each in _tokens(step):
+                keep[id(each)] -= 1
+                if not keep[id(each)]:
+                    known.pop(id(each), None)
+            if all(id(each) in known for each in wanted):
+                break
+        return [known[id(each)] for each in wanted]
+
+    def gradient(self, pixels, source: Tensor, classes: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the values of a tensor, and the gradient of the classes' logits with respect to it."""
+        (values,) = self.run(pixels, [source])
+        chosen = keras.ops.one_hot(classes, self.classes)
+
+        def total(added):
+            scores = keras.ops.cast(self.run(pixels, [self.scores], (source, added))[0], "float32")
+            return keras.ops.sum(keras.ops.multiply(scores, chosen))
+
+        gradient = _gradient(total, keras.ops.zeros(values.shape, "float32"))
+        return self.last(_numpy(values)), self.last(_numpy(gradient))
+
+
+def _tokens(step: Step) -> list[Tensor]:
+    """Returns what a call takes."""
+    return [each for each in keras.tree.flatten((step.args, step.kwargs)) if isinstance(each, Tensor)]
+
+
+def _mapped(function, step: Step) -> Any:
+    taken: Any = (step.args, step.kwargs)
+    return keras.tree.map_structure(function, taken)
+
+
+def _logits(step: Step, x) -> Any:
+    """Calls a dense layer without its activation."""
+    layer = step.operation
+    x, kernel = (keras.ops.cast(each, "float32") for each in (x, layer.kernel))
+    scores = keras.ops.matmul(x, kernel)
+    return keras.ops.add(scores, keras.ops.cast(layer.bias, "float32")) if layer.use_bias else scores
+
+
+def _name(function) -> str:
+    """Returns the name of an activation, of a layer or an operation that applies one, in lower case."""
+    return (getattr(function, "__name__", "") or type(function).__name__).lower()
+
+
+def _numpy(value) -> np.ndarray:
+    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(value, "float32")), "float64")
+
+
+def _gradient(function, value) -> Any:
+    """Returns the gradient of a scalar function at a value."""
+    match keras.backend.backend():
+        case "tensorflow":
+            import tensorflow as tf
+
+            with tf.GradientTape() as tape:
+                tape.watch(value)
+                result = function(value)
+            return tape.gradient(result, value)
+        case "jax":
+            import jax
+
+            return jax.grad(function)(value)
+    import torch
+
+    value.requires_grad_(True)
+    with torch.enable_grad():
+        return torch.autograd.grad(function(value), value)[0]
+
+
+def _weighted(maps: np.ndarray, gradient: np.ndarray, method: str) -> np.ndarray:
+    """Returns the weighted sums of maps (images, height, width, channels)."""
+    if method == "grad-cam":
+        weights = gradient.mean((1, 2), keepdims=True)
+    else:
+        shares = 2 * gradient**2 + maps.sum((1, 2), keepdims=True) * gradient**3
+        alpha = np.divide(gradient**2, shares, out=np.zeros_like(gradient), where=shares != 0)
+        weights = (alpha * np.maximum(gradient, 0)).sum((1, 2), keepdims=True)
+    return np.maximum((weights * maps).sum(-1), 0)
+
+
+def _each(class_id: int | Sequence[int] | None, images: int, classes: int) -> np.ndarray | None:
+    """Returns the class of each image, or None."""
+    if class_id is None:
+        return None
+    numbers = np.asarray(class_id)
+    if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (images,)):
+        raise ValueError(f"Expected class_id as an integer, or one for each of {images} images. Received: {class_id!r}")
+    wrong = [int(each) for each in numbers.flat if not 0 <= each < classes]
+    if wrong:
+        raise ValueError(f"Expected class_id from 0 to {classes - 1}. Received: class_id={wrong[0]}")
+    return np.broadcast_to(numbers, images)
+
+
+def _of_export(path: str | os.PathLike, images: Any, class_id: Any, method: str) -> np.ndarray:
+    from keras_effnet.inference.predictor import Predictor
+
+    if method != "cam":
+        raise ValueError(f"Expected method='cam' for an exported model, which has no gradients. Received: {method!r}")
+    outputs, maps = Predictor(path, maps=True).explain(images)
+    classes = _each(class_id, len(maps), maps.shape[-1])
+    classes = outputs.argmax(1) if classes is None else classes
+    return maps[np.arange(len(maps)), :, :, classes]
