@@ -16,6 +16,7 @@ from keras_effnet import class_names, files, model_metadata, models, ranges
 from keras_effnet.errors import one_of
 from keras_effnet.images import photo_loader
 from keras_effnet.images.resizing import INTERPOLATIONS
+from keras_effnet.inference.class_maps import explain
 from keras_effnet.inference.predictor import Predictor
 from keras_effnet.model_loader import Reference, check_finite, load_model, resolve
 from keras_effnet.nets import inspection
@@ -124,7 +125,8 @@ def evaluate_run(workdir, source: Source, examples: int, keep: int) -> tuple[Sco
         keep: Integer, number of most confident mistakes whose pixels are kept.
 
     Returns:
-        Tuple of the `Scores`, the class names, and the name of the file that holds the model's weights.
+        Tuple of the `Scores`, with maps of the mistakes, the class names, and the name of the file that holds the
+        model's weights.
 
     Raises:
         ValueError: If there is no model yet, or the data has changed.
@@ -136,7 +138,22 @@ def evaluate_run(workdir, source: Source, examples: int, keep: int) -> tuple[Sco
     scores = score(subject.net, rows, part, subject.read, numbers, keep=keep)
     if not scores.names:
         raise ValueError(f"Expected readable images. Received: none in {how.data.source!r}")
-    return scores, names, subject.run.origin
+    return _explained(scores, subject.net), names, subject.run.origin
+
+
+def _explained(scores: Scores, net) -> Scores:
+    """Adds maps to the mistakes, if the model's head has them and they show more than one place."""
+    if not scores.mistakes:
+        return scores
+    said = [int(scores.classes[mistake.place, 0]) for mistake in scores.mistakes]
+    try:
+        maps = explain(net, np.stack([mistake.pixels for mistake in scores.mistakes]), said)
+    except ValueError:
+        return scores
+    if maps[0].size == 1:
+        return scores
+    pairs = zip(scores.mistakes, maps, strict=True)
+    return replace(scores, mistakes=[replace(mistake, map=values) for mistake, values in pairs])
 
 
 @dataclass(frozen=True)

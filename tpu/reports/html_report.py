@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_effnet.images.decoding import decode_image
+from keras_effnet.inference.map_pictures import overlay
 from keras_effnet.plots import figure_class
 from keras_effnet.tpu.config import Recipe
 from keras_effnet.tpu.input import mixing
@@ -343,12 +344,17 @@ def _mistakes(scores: Scores, names: list[str], origin: str, total: int) -> str:
         f"{wrong:,} of {count:,} examples{of} are wrong: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, with the "
         f"moving average in {origin}. The images are shown as the network sees them."
     )
+    if any(mistake.map is not None for mistake in scores.mistakes):
+        caption += " Beside each, the places that speak for the predicted class: the brighter, the more they add to it."
     cards = []
     for mistake in scores.mistakes:
         name, place = scores.names[mistake.place], mistake.place
         true, said = names[scores.labels[place]], names[scores.classes[place, 0]]
+        pictures = _picture(mistake.pixels, f"{true}, predicted as {said}")
+        if mistake.map is not None:
+            pictures += _picture(overlay(mistake.pixels, mistake.map), f"What speaks for {said}")
         cards.append(
-            f'<figure class="card">{_picture(mistake.pixels, f"{true}, predicted as {said}")}<figcaption>'
+            f'<figure class="card"><div>{pictures}</div><figcaption>'
             f"<b>{escape(said)}</b>, {scores.probabilities[place, 0]:.1%}<br>label: {escape(true)}<br>"
             f'<small title="{escape(name)}">{escape(os.path.basename(name))}</small></figcaption></figure>'
         )
@@ -491,7 +497,8 @@ img { display: block; max-width: 100%; height: auto; border-radius: .25rem; back
 .small { image-rendering: pixelated; }
 .seen { display: grid; gap: .4rem; align-items: center; overflow-x: auto; } .seen img { width: 100%; }
 .seen span { color: var(--quiet); font-size: .78rem; text-align: center; line-height: 1.2; }
-.cards { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fill, minmax(6.4rem, 1fr)); margin-top: .8rem; }
+.cards { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); margin-top: .8rem; }
+.card div { display: grid; gap: .3rem; grid-template-columns: 1fr 1fr; }
 .card img { width: 100%; aspect-ratio: 1; object-fit: contain; }
 .card figcaption { line-height: 1.35; margin-top: .3rem; }
 .card b { color: var(--text); } details { margin-top: 1.5rem; } summary { cursor: pointer; color: var(--quiet); }

@@ -27,10 +27,13 @@ class Mistake:
     Args:
         place: Integer, index of the example.
         pixels: uint8 array (height, width, channels), the model's input.
+        map: float32 array (rows, columns), what speaks for the predicted class, see `keras_effnet.explain()`. None if
+            the model's head has no such map.
     """
 
     place: int
     pixels: np.ndarray
+    map: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

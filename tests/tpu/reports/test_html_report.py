@@ -27,7 +27,8 @@ from keras_effnet.tpu.train import train
 
 FLAGS = [*BROWSING, "--virtual-time-budget=4000", "--window-size=390,2000"]
 RECIPE = override(recipes.find("digits_demo"), SHORT)
-MIXING = override(RECIPE, ["--augment.policy", "autoaugment", "--augment.mixup", "0.4", "--epochs", "0.4"])
+MIXED = ["--augment.policy", "autoaugment", "--augment.mixup", "0.4", "--epochs", "0.4", "--model.image-size", "64"]
+MIXING = override(RECIPE, MIXED)
 
 # Measures the rendered page and writes the result into it. The rest of the page is unchanged.
 SCRIPT = """<script>
@@ -98,8 +99,8 @@ def browsed(page: str, folder, *flags: str) -> dict:
 
 def looks_right_in_a_browser(page, tmp_path):
     found = browsed(page, tmp_path)
-    # 4 originals, 5 epochs and 2 mixed batches of each; 24 mistakes.
-    assert found["images"] == found["whole"] == 4 * (1 + 5 + 2) + 24
+    # 4 originals, 5 epochs and 2 mixed batches of each; 24 mistakes, each with its map of 2 x 2 places.
+    assert found["images"] == found["whole"] == 4 * (1 + 5 + 2) + 2 * 24
     assert found["svg"] == 5 and found["ids"] == []
     assert found["told"] == [] and found["fetched"] == 0
     assert found["over"] <= 0 and found["width"] <= 500
@@ -133,7 +134,13 @@ def says_what_the_run_said(page, workdir, result):
 
 
 def mistakes(page: str) -> list[tuple]:
-    return re.findall(r'<figure class="card"><img .*?src="(.*?)"><figcaption><b>(.*?)</b>, (.*?)<br>(.*?)<br>', page)
+    card = (
+        r'<figure class="card"><div><img .*?src="(.*?)"><img [^>]*alt="What speaks for (.*?)" src="(.*?)"></div>'
+        r"<figcaption><b>(.*?)</b>, (.*?)<br>(.*?)<br>"
+    )
+    found = re.findall(card, page)
+    assert all(photo != explained and said == name for photo, said, explained, name, *_ in found)
+    return found
 
 
 def serves_when_killed(whole, result, workdir):
