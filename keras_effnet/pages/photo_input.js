@@ -1,0 +1,137 @@
+// A place for a photo: drop it on the page, paste it, choose a file, or take it with a camera.
+
+/**
+ * Makes an element the photo input of its page.
+ *
+ * A photo may be dropped or pasted anywhere on the page. What is no image is told in the element, in one line.
+ *
+ * @param {HTMLElement} element Empty. It gets the class `photo-input`, and buttons and text inside.
+ * @param {{onPhoto: function(Blob, string): void}} options `onPhoto` gets each photo that the browser can show, and its
+ *   name.
+ * @returns {{tell: function(string): void}} `tell("")` removes the error that is shown, `tell(text)` shows another.
+ */
+export function photoInput(element, { onPhoto }) {
+  const choose = made("button", { type: "button", className: "main", textContent: "Choose a photo" });
+  const photograph = made("button", { type: "button", textContent: "Take a photo", hidden: true });
+  const file = made("input", { type: "file", accept: "image/*", hidden: true });
+  const capture = made("input", { type: "file", accept: "image/*", hidden: true });
+  capture.setAttribute("capture", "environment");
+  const hint = made("p", { className: "photo-hint", textContent: "or drop it anywhere on this page, or paste it" });
+  const error = made("p", { className: "error" });
+  error.setAttribute("role", "alert");
+  const buttons = made("div", { className: "row" });
+  buttons.append(choose, photograph, file, capture);
+  element.classList.add("photo-input");
+  element.setAttribute("role", "group");
+  element.setAttribute("aria-label", "Photo");
+  element.append(buttons, hint, error);
+
+  const tell = (text) => (error.textContent = text);
+  const take = async (files) => {
+    const [blob] = files;
+    if (!blob) return;
+    const name = blob.name || "photo";
+    if (await isShown(blob)) {
+      tell("");
+      onPhoto(blob, name);
+    } else if (blob.type.startsWith("image/")) {
+      tell(`Expected a picture that this browser can show. Received: ${name}. Save it as JPEG or PNG.`);
+    } else {
+      tell(`Expected a picture (JPEG, PNG, WebP, ...). Received: ${name}, which is none.`);
+    }
+  };
+
+  choose.addEventListener("click", () => file.click());
+  for (const input of [file, capture]) {
+    input.addEventListener("change", async () => {
+      await take([...input.files]);
+      input.value = ""; // the same file may be chosen again
+    });
+  }
+  listen(element, take, tell);
+  offerCamera(photograph, capture, take, tell);
+  return { tell };
+}
+
+function made(tag, properties) {
+  return Object.assign(document.createElement(tag), properties);
+}
+
+async function isShown(blob) {
+  try {
+    (await createImageBitmap(blob)).close();
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Takes what is dropped or pasted. A browser opens a file that is dropped beside a small zone, so all of the page is one. */
+function listen(element, take, tell) {
+  let depth = 0; // an element inside the page ends and begins a drag as well
+  const isOver = (change) => {
+    depth = Math.max(0, depth + change);
+    element.classList.toggle("over", depth > 0);
+  };
+  document.addEventListener("dragenter", () => isOver(1));
+  document.addEventListener("dragleave", () => isOver(-1));
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    isOver(-depth);
+    const files = [...event.dataTransfer.files];
+    if (files.length) take(files);
+    else tell("Expected the file of a picture. Received: something else, which cannot be read. Save the picture first.");
+  });
+  document.addEventListener("paste", (event) => {
+    const files = [...event.clipboardData.files];
+    if (files.length) take(files);
+    else tell("Expected a picture in the clipboard. Received: text.");
+  });
+}
+
+/** Shows the button for the camera where there is one. A phone has a program of its own for that. */
+async function offerCamera(button, capture, take, tell) {
+  if (matchMedia("(pointer: coarse)").matches) {
+    button.hidden = false;
+    button.addEventListener("click", () => capture.click());
+    return;
+  }
+  const devices = (await navigator.mediaDevices?.enumerateDevices().catch(() => [])) ?? [];
+  if (!devices.some((device) => device.kind === "videoinput")) return;
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    try {
+      const blob = await photographed();
+      if (blob) take([blob]);
+    } catch (error) {
+      tell(`Expected a camera that this page may use. Received: ${error.message}`);
+    }
+  });
+}
+
+/** Shows what the camera sees. Resolves to the photo, or to null if it was cancelled. */
+async function photographed() {
+  const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+  const dialog = made("dialog", { className: "photo-camera" });
+  dialog.setAttribute("aria-label", "Camera");
+  const video = made("video", { autoplay: true, muted: true, playsInline: true, srcObject: stream });
+  const shoot = made("button", { type: "button", className: "main", textContent: "Take the photo" });
+  const cancel = made("button", { type: "button", textContent: "Cancel" });
+  const buttons = made("div", { className: "row" });
+  buttons.append(shoot, cancel);
+  dialog.append(video, buttons);
+  document.body.append(dialog);
+  dialog.showModal();
+  shoot.focus();
+  const isTaken = await new Promise((done) => {
+    shoot.addEventListener("click", () => done(video.videoWidth > 0));
+    cancel.addEventListener("click", () => done(false));
+    dialog.addEventListener("cancel", () => done(false)); // Escape
+  });
+  const canvas = made("canvas", { width: video.videoWidth, height: video.videoHeight });
+  if (isTaken) canvas.getContext("2d").drawImage(video, 0, 0);
+  for (const track of stream.getTracks()) track.stop();
+  dialog.remove();
+  return isTaken ? new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.95)) : null;
+}
