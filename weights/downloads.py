@@ -21,6 +21,7 @@ from keras_effnet.weights.registry import RECORDS, File, digest
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
 REMEDY = "To use a copy of your own"
+OF_NPM = "npm"  # the folder of npm's packages, see inference/onnxruntime_web.py
 
 
 def place(file: File) -> Path:
@@ -36,7 +37,7 @@ def place(file: File) -> Path:
 
 
 def saved() -> list[cache.Entry]:
-    """Returns the downloads on this machine: published files, and repositories of the Hugging Face Hub.
+    """Returns the downloads on this machine: published files, repositories of the Hugging Face Hub, npm's packages.
 
     Returns:
         List of `cache.Entry`.
@@ -44,6 +45,7 @@ def saved() -> list[cache.Entry]:
     known = {place(file): record.model for record in RECORDS for file in record.files if file.url}
     for path in (cache.home() / "hub").glob("models--*"):
         known[path] = path.name.removeprefix("models--").replace("--", "/")
+    known |= {path: path.stem for path in (cache.home() / OF_NPM).glob("*.tgz")}
     found = [(path, model) for path, model in known.items() if path.exists()]
     return [cache.Entry("downloads", path, model, cache.bytes_of(path), path.stat().st_mtime) for path, model in found]
 

@@ -607,10 +607,10 @@ def digest(path, algorithm: str) -> str:
 
     Args:
         path: Path of a file.
-        algorithm: `"sha256"` or `"md5"`.
+        algorithm: `"sha256"`, `"sha512"` or `"md5"`.
 
     Returns:
-        String, `"sha256:..."` or `"md5:..."`.
+        String, `"sha256:..."` and so on.
     """
     with open(path, "rb") as file:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"

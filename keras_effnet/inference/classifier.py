@@ -202,9 +202,7 @@ class Classifier:
     @cached_property
     def _returns_logits(self) -> bool:
         """Whether the model returns logits, by its outputs for noise, black and white."""
-        pixels = np.random.default_rng(0).uniform(0, 255, (3, *self.predictor.input_shape))
-        pixels[1], pixels[2] = 0, 255
-        return not _are_shares(self.predictor(pixels))
+        return returns_logits(self.predictor, self.predictor.input_shape)
 
     def ranked(self, outputs: Any, class_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Names the classes of a photo.
@@ -249,6 +247,21 @@ def told(path: str | os.PathLike, error: Exception) -> str:
     if isinstance(error, IsADirectoryError):
         return f"Expected photos. Received: {path!r}, a folder without photos"
     return str(error) or type(error).__name__
+
+
+def returns_logits(run: Callable[[np.ndarray], Any], input_shape: Iterable[int]) -> bool:
+    """Returns whether a classifier returns logits, by its outputs for noise, black and white.
+
+    Args:
+        run: Function from a float32 batch of images to the outputs.
+        input_shape: Iterable of integers. The shape of an image.
+
+    Returns:
+        Boolean. False if the outputs are probabilities.
+    """
+    pixels = np.random.default_rng(0).uniform(0, 255, (3, *input_shape)).astype("float32")
+    pixels[1], pixels[2] = 0, 255
+    return not _are_shares(run(pixels))
 
 
 def _is_tag(variant: str, weights: str) -> bool:

@@ -13,10 +13,10 @@ import keras
 import numpy as np
 
 from keras_effnet import compat, model_metadata
-from keras_effnet.errors import one_of
+from keras_effnet.errors import few, one_of
 from keras_effnet.files import folder_beside
 from keras_effnet.images import decoding, folders, photo_loader, resizing
-from keras_effnet.inference import runtimes
+from keras_effnet.inference import runtimes, web_export
 from keras_effnet.inference.class_maps import with_maps
 from keras_effnet.inference.export_check import compare
 from keras_effnet.inference.export_formats import ADD_METADATA, WRITERS, quietly
@@ -24,7 +24,9 @@ from keras_effnet.model_loader import check_finite, load_model
 from keras_effnet.nets import inspection
 from keras_effnet.nets.variants import VARIANTS, nearest
 
-FORMATS = {"savedmodel": "", **runtimes.FORMATS}
+FORMATS = {"savedmodel": "", **runtimes.FORMATS, "web": ""}
+_WRITERS = WRITERS | {"web": web_export.write}
+_ADD_METADATA = ADD_METADATA | {"web": web_export.add_metadata}
 
 # Largest difference from Keras' outputs, relative to the largest of them. For int8, it is only reported.
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "mixed": 0.1, "int8": np.inf}
@@ -50,10 +52,11 @@ def export(
     Args:
         model: A functional or sequential model of images: of this package, of keras.applications, or built on them; or
             the name of a model, or the path of a `.keras` file or of a run's folder.
-        path: Path of the file, or of the folder for `"savedmodel"`. An existing export is replaced only after the
-            new one has passed the check.
-        format: `"savedmodel"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to None: by the suffix of `path`,
-            `.onnx`, `.tflite` or `.xml`; any other suffix is a SavedModel.
+        path: Path of the file, or of the folder for `"savedmodel"` and `"web"`. An existing export is replaced only
+            after the new one has passed the check.
+        format: `"savedmodel"`, `"onnx"`, `"litert"` or `"openvino"`; or `"web"` for a folder of static files, a page
+            that classifies photos in the visitor's browser. Defaults to None: by the suffix of `path`, `.onnx`,
+            `.tflite` or `.xml`; any other suffix is a SavedModel.
         precision: `"float32"`; `"float16"` for weights of half the size, with float32 arithmetic on processors; or
             `"int8"` for weights and activations of 8 bits. Defaults to `"float32"`.
         calibration: For `"int8"`, images to measure the activations with: an array with pixels 0-255, or a list of
@@ -110,7 +113,7 @@ def export(
         found = _write(net, temporary, kind, shape, precision, photographs)
         report = compare(net, temporary, kind, tried) | found
         _check_difference(model, kind, precision, report["difference"])
-        ADD_METADATA[kind](temporary, metadata | {"difference": report["difference"]})
+        _ADD_METADATA[kind](temporary, metadata | {"difference": report["difference"]})
         _move(temporary, path)
     return {
         "path": str(path),
@@ -141,19 +144,33 @@ def _check_target(path: Path, kind: str) -> None:
     """Refuses to replace anything but an earlier export."""
     if path.name in ("", ".."):
         raise ValueError(f"Expected the path of a new file or folder. Received: {str(path)!r}")
-    if path.is_dir() and not (
-        kind == "savedmodel" and ((path / "saved_model.pb").is_file() or not any(path.iterdir()))
-    ):
-        raise ValueError(f"Expected a new path, or an earlier {kind} export. Received: {str(path)!r}, another folder")
-    if kind == "savedmodel" and path.exists() and not path.is_dir():
-        raise ValueError(f"Expected the path of a folder for a SavedModel. Received: {str(path)!r}, a file")
+    if kind not in _EARLIER:
+        if path.is_dir():
+            raise ValueError(f"Expected the path of a file. Received: {str(path)!r}, a folder")
+    elif path.is_dir():
+        foreign = _EARLIER[kind](path)
+        if foreign:
+            raise ValueError(
+                f"Expected a new path, or an earlier {kind} export. Received: {str(path)!r}, another folder: it has "
+                f"{few(foreign)}"
+            )
+    elif path.exists():
+        raise ValueError(f"Expected the path of a folder for {kind}. Received: {str(path)!r}, a file")
+
+
+def _beside_savedmodel(path: Path) -> list[str]:
+    return [] if (path / runtimes.SAVED_MODEL).is_file() else sorted(each.name for each in path.iterdir())
+
+
+# What lies in a folder that is not part of an earlier export.
+_EARLIER = {"savedmodel": _beside_savedmodel, "web": web_export.foreign_files}
 
 
 def _write(model, path: Path, kind: str, shape, precision: str, photographs: np.ndarray) -> dict[str, Any]:
     """Writes the file without metadata. Returns what the writer reports."""
     try:
         with quietly():
-            return WRITERS[kind](model, path, shape, precision, photographs)
+            return _WRITERS[kind](model, path, shape, precision, photographs)
     except (ImportError, OSError, ValueError):
         raise
     except Exception as error:  # each converter raises its own types

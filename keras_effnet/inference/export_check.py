@@ -14,7 +14,7 @@ def runner_of(path: Path, kind: str) -> Callable[[np.ndarray], list[np.ndarray]]
     """Opens an exported model.
 
     Args:
-        path: Path of the exported file, or of a SavedModel's folder.
+        path: Path of the exported file, or of the folder of a SavedModel or a page.
         kind: String. The format, see `export()`.
 
     Returns:
@@ -24,6 +24,8 @@ def runner_of(path: Path, kind: str) -> Callable[[np.ndarray], list[np.ndarray]]
         ImportError: If no runtime of the format is installed.
         ValueError: If the runtime cannot open the file.
     """
+    if kind == "web":
+        path = path / runtimes.WEB_MODEL
     if kind != "savedmodel":
         return runtimes.Pool(runtimes.of_file(path), path, runtimes.cores())
     import tensorflow as tf

@@ -69,6 +69,7 @@ CUDA = "CUDAExecutionProvider"
 
 # format: suffix of its files. A SavedModel is a folder with a file of this name.
 SAVED_MODEL = "saved_model.pb"
+WEB_MODEL = "model.onnx"  # in the folder of a page
 FORMATS = {"litert": ".tflite", "onnx": ".onnx", "openvino": ".xml"}
 
 
