@@ -29,6 +29,7 @@ export async function loadClassifier({ onProgress = () => {} } = {}) {
   env.wasm.wasmBinary = wasm.buffer;
   env.wasm.numThreads = 1; // more need headers that servers of static files do not send (COOP, COEP)
   const session = await InferenceSession.create(model, { executionProviders: ["wasm"], logSeverityLevel: 3 });
+  await run(session, page, new Float32Array(page.input.shape.reduce((a, b) => a * b))); // the first run takes longer
   let turn = Promise.resolve(); // a session runs one photo at a time
   const classify = (blob, top = 5) => {
     const result = turn.then(() => classified(session, page, blob, top));
@@ -44,15 +45,19 @@ async function classified(session, page, blob, top) {
   const input = inputOf(bitmap, page.input);
   bitmap.close();
   const prepared = performance.now();
-  const [inputName] = session.inputNames;
-  const results = await session.run({ [inputName]: new Tensor("float32", input, [1, ...page.input.shape]) });
+  const outputs = await run(session, page, input);
   const end = performance.now();
-  const outputs = results[session.outputNames[0]].data;
   const probabilities = page.logits ? softmax(outputs) : outputs;
   return {
     predictions: ranked(probabilities, page.classes).slice(0, top),
     milliseconds: { preprocessing: prepared - start, model: end - prepared },
   };
+}
+
+async function run(session, page, input) {
+  const [inputName] = session.inputNames;
+  const results = await session.run({ [inputName]: new Tensor("float32", input, [1, ...page.input.shape]) });
+  return results[session.outputNames[0]].data;
 }
 
 function softmax(logits) {

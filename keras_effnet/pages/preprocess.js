@@ -40,6 +40,7 @@ function read(bitmap, [top, left, height, width], channels) {
   const rows = Math.min(height, Math.max(1, Math.floor(STRIP / width)));
   const canvas = new OffscreenCanvas(width, rows);
   const context = canvas.getContext("2d", { willReadFrequently: true, colorSpace: "srgb" });
+  context.imageSmoothingEnabled = false;
   for (let start = 0; start < height; start += rows) {
     const count = Math.min(rows, height - start);
     context.clearRect(0, 0, width, rows);
