@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -119,7 +120,7 @@ class _Printer:
 @click.command(short_help="Export MODEL for a runtime.")
 @click.argument("model")
 @click.argument("out")
-@click.option("--format", "kind", help="savedmodel, onnx, litert or openvino. Default: from the suffix of OUT.")
+@click.option("--format", "kind", help="savedmodel, onnx, litert, openvino or web. Default: from the suffix of OUT.")
 @click.option("--precision", default="float32", show_default=True, help="float32, float16 or int8.")
 @WEIGHTS
 @BEST
@@ -138,6 +139,9 @@ def export(model, out, kind, precision, weights, best, calibration, labels, size
 
     OUT ends in .onnx, .tflite or .xml (OpenVINO); any other name is the folder of a SavedModel. The file is saved only
     if its outputs match Keras'. For int8, the difference is only reported.
+
+    With --format web, OUT is a folder of static files: a page that classifies photos in the visitor's browser. It holds
+    onnxruntime-web, which npm fetches the first time.
     """
     choose_backend()
     from keras_effnet.inference import export as exporter
@@ -172,6 +176,8 @@ def export(model, out, kind, precision, weights, best, calibration, labels, size
         facts.add_row("cosine of the logits", f"{report['cosine']:.4f}")
     if report.get("float_layers"):
         facts.add_row("layers left in float", str(len(report["float_layers"])))
+    if report["format"] == "web":
+        facts.add_row("to open it", f"python -m http.server -d {shlex.quote(report['path'])}")
     show(facts)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from keras_effnet import cache, files
 from keras_effnet.errors import one_line
 from keras_effnet.weights import downloads
+from keras_effnet.weights.registry import digest
 
 PACKAGE = "onnxruntime-web@1.30.0"
 # `npm view onnxruntime-web@1.30.0 dist.integrity`, in hexadecimal digits.
@@ -23,8 +24,8 @@ _HASH = (
     "sha512:ab4cbe26baedba45d2cec05610c71c55fa97db92d19a8b171c5f8269126683ca"
     "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
 )
-# File in the package: its name in a page's folder. Not the builds for GPUs. The script is called .js, since file servers
-# that do not know .mjs send it as something that browsers do not run.
+# File in the package: its name in a page's folder. Not the builds for GPUs. The script is called .js: a file server that
+# does not know .mjs sends it as something that browsers do not run.
 SCRIPT, WASM = "ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm"
 _FILES = {"package/dist/ort.wasm.bundle.min.mjs": SCRIPT, f"package/dist/{WASM}": WASM}
 # The npm package has none. The Python package is built from the same sources.
@@ -76,7 +77,7 @@ def locate() -> Path:
                 f"Expected npm to fetch {PACKAGE}. Received: {one_line(done.stderr or done.stdout, 300)}. {_remedy()}"
             )
         if not downloads.matches(fetched, _HASH):
-            received = downloads.digest(fetched, "sha512")
+            received = digest(fetched, "sha512")
             raise OSError(f"Expected {PACKAGE} with {_HASH}. Received: {received} from npm. {_remedy()}")
         shutil.copy(fetched, temporary)
     return kept

@@ -1,4 +1,4 @@
-"""Exports a model as a page without a server: a folder of static files that classifies photos in a visitor's browser."""
+"""Exports a model as a page without a server: static files that classify photos in the visitor's browser."""
 
 import html
 import json
@@ -117,7 +117,7 @@ def _page(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(labels: list[str] | None, classes: int) -> list[str]:
-    """Returns the names of the classes, as `Classifier` does: ImageNet's for 1000 classes without names, else numbers."""
+    """Returns the names of the classes as `Classifier` does: without labels, ImageNet's for 1000, else numbers."""
     if labels is None:
         return class_names.labels() if classes == 1000 else [str(number) for number in range(classes)]
     return labels

