@@ -24,8 +24,8 @@ _HASH = (
     "sha512:ab4cbe26baedba45d2cec05610c71c55fa97db92d19a8b171c5f8269126683ca"
     "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
 )
-# File in the package: its name in a page's folder. Not the builds for GPUs. The script is called .js: a file server that
-# does not know .mjs sends it as something that browsers do not run.
+# File in the package: its name in a page's folder. Not the builds for GPUs. The script is called .js, since a server
+# that does not know .mjs sends it as something that browsers do not run.
 SCRIPT, WASM = "ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm"
 _FILES = {"package/dist/ort.wasm.bundle.min.mjs": SCRIPT, f"package/dist/{WASM}": WASM}
 # The npm package has none. The Python package is built from the same sources.
