@@ -24,7 +24,7 @@ export function photoInput(element, { onPhoto }) {
   element.classList.add("photo-input");
   element.setAttribute("role", "group");
   element.setAttribute("aria-label", "Photo");
-  element.append(buttons, hint, error);
+  element.append(icon(), buttons, hint, error);
 
   const tell = (text) => (error.textContent = text);
   const take = async (files) => {
@@ -55,6 +55,20 @@ export function photoInput(element, { onPhoto }) {
 
 function made(tag, properties) {
   return Object.assign(document.createElement(tag), properties);
+}
+
+/** A picture with a sun and hills. */
+function icon() {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("class", "photo-icon");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  svg.setAttribute("aria-hidden", "true");
+  const path = document.createElementNS(svg.namespaceURI, "path");
+  path.setAttribute("d", "M6 3h12a3 3 0 0 1 3 3v12a3 3 0 0 1-3 3H6a3 3 0 0 1-3-3V6a3 3 0 0 1 3-3zM3 17l5-5 4 4 3-3 6 6M15.5 9h.01");
+  for (const [name, value] of [["fill", "none"], ["stroke", "currentColor"], ["stroke-width", "1.4"]]) path.setAttribute(name, value);
+  for (const name of ["stroke-linecap", "stroke-linejoin"]) path.setAttribute(name, "round");
+  svg.append(path);
+  return svg;
 }
 
 async function isShown(blob) {
@@ -116,16 +130,19 @@ async function photographed() {
   const dialog = made("dialog", { className: "photo-camera" });
   dialog.setAttribute("aria-label", "Camera");
   const video = made("video", { autoplay: true, muted: true, playsInline: true, srcObject: stream });
-  const shoot = made("button", { type: "button", className: "main", textContent: "Take the photo" });
+  const shoot = made("button", { type: "button", className: "main", textContent: "Take the photo", disabled: true });
   const cancel = made("button", { type: "button", textContent: "Cancel" });
   const buttons = made("div", { className: "row" });
   buttons.append(shoot, cancel);
   dialog.append(video, buttons);
   document.body.append(dialog);
   dialog.showModal();
-  shoot.focus();
+  video.addEventListener("loadeddata", () => {
+    shoot.disabled = false;
+    shoot.focus();
+  });
   const isTaken = await new Promise((done) => {
-    shoot.addEventListener("click", () => done(video.videoWidth > 0));
+    shoot.addEventListener("click", () => done(true));
     cancel.addEventListener("click", () => done(false));
     dialog.addEventListener("cancel", () => done(false)); // Escape
   });
