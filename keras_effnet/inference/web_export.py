@@ -17,6 +17,7 @@ from keras_effnet.inference.classifier import returns_logits
 from keras_effnet.inference.export_check import runner_of
 from keras_effnet.inference.export_formats import ADD_METADATA, WRITERS
 from keras_effnet.model_metadata import Expects, expects_in
+from keras_effnet.weights.registry import digest
 
 METADATA = "metadata.json"
 _PAGES = Path(__file__).parent.parent / "pages"
@@ -88,7 +89,7 @@ def add_metadata(path: Path, metadata: dict[str, Any]) -> None:
 
 def _page(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """Returns what the page's scripts read."""
-    graph, runtime = path / runtimes.WEB_MODEL, path / _RUNTIME
+    graph = path / runtimes.WEB_MODEL
     shape = metadata["input_shape"]
     run = runner_of(graph, "onnx")
     (outputs,) = run(np.zeros((1, *shape), "float32"))
@@ -96,11 +97,8 @@ def _page(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     height, width, channels = shape if channels_last else (*shape[1:], shape[0])
     expects = expects_in(metadata) or Expects()
     return {
-        "model": {"path": graph.name, "bytes": graph.stat().st_size},
-        "runtime": {
-            "path": f"{_RUNTIME}/{onnxruntime_web.WASM}",
-            "bytes": (runtime / onnxruntime_web.WASM).stat().st_size,
-        },
+        "model": _file(path, graph),
+        "runtime": _file(path, path / _RUNTIME / onnxruntime_web.WASM),
         "input": {
             "shape": shape,
             "size": [height, width],
@@ -114,6 +112,12 @@ def _page(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
         "classes": _names(metadata["labels"], outputs.shape[-1]),
         "examples": [f"{_EXAMPLES}/{each.name}" for each in sorted((path / _EXAMPLES).glob("*.jpg"))],
     }
+
+
+def _file(folder: Path, path: Path) -> dict[str, Any]:
+    """Returns what the page needs to load a file. With its version, no browser uses an older one that it has kept."""
+    version = digest(path, "sha256").partition(":")[2][:12]
+    return {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "version": version}
 
 
 def _names(labels: list[str] | None, classes: int) -> list[str]:

@@ -14,7 +14,7 @@ import { decode, inputOf } from "./preprocess.js";
  *   Content-Security-Policy does not bind a worker.
  */
 export async function loadClassifier({ onProgress = () => {} } = {}) {
-  const { page } = await (await request("metadata.json")).json();
+  const { page } = await (await request("metadata.json", { cache: "no-cache" })).json();
   const parts = [page.runtime, page.model];
   const whole = parts[0].bytes + parts[1].bytes;
   const arrived = [0, 0];
@@ -73,8 +73,8 @@ function ranked(probabilities, classes) {
 }
 
 /** Downloads a file, and tells how many bytes have arrived. */
-async function download({ path, bytes }, onBytes) {
-  const response = await request(path);
+async function download({ path, bytes, version }, onBytes) {
+  const response = await request(`${path}?${version}`);
   const content = new Uint8Array(bytes);
   const reader = response.body.getReader();
   let filled = 0;
@@ -94,8 +94,8 @@ function unlike(path, bytes, received) {
   return new Error(`Expected ${path} of ${bytes} bytes. Received: ${received}. Upload all files of the folder again.`);
 }
 
-async function request(path) {
-  const response = await fetch(address(path));
+async function request(path, options = {}) {
+  const response = await fetch(address(path), options);
   if (!response.ok) {
     throw new Error(`Expected ${path} beside this page. Received: HTTP ${response.status}. Upload all files of the folder.`);
   }
