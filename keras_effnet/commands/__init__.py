@@ -9,7 +9,17 @@ import sys
 import click
 
 from keras_effnet import __version__
-from keras_effnet.commands import cache, catalog, diagnostics, explain, inference, pruning, training, weight_files
+from keras_effnet.commands import (
+    cache,
+    catalog,
+    diagnostics,
+    explain,
+    inference,
+    pruning,
+    serving,
+    training,
+    weight_files,
+)
 from keras_effnet.commands.output import complain
 
 
@@ -36,6 +46,7 @@ for command in (
     *(catalog.list_, catalog.describe_, catalog.plot_),
     *(weight_files.download, weight_files.convert, weight_files.verify),
     *(inference.predict, explain.explain, inference.export, inference.benchmark),
+    serving.serve,
     *(training.train, training.evaluate_, training.report),
     *(diagnostics.doctor, diagnostics.tpu_plan, cache.cache_),
     pruning.prune,

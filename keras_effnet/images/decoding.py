@@ -42,6 +42,10 @@ class _Quiet:
                 self._context.__exit__(*error)
 
 
+class _TooLargeError(Exception):
+    """An image with more pixels than the caller takes."""
+
+
 _QUIET = _Quiet()
 
 _LONGEST = 1 << 18  # pixels of a side: for a row of 17 million, Pillow 13 takes more than a minute
@@ -54,6 +58,7 @@ def decode_image(
     channels: int = 3,
     at_least: tuple[int, int] | None = None,
     window: Callable[[tuple[int, int]], tuple[int, int, int, int]] | None = None,
+    max_pixels: int | None = None,
 ) -> np.ndarray:
     """Decodes an image as a viewer shows it.
 
@@ -67,6 +72,8 @@ def decode_image(
             decoded, but not below this, which takes less time. Defaults to None: the file's own size.
         window: Function from the height and width of the image to the top, left, height and width of the part to
             return. Defaults to None: all of it.
+        max_pixels: Integer. An image whose header tells of more is refused before it is decoded. Defaults to None:
+            Pillow's limit of 179 million.
 
     Returns:
         uint8 array, (height, width, channels).
@@ -86,6 +93,8 @@ def decode_image(
             kind = image.format
             if max(image.size) > _LONGEST:
                 raise ValueError(f"a side of {max(image.size):,} pixels, more than {_LONGEST:,}")
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise _TooLargeError(f"{image.width} x {image.height}")
             if at_least is not None:
                 with contextlib.suppress(Exception):  # damaged EXIF data
                     _shrink(image, at_least)
@@ -95,6 +104,8 @@ def decode_image(
             image = _to_mode(image, kind, _MODES[channels])
         except Image.UnidentifiedImageError as error:
             raise ValueError(f"Expected an image (JPEG, PNG, ...). Received: {name}, which is not an image") from error
+        except _TooLargeError as error:
+            raise ValueError(f"Expected an image of at most {max_pixels:,} pixels. Received: {name}, {error}") from None
         except Image.DecompressionBombError as error:
             limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
             raise ValueError(

@@ -62,6 +62,7 @@ def image_loader(
     crop: bool = True,
     shape: tuple[int, ...] | None = None,
     decode: str = "exact",
+    max_pixels: int | None = None,
 ) -> Callable[[Any], np.ndarray]:
     """Returns a function that loads photos as `load_image()` does, but inspects the model only once.
 
@@ -73,6 +74,7 @@ def image_loader(
         shape: Tuple of integers, shape of an image, for a model that may be from another package. Without rules for
             that model, those of the original's newest evaluation code apply. Defaults to None: the model's own.
         decode: See `load_image()`.
+        max_pixels: See `decode_image()`. Defaults to None.
 
     Returns:
         Function from a path or bytes to the array of pixels.
@@ -86,11 +88,17 @@ def image_loader(
         (size, channels, channels_last), record = _parts(shape), None
         with contextlib.suppress(ValueError):
             record = expected_by(model, weights)[3]
-    return loader(size, channels, channels_last, record, crop, decode)
+    return loader(size, channels, channels_last, record, crop, decode, max_pixels)
 
 
 def loader(
-    size, channels: int, channels_last: bool, rules: Any, crop: bool = True, decode: str = "exact"
+    size,
+    channels: int,
+    channels_last: bool,
+    rules: Any,
+    crop: bool = True,
+    decode: str = "exact",
+    max_pixels: int | None = None,
 ) -> Callable[[Any], np.ndarray]:
     """Returns a function that loads photos by the given rules.
 
@@ -101,6 +109,7 @@ def loader(
         rules: `Expects`, a `Record`, or None for the rules of the original's newest evaluation code.
         crop: See `image_loader()`.
         decode: See `load_image()`.
+        max_pixels: See `decode_image()`. Defaults to None.
 
     Returns:
         Function from a path or bytes to the array of pixels.
@@ -118,18 +127,21 @@ def loader(
     window = partial(crop_window, size=size, crop_padding=used.crop_padding, crop_mode=used.crop_mode)
 
     def load(source) -> np.ndarray:
-        pixels = resize(decode_image(source, channels, at_least, window), size, used.interpolation)
+        pixels = resize(decode_image(source, channels, at_least, window, max_pixels), size, used.interpolation)
         return pixels if channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     return load
 
 
-def loader_of(metadata: dict[str, Any], decode: str = "exact") -> Callable[[Any], np.ndarray]:
+def loader_of(
+    metadata: dict[str, Any], decode: str = "exact", max_pixels: int | None = None
+) -> Callable[[Any], np.ndarray]:
     """Returns a function that loads photos as a file's metadata say.
 
     Args:
         metadata: See `keras_effnet.metadata()`.
         decode: See `load_image()`.
+        max_pixels: See `decode_image()`. Defaults to None.
 
     Returns:
         Function from a path or bytes to the array of pixels.
@@ -140,11 +152,16 @@ def loader_of(metadata: dict[str, Any], decode: str = "exact") -> Callable[[Any]
     found = _told(metadata)
     if found is None:
         raise ValueError(f"Expected the shape of an image. Received: {metadata.get('input_shape')}")
-    return loader(*found, decode=decode)
+    return loader(*found, decode=decode, max_pixels=max_pixels)
 
 
 def loader_of_reference(
-    model: str | os.PathLike, weights: Any, metadata: dict[str, Any], shape: tuple[int, ...], decode: str = "exact"
+    model: str | os.PathLike,
+    weights: Any,
+    metadata: dict[str, Any],
+    shape: tuple[int, ...],
+    decode: str = "exact",
+    max_pixels: int | None = None,
 ) -> Callable[[Any], np.ndarray]:
     """Returns a function that loads photos for a model that was given by its name or path.
 
@@ -154,6 +171,7 @@ def loader_of_reference(
         metadata: See `keras_effnet.metadata()`. For the path of a model.
         shape: Tuple of integers, shape of an image.
         decode: See `load_image()`.
+        max_pixels: See `decode_image()`. Defaults to None.
 
     Returns:
         Function from a path or bytes to the array of pixels.
@@ -165,7 +183,7 @@ def loader_of_reference(
 
     found = model_loader.resolve(model, exports=True)
     if found.kind != "name":
-        return loader_of(metadata | {"input_shape": shape}, decode)
+        return loader_of(metadata | {"input_shape": shape}, decode, max_pixels)
     record = None
     if weights is not None and os.path.isfile(weights):
         record = registry.recognise(found.place, weights)
@@ -173,7 +191,8 @@ def loader_of_reference(
         with contextlib.suppress(ValueError):  # no tag: the folder or prefix of a checkpoint
             record = registry.find(found.place, os.fspath(found.tag_of(weights)))
     record = record or registry.default(found.place)
-    return image_loader(found.place, record and record.tag, shape=shape, decode=decode)
+    tag = record and record.tag
+    return image_loader(found.place, tag, shape=shape, decode=decode, max_pixels=max_pixels)
 
 
 def _told(metadata: dict[str, Any]) -> tuple[tuple[int, int], int, bool, Any] | None:

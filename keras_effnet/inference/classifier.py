@@ -35,6 +35,7 @@ class Classifier:
         decode: See `load_image()`. Defaults to `"exact"`.
         device: See `Predictor`. Defaults to `"auto"`.
         maps: Boolean, whether to compute maps too, for `explain_files()`. Defaults to False.
+        threads: See `Predictor`. Defaults to None.
 
     Attributes:
         name: String, the model, its weights, and what else the predictions depend on. Files of predictions hold it.
@@ -69,14 +70,14 @@ class Classifier:
         decode: str = "exact",
         device: str = "auto",
         maps: bool = False,
+        threads: int | None = None,
     ):
         class_names.rank(np.zeros((0, 1000)), top)  # raises for an invalid `top` before any work
         found = resolve(model, best, exports=True)
         one_of("decode", decode, photo_loader.DECODE)
         self.top, self.note, self._decode = top, None, decode
-        self.predictor = Predictor(
-            *(found.place, runtime, precision), weights=found.tag_of(weights), device=device, maps=maps
-        )
+        tag = found.tag_of(weights)
+        self.predictor = Predictor(found.place, runtime, precision, threads, weights=tag, device=device, maps=maps)
         self._labels = self.predictor.labels
         self._of_imagenet = self._labels == class_names.labels()
         self._named = found, weights
@@ -147,7 +148,7 @@ class Classifier:
         with closing(self.predictor.explain_files(paths, decode=self._decode)) as rows:
             for path, outputs, error, maps, pixels in rows:
                 if error is None:
-                    best = self.ranked(outputs, class_ids)
+                    best = self.ranked(outputs, class_ids=class_ids)
                     chosen = [maps[..., row["class_id"]] for row in best]
                     yield {"path": path, "predictions": best, "maps": chosen, "pixels": pixels}
                 else:
@@ -204,18 +205,21 @@ class Classifier:
         """Whether the model returns logits, by its outputs for noise, black and white."""
         return returns_logits(self.predictor, self.predictor.input_shape)
 
-    def ranked(self, outputs: Any, class_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Names the classes of a photo.
+    def ranked(
+        self, outputs: Any, top: int | None = None, class_ids: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Returns the most likely classes of a photo.
 
         Args:
-            outputs: What the model returns for the photo.
+            outputs: What `predictor` returns for the photo, without the axis of the batch.
+            top: Integer. Classes to return. Defaults to None: the classifier's `top`.
             class_ids: Sequence of integers, the classes to return. Defaults to None: the most likely.
 
         Returns:
             List of dicts, see `Classifier`.
 
         Raises:
-            ValueError: If the model is no classifier.
+            ValueError: If the model is not a classifier with one output, or `top` is not a positive integer.
         """
         if isinstance(outputs, dict | list) or outputs.ndim != 1:
             several = isinstance(outputs, dict | list)
@@ -225,7 +229,8 @@ class Classifier:
         if not _are_shares(outputs) or (len(outputs) < FEW and self._returns_logits):
             outputs = np.exp(outputs - outputs.max())
             outputs /= outputs.sum()
-        top = self.top if class_ids is None else len(outputs)
+        top = self.top if top is None else top
+        top = top if class_ids is None else len(outputs)
         (best,) = class_names.rank(outputs[None], top, self._names(len(outputs)))
         if class_ids is not None:
             by_class = {row[0]: row for row in best}

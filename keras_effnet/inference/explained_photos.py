@@ -128,7 +128,7 @@ def _by_gradients(
         except (OSError, ValueError, MemoryError) as error:
             yield {"path": path, "error": told(path, error)}
             continue
-        best = classifier.ranked(classifier.predictor(pixels)[0], class_ids)
+        best = classifier.ranked(classifier.predictor(pixels)[0], class_ids=class_ids)
         numbers = [row["class_id"] for row in best]
         maps = explain(net, [pixels] * len(numbers), numbers, method, layer)
         yield {"path": path, "predictions": best, "maps": list(maps), "pixels": pixels}

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from glob import glob
@@ -383,7 +383,8 @@ class Pool:
     @contextmanager
     def _runner(self) -> Iterator[Run]:
         """Lends one of the runners that use one thread each. They are opened on first use."""
-        with self._lock:
+        # The lock is also held while an image runs on all threads. Who needs nothing opened does not wait for that.
+        with nullcontext() if self._opened else self._lock:
             if not self._opened:
                 if self._stat() != self._file:
                     raise ValueError(f"Expected the file not to change while in use. Received: {self._path!r}, changed")

@@ -1,0 +1,86 @@
+"""`keras-effnet serve`: a model behind HTTP."""
+
+import contextlib
+from importlib.util import find_spec
+
+import click
+
+from keras_effnet.commands.options import BEST, DEVICE, RUNTIME, WEIGHTS, choose_backend
+from keras_effnet.commands.output import spinner
+
+# What the service imports, and the name of its package where that differs.
+_SERVE = {"starlette": "", "uvicorn": "", "httptools": "", "python_multipart": "python-multipart"}
+_SERVE |= {"prometheus_client": "prometheus-client"}
+
+
+@click.command(short_help="Answer HTTP requests with a model.")
+@click.argument("model")
+@WEIGHTS
+@BEST
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to bind to. 0.0.0.0: all of this machine."
+)
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes per image.")
+@RUNTIME
+@click.option("--precision", default="float32", show_default=True, help="float32, float16, int8 or bfloat16.")
+@DEVICE
+@click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. Default: all.")
+@click.option("--max-bytes", type=int, default=1 << 25, show_default=True, help="Size of a request.")
+@click.option("--max-pixels", type=int, default=50_000_000, show_default=True, help="Pixels of an image.")
+@click.option("--max-images", type=int, default=32, show_default=True, help="Images of a request.")
+@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to receive, and to answer.")
+@click.option("--queue", type=int, default=256, show_default=True, help="Images that may wait. More: status 503.")
+def serve(
+    model,
+    weights,
+    best,
+    host,
+    port,
+    top,
+    runtime,
+    precision,
+    device,
+    threads,
+    max_bytes,
+    max_pixels,
+    max_images,
+    timeout,
+    queue,
+) -> None:
+    """Answer HTTP requests with MODEL: a name, a .keras file, the folder of a run, or an exported model.
+
+    POST images to /predict. /docs shows how; /healthz, /metadata, /metrics and /openapi.json tell the rest. The log is
+    on standard error, a JSON object per line. SIGTERM ends the service after what it has accepted is answered.
+
+    There is no password and no TLS: put a proxy in front before you open it to others.
+    """
+    _need(_SERVE, "serve")
+    from keras_effnet.inference.classifier import Classifier
+    from keras_effnet.serving.limits import Limits
+    from keras_effnet.serving.run import bound, run
+    from keras_effnet.serving.service import Service
+
+    limits = Limits(bytes=max_bytes, pixels=max_pixels, images=max_images, queue=queue, timeout=timeout)
+    listening = bound(host, port)
+    with contextlib.suppress(ImportError):  # a cached model needs no backend
+        choose_backend()
+    try:
+        with spinner(f"Preparing {model}"):
+            classifier = Classifier(model, weights, top, runtime, precision, best, device=device, threads=threads)
+            service = Service(classifier, limits, classifier.name)
+    except ModuleNotFoundError:
+        choose_backend()
+        raise
+    if classifier.note:
+        click.echo(classifier.note, err=True)
+    run(service, limits, listening, lambda url: click.echo(f"Serving {classifier.name} at {url} (Ctrl+C ends it)"))
+
+
+def _need(modules: dict[str, str], extra: str) -> None:
+    """Raises an error for the first package that is not installed."""
+    for module, package in modules.items():
+        if not find_spec(module):
+            raise ImportError(
+                f"Expected {package or module}. Received: not installed. Run: pip install 'keras_effnet[{extra}]'"
+            )
