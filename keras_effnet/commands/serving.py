@@ -30,7 +30,7 @@ _SERVE |= {"prometheus_client": "prometheus-client"}
 @click.option("--max-pixels", type=int, default=50_000_000, show_default=True, help="Pixels of an image.")
 @click.option("--max-images", type=int, default=32, show_default=True, help="Images of a request.")
 @click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to receive, and to answer.")
-@click.option("--queue", type=int, default=256, show_default=True, help="Images that may wait. More: status 503.")
+@click.option("--queue", type=int, default=128, show_default=True, help="Images that may wait. More: status 503.")
 def serve(
     model,
     weights,

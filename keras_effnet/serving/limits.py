@@ -27,7 +27,7 @@ class Limits:
     bytes: Annotated[int, Range(1 << 10, 1 << 31)] = 1 << 25
     pixels: Annotated[int, Range(1, 178_956_970)] = 50_000_000
     images: Annotated[int, Range(1, 10_000)] = 32
-    queue: Annotated[int, Range(1, 100_000)] = 256
+    queue: Annotated[int, Range(1, 100_000)] = 128
     timeout: Annotated[float, Range(0.1, 3600)] = 30.0
     connections: Annotated[int, Range(1, 100_000)] = 512
     keep_alive: Annotated[float, Range(0.1, 3600)] = 15.0

@@ -26,13 +26,14 @@ class _JsonLines(logging.Formatter):
 
 
 def start() -> None:
-    """Sends the log of the service, and warnings of the server, to standard error."""
+    """Sends the log of the service, and warnings of the libraries, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
-    for name, level in ((NAME, logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in ((NAME, logging.INFO), (None, logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    logging.captureWarnings(True)
 
 
 def log(level: int = logging.INFO, **fields: Any) -> None:

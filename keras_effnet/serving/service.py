@@ -107,7 +107,7 @@ class Service:
         except FullError:
             return _error(503, "The queue is full", RETRY | _closing(request))
         except BodyError as error:
-            return _error(error.status, str(error), _closing(request))
+            return _error(error.status, str(error), _closing(request) | (RETRY if error.status == 503 else {}))
         except ClientDisconnect:
             return Response(status_code=GONE)
         finally:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_effnet.images import folders
 from keras_effnet.inference.classifier import Classifier
 from keras_effnet.serving.metrics import Metrics
 
@@ -115,8 +116,9 @@ class WorkQueue:
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._busy, self._closed = 0, False
-        for run in (predictor, predictor.on_one_thread):  # opens the runtime before the first request
-            classifier.ranked(run(np.zeros(predictor.input_shape, "uint8"))[0])
+        photo = next(folders.BUNDLED.glob("*.jpg")).read_bytes()
+        for run in (predictor, predictor.on_one_thread):  # opens everything before the first request
+            classifier.ranked(run(self._load(photo))[0])
         # On a GPU, as many images are decoded as make two batches: one runs meanwhile.
         count = predictor.threads + (2 * predictor.batch if predictor.batch > 1 else 0)
         self._threads = [threading.Thread(target=self._work, name="serve", daemon=True) for _ in range(count)]
