@@ -224,6 +224,12 @@ def test_names_and_paths_of_clients_are_not_opened(server, tmp_path):
         os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
 
 
+def test_it_listens_on_this_machine_only(server):
+    listening = Path(f"/proc/{server.process.pid}/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    (row,) = [line.split() for line in listening.splitlines() if f":{server.port:04X} 0" in line and " 0A " in line]
+    assert row[1] == f"0100007F:{server.port:04X}"
+
+
 def test_a_body_that_is_too_large_is_refused(small):
     assert small.ask("/predict", bytes(2_000_001))[0] == 413
     with small.sent(head(1 << 30)) as connection:  # before it is sent
@@ -254,6 +260,40 @@ def test_slow_senders_are_cut_while_others_are_answered(small, expected):
             answer = connection.recv(1000)
         assert answer.startswith(b"HTTP/1.1 408") and b"too slow" in answer
     assert time.monotonic() - begun < 9
+
+
+@pytest.mark.slow
+def test_slow_readers_are_cut(small):
+    data = photo(40, 40)
+    asked = head(len(data)).replace(b"/predict", b"/predict?top=1000") + data
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", small.port))
+        connection.settimeout(1)
+        with suppress(OSError):  # until neither side takes more
+            for _ in range(300):
+                connection.sendall(asked)
+        time.sleep(8)
+        # Data that had arrived can be read, and then the connection has been reset.
+        with pytest.raises(ConnectionResetError):
+            while connection.recv(1 << 20):
+                pass
+    assert small.ask("/predict", CAT)[0] == 200
+
+
+def test_the_bytes_in_memory_are_limited(small):
+    most = 2_000_000
+    held = []
+    for _ in range(8):  # each lacks its last bytes
+        held.append(small.sent(head(most) + bytes(most - 10)))
+    time.sleep(0.5)
+    assert small.count("keras_effnet_held_bytes") == 8 * (most - 10)
+    status, headers, _ = small.ask("/predict", CAT)
+    assert status == 503 and headers["Retry-After"] == "1"
+    for connection in held:
+        connection.close()
+    time.sleep(0.3)
+    assert small.ask("/predict", CAT)[0] == 200
 
 
 def test_a_full_queue_answers_503_at_once(small, expected):
@@ -368,9 +408,13 @@ def test_metadata_metrics_and_log(server):
     assert server.count("keras_effnet_decode_seconds_count") >= server.count("keras_effnet_predict_seconds_count") > 0
     assert server.count('keras_effnet_request_seconds_count{route="/predict"}') > 0
     server.ask(f"/%0a%1b[31m{'x' * 5000}")
-    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    for _ in range(50):  # a line is written after its answer
+        lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+        if lines[-1].get("status") == 404:
+            break
+        time.sleep(0.1)
     assert len(lines[-1]["path"]) == 200 and lines[-1]["status"] == 404 and "\x1b" not in server.log.read_text()
-    row = next(line for line in lines if line.get("images") == 2)
+    row = next(line for line in reversed(lines) if line.get("images") == 2)
     assert row["method"] == "POST" and row["path"] == "/predict" and row["status"] == 200
     assert row["bytes"] > 2 * len(CAT) and row["milliseconds"] > 0
 
