@@ -27,7 +27,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -374,7 +374,7 @@ def huge_png(side: int = 60_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-async def hostile_requests(port: int, photos: Photos, count: int) -> AsyncIterator[tuple[str, Callable[[], Awaitable]]]:
+def hostile_acts(port: int, photos: Photos, count: int) -> Iterator[tuple[str, Callable[[], Awaitable]]]:
     """Yields hostile acts, with their names. Each returns a status, or None for a connection that ends."""
     damaged = mutated(photos, 300)
 
@@ -466,8 +466,8 @@ def hostile(folder: str, photos: Photos, requests: int, clients: int) -> None:
                     data = list(ways(photos.data[place]))[number % 3]
                     await tally.ask(ask, place, data)
 
-            async def attacker(rest: AsyncIterator) -> None:
-                async for name, act in rest:
+            async def attacker() -> None:
+                for name, act in acting:
                     acts[name, await act()] += 1
 
             async def watch() -> None:
@@ -476,12 +476,9 @@ def hostile(folder: str, photos: Photos, requests: int, clients: int) -> None:
                     peak = max(peak, server.memory)
                     await asyncio.sleep(0.2)
 
-            attacks = [hostile_requests(server.port, photos, requests // 10)]
+            acting = hostile_acts(server.port, photos, requests // 10)
             watching = asyncio.create_task(watch())
-            shared = _shared(attacks[0])
-            await asyncio.gather(
-                *(client() for _ in range(clients)), *(attacker(shared) for _ in range(max(1, clients // 8)))
-            )
+            await asyncio.gather(*(client() for _ in range(clients)), *(attacker() for _ in range(1 + clients // 8)))
             end.set()
             await watching
             return peak
@@ -494,25 +491,6 @@ def hostile(folder: str, photos: Photos, requests: int, clients: int) -> None:
     expect(set(tally.statuses) == {200} and not tally.wrong, "every good request answered rightly")
     strange = [(name, status) for name, status in acts if status not in ALLOWED[name]]
     expect(not strange, f"hostile requests refused. Received: {strange}")
-
-
-async def _locked(one: AsyncIterator, lock: asyncio.Lock) -> Any:
-    async with lock:
-        return await anext(one)
-
-
-def _shared(one: AsyncIterator) -> AsyncIterator:
-    """Lets several tasks take from one generator."""
-    lock = asyncio.Lock()
-
-    class Shared:
-        def __aiter__(self):
-            return self
-
-        async def __anext__(self):
-            return await _locked(one, lock)
-
-    return Shared()
 
 
 def kill9(folder: str, photos: Photos, clients: int, kills: int) -> None:

@@ -34,6 +34,7 @@ class _Limited(HttpToolsProtocol):
     _timer: TimerHandle | None = None
     _whole = False  # whether the request has been received
     _in_body = False
+    _early = False  # whether it is being received before the answer to the one before
     _received = 0  # bytes of the request, with headers and chunk sizes
 
     def connection_made(self, transport: Any) -> None:
@@ -61,16 +62,29 @@ class _Limited(HttpToolsProtocol):
             self._arm()
 
     def on_message_begin(self) -> None:
+        # With several requests at once, uvicorn tells only the last that the client has left. So the connection ends
+        # after the answer to the first, and the client asks again (RFC 9112, section 9.3.2).
+        self._early = self.cycle is not None and not self.cycle.response_complete
         super().on_message_begin()
+        if self._early:
+            self.cycle.keep_alive = False
+            return
         self._whole = self._in_body = False
         self._received = 0
         self._arm()
 
     def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        self._in_body = True
+        if not self._early:
+            super().on_headers_complete()
+            self._in_body = True
+
+    def on_body(self, body: bytes) -> None:
+        if not self._early:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._early:
+            return
         super().on_message_complete()
         self._whole = True
         self._disarm()
@@ -113,6 +127,8 @@ class _Limited(HttpToolsProtocol):
             self.transport.abort()
             return
         logs.log(status=status, closed=why)
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # what the application sends is dropped: the transport raises errors
         answered = self._in_body and self.cycle.response_started
         if not answered and not self.transport.get_write_buffer_size():
             body = b'{"error": "%s"}' % why.encode()
