@@ -46,7 +46,7 @@ for command in (
     *(catalog.list_, catalog.describe_, catalog.plot_),
     *(weight_files.download, weight_files.convert, weight_files.verify),
     *(inference.predict, explain.explain, inference.export, inference.benchmark),
-    serving.serve,
+    *(serving.serve, serving.demo),
     *(training.train, training.evaluate_, training.report),
     *(diagnostics.doctor, diagnostics.tpu_plan, cache.cache_),
     pruning.prune,

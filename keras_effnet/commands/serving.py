@@ -1,4 +1,4 @@
-"""`keras-effnet serve`: a model behind HTTP."""
+"""`keras-effnet serve` and `demo`: a model behind HTTP, and a page to try it on."""
 
 import contextlib
 from importlib.util import find_spec
@@ -75,6 +75,37 @@ def serve(
     if classifier.note:
         click.echo(classifier.note, err=True)
     run(service, limits, listening, lambda url: click.echo(f"Serving {classifier.name} at {url} (Ctrl+C ends it)"))
+
+
+@click.command(short_help="Open a local page that classifies photos.")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), help="0: any free port. Default: 7860, or a free one.")
+@click.option("--no-browser", is_flag=True, help="Only print the page's address.")
+def demo(models, host, port, no_browser) -> None:
+    """Open a local page: a photo's five most likely classes, the places that speak for them, the time.
+
+    MODEL is a name, a .keras file, the folder of a run or an exported model, perhaps with a precision: b0@int8. The
+    page compares two of them side by side. Default: efficientnet-lite0. Ctrl-C ends it.
+    """
+    _need({"starlette": "", "uvicorn": ""}, "demo")
+    from keras_effnet.serving import demo as server
+    from keras_effnet.serving.demo_models import DemoModel
+
+    with contextlib.suppress(ImportError):  # cached models need no backend
+        choose_backend()
+    with server.open_socket(host, port) as listening:  # a taken port is told before the work
+        prepared = []
+        for model in dict.fromkeys(models or ["efficientnet-lite0"]):
+            try:
+                with spinner(f"Preparing {model}"):
+                    prepared.append(DemoModel(model))
+            except ModuleNotFoundError:
+                choose_backend()
+                raise
+        server.serve(
+            prepared, listening, host, lambda address: click.echo(f"{address}\nCtrl-C ends it."), not no_browser
+        )
 
 
 def _need(modules: dict[str, str], extra: str) -> None:

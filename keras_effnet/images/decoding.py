@@ -122,6 +122,36 @@ def decode_image(
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def image_shape(source) -> tuple[int, int]:
+    """Returns the height and width of an image as a viewer shows it, without decoding it.
+
+    Args:
+        source: See `decode_image()`.
+
+    Returns:
+        Pair of integers.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not an image, or is unreasonably large.
+    """
+    from PIL import ExifTags, Image
+
+    name, data = _read(source)
+    with _QUIET:
+        try:
+            image = Image.open(io.BytesIO(data), formats=formats())
+            height, width = image.height, image.width
+            with contextlib.suppress(Exception):  # damaged EXIF data
+                if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored on its side
+                    height, width = width, height
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"Expected an image of fewer pixels. Received: {name}, {one_line(error)}") from error
+        except Exception as error:
+            raise ValueError(f"Expected an image (JPEG, PNG, ...). Received: {name}, which is not an image") from error
+    return height, width
+
+
 def _shrink(image: "Image", at_least: tuple[int, int]) -> None:
     """Lets the decoder of a JPEG shrink it. Other formats decode as they are."""
     from PIL import ExifTags

@@ -1,1 +1,1 @@
-"""The HTTP service: `keras-effnet serve`."""
+"""Over HTTP: the service of `keras-effnet serve`, and the page of `keras-effnet demo`."""

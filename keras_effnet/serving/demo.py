@@ -1,0 +1,212 @@
+"""`keras-effnet demo`: a local page that classifies photos, for one user."""
+
+import contextlib
+import errno
+import ipaddress
+import socket
+import threading
+import webbrowser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from keras_effnet.errors import one_line, unknown
+from keras_effnet.serving.demo_models import DemoModel
+
+PORT = 7860  # if it is free
+MOST_BYTES = 20_000_000  # of a photo's file
+
+_PACKAGE = Path(__file__).parent.parent
+_PAGES, _PHOTOGRAPHS = _PACKAGE / "pages", _PACKAGE / "images" / "photographs"
+
+# The page runs its own scripts, asks this server alone, and is shown in no other page.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), geolocation=(), microphone=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class OwnPage:
+    """ASGI middleware: answers this page only, and not other pages that are open in the browser.
+
+    Another page may name this server in its requests, which then have an `Origin` of their own; or give its own name
+    this machine's address (DNS rebinding), which then is the `Host`.
+
+    Args:
+        app: The ASGI application.
+        host: String, the address that the server listens at. It is a valid `Host`, as are localhost, this machine's
+            name and all addresses that are numbers.
+    """
+
+    def __init__(self, app: Callable, host: str):
+        self._app, self._names = app, {host.lower(), "localhost", socket.gethostname().lower()}
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        answer = self._app if self._is_own(Headers(scope=scope)) else _REFUSED
+        await answer(scope, receive, send_with_headers)
+
+    def _is_own(self, headers: Headers) -> bool:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if origin is not None and origin != f"http://{host}":
+            return False
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        if name in self._names:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+_REFUSED = PlainTextResponse(
+    "Expected a request of the demo's own page. Received: one for another name or page.\n", 403
+)
+
+
+def app(models: Sequence[DemoModel], host: str, started: Callable[[], None] = lambda: None) -> Starlette:
+    """Returns the application that serves the page.
+
+    Args:
+        models: The models to choose from.
+        host: See `OwnPage`.
+        started: Function to call when the application starts. Defaults to one that does nothing.
+
+    Returns:
+        An ASGI application.
+    """
+    by_name = {model.name: model for model in models}
+    examples = [{"name": path.stem, "url": f"photographs/{path.name}"} for path in sorted(_PHOTOGRAPHS.glob("*.jpg"))]
+
+    async def page(_) -> FileResponse:
+        return FileResponse(_PAGES / "demo.html")
+
+    async def listed(_) -> JSONResponse:
+        told = {"models": [model.facts() for model in models], "examples": examples, "most_bytes": MOST_BYTES}
+        return JSONResponse(told)
+
+    async def classify(request: Request) -> JSONResponse:
+        try:
+            name = request.query_params.get("model", models[0].name)
+            if name not in by_name:
+                raise unknown("model", name, by_name)
+            also = _numbers(request.query_params.get("also", ""))
+            photo = await _body(request)
+            return JSONResponse(await run_in_threadpool(by_name[name].classify, photo, also))
+        except (OSError, ValueError) as error:
+            return JSONResponse({"error": one_line(error)}, 400)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_):
+        started()
+        yield
+
+    routes = [
+        Route("/", page),
+        Route("/models", listed),
+        Route("/classify", classify, methods=["POST"]),
+        Mount("/photographs", StaticFiles(directory=_PHOTOGRAPHS)),
+        Mount("/", StaticFiles(directory=_PAGES)),
+    ]
+    return Starlette(routes=routes, middleware=[Middleware(OwnPage, host=host)], lifespan=lifespan)
+
+
+def _numbers(also: str) -> set[int]:
+    numbers = [number for number in also.split(",") if number]
+    if not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"Expected the numbers of classes, separated by commas. Received: also={also!r}")
+    return {int(number) for number in numbers}
+
+
+async def _body(request: Request) -> bytes:
+    """Returns a photo's bytes. Too many are not read to their end."""
+    parts, count = [], 0
+    async for part in request.stream():
+        count += len(part)
+        if count > MOST_BYTES:
+            raise ValueError(f"Expected a photo of at most {MOST_BYTES // 10**6} MB. Received: more")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def open_socket(host: str, port: int | None) -> socket.socket:
+    """Opens the socket that the server listens at.
+
+    Args:
+        host: String, a name or address of this machine.
+        port: Integer. 0 is any free port. None is `PORT`, or any free port if that is taken.
+
+    Returns:
+        A socket.
+
+    Raises:
+        OSError: If the port is taken, or the address is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, PORT if port is None else port), family=family)
+    except OSError as error:
+        reason = str(error.strerror).split(" (")[0]  # Python repeats the address
+        if error.errno != errno.EADDRINUSE:
+            raise OSError(f"Expected an address of this machine. Received: {host!r} ({reason})") from error
+        if port is None:
+            return socket.create_server((host, 0), family=family)
+        raise OSError(f"Expected a free port. Received: {port}, which is in use. For any free one: --port 0") from error
+
+
+def serve(models: Sequence[DemoModel], listening: socket.socket, host: str, tell: Callable[[str], None], browser: bool):
+    """Serves the page until the process is interrupted.
+
+    Args:
+        models: See `app()`.
+        listening: See `open_socket()`.
+        host: See `app()`.
+        tell: Function to call with the page's address once the page can be opened.
+        browser: Boolean, whether to open the page in the browser.
+    """
+    number = listening.getsockname()[1]
+    name = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{number}/"
+
+    def started() -> None:
+        tell(address)
+        if browser:  # in a thread: a browser in the terminal ends only when the user ends it
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+    config = uvicorn.Config(
+        app(models, host, started),
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+    )
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its own end
+        uvicorn.Server(config).run(sockets=[listening])
