@@ -315,7 +315,7 @@ class Predictor:
         >>> ke.Predictor(model).on_one_thread(np.zeros((32, 32, 3), "uint8")).shape
         (1, 2)
         """
-        return self._structured(self._run.on_one_thread(self._checked(images)))
+        return self._structured(self._run.on_one_thread(batches.of_images(images, self.input_shape)))
 
     @property
     def batch(self) -> int:
