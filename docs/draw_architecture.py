@@ -10,6 +10,7 @@ HERE = Path(__file__).parent
 # The rooms of keras_effnet and of keras_effnet.tpu, each row a floor.
 FLOORS = [
     ["commands"],
+    ["serving"],
     ["tpu"],
     ["pruning"],
     ["inference"],

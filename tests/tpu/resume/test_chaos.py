@@ -41,9 +41,10 @@ RUNS = {
 }
 
 
-# Runs a command in the terminal of its session, as `ssh` does.
+# Runs a command in the terminal of its session, as `ssh` does. `nohup pytest` would have it ignore SIGHUP.
 OF_ITS_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])
 """
@@ -95,7 +96,7 @@ class Process:
             time.sleep(0.02)
         return self
 
-    def ended(self, status: int, seconds: float = 600) -> str:
+    def ended(self, status: int, seconds: float = 1800) -> str:
         assert self.process.wait(seconds) == status, self.said()
         told = self.said()
         self.log.close()
