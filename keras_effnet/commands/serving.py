@@ -58,8 +58,9 @@ def serve(
     _need(_SERVE, "serve")
     from keras_effnet.inference.classifier import Classifier
     from keras_effnet.serving.limits import Limits
-    from keras_effnet.serving.run import bound, run
+    from keras_effnet.serving.run import run
     from keras_effnet.serving.service import Service
+    from keras_effnet.serving.sockets import bound
 
     limits = Limits(bytes=max_bytes, pixels=max_pixels, images=max_images, queue=queue, timeout=timeout)
     listening = bound(host, port)

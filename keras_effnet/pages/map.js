@@ -2,7 +2,7 @@
 
 // Red, green, blue and how much they cover the photo, of equal steps from nothing to the most: as `overlay()` draws.
 const COLOURS = [
-  [59, 15, 112, 0], [140, 41, 129, 0.45], [222, 73, 104, 0.8], [254, 159, 109, 0.95], [252, 253, 191, 1],
+  [59, 15, 112, 0], [140, 41, 129, 0.5], [222, 73, 104, 0.8], [254, 159, 109, 0.95], [252, 253, 150, 1],
 ];
 const SIDE = 160; // pixels that a map is drawn with, before the canvas stretches it
 const SHORTEST = 900; // pixels of the canvas
@@ -32,6 +32,13 @@ export function drawPhoto(canvas, photo, crop, map, opacity) {
   context.fillStyle = "rgb(128 128 132 / 60%)";
   context.fill(outside, "evenodd");
   if (map) {
+    context.save(); // without its own colours, the photo leaves those of the map alone
+    context.beginPath();
+    context.rect(...at);
+    context.clip();
+    context.filter = `grayscale(${opacity})`;
+    context.drawImage(photo, 0, 0, width, height);
+    context.restore();
     context.globalAlpha = opacity;
     context.drawImage(coloured(map), ...at);
     context.globalAlpha = 1;

@@ -1,7 +1,6 @@
 """`keras-effnet demo`: a local page that classifies photos, for one user."""
 
 import contextlib
-import errno
 import ipaddress
 import socket
 import threading
@@ -21,6 +20,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from keras_effnet.errors import one_line, unknown
+from keras_effnet.serving import sockets
 from keras_effnet.serving.demo_models import DemoModel
 
 PORT = 7860  # if it is free
@@ -158,28 +158,23 @@ async def _body(request: Request) -> bytes:
 
 
 def open_socket(host: str, port: int | None) -> socket.socket:
-    """Opens the socket that the server listens at.
+    """Binds the socket that the server listens at.
 
     Args:
-        host: String, a name or address of this machine.
-        port: Integer. 0 is any free port. None is `PORT`, or any free port if that is taken.
+        host: See `sockets.bound()`.
+        port: See `sockets.bound()`. None is `PORT`, or any free port if that is taken.
 
     Returns:
         A socket.
 
     Raises:
-        OSError: If the port is taken, or the address is none of this machine's.
+        OSError: See `sockets.bound()`.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, PORT if port is None else port), family=family)
-    except OSError as error:
-        reason = str(error.strerror).split(" (")[0]  # Python repeats the address
-        if error.errno != errno.EADDRINUSE:
-            raise OSError(f"Expected an address of this machine. Received: {host!r} ({reason})") from error
-        if port is None:
-            return socket.create_server((host, 0), family=family)
-        raise OSError(f"Expected a free port. Received: {port}, which is in use. For any free one: --port 0") from error
+    if port is not None:
+        return sockets.bound(host, port)
+    with contextlib.suppress(OSError):
+        return sockets.bound(host, PORT)
+    return sockets.bound(host, 0)
 
 
 def serve(models: Sequence[DemoModel], listening: socket.socket, host: str, tell: Callable[[str], None], browser: bool):
@@ -192,9 +187,7 @@ def serve(models: Sequence[DemoModel], listening: socket.socket, host: str, tell
         tell: Function to call with the page's address once the page can be opened.
         browser: Boolean, whether to open the page in the browser.
     """
-    number = listening.getsockname()[1]
-    name = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    address = f"http://{name}:{number}/"
+    address = f"{sockets.address(listening)}/"
 
     def started() -> None:
         tell(address)

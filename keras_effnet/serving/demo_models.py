@@ -59,7 +59,7 @@ class DemoModel:
         self.name = reference
         model, precision = named(reference)
         self._classifier = Classifier(model, precision=precision)
-        self._load = self._classifier.predictor.image_loader()
+        self._load = self._classifier.predictor.image_loader(max_pixels=MOST_PIXELS)
         self._lock = threading.Lock()
         self.map_note: str | None = None
         self._explainer: Predictor | None = None
@@ -107,8 +107,6 @@ class DemoModel:
             ValueError: If the photo is not an image, is damaged or too large.
         """
         height, width = image_shape(photo)
-        if height * width > MOST_PIXELS:
-            raise ValueError(f"Expected a photo of at most {MOST_PIXELS:,} pixels. Received: {width} x {height}")
         with self._lock:
             start = time.perf_counter()
             pixels = self._load(photo)

@@ -12,37 +12,7 @@ from keras_effnet.serving import logs
 from keras_effnet.serving.limits import Limits
 from keras_effnet.serving.protocol import protocol_of
 from keras_effnet.serving.service import Service
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """Binds a socket, before the model is prepared: a port that is taken is told at once.
-
-    Args:
-        host: String. A name or an address of this machine.
-        port: Integer. 0 for any that is free.
-
-    Returns:
-        `socket.socket`, which does not listen yet.
-
-    Raises:
-        OSError: If the address is unknown or the port is taken.
-    """
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(place)
-    except OSError as error:
-        raise OSError(f"Expected a free address. Received: {host}, port {port}: {error.strerror}") from error
-    return found
-
-
-def address(listening: socket.socket) -> str:
-    """Returns the URL of a bound socket."""
-    host, port, *_ = listening.getsockname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+from keras_effnet.serving.sockets import address
 
 
 def run(service: Service, limits: Limits, listening: socket.socket, ready: Callable[[str], None]) -> None:
@@ -51,7 +21,7 @@ def run(service: Service, limits: Limits, listening: socket.socket, ready: Calla
     Args:
         service: `Service`.
         limits: `Limits`.
-        listening: A bound socket, see `bound()`.
+        listening: A bound socket, see `sockets.bound()`.
         ready: Function of the URL. It is called once connections are accepted.
     """
     logs.start()

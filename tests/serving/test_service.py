@@ -435,8 +435,8 @@ def test_wrong_options_are_told_before_the_work(server):
         (("--max-pixels", 0), "Expected pixels of at least 1"),
         (("--max-bytes", 1 << 40), "Expected bytes of at least 1024 and at most"),
         (("--timeout", "nan"), "Expected timeout as a finite number"),
-        (("--port", server.port), "Expected a free address"),
-        (("--host", "nowhere.invalid"), "Expected a free address"),
+        (("--port", server.port), "Expected a free port"),
+        (("--host", "nowhere.invalid"), "Expected an address of this machine"),
     ):
         result = invoked("serve", "efficientnet-lite0", *options)
         assert result.returncode == 2 and told in result.stderr, result.stderr
