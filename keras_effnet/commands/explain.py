@@ -73,13 +73,12 @@ def explain(
     from keras_effnet.errors import one_of
     from keras_effnet.images.folders import photographs as listed
     from keras_effnet.inference.classifier import Classifier
-    from keras_effnet.inference.explained_photos import METHODS, check_folder, explain_photos
+    from keras_effnet.inference.explained_photos import METHODS, explain_photos, photos_for
 
     by_gradients = one_of("method", method, METHODS) != "cam"
     if layer and not by_gradients:
         raise ValueError(f"Expected --method grad-cam or grad-cam++ for --layer. Received: --method {method}")
-    paths = listed(photographs, recursive)
-    check_folder(out, paths)  # before the model is prepared
+    paths = photos_for(out, listed(photographs, recursive))  # before the model is prepared
     with contextlib.nullcontext() if by_gradients else contextlib.suppress(ImportError):  # a cached model needs none
         choose_backend()
     with spinner(f"Preparing {model}"):

@@ -1,4 +1,4 @@
-"""Checks the images that a caller passes to a model."""
+"""Images on their way into a model, and as a viewer shows them."""
 
 from typing import Any
 
@@ -37,3 +37,17 @@ def of_images(images: Any, shape: tuple[int | None, ...]) -> np.ndarray:
         wrong = np.flatnonzero(~np.isfinite(pixels).all((1, 2, 3)))
         raise ValueError(f"Expected finite pixels. Received: NaN or infinity in image {wrong[0]} of {len(array)}")
     return pixels
+
+
+def viewed(pixels: np.ndarray, channels_last: bool = True) -> np.ndarray:
+    """Returns a model's input as an image that a viewer shows.
+
+    Args:
+        pixels: Array of pixels 0-255, with 1, 3 or 4 channels.
+        channels_last: Boolean, whether the channels come last. Defaults to True.
+
+    Returns:
+        uint8 array (height, width, 3).
+    """
+    pixels = np.clip(np.rint(pixels if channels_last else np.moveaxis(pixels, 0, -1)), 0, 255).astype("uint8")
+    return np.ascontiguousarray(np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels[..., :3])

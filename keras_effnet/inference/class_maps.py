@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -12,7 +12,7 @@ from keras_effnet import compat
 from keras_effnet.errors import one_of
 from keras_effnet.inference import batches, folding
 from keras_effnet.inference.explained_photos import METHODS
-from keras_effnet.inference.folding import Step, Tensor, Trace
+from keras_effnet.inference.folding import Step, Tensor, Trace, numbers
 from keras_effnet.model_loader import load_model, resolve
 
 BATCH = 8  # images at a time: gradients need the maps of all layers
@@ -66,43 +66,59 @@ def explain(
         CAM: Zhou et al., arXiv:1512.04150, equation 2. Grad-CAM: Selvaraju et al., arXiv:1610.02391, equations 1 and 2.
         Grad-CAM++: Chattopadhay et al., arXiv:1710.11063.
     """
-    one_of("method", method, METHODS)
-    if layer is not None and method == "cam":
-        raise ValueError(f"Expected layer=None for method='cam'. Received: layer={layer!r}. Nearest: method='grad-cam'")
     if isinstance(model, str | os.PathLike):
         if resolve(model, exports=True).kind == "export":
-            return _of_export(model, images, class_id, method)
+            return _of_export(model, images, class_id, method, layer)
         model = load_model(model)
-    graph = _Graph(model)
-    pixels = batches.of_images(images, tuple(model.inputs[0].shape[1:]))
-    classes = _each(class_id, len(pixels), graph.classes)
-    explain_batch = _cam(graph) if method == "cam" else _grad_cam(graph, layer, method)
-    parts = [slice(start, start + BATCH) for start in range(0, len(pixels), BATCH)]
-    maps = [explain_batch(pixels[part], None if classes is None else classes[part]) for part in parts]
-    return np.concatenate(maps).astype("float32")
+    return Explainer(model, method, layer)(images, class_id)
 
 
-def _cam(graph: "_Graph") -> Callable:
-    head = graph.head()
+class Explainer:
+    """Explains many images with one model, as `explain()` does.
 
-    def explain_batch(pixels: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
-        features = graph.last(_numpy(graph.run(pixels, [head.features])[0]))
+    Args:
+        model: A functional or sequential `keras.Model`.
+        method: See `explain()`. Defaults to `"cam"`.
+        layer: See `explain()`. Defaults to None.
+
+    Call arguments:
+        images: See `explain()`.
+        class_id: See `explain()`. Defaults to None.
+
+    Returns:
+        See `explain()`.
+
+    Raises:
+        ValueError: See `explain()`.
+    """
+
+    def __init__(self, model: keras.Model, method: str = "cam", layer: str | None = None):
+        _check(method, layer)
+        self._graph, self._method = _Graph(model), method
+        self._shape = tuple(model.inputs[0].shape[1:])
+        by_gradients = method != "cam"
+        self._explained = self._grad_cam if by_gradients else self._cam
+        self._head: Any = None if by_gradients else self._graph.head()
+        self._source: Any = self._graph.layer(layer) if by_gradients else None
+
+    def __call__(self, images: Any, class_id: int | Sequence[int] | None = None) -> np.ndarray:
+        pixels = batches.of_images(images, self._shape)
+        classes = _each(class_id, len(pixels), self._graph.classes)
+        parts = [slice(start, start + BATCH) for start in range(0, len(pixels), BATCH)]
+        maps = [self._explained(pixels[part], None if classes is None else classes[part]) for part in parts]
+        return np.concatenate(maps).astype("float32")
+
+    def _cam(self, pixels: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
+        graph, head = self._graph, self._head
+        features = graph.last(numbers(graph.run(pixels, [head.features])[0]))
         if classes is None:
             classes = (features.mean((1, 2)) @ head.kernel + head.bias).argmax(1)
         return np.einsum("nhwc,cn->nhw", features, head.kernel[:, classes]) / np.prod(features.shape[1:3])
 
-    return explain_batch
-
-
-def _grad_cam(graph: "_Graph", layer: str | None, method: str) -> Callable:
-    source = graph.layer(layer)
-
-    def explain_batch(pixels: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
+    def _grad_cam(self, pixels: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
         if classes is None:
-            classes = _numpy(graph.run(pixels, [graph.scores])[0]).argmax(1)
-        return _weighted(*graph.gradient(pixels, source, classes), method)
-
-    return explain_batch
+            classes = numbers(self._graph.run(pixels, [self._graph.scores])[0]).argmax(1)
+        return _weighted(*self._graph.gradient(pixels, self._source, classes), self._method)
 
 
 def with_maps(model: keras.Model, shape: tuple[int, ...]) -> keras.Model:
@@ -122,6 +138,11 @@ def with_maps(model: keras.Model, shape: tuple[int, ...]) -> keras.Model:
     net = folding.for_inference(model, shape)
     graph = _Graph(net)
     head = graph.head()
+    if graph.calls(head.pooling) > 1:
+        raise ValueError(
+            f"Expected a pooling layer that is called once. Received: {head.pooling.name!r} of {model.name!r}. "
+            "Nearest: ke.explain(model, images)"
+        )
     features = head.pooling.input
     if graph.channels_first:
         features = keras.layers.Permute((2, 3, 1), name="features_last")(features)
@@ -168,7 +189,12 @@ class _Graph:
         self.scores: Tensor = outputs[0]
         last = self._makers.get(id(self.scores))
         operation = last and last.operation
-        if isinstance(operation, keras.layers.Dense) and _name(operation.activation) in _SQUASHING:
+        if type(operation) is keras.layers.Dense and _name(operation.activation) in _SQUASHING:
+            if getattr(operation, "quantization_mode", None):
+                raise ValueError(
+                    "Expected a classifier with weights of float. Received: "
+                    f"{model.name!r}, whose layer {operation.name!r} has them in {operation.quantization_mode}"
+                )
             self._bare = last
         elif last and (_name(operation) in _SQUASHING or _name(getattr(operation, "activation", None)) in _SQUASHING):
             self.scores = last.source
@@ -178,8 +204,9 @@ class _Graph:
         token, kernel, bias = self.scores, None, np.zeros(1)
         while (step := self._makers.get(id(token))) is not None:
             layer = step.operation
-            linear = isinstance(layer, keras.layers.Dense) and not getattr(layer, "quantization_mode", None)
-            if isinstance(layer, keras.layers.GlobalAveragePooling2D) and kernel is not None:
+            # A subclass may do more.
+            linear = type(layer) is keras.layers.Dense and not getattr(layer, "quantization_mode", None)
+            if type(layer) is keras.layers.GlobalAveragePooling2D and kernel is not None:
                 return _Head(layer, step.source, kernel, np.broadcast_to(bias, kernel.shape[1]))
             if linear and (step is self._bare or layer.activation is keras.activations.linear):
                 own = step.value("kernel")
@@ -206,10 +233,14 @@ class _Graph:
         while (step := self._makers.get(id(token))) is not None:
             if isinstance(step.operation, _POOLING):
                 return step.source
-            if token.rank == 4 and token.shape[1:3] != (1, 1):
+            if token.rank == 4 and (token.shape[2:] if self.channels_first else token.shape[1:3]) != (1, 1):
                 return token
             token = step.source
         raise ValueError(f"Expected a model with a convolution. Received: {self._name!r}")
+
+    def calls(self, layer: Any) -> int:
+        """Returns how often a layer is called."""
+        return sum(step.operation is layer for step in self._trace.steps)
 
     def last(self, maps: np.ndarray) -> np.ndarray:
         """Moves the channels of maps to the last axis."""
@@ -234,7 +265,9 @@ class _Graph:
             args, kwargs = _mapped(lambda each: known[id(each)] if isinstance(each, Tensor) else each, step)
             made = _logits(step, args[0]) if step is self._bare else step.operation(*args, **kwargs)
             for token, value in zip(step.outputs, keras.tree.flatten(made), strict=True):
-                known[id(token)] = value + added[1] if added and token is added[0] else value
+                if added and token is added[0]:
+                    value = keras.ops.add(value, keras.ops.cast(added[1], value.dtype))
+                known[id(token)] = value
             for each in _tokens(step):
                 keep[id(each)] -= 1
                 if not keep[id(each)]:
@@ -253,7 +286,7 @@ class _Graph:
             return keras.ops.sum(keras.ops.multiply(scores, chosen))
 
         gradient = _gradient(total, keras.ops.zeros(values.shape, "float32"))
-        return self.last(_numpy(values)), self.last(_numpy(gradient))
+        return self.last(numbers(values)), self.last(numbers(gradient))
 
 
 def _tokens(step: Step) -> list[Tensor]:
@@ -279,17 +312,13 @@ def _name(function) -> str:
     return (getattr(function, "__name__", "") or type(function).__name__).lower()
 
 
-def _numpy(value) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(value, "float32")), "float64")
-
-
 def _gradient(function, value) -> Any:
     """Returns the gradient of a scalar function at a value."""
     match keras.backend.backend():
         case "tensorflow":
             import tensorflow as tf
 
-            with tf.GradientTape() as tape:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(value)
                 result = function(value)
             return tape.gradient(result, value)
@@ -328,12 +357,24 @@ def _each(class_id: int | Sequence[int] | None, images: int, classes: int) -> np
     return np.broadcast_to(numbers, images)
 
 
-def _of_export(path: str | os.PathLike, images: Any, class_id: Any, method: str) -> np.ndarray:
+def _check(method: str, layer: str | None) -> None:
+    one_of("method", method, METHODS)
+    if layer is not None and method == "cam":
+        raise ValueError(f"Expected layer=None for method='cam'. Received: layer={layer!r}. Nearest: method='grad-cam'")
+
+
+def _of_export(path: str | os.PathLike, images: Any, class_id: Any, method: str, layer: str | None) -> np.ndarray:
     from keras_effnet.inference.predictor import Predictor
 
+    _check(method, layer)
     if method != "cam":
         raise ValueError(f"Expected method='cam' for an exported model, which has no gradients. Received: {method!r}")
-    outputs, maps = Predictor(path, maps=True).explain(images)
-    classes = _each(class_id, len(maps), maps.shape[-1])
-    classes = outputs.argmax(1) if classes is None else classes
-    return maps[np.arange(len(maps)), :, :, classes]
+    predictor = Predictor(path, maps=True)
+    pixels = batches.of_images(images, predictor.input_shape)
+    found = []
+    for start in range(0, len(pixels), BATCH):  # the maps of all classes are large
+        outputs, maps = predictor.explain(pixels[start : start + BATCH])
+        classes = _each(class_id, len(pixels), maps.shape[-1])
+        chosen = outputs.argmax(1) if classes is None else classes[start : start + BATCH]
+        found.append(maps[np.arange(len(maps)), :, :, chosen])
+    return np.concatenate(found)

@@ -145,12 +145,15 @@ class Classifier:
         Raises:
             ValueError: If the classifier was created without `maps=True`.
         """
-        with closing(self.predictor.explain_files(paths, decode=self._decode)) as rows:
+
+        def chosen(outputs: Any) -> list[int]:
+            return [row["class_id"] for row in self.ranked(outputs, class_ids=class_ids)]
+
+        with closing(self.predictor.explain_files(paths, decode=self._decode, classes=chosen)) as rows:
             for path, outputs, error, maps, pixels in rows:
                 if error is None:
                     best = self.ranked(outputs, class_ids=class_ids)
-                    chosen = [maps[..., row["class_id"]] for row in best]
-                    yield {"path": path, "predictions": best, "maps": chosen, "pixels": pixels}
+                    yield {"path": path, "predictions": best, "maps": list(np.moveaxis(maps, -1, 0)), "pixels": pixels}
                 else:
                     yield {"path": path, "error": told(path, error)}
 

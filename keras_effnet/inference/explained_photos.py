@@ -1,14 +1,14 @@
 """Explains photos: a picture of each in a folder, and a page of all."""
 
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from keras_effnet import files
 from keras_effnet.images.folders import photographs
-from keras_effnet.inference import map_pictures
+from keras_effnet.inference import batches, map_pictures
 from keras_effnet.inference.classifier import Classifier, told
 
 METHODS = ("cam", "grad-cam", "grad-cam++")  # here, since class_maps imports Keras
@@ -39,18 +39,24 @@ def explain_photos(
 
     Raises:
         OSError: If the folder cannot be written to.
-        ValueError: If a class or a layer is unknown, the folder holds the photos, or it has another program's page.
+        ValueError: If a class or a layer is unknown, the model has no maps, or the folder holds other files.
     """
-    out, found = Path(out), photographs(paths)
-    check_folder(out, found)
+    out = Path(out)
+    found = photos_for(out, paths)
     class_ids = [classifier.class_id(name) for name in classes] or None
-    rows: Any = (
-        classifier.explain_files(found, class_ids)
-        if method == "cam"
-        else _by_gradients(classifier, found, class_ids, method, layer)
-    )
+    if method == "cam":
+        rows: Any = classifier.explain_files(found, class_ids)
+    else:
+        from keras_effnet.inference.class_maps import Explainer
+
+        rows = _by_gradients(classifier, Explainer(classifier.model(), method, layer), found, class_ids)
+    return _written(rows, out, f"What {classifier.name} looks at")
+
+
+def _written(rows: Any, out: Path, title: str) -> Generator[dict[str, Any], None, None]:
     out.mkdir(exist_ok=True)
-    channels_last = classifier.predictor.input_shape[-1] <= 4
+    if not _is_own(out):  # the folder of a run that is killed is one that can be written to
+        (out / PAGE).write_text("".join(map_pictures.page(title, "Not finished.", [])), encoding="utf-8")
     taken: set[str] = set()
     done: list[dict[str, Any]] = []
 
@@ -61,7 +67,7 @@ def explain_photos(
                 yield map_pictures.error_card(row["error"])
                 continue
             path, pixels, maps = row["path"], row.pop("pixels"), row.pop("maps")
-            shown = map_pictures.Explanation(map_pictures.viewed(pixels, channels_last), row["predictions"], maps)
+            shown = map_pictures.Explanation(pixels, row["predictions"], maps)
             picture = out / _free(os.path.splitext(os.path.basename(path))[0], taken)
             with files.replacing(picture) as temporary:
                 temporary.write_bytes(shown.picture())
@@ -73,55 +79,65 @@ def explain_photos(
         "the more they add to its score. Each map has its own scale."
     )
     with closing(rows), files.replacing(out / PAGE) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for part in map_pictures.page(f"What {classifier.name} looks at", about, cards()):
+        for part in map_pictures.page(title, about, cards()):
             file.write(part)
             yield from done
             done.clear()
 
 
-def check_folder(out: str | os.PathLike, found: Iterable[str]) -> None:
-    """Checks that explanations can be written to a folder.
+def photos_for(out: str | os.PathLike, paths: Sequence[str | os.PathLike]) -> list[str]:
+    """Lists photos whose explanations can be written to a folder, without those that the folder has from before.
 
     Args:
-        out: Path of the folder.
-        found: Iterable of the paths of the photos.
+        out: Path of the folder: a new one, an empty one, or one of `explain_photos()`.
+        paths: Sequence of paths of photos or of folders that contain them.
+
+    Returns:
+        List of paths.
 
     Raises:
-        OSError: If it is a file, or cannot be created.
-        ValueError: If it holds the photos, or another program's page.
+        OSError: If the folder is a file, or cannot be created.
+        ValueError: If the folder holds other files.
     """
     out = Path(out)
-    folder = os.path.realpath(out)
-    if any(os.path.dirname(os.path.realpath(path)) == folder for path in found):
-        raise ValueError(f"Expected a folder other than that of the photos. Received: {str(out)!r}")
-    page = out / PAGE
-    if page.exists() and map_pictures.GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise ValueError(f"Expected a new folder, or one of `explain`. Received: {str(out)!r} with another {PAGE}")
     if not out.is_dir():
-        if out.exists():
+        if os.path.lexists(out):
             raise NotADirectoryError(f"Expected a folder to write to. Received: {str(out)!r}, a file")
         if not out.absolute().parent.is_dir():
             raise FileNotFoundError(
                 f"Expected a folder to create {out.name!r} in. Received: {str(out.parent)!r}, which does not exist"
             )
+    elif any(out.iterdir()) and not _is_own(out):
+        raise ValueError(
+            f"Expected a new or empty folder, or one that `explain` has written. Received: {str(out)!r}, with other "
+            "files"
+        )
+    folder = os.path.realpath(out)
+    return [path for path in photographs(paths) if os.path.dirname(os.path.realpath(path)) != folder]
+
+
+def _is_own(out: Path) -> bool:
+    try:
+        with (out / PAGE).open(encoding="utf-8", errors="replace") as file:
+            return map_pictures.GENERATOR in file.read(1000)
+    except OSError:
+        return False
 
 
 def _free(stem: str, taken: set[str]) -> str:
     """Returns the name of a picture that no other photo has."""
     name, number = f"{stem}.jpg", 1
-    while name in taken:
+    while name.casefold() in taken:  # some disks take Cat.jpg and cat.jpg for the same file
         number += 1
         name = f"{stem}-{number}.jpg"
-    taken.add(name)
+    taken.add(name.casefold())
     return name
 
 
 def _by_gradients(
-    classifier: Classifier, paths: Sequence[str], class_ids: Sequence[int] | None, method: str, layer: str | None
+    classifier: Classifier, explainer: Any, paths: Sequence[str], class_ids: Sequence[int] | None
 ) -> Generator[dict[str, Any], None, None]:
-    from keras_effnet.inference.class_maps import explain
-
-    load, net = classifier.image_loader(), classifier.model()
+    load = classifier.image_loader()
     for path in paths:
         try:
             pixels = load(path)
@@ -129,6 +145,6 @@ def _by_gradients(
             yield {"path": path, "error": told(path, error)}
             continue
         best = classifier.ranked(classifier.predictor(pixels)[0], class_ids=class_ids)
-        numbers = [row["class_id"] for row in best]
-        maps = explain(net, [pixels] * len(numbers), numbers, method, layer)
-        yield {"path": path, "predictions": best, "maps": list(maps), "pixels": pixels}
+        maps = [explainer(pixels, row["class_id"])[0] for row in best]
+        shown = batches.viewed(pixels, classifier.predictor.input_shape[-1] <= 4)
+        yield {"path": path, "predictions": best, "maps": maps, "pixels": shown}

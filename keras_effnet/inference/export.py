@@ -111,7 +111,7 @@ def export(
     with folder_beside(path) as folder:
         temporary = folder / path.name
         found = _write(net, temporary, kind, shape, precision, photographs)
-        report = compare(net, temporary, kind, tried) | found
+        report = compare(model, temporary, kind, tried, net if maps else None) | found
         _check_difference(model, kind, precision, report["difference"])
         _ADD_METADATA[kind](temporary, metadata | {"difference": report["difference"]})
         _move(temporary, path)

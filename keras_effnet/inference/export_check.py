@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_effnet.inference import runtimes
+from keras_effnet.inference.folding import numbers
 
 
 def runner_of(path: Path, kind: str) -> Callable[[np.ndarray], list[np.ndarray]]:
@@ -34,7 +35,9 @@ def runner_of(path: Path, kind: str) -> Callable[[np.ndarray], list[np.ndarray]]
     return lambda images: [np.asarray(each) for each in tf.nest.flatten(loaded.serve(images))]
 
 
-def compare(model, path: Path, kind: str, tried: dict[str, np.ndarray]) -> dict[str, Any]:
+def compare(
+    model, path: Path, kind: str, tried: dict[str, np.ndarray], with_maps: keras.Model | None = None
+) -> dict[str, Any]:
     """Measures how far the outputs of an export are from Keras'.
 
     Args:
@@ -42,6 +45,7 @@ def compare(model, path: Path, kind: str, tried: dict[str, np.ndarray]) -> dict[
         path: Path of the export.
         kind: String. The format of the export, see `export()`.
         tried: Dict of float32 batches of images by name.
+        with_maps: The model whose last output are maps, if the export has them. Defaults to None.
 
     Returns:
         Dict with `difference`: for each name, the largest difference of an output, relative to its largest value in
@@ -60,6 +64,10 @@ def compare(model, path: Path, kind: str, tried: dict[str, np.ndarray]) -> dict[
         rows = [[keras.ops.convert_to_numpy(each) for each in keras.tree.flatten(part)] for part in parts]
         wanted = [np.concatenate(each).astype("float32") for each in zip(*rows, strict=True)]
         got = run(images)
+        if with_maps is not None:  # those of a few images: they are large
+            got, maps = got[:-1], got[-1][:4]
+            wanted_maps = numbers(keras.tree.flatten(with_maps.predict_on_batch(images[:4]))[-1])
+            got, wanted = [*got, maps], [*wanted, wanted_maps.astype("float32")]
         if [each.shape for each in got] != [each.shape for each in wanted]:
             raise ValueError(
                 f"Expected outputs of the same shapes as in Keras, {[each.shape for each in wanted]}. Received: "

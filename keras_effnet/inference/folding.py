@@ -101,7 +101,7 @@ class Step:
             Array.
         """
         found = self.changed.get(name)
-        return _numbers(getattr(self.operation, name)) if found is None else found
+        return numbers(getattr(self.operation, name)) if found is None else found
 
     @property
     def bias(self) -> np.ndarray | float:
@@ -256,7 +256,15 @@ def _trace(model, inputs, steps: list[Step]):
     return compat.run_graph(model, inputs, call)
 
 
-def _numbers(value) -> np.ndarray:
+def numbers(value) -> np.ndarray:
+    """Returns a tensor of the backend as a float64 array.
+
+    Args:
+        value: A tensor or variable of numbers.
+
+    Returns:
+        Array.
+    """
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(value, "float32")), "float64")
 
 
@@ -265,9 +273,9 @@ def _affine(layer, rank: int) -> _Affine | None:
         return None  # a subclass may do more
     match layer:
         case keras.layers.BatchNormalization():
-            scale = 1 / np.sqrt(_numbers(layer.moving_variance) + layer.epsilon)
-            scale = scale * _numbers(layer.gamma) if layer.scale else scale
-            offset = (_numbers(layer.beta) if layer.center else 0) - _numbers(layer.moving_mean) * scale
+            scale = 1 / np.sqrt(numbers(layer.moving_variance) + layer.epsilon)
+            scale = scale * numbers(layer.gamma) if layer.scale else scale
+            offset = (numbers(layer.beta) if layer.center else 0) - numbers(layer.moving_mean) * scale
             return _Affine(scale, offset, layer.axis if layer.axis < 0 else layer.axis - rank)
         case keras.layers.Rescaling():
             pair = np.asarray(layer.scale, "float64"), np.asarray(layer.offset, "float64")
@@ -275,8 +283,8 @@ def _affine(layer, rank: int) -> _Affine | None:
             if pair[0].ndim and keras.config.image_data_format() == "channels_first":
                 pair = pair[0].reshape(pair[0].shape + (1,) * (3 - pair[0].ndim)), pair[1]
         case keras.layers.Normalization() if not layer.invert and layer.mean is not None:
-            deviation = np.maximum(np.sqrt(_numbers(layer.variance)), keras.config.epsilon())
-            pair = 1 / deviation, -_numbers(layer.mean) / deviation
+            deviation = np.maximum(np.sqrt(numbers(layer.variance)), keras.config.epsilon())
+            pair = 1 / deviation, -numbers(layer.mean) / deviation
         case _:
             return None
     axes = {place - row.ndim for row in pair for place, size in enumerate(row.shape) if size > 1}

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from keras_effnet import ranges
+from keras_effnet.inference import batches
+
 TILE, MARGIN, BAND = 224, 8, 46  # pixels of a picture: a photo's side, between photos, and the text below
 
 # Red, green and blue, and how much they cover the photo, of equal steps from nothing to the largest value of a map.
@@ -33,7 +36,7 @@ def overlay(image: Any, map: Any, strength: float = 0.7) -> np.ndarray:
         uint8 array (height, width, 3).
 
     Raises:
-        ValueError: If an array has another shape.
+        ValueError: If an array has another shape, or `strength` is not valid.
 
     Example:
 
@@ -47,27 +50,14 @@ def overlay(image: Any, map: Any, strength: float = 0.7) -> np.ndarray:
             "Expected an image of shape (height, width, channels) and a map of shape (rows, columns). Received: "
             f"shapes {pixels.shape} and {values.shape}"
         )
-    shown = viewed(pixels)
+    ranges.check(strength=(strength, float, ranges.SHARE))
+    shown = batches.viewed(pixels)
     return np.asarray(_covered(Image.fromarray(shown), values, strength))
-
-
-def viewed(pixels: np.ndarray, channels_last: bool = True) -> np.ndarray:
-    """Returns a model's input as an image that a viewer shows.
-
-    Args:
-        pixels: Array of pixels 0-255, with 1, 3 or 4 channels.
-        channels_last: Boolean, whether the channels come last. Defaults to True.
-
-    Returns:
-        uint8 array (height, width, 3).
-    """
-    pixels = np.clip(np.rint(pixels if channels_last else np.moveaxis(pixels, 0, -1)), 0, 255).astype("uint8")
-    return np.ascontiguousarray(np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels[..., :3])
 
 
 def _covered(photo: Image.Image, values: np.ndarray, strength: float = 0.7) -> Image.Image:
     """Covers a photo, without its own colors, with those of a map."""
-    shares = values / max(float(values.max()), 1e-30)
+    shares = np.maximum(values, 0) / max(float(values.max()), 1e-30)
     shares = np.asarray(Image.fromarray(shares).resize(photo.size, Image.Resampling.BICUBIC))
     steps = _table(strength)[np.rint(np.clip(shares, 0, 1) * 255).astype("uint8")]
     color, cover = Image.fromarray(steps[..., :3].copy()), Image.fromarray(steps[..., 3].copy())

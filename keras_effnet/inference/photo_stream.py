@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 AHEAD = 8  # finished photos (or batches) per thread that may wait for an earlier one: only their outputs are in memory
+AHEAD_WITH_MAPS = 2
 
 
 class FilePrediction(NamedTuple):
@@ -34,7 +35,7 @@ class FileExplanation(NamedTuple):
         outputs: What the model returns for the photo, without the axis of the batch. None if the photo cannot be read.
         error: The exception, or None.
         maps: float32 array (height, width, classes), see `keras_effnet.explain()`.
-        pixels: float32 array, the photo as the model sees it.
+        pixels: uint8 array (height, width, 3), the photo as the model sees it.
     """
 
     path: str | os.PathLike
@@ -50,6 +51,7 @@ def stream(
     run: Callable[[np.ndarray], list[np.ndarray]],
     threads: int,
     batch: int = 1,
+    ahead: int = AHEAD,
 ) -> Generator[FilePrediction, None, None]:
     """Yields what a model predicts for each photo, in order. Each thread loads a photo and runs the model on it.
 
@@ -63,6 +65,8 @@ def stream(
         run: Function from a float32 batch of images to the list of outputs. Several threads call it at once.
         threads: Integer.
         batch: Integer. Photos that a thread loads before it runs the model on them. Defaults to 1.
+        ahead: Integer. Finished batches per thread that may wait for an earlier one: their outputs are in memory.
+            Defaults to `AHEAD`.
 
     Yields:
         `FilePrediction`, with the list of outputs.
@@ -84,7 +88,7 @@ def stream(
     try:
         while some := list(itertools.islice(rest, batch)):
             waiting.append(workers.submit(work, some))
-            while waiting and (len(waiting) > AHEAD * threads or waiting[0].done()):
+            while waiting and (len(waiting) > ahead * threads or waiting[0].done()):
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()

@@ -3,7 +3,7 @@
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -180,7 +180,7 @@ class Predictor:
         return f"<Predictor {self.input_shape} {self.precision} on {self.runtime}, {place}>"
 
     def __call__(self, images) -> Any:
-        return self._structured(self._run(batches.of_images(images, self.input_shape)))
+        return self._structured(self._without_maps(self._run)(batches.of_images(images, self.input_shape)))
 
     def explain(self, images) -> Explained:
         """Predicts, and maps which places of the images speak for each class.
@@ -203,12 +203,15 @@ class Predictor:
         ((1, 2), (1, 2, 2, 2))
         """
         self._check_maps()
-        rows = self._run(batches.of_images(images, self.input_shape))
-        return Explained(self._structured(rows), rows[-1])
+        *rows, maps = self._run(batches.of_images(images, self.input_shape))
+        return Explained(self._structured(rows), maps)
 
     def _check_maps(self) -> None:
         if not self._has_maps:
             raise ValueError("Expected a Predictor with maps: ke.Predictor(model, maps=True). Received: one without")
+
+    def _without_maps(self, run: Callable) -> Callable[[np.ndarray], list[np.ndarray]]:
+        return (lambda images: run(images)[:-1]) if self._has_maps else run
 
     def predict_files(
         self,
@@ -244,7 +247,7 @@ class Predictor:
         docs/cat.png (2,)
         docs/coffee.png (2,)
         """
-        stream = self._stream(paths, recursive, decode)
+        stream = self._stream(paths, recursive, decode, self._without_maps)
         return (row if row.error else row._replace(outputs=self._structured(row.outputs)) for row in stream)
 
     def explain_files(
@@ -252,6 +255,7 @@ class Predictor:
         paths: str | os.PathLike | Iterable[str | os.PathLike],
         recursive: bool = False,
         decode: str = "exact",
+        classes: Callable[[Any], Sequence[int]] | None = None,
     ) -> Generator[photo_stream.FileExplanation, None, None]:
         """Explains photos as `predict_files()` predicts them.
 
@@ -259,6 +263,8 @@ class Predictor:
             paths: See `predict_files()`.
             recursive: See `predict_files()`.
             decode: See `predict_files()`.
+            classes: Function from the outputs of a photo to the numbers of the classes whose maps to return. Defaults
+                to None: all classes.
 
         Yields:
             `photo_stream.FileExplanation`.
@@ -267,17 +273,29 @@ class Predictor:
             ValueError: See `explain()`.
         """
         self._check_maps()
-        for path, outputs, error in self._stream(paths, recursive, decode, with_pixels=True):
-            if error:
-                yield photo_stream.FileExplanation(path, None, error)
-            else:
-                *rows, maps, pixels = outputs
-                yield photo_stream.FileExplanation(path, self._structured([*rows, maps]), None, maps, pixels)
+
+        def explaining(run: Callable) -> Callable[[np.ndarray], list]:
+            def explained(images: np.ndarray) -> list:
+                *rows, maps = run(images)
+                chosen = [self._structured(list(row)) for row in zip(*rows, strict=True)]
+                if classes is not None:
+                    maps = [each[..., list(classes(row))] for each, row in zip(maps, chosen, strict=True)]
+                return [chosen, maps, [batches.viewed(image, self.input_shape[-1] <= 4) for image in images]]
+
+            return explained
+
+        stream = self._stream(paths, recursive, decode, explaining, photo_stream.AHEAD_WITH_MAPS)
+        return (
+            photo_stream.FileExplanation(row.path, None, row.error)
+            if row.error
+            else photo_stream.FileExplanation(row.path, row.outputs[0], None, *row.outputs[1:])
+            for row in stream
+        )
 
     def _stream(
-        self, paths, recursive: bool, decode: str, with_pixels: bool = False
+        self, paths, recursive: bool, decode: str, around: Callable, ahead: int = photo_stream.AHEAD
     ) -> Generator[photo_stream.FilePrediction, None, None]:
-        """Yields the rows of photos as lists of arrays; the last one may be the pixels."""
+        """Yields the rows of photos, as lists of what `around(run)` returns for them."""
         self._run.check()
         given = [paths] if isinstance(paths, str | os.PathLike) else paths
         found = (path for each in given for path in folders.photographs([each], recursive))
@@ -287,8 +305,8 @@ class Predictor:
             # With fewer photos than threads, each photo has all threads.
             head = list(itertools.islice(found, self.threads))
             run = self._run if len(head) < self.threads else self._run.on_one_thread
-            both = (lambda images: [*run(images), images]) if with_pixels else run
-            stream = photo_stream.stream(itertools.chain(head, found), load, both, self.threads, self._run.batch)
+            chain = itertools.chain(head, found)
+            stream = photo_stream.stream(chain, load, around(run), self.threads, self._run.batch, ahead)
             with closing(stream):
                 yield from stream
 
@@ -315,7 +333,8 @@ class Predictor:
         >>> ke.Predictor(model).on_one_thread(np.zeros((32, 32, 3), "uint8")).shape
         (1, 2)
         """
-        return self._structured(self._run.on_one_thread(batches.of_images(images, self.input_shape)))
+        run = self._without_maps(self._run.on_one_thread)
+        return self._structured(run(batches.of_images(images, self.input_shape)))
 
     @property
     def batch(self) -> int:
@@ -342,7 +361,6 @@ class Predictor:
         return photo_loader.loader_of(self.metadata | {"input_shape": self.input_shape}, decode, max_pixels)
 
     def _structured(self, rows: list[np.ndarray]) -> Any:
-        rows = rows[:-1] if self._has_maps else rows
         match self._structure:
             case list(names) if all(isinstance(name, str) for name in names):
                 if len(names) != len(rows):

@@ -218,8 +218,8 @@ def best(
 ) -> tuple[Any, str]:
     """Quantizes a model with as few float layers as needed to keep the logits.
 
-    Tries the versions of `candidates()` until the cosine of the logits reaches `COSINE`, and returns the best. Models
-    without known layer names or with other outputs get the first version.
+    Tries the versions of `candidates()` until the cosine of the logits reaches `COSINE`, and returns the best. Of
+    several outputs, the first one counts. Models without known layer names or logits get the first version.
 
     Args:
         net: A folded model.
@@ -233,13 +233,17 @@ def best(
         Tuple of the result of `quantise`, and the regular expression.
     """
     tried: list[tuple[float, Any, str]] = []
-    expected = _numpy(keras.tree.flatten(net.predict_on_batch(images[:1]))[0])
-    if expected.ndim == 2 and len(net.outputs) == 1:
-        expected = np.concatenate([_numpy(net.predict_on_batch(image[None])) for image in images])
+
+    def first(images: np.ndarray) -> np.ndarray:
+        return _numpy(keras.tree.flatten(net.predict_on_batch(images))[0])
+
+    expected = first(images[:1])
+    if expected.ndim == 2:
+        expected = np.concatenate([first(image[None]) for image in images])
     known = any(re.match(FLOAT[-1], layer.name) for layer in net.layers)
     for pattern, version in candidates(net, images, pairs):
         made = quantise(version, pattern)
-        if expected.ndim != 2 or len(net.outputs) > 1 or not known:
+        if expected.ndim != 2 or not known:
             return made, pattern
         tried.append((cosine(expected, run(made)(images)), made, pattern))
         if tried[-1][0] >= COSINE:

@@ -13,6 +13,9 @@ from PIL import Image
 
 import keras_effnet as ke
 from keras_effnet import cache
+from keras_effnet.images import folders
+from keras_effnet.inference import class_maps, explained_photos
+from keras_effnet.inference.classifier import Classifier
 
 # Converters use deprecated parts of TensorFlow, JAX, PyTorch and NumPy. We cannot fix their warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -124,7 +127,7 @@ def plain_grad_cam(model, images, classes, layer):
 def test_gradients_give_what_a_plain_script_gives(layer):
     with_softmax, without = net("efficientnet-b0"), net("efficientnet-b0", classifier_activation=None)
     without.set_weights(with_softmax.get_weights())
-    images, classes = pixels((75, 64, 3), 6), range(6)
+    images, classes = pixels((75, 64, 3), 6), list(range(6))
     expected = plain_grad_cam(without, images, classes, layer)
     for method, wanted in zip(("grad-cam", "grad-cam++"), expected, strict=True):
         found = ke.explain(with_softmax, images, classes, method, layer)
@@ -177,10 +180,13 @@ def test_an_export_carries_the_maps(ending, tmp_path):
 @pytest.mark.parametrize("ending", leading([".onnx", ".tflite"], 1))
 def test_an_export_in_8_bits_carries_them_too(ending, tmp_path):
     model, images = net("efficientnet-lite0"), pixels((75, 64, 3), 16)
-    ke.export(model, tmp_path / f"small{ending}", precision="int8", calibration=images, maps=True)
+    report = ke.export(model, tmp_path / f"small{ending}", precision="int8", calibration=images, maps=True)
     exact = ke.explain(model, images, 2)
     found = ke.explain(tmp_path / f"small{ending}", images, 2)
     assert np.corrcoef(exact.ravel(), found.ravel())[0, 1] > 0.97
+    # As many layers stay in float as without maps, so that the outputs are as exact.
+    bare = ke.export(model, tmp_path / f"bare{ending}", precision="int8", calibration=images)
+    assert report["float_layers"] == bare["float_layers"]
 
 
 def test_a_predictor_explains_what_the_model_explains(home):
@@ -193,6 +199,54 @@ def test_a_predictor_explains_what_the_model_explains(home):
     with pytest.raises(ValueError, match="Expected a Predictor with maps"):
         ke.Predictor(model, "onnxruntime").explain(images)
     assert len([one for one in cache.entries() if one.kind == "predictor"]) >= 2  # with maps and without
+
+
+@ON_TENSORFLOW
+def test_a_folder_is_written_again_and_does_not_explain_itself(photos, tmp_path):
+    """Also after a run that was killed. The second run finds the pictures of the first among the photos."""
+    path, out = tmp_path / "mine.keras", photos / "explained"
+    ke.save_model(own(), path)
+    out.mkdir()
+    (photos / "broken.jpg").unlink()
+    classifier = Classifier(path, runtime="keras", maps=True)
+    for _ in range(2):
+        found = folders.photographs([photos], recursive=True)
+        assert len(list(explained_photos.explain_photos(found, out, classifier))) == 3
+        assert len(list(out.glob("*.jpg"))) == 3 and (out / "index.html").read_text().count("<article") == 3
+    rows = explained_photos.explain_photos([photos / "cat.png"], tmp_path / "killed", classifier)
+    next(rows)
+    rows.close()
+    assert "Not finished" in (tmp_path / "killed" / "index.html").read_text()
+    assert len(list(explained_photos.explain_photos([photos / "cat.png"], tmp_path / "killed", classifier))) == 1
+
+
+def test_layers_that_do_more_are_not_taken_for_plain_ones():
+    class Cosine(keras.layers.Dense):
+        def call(self, inputs):
+            return keras.ops.matmul(keras.ops.normalize(inputs), keras.ops.normalize(self.kernel, axis=0))
+
+    with shallow_nets():
+        body = ke.EfficientNetB0(include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg")
+    with pytest.raises(ValueError, match=r"with 'cosine'\. Nearest: method='grad-cam'"):
+        ke.explain(keras.Sequential([body, Cosine(6, name="cosine")]), pixels((64, 64, 3)))
+    # A pooling that also feeds a gate: the maps of its last call, and no export of the first's.
+    pool, features = keras.layers.GlobalAveragePooling2D(name="pool"), body.get_layer("top_activation").output
+    gate = keras.layers.Reshape((1, 1, -1))(keras.layers.Dense(1280, "sigmoid")(pool(features)))
+    scores = keras.layers.Dense(6)(pool(keras.layers.Multiply()([features, gate])))
+    model = keras.Model(body.inputs, scores)
+    images = pixels((64, 64, 3))
+    bias = run(model, images)[:, 2] - ke.explain(model, images, 2).sum((1, 2))
+    assert np.abs(bias).max() < 1e-5  # the bias is 0
+    with pytest.raises(ValueError, match=r"Expected a pooling layer that is called once. Received: 'pool'"):
+        class_maps.with_maps(model, (64, 64, 3))
+
+
+def test_gradients_in_mixed_precision():
+    model = net("efficientnet-lite0", dtype="mixed_bfloat16")
+    images = pixels((75, 64, 3))
+    exact = np.maximum(ke.explain(model, images), 0)
+    found = ke.explain(model, images, method="grad-cam")
+    assert np.abs(found - exact).max() < 0.03 * exact.max()
 
 
 def test_what_is_wrong_is_told(tmp_path):
@@ -227,6 +281,11 @@ def test_an_overlay_covers_the_brightest_place():
     assert np.unravel_index(changed.argmax(), changed.shape)[0] in range(16, 32)
     assert changed[16:32, 32:].mean() > 10 * changed[48:, :16].mean() and covered.shape == (64, 48, 3)
     assert np.array_equal(ke.overlay(image, values, 0), image)
+    nothing = np.full((7, 7), -0.05)
+    nothing[:, :3] = -1
+    assert np.array_equal(ke.overlay(image, nothing), image)  # nothing speaks for the class
+    with pytest.raises(ValueError, match="Expected strength"):
+        ke.overlay(image, values, 1.5)
     with pytest.raises(
         ValueError, match=r"a map of shape \(rows, columns\). Received: shapes \(64, 48, 3\) and \(4,\)"
     ):
@@ -284,13 +343,12 @@ def test_the_command_explains_given_classes_and_any_head(photos, tmp_path):
 @ON_TENSORFLOW
 def test_the_command_spares_what_is_there(photos, tmp_path):
     before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
-    told = invoked("explain", photos / "cat.png", "--out", photos)
-    assert told.returncode == 2 and "Expected a folder other than that of the photos" in told.stderr
     site = tmp_path / "site"
     site.mkdir()
     (site / "index.html").write_text("<html>mine")
-    told = invoked("explain", photos / "cat.png", "--out", site)
-    assert told.returncode == 2 and "another index.html" in told.stderr
+    for folder in (photos, photos / "same", site):
+        told = invoked("explain", photos / "cat.png", "--out", folder)
+        assert told.returncode == 2 and f"Received: '{folder}', with other files" in told.stderr
     assert [path.name for path in site.iterdir()] == ["index.html"]
     told = invoked("explain", photos / "cat.png", "--out", tmp_path / "no" / "where")
     assert told.returncode == 2 and "which does not exist" in told.stderr

@@ -16,7 +16,7 @@ from keras_effnet import class_names, files, model_metadata, models, ranges
 from keras_effnet.errors import one_of
 from keras_effnet.images import photo_loader
 from keras_effnet.images.resizing import INTERPOLATIONS
-from keras_effnet.inference.class_maps import explain
+from keras_effnet.inference.class_maps import Explainer
 from keras_effnet.inference.predictor import Predictor
 from keras_effnet.model_loader import Reference, check_finite, load_model, resolve
 from keras_effnet.nets import inspection
@@ -147,9 +147,10 @@ def _explained(scores: Scores, net) -> Scores:
         return scores
     said = [int(scores.classes[mistake.place, 0]) for mistake in scores.mistakes]
     try:
-        maps = explain(net, np.stack([mistake.pixels for mistake in scores.mistakes]), said)
-    except ValueError:
+        explainer = Explainer(net)
+    except ValueError:  # another head
         return scores
+    maps = explainer(np.stack([mistake.pixels for mistake in scores.mistakes]), said)
     if maps[0].size == 1:
         return scores
     pairs = zip(scores.mistakes, maps, strict=True)
