@@ -68,7 +68,9 @@ def write_photos(folder: Path, count: int) -> list[Path]:
 
 def request(body: bytes, kind: str = "image/jpeg", declared: int | None = None) -> bytes:
     size = len(body) if declared is None else declared
-    head = f"POST /predict?top={TOP} HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\nContent-Length: {size}\r\n\r\n"
+    head = (
+        f"POST /predict?top={TOP} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {size}\r\n\r\n"
+    )
     return head.encode() + body
 
 

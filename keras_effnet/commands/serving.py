@@ -60,16 +60,17 @@ def serve(
     from keras_effnet.serving.limits import Limits
     from keras_effnet.serving.run import run
     from keras_effnet.serving.service import Service
-    from keras_effnet.serving.sockets import bound
+    from keras_effnet.serving.sockets import bound, is_local
 
     limits = Limits(bytes=max_bytes, pixels=max_pixels, images=max_images, queue=queue, timeout=timeout)
     listening = bound(host, port)
+    names = {host.lower(), "localhost"} if is_local(listening) else None
     with contextlib.suppress(ImportError):  # a cached model needs no backend
         choose_backend()
     try:
         with spinner(f"Preparing {model}"):
             classifier = Classifier(model, weights, top, runtime, precision, best, device=device, threads=threads)
-            service = Service(classifier, limits, classifier.name)
+            service = Service(classifier, limits, classifier.name, names)
     except ModuleNotFoundError:
         choose_backend()
         raise

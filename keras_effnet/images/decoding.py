@@ -5,7 +5,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -174,6 +174,26 @@ def formats() -> tuple[str, ...]:
     Image.init()
     wanted = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     return tuple(name for name in wanted if name in Image.OPEN)
+
+
+def format_of(data: bytes, names: Iterable[str]) -> str | None:
+    """Returns the format that the first bytes of a file tell, without opening it.
+
+    Args:
+        data: The file's bytes.
+        names: Names of Pillow's formats to consider.
+
+    Returns:
+        One of the names, or None.
+    """
+    from PIL import Image
+
+    Image.init()
+    for name in names:
+        _, accepts = Image.OPEN.get(name, (None, None))
+        if accepts and accepts(data[:16]) is True:  # `Image.open()` asks so, too; a string tells what is missing
+            return name
+    return None
 
 
 def _read(source) -> tuple[str, bytes]:

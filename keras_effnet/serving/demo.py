@@ -1,13 +1,11 @@
 """`keras-effnet demo`: a local page that classifies photos, for one user."""
 
 import contextlib
-import ipaddress
 import socket
 import threading
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -20,7 +18,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from keras_effnet.errors import one_line, unknown
-from keras_effnet.serving import sockets
+from keras_effnet.serving import own_page, sockets
 from keras_effnet.serving.demo_models import DemoModel
 
 PORT = 7860  # if it is free
@@ -45,9 +43,6 @@ _HEADERS = {
 class OwnPage:
     """ASGI middleware: answers this page only, and not other pages that are open in the browser.
 
-    Another page may name this server in its requests, which then have an `Origin` of their own; or give its own name
-    this machine's address (DNS rebinding), which then is the `Host`.
-
     Args:
         app: The ASGI application.
         host: String, the address that the server listens at. It is a valid `Host`, as are localhost, this machine's
@@ -67,24 +62,8 @@ class OwnPage:
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        answer = self._app if self._is_own(Headers(scope=scope)) else _REFUSED
+        answer = self._app if own_page.is_own(Headers(scope=scope), self._names) else _REFUSED
         await answer(scope, receive, send_with_headers)
-
-    def _is_own(self, headers: Headers) -> bool:
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if origin is not None and origin != f"http://{host}":
-            return False
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name in self._names:
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
 
 
 _REFUSED = PlainTextResponse(

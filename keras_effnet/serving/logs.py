@@ -21,7 +21,7 @@ class _JsonLines(logging.Formatter):
         fields = getattr(record, "fields", None)
         told |= fields if fields is not None else {"message": one_line(record.getMessage())}
         if record.exc_info:
-            told["error"] = one_line(self.formatException(record.exc_info), 4000)
+            told["error"] = one_line(self.formatException(record.exc_info)[-4000:], 4000)  # the cause is at the end
         return json.dumps(told)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from keras_effnet import __version__
 from keras_effnet.serving.bodies import FIELD
+from keras_effnet.serving.formats import REFUSED
 from keras_effnet.serving.limits import Limits
 
 _IMAGE = {"type": "string", "contentMediaType": "image/*"}
@@ -88,13 +89,16 @@ def _predict(limits: Limits, top: int) -> dict[str, Any]:
     }
     refused = {
         400: "The request is not what its Content-Type says, has no image, or top is out of its range.",
+        403: "The request is of another web page, or for a name that is not this machine's.",
         408: f"The request was not received within {limits.timeout:g} seconds.",
         413: f"More than {limits.bytes:,} bytes or {limits.images} images.",
         431: "The headers are too large.",
+        500: "The model or the service failed: its log tells why.",
         503: "The queue is full, the answer took too long, or the service is ending. Try again after Retry-After.",
     }
     answer = {"$ref": "#/components/schemas/Answer"}
-    told = f"Some images cannot be read, or have more than {limits.pixels:,} pixels: each has its error in its place."
+    told = f"Some images have an error in their place: damaged, of more than {limits.pixels:,} pixels, or one of "
+    told += ", ".join(REFUSED)
     return {
         "summary": "Classify images.",
         "parameters": [

@@ -14,6 +14,8 @@ from keras_effnet.serving.protocol import protocol_of
 from keras_effnet.serving.service import Service
 from keras_effnet.serving.sockets import address
 
+_ENDING = 5.0  # seconds to wait for images that are decoded although nobody waits for them
+
 
 def run(service: Service, limits: Limits, listening: socket.socket, ready: Callable[[str], None]) -> None:
     """Serves until a signal, and then answers what has been accepted.
@@ -38,7 +40,8 @@ def run(service: Service, limits: Limits, listening: socket.socket, ready: Calla
         timeout_graceful_shutdown=int(limits.timeout) + 1,
     )
     _Server(config, service, limits, ready).run([listening])
-    service.close()
+    service.close(_ENDING)
+    logs.log(message="ended")
 
 
 class _Server(uvicorn.Server):
@@ -68,10 +71,6 @@ class _Server(uvicorn.Server):
         if self._service.draining and (not self._service.active or late):
             self.should_exit = True
         return await super().on_tick(counter)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().shutdown(sockets)
-        logs.log(message="ended")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._service.draining:  # as if there were no handler

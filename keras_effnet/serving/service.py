@@ -3,13 +3,14 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
@@ -18,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from keras_effnet.errors import one_line
 from keras_effnet.inference.classifier import Classifier
-from keras_effnet.serving import docs_page, logs, openapi
+from keras_effnet.serving import docs_page, logs, openapi, own_page
 from keras_effnet.serving.bodies import BodyError, images_of
 from keras_effnet.serving.limits import Limits
 from keras_effnet.serving.metrics import Metrics
@@ -36,6 +37,7 @@ class Service:
         classifier: `Classifier`.
         limits: `Limits`.
         name: String. The model, for the answers.
+        names: Names of this machine that requests may ask for, see `own_page.is_own()`. Defaults to None: any.
 
     Attributes:
         draining: Boolean, whether new images are refused because the service ends.
@@ -47,8 +49,8 @@ class Service:
         ValueError: If the model is not a classifier with one output.
     """
 
-    def __init__(self, classifier: Classifier, limits: Limits, name: str):
-        self._classifier, self._limits, self._name = classifier, limits, name
+    def __init__(self, classifier: Classifier, limits: Limits, name: str, names: Collection[str] | None = None):
+        self._classifier, self._limits, self._name, self._names = classifier, limits, name, names
         self.draining, self.active, self._held = False, 0, 0
         self.metrics = Metrics()
         self._queue = WorkQueue(classifier, limits.queue, limits.pixels, self.metrics)
@@ -67,7 +69,7 @@ class Service:
         self.routes = list(answers)
         self._paths = {path for _, path in answers}
         routes = [Route(path, answer, methods=[method]) for (method, path), answer in answers.items()]
-        self._app = Starlette(routes=routes, exception_handlers={HTTPException: _refused})
+        self._app = Starlette(routes=routes, exception_handlers={HTTPException: _refused, Exception: _failed})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, counts it, and writes a line to the log."""
@@ -83,8 +85,9 @@ class Service:
                 status = message["status"]
             await send(message)
 
+        answer = self._app if own_page.is_own(Headers(scope=scope), self._names) else _foreign
         try:
-            await self._app(scope, receive, recording)
+            await answer(scope, receive, recording)
         finally:
             seconds = time.perf_counter() - begun
             route = scope["path"] if scope["path"] in self._paths else "other"
@@ -93,9 +96,13 @@ class Service:
             line = {"method": one_line(scope["method"], 20), "path": one_line(scope["path"], 200), "status": status}
             logs.log(**line, milliseconds=round(1000 * seconds, 2), **told)
 
-    def close(self) -> None:
-        """Ends the threads once nothing waits."""
-        self._queue.close()
+    def close(self, seconds: float) -> None:
+        """Ends the threads once nothing waits.
+
+        Args:
+            seconds: Float. How long to wait for them.
+        """
+        self._queue.close(seconds)
 
     async def _predict(self, request: Request) -> Response:
         if self.draining:
@@ -172,9 +179,10 @@ class Service:
                 raise ClientDisconnect from None
             raise
         finally:
-            ticket.dropped = True
             gone.remove_done_callback(ticket.drop)
             gone.cancel()
+            if not ticket.complete:
+                self._queue.forget(ticket)
 
     async def _healthz(self, request: Request) -> Response:
         if self.draining:
@@ -222,4 +230,15 @@ def _error(status: int, told: str, headers: dict[str, str] | None = None) -> Res
 async def _refused(request: Request, error: Exception) -> Response:
     """Answers an unknown path or method."""
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, error.detail, dict(error.headers or {}))
+    return _error(error.status_code, error.detail, dict(error.headers or {}) | _closing(request))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Answers a request that the model fails on. Starlette then raises the error, and uvicorn logs it."""
+    return _error(500, "The model or the service failed: its log tells why", {"Connection": "close"})
+
+
+async def _foreign(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers a request of another page."""
+    told = "Expected a request for this service, by its own pages. Received: one for another name or page"
+    await _error(403, told, _closing(Request(scope)))(scope, receive, send)

@@ -1,6 +1,7 @@
 """Sockets that listen: a port that is taken is told before a model is prepared."""
 
 import errno
+import ipaddress
 import socket
 
 
@@ -46,3 +47,15 @@ def address(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     host = "localhost" if host in ("0.0.0.0", "::") else str(host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_local(listening: socket.socket) -> bool:
+    """Returns whether only this machine reaches a bound socket.
+
+    Args:
+        listening: A bound socket.
+
+    Returns:
+        Boolean.
+    """
+    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback

@@ -13,6 +13,7 @@ import numpy as np
 
 from keras_effnet.images import folders
 from keras_effnet.inference.classifier import Classifier
+from keras_effnet.serving import formats
 from keras_effnet.serving.metrics import Metrics
 
 WINDOW = 0.003  # seconds that the first image of a batch waits for others that are being decoded
@@ -36,7 +37,7 @@ class Ticket:
         dropped: Boolean, whether nobody waits for the answer any more.
     """
 
-    images: Sequence[bytes | ValueError]
+    images: Sequence[bytes | ValueError]  # none any more, once it is forgotten
     top: int
     end: float
     answer: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -47,8 +48,13 @@ class Ticket:
         self._lock = threading.Lock()
         self._rows: list[Any] = [{"error": str(one)} if isinstance(one, ValueError) else None for one in self.images]
         self._left = sum(row is None for row in self._rows)
-        if not self._left:
+        if self.complete:
             self.answer.set_result(self._rows)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all images have their results."""
+        return not self._left
 
     @property
     def over(self) -> bool:
@@ -70,7 +76,7 @@ class Ticket:
         with self._lock:
             self._rows[place] = row
             self._left -= 1
-            done = not self._left
+            done = self.complete
         if done:
             self._tell(lambda: self.answer.done() or self.answer.set_result(self._rows))
 
@@ -89,7 +95,7 @@ class Ticket:
 
 class _Job(NamedTuple):
     ticket: Ticket
-    place: int
+    place: int  # of an image, and not of an error
 
 
 class WorkQueue:
@@ -151,25 +157,35 @@ class WorkQueue:
         """
         jobs = [_Job(ticket, place) for place, one in enumerate(ticket.images) if not isinstance(one, ValueError)]
         with self._changed:
-            if len(self._waiting) + len(jobs) > self._size:
-                self._forget()
-                self.check(len(jobs))
+            self.check(len(jobs))
             self._waiting.extend(jobs)
             self._changed.notify(len(jobs))
 
-    def close(self) -> None:
-        """Ends the threads once nothing waits."""
+    def forget(self, ticket: Ticket) -> None:
+        """Removes the images of a request that nobody waits for any more, and their bytes.
+
+        Args:
+            ticket: `Ticket`.
+        """
+        ticket.dropped = True
+        with self._changed:
+            ticket.images = ()
+            left = deque(job for job in self._waiting if job.ticket is not ticket)
+            self._metrics.images.labels("dropped").inc(len(self._waiting) - len(left))
+            self._waiting = left
+
+    def close(self, seconds: float) -> None:
+        """Ends the threads once nothing waits.
+
+        Args:
+            seconds: Float. How long to wait for them. A thread that still decodes then ends with the process.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        end = time.monotonic() + seconds
         for thread in self._threads:
-            thread.join()
-
-    def _forget(self) -> None:
-        """Removes the images that nobody waits for any more."""
-        left = [job for job in self._waiting if not job.ticket.over]
-        self._metrics.images.labels("dropped").inc(len(self._waiting) - len(left))
-        self._waiting = deque(left)
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _work(self) -> None:
         while True:
@@ -178,24 +194,27 @@ class WorkQueue:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
+                image = job.ticket.images[job.place]  # alone: the request may be forgotten meanwhile
                 alone = not self._waiting and not self._busy
                 self._busy += 1
             try:
-                self._answer(job, alone)
+                self._answer(job, image, alone)
             except Exception as error:  # the thread lives on
+                self._metrics.images.labels("error").inc()
                 job.ticket.fail(error)
-            del job  # with the image's bytes
+            del job, image  # with its bytes
             with self._changed:
                 self._busy -= 1
 
-    def _answer(self, job: _Job, alone: bool) -> None:
+    def _answer(self, job: _Job, image: Any, alone: bool) -> None:
         ticket, place = job
         if ticket.over:
             self._metrics.images.labels("dropped").inc()
             return
         begun = time.perf_counter()
         try:
-            pixels = self._load(ticket.images[place])
+            formats.check(image)
+            pixels = self._load(image)
         except (OSError, ValueError, MemoryError) as error:
             self._metrics.images.labels("error").inc()
             ticket.put(place, {"error": str(error) or type(error).__name__})
@@ -232,7 +251,7 @@ class _Together:
         with self._lock:
             self._ready.append(own)
         with self._turn:
-            if not own.done:
+            while not own.done:  # the lock is not fair: a full batch may be ready before this image
                 if len(self._ready) < self._most and others():
                     time.sleep(WINDOW)
                 self._run_ready()

@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -22,9 +23,11 @@ import numpy as np
 import pytest
 from helpers import BACKEND, ROOT, invoked
 from PIL import Image
+from starlette.datastructures import Headers
 
 from keras_effnet.inference.classifier import Classifier
 from keras_effnet.serving.limits import Limits
+from keras_effnet.serving.own_page import is_own
 from keras_effnet.serving.work_queue import _Together
 
 pytestmark = [
@@ -35,13 +38,14 @@ pytestmark = [
 
 CAT, COFFEE = ((ROOT / "docs" / name).read_bytes() for name in ("cat.png", "coffee.png"))
 SMALL = ("--threads", 1, "--timeout", 2, "--queue", 4, "--max-images", 4, "--max-bytes", 2_000_000)
+SMALL += ("--max-pixels", 20_000_000)
 
 
 class Server:
-    """`keras-effnet serve efficientnet-lite0` in its own process."""
+    """`keras-effnet serve` in its own process."""
 
-    def __init__(self, log: Path, *options, port: int = 0):
-        line = [str(Path(sys.executable).parent / "keras-effnet"), "serve", "efficientnet-lite0", "--port", str(port)]
+    def __init__(self, log: Path, *options, port: int = 0, model="efficientnet-lite0"):
+        line = [str(Path(sys.executable).parent / "keras-effnet"), "serve", str(model), "--port", str(port)]
         self.log = log
         with log.open("a") as errors:
             self.process = subprocess.Popen(
@@ -53,10 +57,10 @@ class Server:
         assert found, ready + log.read_text()
         self.port = urlsplit(found[1]).port
 
-    def ask(self, path: str, body: bytes | None = None, kind: str = "image/png", method: str = "") -> tuple:
+    def ask(self, path: str, body: bytes | None = None, kind: str = "image/png", method: str = "", **more) -> tuple:
         """Returns the status, the headers, and the body, as JSON where it is."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        headers = {"Content-Type": kind} if body is not None else {}
+        headers = more | ({"Content-Type": kind} if body is not None else {})
         connection.request(method or ("GET" if body is None else "POST"), path, body, headers)
         answer = connection.getresponse()
         data = answer.read()
@@ -75,8 +79,8 @@ class Server:
 
 
 @contextmanager
-def serving(log: Path, *options):
-    server = Server(log, *options)
+def serving(log: Path, *options, **more):
+    server = Server(log, *options, **more)
     try:
         yield server
     finally:
@@ -115,12 +119,19 @@ def as_json(*images: bytes) -> tuple[bytes, str]:
 
 
 def head(size: int, more: str = "") -> bytes:
-    return f"POST /predict HTTP/1.1\r\nHost: a\r\n{more}Content-Length: {size}\r\n\r\n".encode()
+    return f"POST /predict HTTP/1.1\r\nHost: localhost\r\n{more}Content-Length: {size}\r\n\r\n".encode()
 
 
 def photo(width: int, height: int, kind: str = "JPEG") -> bytes:
     file = io.BytesIO()
     Image.open(io.BytesIO(COFFEE)).convert("RGB").resize((width, height)).save(file, kind)
+    return file.getvalue()
+
+
+def plain(width: int, height: int, kind: str = "PNG") -> bytes:
+    """A few kilobytes that take long to decode."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(file, kind)
     return file.getvalue()
 
 
@@ -174,12 +185,30 @@ def test_a_bad_image_hurts_no_other(server, expected):
     assert server.ask("/predict", b"")[0] == 422
 
 
+def test_images_with_too_many_pixels_and_formats_without_a_bound_are_refused(small, expected):
+    kinds = ("ICO", "JPEG2000", "TIFF")
+    for data, told in (
+        (plain(5000, 4001), "Expected an image of at most 20,000,000 pixels"),
+        *((plain(60, 60, kind), f"bytes of {kind}, which the service does not read") for kind in kinds),
+        (b"II*\0", "bytes of TIFF"),
+        (b"\xff\x4f\xff\x51", "bytes of JPEG2000"),
+    ):
+        status, _, found = small.ask("/predict", *form(data, CAT))
+        assert status == 422 and told in found["images"][0]["error"] and found["images"][1] == expected(CAT), found
+    assert small.ask("/predict", plain(4000, 4000))[0] == 200
+    assert all(kind in json.dumps(small.ask("/openapi.json")[2]) for kind in kinds)
+
+
 def test_what_a_request_says_wrongly_is_told(server):
     for body, kind, status, told in (
         (*form(CAT, name="photo"), 400, "fields called image. Received: 'photo'"),
         (form(CAT)[0][:-8], form(CAT)[1], 400, "one that ends before"),
         (b"x" * 99, form(CAT)[1], 400, "Expected multipart/form-data"),
         (CAT, "multipart/form-data", 400, "boundary"),
+        (form(CAT)[0].replace(b"--B\r\n", b"--Bx\r\n"), form(CAT)[1], 400, "Expected multipart/form-data"),
+        (b"--B--\r\n", form(CAT)[1], 400, "Expected multipart/form-data"),
+        (*form(CAT, filename="x" * 3000), 400, "bytes of headers"),
+        (CAT, "x" * 2000, 400, "Content-Type of at most"),
         (*form(*[b"x"] * 33), 413, "at most 32 images"),
         (*as_json(*[b"x"] * 33), 413, "at most 32 images"),
         (b"{", "application/json", 400, "Expected JSON"),
@@ -202,6 +231,70 @@ def test_ten_thousand_fields_cost_little(server):
     for body in (fields + b"--B--\r\n", form(*[b""] * 10_000)[0]):
         assert server.ask("/predict", body, form()[1])[0] in (400, 413)
     assert server.count("process_cpu_seconds_total") - before < 0.3
+
+
+def test_bodies_that_are_nearly_boundaries_cost_little(server):
+    most = 1 << 22
+    before = server.count("process_cpu_seconds_total")
+    for near in (b"\r\n--Bx", b"\r\n--B-", b"\r\n--B\r", b"\r\n--B ", b"\r\n--", b"\r\n--" + b"B" * 9, b"\r", b" "):
+        for start in (form(b"")[0][:-8], form(b"")[0][:-4] + b" ", b"--B\r\nA:", b"--B\r\n", b"\r\n"):
+            body = start + near * ((most - len(start)) // len(near))
+            assert server.ask("/predict", body, form()[1])[0] in (400, 413)
+        assert server.ask("/predict", CAT, "multipart/form-data; boundary=" + near.strip().decode() * 5000)[0] == 400
+    assert server.count("process_cpu_seconds_total") - before < 2  # of 160 MB
+
+
+def test_other_web_pages_are_refused(server):
+    """Those that name this server, and those whose name now has this machine's address."""
+    own, page = f"127.0.0.1:{server.port}", {"Origin": "http://other.example"}
+    for headers in ({}, {"Host": f"localhost:{server.port}"}, {"Host": "[::1]"}, {"Origin": f"http://{own}"}):
+        assert server.ask("/healthz", **headers)[0] == 200 and server.ask("/predict", CAT, **headers)[0] == 200
+    for headers in (page, {"Origin": "null"}, {"Host": "other.example"}, page | {"Host": "other.example"}):
+        for path, body in (("/metadata", None), ("/predict", CAT), ("/healthz", None)):
+            status, _, found = server.ask(path, body, **headers)
+            assert status == 403 and "other" in found["error"]
+    with server.sent(b"GET /healthz HTTP/1.0\r\n\r\n") as connection:  # as proxies ask, and no browser
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    assert is_own(Headers({"host": "own.example", "origin": "https://own.example"}), None)
+    assert not is_own(Headers({"host": "own.example", "origin": "https://other.example"}), None)
+
+
+def test_what_is_refused_before_its_body_is_sent_ends_the_connection(server):
+    for start in (b"POST /nothing", b"PUT /predict", b"POST /predict?top=0", b"POST /healthz"):
+        asked = start + b" HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
+        with server.sent(asked) as connection:
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert answer.status in (400, 404, 405) and answer.headers["Connection"] == "close" and answer.read()
+            assert connection.recv(1) == b""
+
+
+def test_an_error_of_the_model_is_told(tmp_path):
+    """An ONNX file that looks up how much more red than blue an image has, in a table that ends at 200."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    shapes = ("x", [1, 32, 32, 3]), ("y", [1, 10])
+    pixels, result = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes)
+    nodes = [
+        helper.make_node("ReduceMean", ["x", "axes"], ["mean"], keepdims=0),
+        helper.make_node("MatMul", ["mean", "red-blue"], ["more"]),
+        helper.make_node("Cast", ["more"], ["row"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "row"], ["y"]),
+    ]
+    tables = {"axes": np.array([1, 2]), "red-blue": np.float32([1, 0, -1]), "table": np.full((200, 10), 0.1, "float32")}
+    constants = [numpy_helper.from_array(value, name) for name, value in tables.items()]
+    graph = helper.make_graph(nodes, "table", [pixels], [result], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "table.onnx")
+    with serving(tmp_path / "log", model=tmp_path / "table.onnx") as server:
+        assert server.ask("/predict", CAT)[0] == 200
+        status, headers, found = server.ask("/predict", *form(plain(40, 40), CAT))
+        assert status == 500 and headers["Connection"] == "close" and set(found) == {"error"}
+        assert server.ask("/predict", CAT)[0] == 200
+        assert server.count("keras_effnet_held_bytes") == server.count("keras_effnet_queue_images") == 0
+        assert "500" in server.ask("/openapi.json")[2]["paths"]["/predict"]["post"]["responses"]
+        assert re.search(r'"level": "error".*Gather', server.log.read_text())
 
 
 def test_names_and_paths_of_clients_are_not_opened(server, tmp_path):
@@ -339,6 +432,22 @@ def test_who_leaves_costs_nothing_more(small):
     assert small.count("keras_effnet_held_bytes") == 0 and small.count("keras_effnet_queue_images") == 0
 
 
+def test_what_nobody_waits_for_leaves_the_queue_at_once(small):
+    """Its bytes are in memory no more, and others have its place, although nothing was taken from the queue since."""
+    busy, rest = form(*[plain(4400, 4400)] * 2), form(*[CAT] * 3)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(small.ask("/predict", *busy)[0]))
+    thread.start()
+    time.sleep(0.1)
+    with small.sent(head(len(rest[0]), f"Content-Type: {rest[1]}\r\n") + rest[0]):
+        time.sleep(0.05)
+    time.sleep(0.05)
+    assert small.count("keras_effnet_queue_images") <= 1
+    assert small.ask("/predict", CAT)[0] == 200
+    thread.join()
+    assert found == [200]
+
+
 def test_sigterm_answers_what_was_accepted(tmp_path, expected):
     with serving(tmp_path / "log") as server:
         idle = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -462,19 +571,22 @@ def test_images_of_many_threads_run_together_and_each_gets_its_own():
         time.sleep(0.005)
         if images.max() >= 100:
             raise ValueError("too bright")
-        return images * 2
+        return (images * 2).tolist()
 
-    together, found = _Together(run, 4), {}
+    together, wrong = _Together(run, 4), []
 
     def work(number: int) -> None:
-        found[number] = together(np.full(3, number), lambda: True).tolist()
+        chance = random.Random(number)
+        for value in range(number, 100, 30):
+            time.sleep(chance.random() / 100)  # an image may come between one that is ready and the lock
+            if together(np.full(3, value), lambda: True) != [2 * value] * 3:
+                wrong.append(value)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(30)]
     for each in threads:
         each.start()
     for each in threads:
         each.join()
-    assert found == {number: [2 * number] * 3 for number in range(30)}
-    assert max(sizes) == 4 and sum(sizes) == 30
+    assert not wrong and max(sizes) == 4 and sum(sizes) == 100
     with pytest.raises(ValueError, match="too bright"):
         together(np.full(3, 100), lambda: False)
