@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -100,7 +100,7 @@ def app(models: Sequence[DemoModel], host: str, started: Callable[[], None] = la
             also = _numbers(request.query_params.get("also", ""))
             photo = await _body(request)
             return JSONResponse(await run_in_threadpool(by_name[name].classify, photo, also))
-        except (OSError, ValueError) as error:
+        except (ClientDisconnect, OSError, ValueError) as error:  # nobody receives the answer to the first
             return JSONResponse({"error": one_line(error)}, 400)
 
     @contextlib.asynccontextmanager
@@ -180,5 +180,6 @@ def serve(models: Sequence[DemoModel], listening: socket.socket, host: str, tell
         server_header=False,
         timeout_graceful_shutdown=3,
     )
+    listening.listen()  # uvicorn does so after `started()`, when the browser may have asked already
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its own end
         uvicorn.Server(config).run(sockets=[listening])

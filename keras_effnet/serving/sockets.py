@@ -25,12 +25,14 @@ def bound(host: str, port: int) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(place)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            told = f"Expected a port that this user may use, such as 8080. Received: {port}. For any free one: --port 0"
+            raise OSError(told) from error
         if error.errno == errno.EADDRINUSE:
             told = f"Expected a free port. Received: {port}, which is in use. For any free one: --port 0"
             raise OSError(told) from error
         raise OSError(
-            f"Expected an address of this machine, and a port that is allowed. Received: {host!r}, port {port}: "
-            f"{error.strerror}"
+            f"Expected an address of this machine. Received: {host!r}, port {port}: {error.strerror}"
         ) from error
     return found
 
