@@ -84,17 +84,10 @@ class Classifier:
 
     def _names(self, classes: int) -> list[str] | None:
         """Returns the names of the classes, or None for ImageNet's."""
-        labels = self._labels
-        if labels is None:
-            if classes != 1000:
-                self._labels = labels = [str(number) for number in range(classes)]
-                self.note = (
-                    "The model has no class names: these are class numbers. To add the names, save it with "
-                    "keras_effnet.save_model(model, path, labels=[...])"
-                )
-            elif not self.predictor.metadata.get("weights"):
-                self.note = "The model has 1000 classes without names: these are ImageNet's"
-        return None if labels is None or self._of_imagenet else labels
+        if self._labels is None:
+            self._labels, self.note = names_of(self.predictor.metadata, classes)
+            self._of_imagenet = self._labels == class_names.labels()
+        return None if self._of_imagenet else self._labels
 
     @cached_property
     def name(self) -> str:
@@ -240,6 +233,28 @@ class Classifier:
             best = [by_class[number] for number in class_ids]
         keys = ("class_id", "wnid", "name", "probability")
         return [{key: value for key, value in zip(keys, row, strict=True) if value is not None} for row in best]
+
+
+def names_of(metadata: dict[str, Any], classes: int) -> tuple[list[str], str | None]:
+    """Returns the names that the classes of a model are shown with: its labels, else ImageNet's for 1000, else numbers.
+
+    Args:
+        metadata: See `keras_effnet.metadata()`.
+        classes: Integer. Outputs of the model.
+
+    Returns:
+        Tuple of a list of strings, and a note that says where the names are missing or assumed, or None.
+    """
+    labels = metadata.get("labels")
+    if labels is not None:
+        return labels, None
+    if classes != 1000:
+        return [str(number) for number in range(classes)], (
+            "The model has no class names: these are class numbers. To add the names, save it with "
+            "keras_effnet.save_model(model, path, labels=[...])"
+        )
+    note = None if metadata.get("weights") else "The model has 1000 classes without names: these are ImageNet's"
+    return class_names.labels(), note
 
 
 def told(path: str | os.PathLike, error: Exception) -> str:

@@ -14,7 +14,7 @@ from keras_effnet.errors import one_line
 from keras_effnet.images.decoding import image_shape
 from keras_effnet.images.resizing import crop_window
 from keras_effnet.inference import runtimes
-from keras_effnet.inference.classifier import Classifier
+from keras_effnet.inference.classifier import Classifier, names_of
 from keras_effnet.inference.predictor import Predictor
 
 RUNS, SECONDS = 5, 0.25  # a photo is predicted until one of them is reached, since a single time varies
@@ -63,10 +63,14 @@ class DemoModel:
         self._lock = threading.Lock()
         self.map_note: str | None = None
         self._explainer: Predictor | None = None
-        try:  # another predictor, so that the time is the model's without its maps
-            self._explainer = Classifier(model, precision=precision, maps=True).predictor
-        except ValueError as error:
-            self.map_note = one_line(error)
+        self._is_timed_with_map = bool(self._classifier.predictor.metadata.get("maps"))
+        if self._is_timed_with_map:  # a file that always computes them
+            self._explainer = self._classifier.predictor
+        else:
+            try:  # another predictor, so that the time is the model's without its maps
+                self._explainer = Classifier(model, precision=precision, maps=True).predictor
+            except ValueError as error:
+                self.map_note = one_line(error)
         # A runtime prepares itself at the first image. A model that is no classifier is told now.
         outputs = self._answer(np.zeros(self._classifier.predictor.input_shape, "uint8"))
         self._classifier.ranked(outputs)
@@ -80,15 +84,16 @@ class DemoModel:
         """
         predictor = self._classifier.predictor
         shape = predictor.input_shape
-        labels = "\n".join(predictor.labels or [str(self._outputs)])
+        names, note = names_of(predictor.metadata, self._outputs)
         return {
             "name": self.name,
             "size": list(shape[:2] if shape[-1] <= 4 else shape[1:]),
             "precision": predictor.precision,
             "runtime": predictor.runtime,
-            "classes": hashlib.sha256(labels.encode()).hexdigest()[:12],
-            "note": self._classifier.note,
+            "classes": hashlib.sha256("\n".join(names).encode()).hexdigest()[:12],
+            "note": note,
             "map_note": self.map_note,
+            "timed_with_map": self._is_timed_with_map,
         }
 
     def classify(self, photo: bytes, also: Collection[int] = ()) -> dict[str, Any]:
