@@ -93,7 +93,7 @@ def export(
         model = load_model(model)
     path = Path(path)
     kind = format or next((name for name, ending in runtimes.FORMATS.items() if path.suffix == ending), "savedmodel")
-    _check_arguments(path, kind, precision)
+    _check_arguments(path, kind, precision, maps)
     shape = shape_of(model, input_shape)
     check_finite(model)
     read = photo_loader.image_loader(model, shape=shape)
@@ -125,7 +125,7 @@ def export(
     }
 
 
-def _check_arguments(path: Path, kind: str, precision: str) -> None:
+def _check_arguments(path: Path, kind: str, precision: str, maps: bool) -> None:
     one_of("format", kind, FORMATS)
     if precision == "bfloat16":
         raise ValueError(
@@ -138,6 +138,8 @@ def _check_arguments(path: Path, kind: str, precision: str) -> None:
         raise ValueError(f"Expected a path that ends in {FORMATS[kind]} for {kind}. Received: {str(path)!r}")
     if kind == "savedmodel" and precision != "float32":
         raise ValueError(f"Expected float32 for a SavedModel. Received: precision={precision!r}. Nearest: litert")
+    if kind == "web" and maps:
+        raise ValueError("Expected maps=False for a page, which shows no maps. Received: maps=True. Nearest: onnx")
 
 
 def _check_target(path: Path, kind: str) -> None:

@@ -1,7 +1,9 @@
 """Exports a model as a page without a server: static files that classify photos in the visitor's browser."""
 
+import hashlib
 import html
 import json
+import re
 import shutil
 from pathlib import Path
 from string import Template
@@ -10,10 +12,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_effnet import class_names
 from keras_effnet.images import folders
 from keras_effnet.inference import onnxruntime_web, runtimes
-from keras_effnet.inference.classifier import returns_logits
+from keras_effnet.inference.classifier import names_of, returns_logits
 from keras_effnet.inference.export_check import runner_of
 from keras_effnet.inference.export_formats import ADD_METADATA, WRITERS
 from keras_effnet.model_metadata import Expects, expects_in
@@ -32,6 +33,7 @@ _ASSETS = (
     "bars.js",
     "common.css",
 )
+_ADDRESS = re.compile(r'((?:from|href=|src=) ?"[\w./]+\.(?:js|css|svg))"')
 _RUNTIME, _EXAMPLES = "onnxruntime", "examples"
 
 
@@ -59,8 +61,8 @@ def write(model: keras.Model, path: Path, shape, precision: str, photographs: np
         raise ValueError(
             f"Expected a classifier with one output of shape (batch, classes). Received: outputs of {told}"
         )
-    if min(shape[0], shape[-1]) not in (1, 3, 4):
-        raise ValueError(f"Expected a model of photos, with 1, 3 or 4 channels. Received: images of {shape}")
+    if min(shape[0], shape[-1]) not in (1, 3):  # browsers round the colours of transparent pixels
+        raise ValueError(f"Expected a model of photos, with 1 or 3 channels, for a page. Received: images of {shape}")
     (path / _RUNTIME).mkdir(parents=True)
     onnxruntime_web.copy_to(path / _RUNTIME)  # first: npm may be missing
     return WRITERS["onnx"](model, path / runtimes.WEB_MODEL, shape, precision, photographs)
@@ -75,14 +77,17 @@ def add_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """
     graph = path / runtimes.WEB_MODEL
     ADD_METADATA["onnx"](graph, metadata)
-    for name in _ASSETS:
+    for name in (*_ASSETS, _INDEX):
         shutil.copy(_PAGES / name, path)
     shutil.copytree(folders.BUNDLED, path / _EXAMPLES)
     page = _page(path, metadata)
-    text = Template((_PAGES / _INDEX).read_text(encoding="utf-8")).substitute(
+    page["version"] = _add_version(path)
+    index = path / _INDEX
+    text = Template(index.read_text(encoding="utf-8")).substitute(
         {key: html.escape(value) for key, value in _words(path, metadata, page).items()}
     )
-    (path / "index.html").write_text(text, encoding="utf-8")
+    index.write_text(text, encoding="utf-8")
+    index.rename(path / "index.html")
     page["files"] = sorted([METADATA, *_files_in(path)])
     (path / METADATA).write_text(json.dumps({"page": page, "metadata": metadata}))
 
@@ -96,6 +101,7 @@ def _page(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     channels_last = shape[-1] <= 4
     height, width, channels = shape if channels_last else (*shape[1:], shape[0])
     expects = expects_in(metadata) or Expects()
+    names, note = names_of(metadata, outputs.shape[-1])
     return {
         "model": _file(path, graph),
         "runtime": _file(path, path / _RUNTIME / onnxruntime_web.WASM),
@@ -109,22 +115,31 @@ def _page(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
             "cropMode": expects.crop_mode,
         },
         "logits": returns_logits(lambda pixels: run(pixels)[0], shape),
-        "classes": _names(metadata["labels"], outputs.shape[-1]),
+        "classes": names,
+        "note": note or "",
         "examples": [f"{_EXAMPLES}/{each.name}" for each in sorted((path / _EXAMPLES).glob("*.jpg"))],
     }
+
+
+def _add_version(folder: Path) -> str:
+    """Adds a version to the addresses in the page and its scripts, so that no browser mixes the files of two exports.
+
+    Returns:
+        The version: a hash of all files.
+    """
+    digests = [digest(folder / name, "sha256") for name in sorted(_files_in(folder))]
+    version = hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+    for name in (*_ASSETS, _INDEX):
+        file = folder / name
+        text = file.read_text(encoding="utf-8").replace('const VERSION = ""', f'const VERSION = "{version}"')
+        file.write_text(_ADDRESS.sub(rf'\1?{version}"', text), encoding="utf-8")
+    return version
 
 
 def _file(folder: Path, path: Path) -> dict[str, Any]:
     """Returns what the page needs to load a file. With its version, no browser uses an older one that it has kept."""
     version = digest(path, "sha256").partition(":")[2][:12]
     return {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "version": version}
-
-
-def _names(labels: list[str] | None, classes: int) -> list[str]:
-    """Returns the names of the classes as `Classifier` does: without labels, ImageNet's for 1000, else numbers."""
-    if labels is None:
-        return class_names.labels() if classes == 1000 else [str(number) for number in range(classes)]
-    return labels
 
 
 def _words(path: Path, metadata: dict[str, Any], page: dict[str, Any]) -> dict[str, str]:
@@ -136,6 +151,7 @@ def _words(path: Path, metadata: dict[str, Any], page: dict[str, Any]) -> dict[s
         "classes": f"{len(page['classes']):,} classes",
         "facts": f"{height} x {width} pixels, {metadata['precision']}, {megabytes:.0f} MB to load",
         "folder": path.name,
+        "note": page["note"],
     }
 
 

@@ -3,6 +3,8 @@
 import { InferenceSession, Tensor, env } from "./onnxruntime/ort.wasm.bundle.min.js";
 import { decode, inputOf } from "./preprocess.js";
 
+const VERSION = ""; // of this export, which writes it here
+
 /**
  * Loads the model of this folder.
  *
@@ -15,6 +17,9 @@ import { decode, inputOf } from "./preprocess.js";
  */
 export async function loadClassifier({ onProgress = () => {} } = {}) {
   const { page } = await (await request("metadata.json", { cache: "no-cache" })).json();
+  if (page.version !== VERSION) {
+    throw new Error("Expected the files of one export. Received: an older script, which the browser kept. Reload the page.");
+  }
   const parts = [page.runtime, page.model];
   const whole = parts[0].bytes + parts[1].bytes;
   const arrived = [0, 0];
@@ -47,7 +52,9 @@ async function classified(session, page, blob, top) {
   const prepared = performance.now();
   const outputs = await run(session, page, input);
   const end = performance.now();
-  const probabilities = page.logits ? softmax(outputs) : outputs;
+  // As `Classifier.ranked()`: the logits of a few classes may look like probabilities for some photos.
+  const isLogits = page.logits || outputs.some((output) => output < 0 || output > 1.001);
+  const probabilities = isLogits ? softmax(outputs) : outputs;
   return {
     predictions: ranked(probabilities, page.classes).slice(0, top),
     milliseconds: { preprocessing: prepared - start, model: end - prepared },

@@ -34,7 +34,7 @@ export function decode(blob) {
   });
 }
 
-/** Returns a part of a photo, (height, width, channels). Transparency is put on white unless it is a channel. */
+/** Returns a part of a photo, (height, width, channels). Transparency is put on white. */
 function read(bitmap, [top, left, height, width], channels) {
   const pixels = new Uint8Array(height * width * channels);
   const rows = Math.min(height, Math.max(1, Math.floor(STRIP / width)));
@@ -43,11 +43,8 @@ function read(bitmap, [top, left, height, width], channels) {
   context.imageSmoothingEnabled = false;
   for (let start = 0; start < height; start += rows) {
     const count = Math.min(rows, height - start);
-    context.clearRect(0, 0, width, rows);
-    if (channels < 4) {
-      context.fillStyle = "white";
-      context.fillRect(0, 0, width, rows);
-    }
+    context.fillStyle = "white";
+    context.fillRect(0, 0, width, rows);
     context.drawImage(bitmap, left, top + start, width, count, 0, 0, width, count);
     const { data } = context.getImageData(0, 0, width, count);
     pixels.set(ofChannels(data, channels), start * width * channels);
@@ -59,11 +56,10 @@ function read(bitmap, [top, left, height, width], channels) {
  * Converts red, green, blue and alpha to the model's channels. Gray as Pillow computes it: ITU-R 601-2, in 16 bits.
  *
  * @param {Uint8ClampedArray} data
- * @param {number} channels 1, 3 or 4.
- * @returns {Uint8Array|Uint8ClampedArray}
+ * @param {number} channels 1 or 3.
+ * @returns {Uint8Array}
  */
 export function ofChannels(data, channels) {
-  if (channels === 4) return data;
   const count = data.length / 4;
   const made = new Uint8Array(count * channels);
   for (let place = 0; place < count; place++) {
