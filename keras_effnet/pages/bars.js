@@ -30,6 +30,16 @@ export function percent(probability) {
   return probability.toLocaleString("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 }
 
+/**
+ * Returns a name as an element. One that is written from right to left does not move what stands beside it.
+ *
+ * @param {string} name
+ * @returns {HTMLElement}
+ */
+export function isolated(name) {
+  return Object.assign(document.createElement("bdi"), { textContent: name });
+}
+
 function item({ name, probability, mark }, place, { models, chosen, onChoose }) {
   const probabilities = [probability].flat();
   const row = document.createElement(onChoose ? "button" : "div");
@@ -39,7 +49,8 @@ function item({ name, probability, mark }, place, { models, chosen, onChoose }) 
     row.setAttribute("aria-pressed", String(place === chosen));
     row.addEventListener("click", () => onChoose(place));
   }
-  const title = span("bars-name", name);
+  const title = span("bars-name", "");
+  title.append(isolated(name));
   if (mark) title.append(" ", span("bars-mark", mark));
   row.append(title);
   const isAlone = probabilities.length === 1;

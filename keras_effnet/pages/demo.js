@@ -1,12 +1,13 @@
 // The page of `keras-effnet demo`: asks the models about a photo, shows what they answer and where they differ.
 
-import { percent, showBars } from "./bars.js";
+import { isolated, percent, showBars } from "./bars.js";
 import { drawLegend, drawPhoto, strongest } from "./map.js";
 import { photoInput } from "./photo_input.js";
 
 const SIDES = ["A", "B"];
 const find = (name) => document.getElementById(name);
-const state = { models: [], picked: [], photo: null, answers: [], chosen: [], asked: 0 };
+// `photo` and `picked` belong to the question, `shown` ({photo, models, answers, chosen}) to the last that was answered.
+const state = { models: [], picked: [], photo: null, shown: null, asking: new AbortController() };
 
 const input = photoInput(find("photo-input"), { onPhoto: take });
 
@@ -20,6 +21,7 @@ async function start() {
   const { models, examples, most_bytes } = await (await fetch("models")).json();
   Object.assign(state, { models, most: most_bytes });
   for (const model of models) model.title = titleOf(model.name);
+  find("where").textContent = `keras_effnet, ${where(location.hostname)}`;
   state.picked = models.slice(0, 2);
   showPickers();
   showExamples(examples);
@@ -28,6 +30,11 @@ async function start() {
     find("opacity-value").textContent = `${find("opacity").value}%`;
     drawFigures();
   });
+}
+
+function where(host) {
+  const isHere = /^(localhost|127\..*|\[::1\])$/.test(host);
+  return isHere ? "on this computer: photos do not leave it." : `photos are sent to ${host}, which runs the model.`;
 }
 
 /* Models */
@@ -57,8 +64,6 @@ function titleOf(name) {
   return state.models.filter((model) => last(model.name) === last(name)).length > 1 ? name : last(name);
 }
 
-const models = () => state.picked.filter(Boolean);
-
 function facts({ title, size, precision, runtime }) {
   const [height, width] = size;
   return `${title} \u00b7 ${width} \u00d7 ${height} pixels \u00b7 ${precision} \u00b7 ${runtime}`;
@@ -74,10 +79,7 @@ function showExamples(examples) {
   const buttons = examples.map(({ name, url }) => {
     const picture = made("img", { src: url, alt: "", width: 52, height: 52 });
     const button = made("button", { type: "button", className: "example" }, picture, name);
-    button.addEventListener("click", async () => {
-      const blob = await (await fetch(url)).blob();
-      take(blob, url.split("/").pop());
-    });
+    button.addEventListener("click", () => input.load(url));
     return button;
   });
   find("examples").append(made("span", { className: "note" }, "Or try:"), ...buttons);
@@ -85,53 +87,64 @@ function showExamples(examples) {
 
 /* A photo */
 
-async function take(blob, name) {
-  state.photo?.bitmap.close();
-  state.photo = { blob, name, bitmap: await createImageBitmap(blob) };
-  await ask();
+function take(photo) {
+  const old = state.photo;
+  state.photo = photo;
+  closeUnused(old);
+  ask();
+}
+
+function closeUnused(photo) {
+  if (photo && photo !== state.photo && photo !== state.shown?.photo) photo.bitmap.close();
 }
 
 async function ask() {
-  const asked = ++state.asked; // an answer that comes after the next question is dropped
-  const { blob, name } = state.photo;
+  state.asking.abort(); // the answer to an earlier question is not shown
+  const { signal } = (state.asking = new AbortController());
+  const { photo } = state;
+  const { blob, name } = photo;
+  const models = state.picked.filter(Boolean);
   input.tell("");
   find("results").setAttribute("aria-busy", "true");
   find("told").textContent = `Looking at ${name}`;
   try {
     if (blob.size > state.most) throw new Error(`Expected a photo of at most ${state.most / 1e6} MB. Received: more.`);
-    const answers = await answersOf(blob);
-    if (asked !== state.asked) return;
-    state.answers = answers;
+    const answers = await answersOf(models, blob, signal);
+    if (signal.aborted) return;
+    const old = state.shown?.photo;
     const best = answers.map((answer) => answer.predictions[0].class_id);
-    state.chosen = areComparable() ? best.map(() => best[0]) : best;
+    state.shown = { photo, models, answers, chosen: areComparable(models) ? best.map(() => best[0]) : best };
+    closeUnused(old);
     show();
   } catch (error) {
-    if (asked !== state.asked) return;
+    if (signal.aborted) return;
+    state.photo = state.shown?.photo ?? null; // the next question is about what the page shows
+    closeUnused(photo);
     input.tell(`${name}: ${error.message}`);
     find("told").textContent = "";
   } finally {
-    if (asked === state.asked) find("results").removeAttribute("aria-busy");
+    if (!signal.aborted) find("results").removeAttribute("aria-busy");
   }
 }
 
 /** Each model also answers about the top 5 of the other. */
-async function answersOf(blob) {
-  const [first, second] = models();
-  const one = await answerOf(first, blob, []);
+async function answersOf(models, blob, signal) {
+  const [first, second] = models;
+  const one = await answerOf(first, blob, [], signal);
   if (!second) return [one];
-  if (!areComparable()) return [one, await answerOf(second, blob, [])];
-  const other = await answerOf(second, blob, one.predictions);
+  if (!areComparable(models)) return [one, await answerOf(second, blob, [], signal)];
+  const other = await answerOf(second, blob, one.predictions, signal);
   const known = new Set(one.predictions.map((row) => row.class_id));
   const missing = other.predictions.filter((row) => !known.has(row.class_id));
-  if (missing.length) one.predictions = (await answerOf(first, blob, missing)).predictions;
+  if (missing.length) one.predictions = (await answerOf(first, blob, missing, signal)).predictions;
   return [one, other];
 }
 
-async function answerOf(model, blob, also) {
+async function answerOf(model, blob, also, signal) {
   const asked = new URLSearchParams({ model: model.name, also: also.map((row) => row.class_id).join() });
   let reply;
   try {
-    reply = await fetch(`classify?${asked}`, { method: "POST", body: blob });
+    reply = await fetch(`classify?${asked}`, { method: "POST", body: blob, signal });
   } catch {
     throw new Error("Expected an answer. Received: none. Is `keras-effnet demo` still running?");
   }
@@ -140,52 +153,58 @@ async function answerOf(model, blob, also) {
   return answer;
 }
 
-const areComparable = () => models().length < 2 || models()[0].classes === models()[1].classes;
+const areComparable = ([first, second]) => !second || first.classes === second.classes;
 
 /* Results */
 
 function show() {
-  const { name, bitmap } = state.photo;
+  const { photo, answers } = state.shown;
+  const { name, bitmap } = photo;
   find("empty").hidden = true;
   find("answer").hidden = find("stage").hidden = false;
   find("photo-input").classList.replace("big", "small");
   find("photo-name").textContent = name;
   find("photo-size").textContent = `${bitmap.width} \u00d7 ${bitmap.height} pixels`;
   const parts = [verdicts()];
-  const words = models().length === 2 ? difference() : "";
-  if (words) parts.push(made("p", { id: "difference" }, words));
+  if (answers.length === 2) parts.push(made("p", { id: "difference" }, ...difference()));
   parts.push(...lists(), times(), ...notes());
   find("answer").replaceChildren(...parts);
   showFigures();
-  const best = state.answers.map((answer) => spoken(answer.predictions[0]));
-  find("told").textContent = `${name}: ${best.join("; ")}. ${words}`;
+  const best = answers.map((answer) => spoken(answer.predictions[0]));
+  find("told").textContent = `${name}: ${best.join("; ")}. ${find("difference")?.textContent ?? ""}`;
 }
 
 const spoken = ({ name, probability }) => `${name}, ${percent(probability)}`;
 
 function verdicts() {
-  const each = state.answers.map(({ predictions: [best] }, place) => {
-    const title = made("p", { className: "verdict" }, best.name, " ", made("small", {}, percent(best.probability)));
-    if (state.answers.length === 1) return title;
-    return made("div", {}, made("p", { className: "side" }, dot(place), models()[place].title), title);
+  const { models, answers } = state.shown;
+  const each = answers.map(({ predictions: [best] }, place) => {
+    const probability = made("small", {}, percent(best.probability));
+    const title = made("p", { className: "verdict" }, isolated(best.name), " ", probability);
+    if (answers.length === 1) return title;
+    return made("div", {}, made("p", { className: "side" }, dot(place), models[place].title), title);
   });
   return made("div", { className: "verdicts" }, ...each);
 }
 
+/** Returns the parts of a sentence about two models. */
 function difference() {
-  if (!areComparable()) return "The models have different classes, so only each one's own list is shown.";
-  const [one, other] = state.answers.map((answer) => answer.predictions);
-  const isSame = one[0].class_id === other[0].class_id;
-  const [first, second] = models().map((model) => model.title);
-  const top = isSame ? "Same top-1" : `Different top-1: ${first} says ${one[0].name}, ${second} says ${other[0].name}`;
+  const { models, answers } = state.shown;
+  if (!areComparable(models)) return ["The models have different classes, so only each one's own list is shown."];
+  const [one, other] = answers.map((answer) => answer.predictions[0]);
+  const [first, second] = models.map((model) => model.title);
+  const top =
+    one.class_id === other.class_id
+      ? ["Same top-1"]
+      : [`Different top-1: ${first} says `, isolated(one.name), `, ${second} says `, isolated(other.name)];
   const rows = pairs().map(({ name, probability: [a, b] }) => ({ name, points: 100 * Math.abs(a - b) }));
   const { name, points } = rows.reduce((most, row) => (row.points > most.points ? row : most));
-  return `${top}; largest difference ${points.toFixed(1)} points at \u201c${name}\u201d.`;
+  return [...top, `; largest difference ${points.toFixed(1)} points at \u201c`, isolated(name), "\u201d."];
 }
 
 /** The union of both top 5, in the order of A. */
 function pairs() {
-  const [one, other] = state.answers.map((answer) => answer.predictions);
+  const [one, other] = state.shown.answers.map((answer) => answer.predictions);
   const ofOther = new Map(other.map((row) => [row.class_id, row]));
   return one.map(({ class_id, name, probability, rank }) => {
     const row = ofOther.get(class_id);
@@ -195,18 +214,20 @@ function pairs() {
 }
 
 function lists() {
-  const isPair = models().length === 2 && areComparable();
-  const lists = isPair ? [pairs()] : state.answers.map((answer) => answer.predictions);
+  const { shown } = state;
+  const { models, answers } = shown;
+  const isPair = models.length === 2 && areComparable(models);
+  const lists = isPair ? [pairs()] : answers.map((answer) => answer.predictions);
   return lists.map((rows, place) => {
     const element = made("div");
-    const label = isPair || lists.length === 1 ? "Most likely classes" : `Most likely classes of ${models()[place].title}`;
+    const label = isPair || lists.length === 1 ? "Most likely classes" : `Most likely classes of ${models[place].title}`;
     const fill = () =>
       showBars(element, rows, {
         label,
-        models: models().map((model) => model.title),
-        chosen: rows.findIndex((row) => row.class_id === state.chosen[place]),
+        models: models.map((model) => model.title),
+        chosen: rows.findIndex((row) => row.class_id === shown.chosen[place]),
         onChoose: (row) => {
-          state.chosen = state.chosen.map((id, side) => (lists.length === 1 || side === place ? rows[row].class_id : id));
+          shown.chosen = shown.chosen.map((id, side) => (lists.length === 1 || side === place ? rows[row].class_id : id));
           fill();
           element.querySelectorAll("button")[row].focus();
           showFigures();
@@ -219,25 +240,31 @@ function lists() {
 
 function times() {
   const list = made("dl", { className: "times" });
-  state.answers.forEach(({ milliseconds: { decode, predict, runs } }, place) => {
-    const term = state.models.length > 1 ? made("dt", {}, dot(place), facts(models()[place])) : made("dt", {}, "Time");
+  const { models, answers } = state.shown;
+  answers.forEach(({ milliseconds: { decode, predict, runs } }, place) => {
+    const model = models[place];
+    const term = state.models.length > 1 ? made("dt", {}, dot(place), facts(model)) : made("dt", {}, "Time");
     const time = made("b", {}, `${predict.toFixed(1)} ms`);
+    const map = model.timed_with_map ? " with its map" : "";
     const median = runs > 1 ? ` (median of ${runs} runs)` : "";
-    const other = ` for the model${median}, ${decode.toFixed(1)} ms to decode and crop`;
+    const other = ` for the model${map}${median}, ${decode.toFixed(1)} ms to decode and crop`;
     list.append(made("div", {}, term, made("dd", {}, time, other)));
   });
   return list;
 }
 
 const notes = () =>
-  models().flatMap((model) => (model.note ? [made("p", { className: "note" }, `${model.title}: ${model.note}`)] : []));
+  state.shown.models
+    .filter((model) => model.note)
+    .map((model) => made("p", { className: "note" }, `${model.title}: ${model.note}`));
 
 /* The photo with its maps */
 
-const rowOf = (answer, place) => answer.predictions.find((row) => row.class_id === state.chosen[place]);
+const rowOf = (answer, place) => answer.predictions.find((row) => row.class_id === state.shown.chosen[place]);
 
 function showFigures() {
-  const figures = state.answers.map((answer, place) => {
+  const { models, answers } = state.shown;
+  const figures = answers.map((answer, place) => {
     const canvas = made("canvas");
     canvas.setAttribute("role", "img");
     const [label, caption] = words(answer, place);
@@ -245,9 +272,9 @@ function showFigures() {
     return made("figure", {}, canvas, made("figcaption", {}, ...caption));
   });
   find("figures").replaceChildren(...figures);
-  const hasMap = state.answers.some((answer, place) => rowOf(answer, place)?.map);
+  const hasMap = answers.some((answer, place) => rowOf(answer, place)?.map);
   find("map-controls").hidden = !hasMap;
-  const without = models().filter((model) => model.map_note);
+  const without = models.filter((model) => model.map_note);
   find("map-note").textContent = [
     "The model sees the framed part of the photo.",
     hasMap ? "Colours show what each place adds to the chosen class. Choose another class in the list." : "",
@@ -258,17 +285,19 @@ function showFigures() {
 
 function words(answer, place) {
   const row = rowOf(answer, place);
-  const model = models()[place].title;
-  const start = state.answers.length > 1 ? [dot(place), `${model}: `] : [];
+  const { models } = state.shown;
+  const model = models[place].title;
+  const start = models.length > 1 ? [dot(place), `${model}: `] : [];
   if (!row) return [`The photo, for ${model}`, [...start, "not among its classes in the list"]];
   const where = row.map ? `. Its map is the strongest ${strongest(row.map)}` : "";
-  return [`The photo with ${row.name}, for ${model}${where}`, [...start, `${row.name}, ${percent(row.probability)}`]];
+  return [`The photo with ${row.name}, for ${model}${where}`, [...start, isolated(row.name), `, ${percent(row.probability)}`]];
 }
 
 function drawFigures() {
   const opacity = find("opacity").value / 100;
   document.querySelectorAll("#figures canvas").forEach((canvas, place) => {
-    const answer = state.answers[place];
+    const { photo: { bitmap }, answers } = state.shown;
+    const answer = answers[place];
     const { photo, crop } = answer;
     const shares = {
       top: crop.top / photo.height,
@@ -276,7 +305,7 @@ function drawFigures() {
       height: crop.height / photo.height,
       width: crop.width / photo.width,
     };
-    drawPhoto(canvas, state.photo.bitmap, shares, rowOf(answer, place)?.map ?? null, opacity);
+    drawPhoto(canvas, bitmap, shares, rowOf(answer, place)?.map ?? null, opacity);
   });
 }
 

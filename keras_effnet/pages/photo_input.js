@@ -3,12 +3,14 @@
 /**
  * Makes an element the photo input of its page.
  *
- * A photo may be dropped or pasted anywhere on the page. What is no image is told in the element, in one line.
+ * A photo may be dropped or pasted anywhere on the page. What is no image is told in the element, in one line. Of two
+ * photos, the one that was given last counts, also if the other takes longer to read.
  *
  * @param {HTMLElement} element Empty. It gets the class `photo-input`, and buttons and text inside.
- * @param {{onPhoto: function(Blob, string): void}} options `onPhoto` gets each photo that the browser can show, and its
- *   name.
- * @returns {{tell: function(string): void}} `tell("")` removes the error that is shown, `tell(text)` shows another.
+ * @param {{onPhoto: function({blob: Blob, name: string, bitmap: ImageBitmap}): void}} options `onPhoto` gets each photo
+ *   that the browser can show, and closes its `bitmap`.
+ * @returns {{tell: function(string): void, load: function(string): Promise<void>}} `tell("")` removes the error that is
+ *   shown, `tell(text)` shows another. `load(address)` gives a photo of this server, as if the user had chosen it.
  */
 export function photoInput(element, { onPhoto }) {
   const choose = made("button", { type: "button", className: "main", textContent: "Choose a photo" });
@@ -27,30 +29,32 @@ export function photoInput(element, { onPhoto }) {
   element.append(icon(), buttons, hint, error);
 
   const tell = (text) => (error.textContent = text);
-  const take = async (files) => {
-    const [blob] = files;
-    if (!blob) return;
-    const name = blob.name || "photo";
-    if (await isShown(blob)) {
+  let last = 0; // number of the photo that was given last
+  const give = async (name, find) => {
+    const turn = ++last;
+    try {
+      const blob = await find();
+      const bitmap = await decoded(blob, name);
+      if (turn !== last) return bitmap.close();
       tell("");
-      onPhoto(blob, name);
-    } else if (blob.type.startsWith("image/")) {
-      tell(`Expected a picture that this browser can show. Received: ${name}. Save it as JPEG or PNG.`);
-    } else {
-      tell(`Expected a picture (JPEG, PNG, WebP, ...). Received: ${name}, which is none.`);
+      onPhoto({ blob, name, bitmap });
+    } catch (error) {
+      if (turn === last) tell(error.message);
     }
   };
+  const take = ([blob]) => blob && give(blob.name || "photo", () => blob);
+  const load = (address) => give(decodeURIComponent(address.split("/").pop()), () => fetched(address));
 
   choose.addEventListener("click", () => file.click());
   for (const input of [file, capture]) {
-    input.addEventListener("change", async () => {
-      await take([...input.files]);
+    input.addEventListener("change", () => {
+      take([...input.files]);
       input.value = ""; // the same file may be chosen again
     });
   }
   listen(element, take, tell);
   offerCamera(photograph, capture, take, tell);
-  return { tell };
+  return { tell, load };
 }
 
 function made(tag, properties) {
@@ -71,13 +75,23 @@ function icon() {
   return svg;
 }
 
-async function isShown(blob) {
+async function decoded(blob, name) {
   try {
-    (await createImageBitmap(blob)).close();
-    return true;
+    return await createImageBitmap(blob);
   } catch {
-    return false;
+    throw new Error(
+      blob.type.startsWith("image/")
+        ? `Expected a picture that this browser can show. Received: ${name}. Save it as JPEG or PNG.`
+        : `Expected a picture (JPEG, PNG, WebP, ...). Received: ${name}, which is none.`,
+    );
   }
+}
+
+async function fetched(address) {
+  const reply = await fetch(address).catch(() => null);
+  if (reply?.ok) return reply.blob();
+  const received = reply ? `status ${reply.status}` : "no answer. Is the server still running?";
+  throw new Error(`Expected a photo at ${address}. Received: ${received}`);
 }
 
 /** Takes what is dropped or pasted. A browser opens a file that is dropped beside a small zone, so all of the page is one. */
@@ -114,12 +128,16 @@ async function offerCamera(button, capture, take, tell) {
   const devices = (await navigator.mediaDevices?.enumerateDevices().catch(() => [])) ?? [];
   if (!devices.some((device) => device.kind === "videoinput")) return;
   button.hidden = false;
+  let isOpen = false; // also while the browser asks for permission
   button.addEventListener("click", async () => {
+    if (isOpen) return;
+    isOpen = true;
     try {
-      const blob = await photographed();
-      if (blob) take([blob]);
+      take([await photographed()]);
     } catch (error) {
       tell(`Expected a camera that this page may use. Received: ${error.message}`);
+    } finally {
+      isOpen = false;
     }
   });
 }
@@ -149,6 +167,7 @@ async function photographed() {
   const canvas = made("canvas", { width: video.videoWidth, height: video.videoHeight });
   if (isTaken) canvas.getContext("2d").drawImage(video, 0, 0);
   for (const track of stream.getTracks()) track.stop();
+  dialog.close(); // it gives the focus back
   dialog.remove();
   return isTaken ? new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.95)) : null;
 }

@@ -1,6 +1,6 @@
 // The page of `keras-effnet export --format web`: photos in, classes out.
 
-import { showBars } from "./bars.js";
+import { isolated, showBars } from "./bars.js";
 import { loadClassifier } from "./classifier.js";
 import { photoInput } from "./photo_input.js";
 
@@ -19,8 +19,9 @@ const loading = loadClassifier({
 let last = 0; // number of the photo that the page shows: results of earlier ones come too late
 
 /** Shows a photo, and its classes once the model has loaded. */
-async function show(blob, name) {
+async function show({ blob, name, bitmap }) {
   const turn = ++last;
+  bitmap.close(); // the model has a decoder of its own
   preview(blob, name);
   part("error").textContent = "";
   part("result").replaceChildren();
@@ -34,7 +35,8 @@ async function show(blob, name) {
     if (turn !== last) return;
     const whole = milliseconds.preprocessing + milliseconds.model;
     showBars(part("result"), predictions, { label: `Most likely classes of ${name}` });
-    part("status").textContent = `${name}: ${predictions[0].name}. ${Math.round(whole)} ms on this computer.`;
+    const best = isolated(predictions[0].name);
+    part("status").replaceChildren(isolated(name), ": ", best, `. ${Math.round(whole)} ms on this computer.`);
   } catch (error) {
     if (turn === last) fail(error);
   }
@@ -65,14 +67,7 @@ function addExample(address) {
   button.type = "button";
   const image = Object.assign(document.createElement("img"), { src: address, alt: "", width: 300, height: 200 });
   button.append(image, name);
-  button.addEventListener("click", async () => {
-    input.tell("");
-    try {
-      await show(await (await fetch(address)).blob(), name);
-    } catch (error) {
-      fail(error);
-    }
-  });
+  button.addEventListener("click", () => input.load(address));
   part("examples").append(button);
 }
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -160,11 +161,17 @@ def test_other_pages_may_not_ask(served):
 
 @pytest.mark.slow
 def test_it_ends(exported):
-    """Ctrl-C is how it ends: status 0, no traceback. A taken port is told."""
+    """Ctrl-C is how it ends: status 0, no traceback, also after a browser left. A taken port is told."""
     with demo(exported) as (process, address):
         port = address.strip("/").split(":")[-1]
         done = command("demo", "--port", port)
         assert done.returncode == 2 and f"Expected a free port. Received: {port}" in done.stderr
+        with socket.create_connection(("127.0.0.1", int(port))) as leaving:  # in the middle of an upload
+            leaving.sendall(
+                f"POST /classify HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Length: 9\r\n\r\nhalf".encode()
+            )
+            time.sleep(0.5)
+        assert ask(address, "GET", "/models")[0] == 200
         with socket.create_connection(("127.0.0.1", int(port))):  # a browser keeps its connection open
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=20)
@@ -218,6 +225,21 @@ class Page:
             document.querySelector(target).dispatchEvent(made);
         }"""
         self.page.evaluate(script, [kind, target, data, name, mime])
+
+    def drop(self, *paths: Path, padding: int = 0):
+        """Drops files one after the other, with bytes behind their own. Waits as long as the first takes to decode."""
+        files = [[base64.b64encode(path.read_bytes()).decode(), path.name] for path in paths]
+        script = """async ([files, padding]) => {
+            const drops = files.map(([data, name]) => {
+                const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+                const dataTransfer = new DataTransfer();
+                dataTransfer.items.add(new File([bytes, new Uint8Array(padding)], name, {type: "image/png"}));
+                return new DragEvent("drop", {bubbles: true, cancelable: true, dataTransfer});
+            });
+            for (const drop of drops) document.body.dispatchEvent(drop);
+            await createImageBitmap(drops[0].dataTransfer.files[0]);
+        }"""
+        self.page.evaluate(script, [files, padding])
 
     def fits(self) -> bool:
         return self.page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
@@ -301,6 +323,60 @@ def test_page(served, browser):
     page.get_by_role("button", name="Take the photo").click()
     page.get_by_role("heading", name="photo", exact=True).wait_for()
     seen.close()
+
+
+@pytest.mark.slow
+def test_what_is_shown_belongs_together(exported, browser, tmp_path):
+    """A photo, its maps and the models change at once, when the answer has come. The last photo wins."""
+    Image.open(COFFEE).convert("RGB").resize((8000, 6000), Image.Resampling.NEAREST).save(tmp_path / "large.jpg")
+    with demo("efficientnet-lite0", exported) as (process, address):
+        seen = Page(browser, address, viewport={"width": 1440, "height": 900})
+        page = seen.page
+        name = page.locator("#photo-name")
+        seen.drop(tmp_path / "large.jpg", CAT)  # the first takes longer to decode
+        page.wait_for_timeout(500)
+        seen.verdicts("tiger cat", "tiger cat")
+        assert name.inner_text() == "cat.png" and page.locator("#photo-size").inner_text().startswith("451 ")
+        assert "on this computer" in page.locator("#where").inner_text()
+        times = page.locator(".times dd")
+        assert "with its map" not in times.nth(0).inner_text() and "with its map" in times.nth(1).inner_text()
+
+        # A photo that is refused changes nothing, and the shown one can still be drawn.
+        slider = page.get_by_label("Map over the photo")
+        before = seen.pixels()
+        seen.drop(COFFEE, padding=20_000_000)
+        page.get_by_role("alert").filter(has_text="coffee.png: Expected a photo of at most 20 MB").wait_for()
+        slider.fill("0")
+        slider.fill("80")
+        assert seen.pixels() == before and name.inner_text() == "cat.png"
+
+        # Nor does a question that has no answer yet.
+        process.send_signal(signal.SIGSTOP)
+        page.get_by_label("Model B").select_option("no second model")
+        rows = page.get_by_role("list", name="Most likely classes").get_by_role("button")
+        rows.nth(1).click()
+        page.get_by_role("img", name="The photo with Egyptian cat").nth(1).wait_for()
+        assert seen.pixels() != before
+        rows.nth(0).click()
+        seen.drop(COFFEE)
+        page.locator("#told").filter(has_text="Looking at coffee.png").wait_for(state="attached")
+        slider.fill("0")
+        slider.fill("80")
+        assert seen.pixels() == before and name.inner_text() == "cat.png"
+        assert page.locator(".verdict").count() == 2
+        process.send_signal(signal.SIGCONT)
+        page.locator(".verdict").nth(1).wait_for(state="detached")
+        seen.verdicts("espresso")
+        assert name.inner_text() == "coffee.png" and seen.pixels() != before
+
+        process.kill()
+        process.wait()
+        assert not seen.complaints
+        page.get_by_role("button", name="cat", exact=True).click()
+        page.get_by_role("alert").filter(has_text="Received: no answer. Is the server still running?").wait_for()
+        assert name.inner_text() == "coffee.png"
+        seen.complaints.clear()  # Chromium's own, of the refused connection
+        seen.close()
 
 
 @pytest.mark.slow
