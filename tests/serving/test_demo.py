@@ -18,7 +18,8 @@ import pytest
 from helpers import BACKEND, BROWSING, CHROMIUM, ROOT, command
 from PIL import Image
 
-from keras_effnet.inference.classifier import Classifier
+from keras_effnet import class_names
+from keras_effnet.inference.classifier import Classifier, names_of
 from keras_effnet.inference.predictor import Predictor
 from keras_effnet.serving import demo_models
 
@@ -185,6 +186,8 @@ def test_what_is_missing_or_wrong_is_told():
     assert done.stderr == (
         "error: Expected starlette. Received: not installed. Run: pip install 'keras_effnet[demo]'\n"
     )
+    # Models are comparable if their classes are shown with the same names.
+    assert names_of({}, 1000)[0] == names_of({"labels": class_names.labels()}, 1000)[0] != names_of({}, 5)[0]
     assert demo_models.named("b0@int8") == ("b0", "int8") and demo_models.named("me@home") == ("me@home", "float32")
 
 
@@ -322,6 +325,7 @@ def test_page(served, browser):
     page.get_by_role("button", name="Take a photo").click()
     page.get_by_role("button", name="Take the photo").click()
     page.get_by_role("heading", name="photo", exact=True).wait_for()
+    assert page.evaluate("document.activeElement.textContent") == "Take a photo"
     seen.close()
 
 
