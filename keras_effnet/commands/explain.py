@@ -64,7 +64,7 @@ def explain(
     """Show what a model looks at in photos.
 
     Saves a picture of each photo in DIR: the photo as the model sees it and, for its most likely classes, the places
-    that speak for them. DIR/index.html shows all photos and needs no other file.
+    that support them. DIR/index.html shows all photos and needs no other file.
 
     An exported model needs maps: export it with --maps.
 

@@ -132,7 +132,7 @@ class _Printer:
 )
 @click.option("--labels", metavar="FILE", help="Text file with one class name per line. Default: those of MODEL.")
 @click.option("--size", nargs=2, type=click.IntRange(1), help="Height and width, if the model takes any size.")
-@click.option("--maps", is_flag=True, help="Also return maps of what speaks for each class, as the last output.")
+@click.option("--maps", is_flag=True, help="Also return a map for each class, as the last output.")
 @AS_JSON
 def export(model, out, kind, precision, weights, best, calibration, labels, size, maps, as_json) -> None:
     """Export MODEL for a runtime: a name, a .keras file, or the folder of a run.

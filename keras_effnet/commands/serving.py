@@ -12,25 +12,27 @@ from keras_effnet.commands.output import spinner
 _SERVE = {"starlette": "", "uvicorn": "", "httptools": "", "python_multipart": "python-multipart"}
 _SERVE |= {"prometheus_client": "prometheus-client"}
 
+HOST = click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0: all of this machine."
+)
+
 
 @click.command(short_help="Answer HTTP requests with a model.")
 @click.argument("model")
 @WEIGHTS
 @BEST
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to bind to. 0.0.0.0: all of this machine."
-)
+@HOST
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes per image.")
 @RUNTIME
 @click.option("--precision", default="float32", show_default=True, help="float32, float16, int8 or bfloat16.")
 @DEVICE
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. Default: all.")
-@click.option("--max-bytes", type=int, default=1 << 25, show_default=True, help="Size of a request.")
-@click.option("--max-pixels", type=int, default=50_000_000, show_default=True, help="Pixels of an image.")
-@click.option("--max-images", type=int, default=32, show_default=True, help="Images of a request.")
-@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to receive, and to answer.")
-@click.option("--queue", type=int, default=128, show_default=True, help="Images that may wait. More: status 503.")
+@click.option("--max-bytes", type=int, default=1 << 25, show_default=True, help="Largest request, in bytes.")
+@click.option("--max-pixels", type=int, default=50_000_000, show_default=True, help="Most pixels of an image.")
+@click.option("--max-images", type=int, default=32, show_default=True, help="Most images of a request.")
+@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to receive; as many to answer.")
+@click.option("--queue", type=int, default=128, show_default=True, help="Most images that wait. Beyond it: 503.")
 def serve(
     model,
     weights,
@@ -76,16 +78,16 @@ def serve(
         raise
     if classifier.note:
         click.echo(classifier.note, err=True)
-    run(service, limits, listening, lambda url: click.echo(f"Serving {classifier.name} at {url} (Ctrl+C ends it)"))
+    run(service, limits, listening, lambda url: click.echo(f"Serving {classifier.name} at {url} (Ctrl-C ends it)"))
 
 
 @click.command(short_help="Open a local page that classifies photos.")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@HOST
 @click.option("--port", type=click.IntRange(0, 65535), help="0: any free port. Default: 7860, or a free one.")
 @click.option("--no-browser", is_flag=True, help="Only print the page's address.")
 def demo(models, host, port, no_browser) -> None:
-    """Open a local page: a photo's five most likely classes, the places that speak for them, the time.
+    """Open a local page: a photo's five most likely classes, the places that support them, the time.
 
     MODEL is a name, a .keras file, the folder of a run or an exported model, perhaps with a precision: b0@int8. The
     page compares two of them side by side. Default: efficientnet-lite0. Ctrl-C ends it.

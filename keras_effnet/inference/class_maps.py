@@ -1,4 +1,4 @@
-"""Class activation maps: which places of an image speak for a class."""
+"""Class activation maps: which places of an image support a class."""
 
 import os
 from collections import Counter
@@ -28,7 +28,7 @@ def explain(
     method: str = "cam",
     layer: str | None = None,
 ) -> np.ndarray:
-    """Returns maps of the places of images that speak for a class.
+    """Returns maps of the places of images that support a class.
 
     `"cam"` is exact: the sum of a map, plus the bias of the class, is the logit. It needs no gradients, and works for
     models that end in global average pooling and a dense layer, as all models of this package do. The other methods
@@ -221,7 +221,8 @@ class _Graph:
             token = step.source
         raise ValueError(
             "Expected a model that ends in global average pooling and one dense layer. Received: "
-            f"{self._name!r}{', with ' + repr(step.operation.name) if step else ''}. Nearest: method='grad-cam'"
+            f"{self._name!r}{', with ' + repr(step.operation.name) if step else ''}. "
+            "Nearest: ke.explain(model, images, method='grad-cam'), or keras-effnet explain --method grad-cam"
         )
 
     def layer(self, name: str | None) -> Tensor:

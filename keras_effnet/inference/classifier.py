@@ -125,7 +125,7 @@ class Classifier:
     def explain_files(
         self, paths: Iterable[str | os.PathLike], class_ids: Sequence[int] | None = None
     ) -> Generator[dict[str, Any], None, None]:
-        """Classifies photos, and maps what speaks for each class.
+        """Classifies photos, with a map of the places that support each class.
 
         Args:
             paths: See `Classifier`.

@@ -23,7 +23,7 @@ def explain_photos(
     method: str = "cam",
     layer: str | None = None,
 ) -> Generator[dict[str, Any], None, None]:
-    """Writes a picture of each photo, with maps of what speaks for its classes, and a page that shows all.
+    """Writes a picture of each photo, with maps of the places that support its classes, and a page of all.
 
     Args:
         paths: Sequence of paths of photos or of folders that contain them.
@@ -75,7 +75,7 @@ def _written(rows: Any, out: Path, title: str) -> Generator[dict[str, Any], None
             yield shown.card(os.path.basename(path))
 
     about = (
-        "Left, the photo as the model sees it. Beside it, for each class, the places that speak for it: the brighter, "
+        "Left, the photo as the model sees it. Beside it, for each class, the places that support it: the brighter, "
         "the more they add to its score. Each map has its own scale."
     )
     with closing(rows), files.replacing(out / PAGE) as temporary, open(temporary, "w", encoding="utf-8") as file:

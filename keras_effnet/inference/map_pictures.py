@@ -115,7 +115,7 @@ class Explanation:
                 f"<figcaption><b>{escape(row['name'])}</b><span>{share}</span>"
                 f'<i style="width:{100 * row["probability"]:.1f}%"></i></figcaption>'
             )
-            figures.append(_figure(tile, f"What speaks for {row['name']}, {share}", caption))
+            figures.append(_figure(tile, f"Places that support {row['name']}, {share}", caption))
         return f'<article aria-label="{escape(title)}">{"".join(figures)}</article>'
 
 

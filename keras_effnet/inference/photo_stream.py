@@ -28,7 +28,7 @@ class FilePrediction(NamedTuple):
 
 
 class FileExplanation(NamedTuple):
-    """What a model predicts for a photo, and why.
+    """What a model predicts for a photo, with a map for each class.
 
     Attributes:
         path: String, the path, without `./` and double slashes.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Explained(NamedTuple):
-    """What a model predicts for images, and why.
+    """What a model predicts for images, with a map for each class.
 
     Attributes:
         outputs: What the model returns.
@@ -183,7 +183,7 @@ class Predictor:
         return self._structured(self._without_maps(self._run)(batches.of_images(images, self.input_shape)))
 
     def explain(self, images) -> Explained:
-        """Predicts, and maps which places of the images speak for each class.
+        """Predicts, with maps of the places that support each class.
 
         Args:
             images: See the call.

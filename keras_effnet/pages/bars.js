@@ -7,7 +7,7 @@ const SIDES = ["", "second"];
  *
  * @param {HTMLElement} element What it held is replaced.
  * @param {{name: string, probability: (number|number[]), mark: (string|undefined)}[]} rows In the order to show. Of two
- *   models, `probability` is a pair; a null in it is shown as "not shown". `mark` is a word beside the name.
+ *   models, `probability` is a pair; a null in it is shown as "-". `mark` is a word beside the name.
  * @param {{label: (string|undefined), models: (string[]|undefined), chosen: (number|undefined),
  *   onChoose: (function(number): void|undefined)}} options `label` names the list. `models` names the two of a pair. With
  *   `onChoose`, each row is a button; `chosen` is the row that is pressed.

@@ -277,7 +277,7 @@ function showFigures() {
   const without = models.filter((model) => model.map_note);
   find("map-note").textContent = [
     "The model sees the framed part of the photo.",
-    hasMap ? "Colours show what each place adds to the chosen class. Choose another class in the list." : "",
+    hasMap ? "Colors show what each place adds to the chosen class. Choose another class in the list." : "",
     ...without.map((model) => `There is no map for ${model.title}: ${model.map_note}.`),
   ].join(" ");
   drawFigures();
@@ -288,8 +288,8 @@ function words(answer, place) {
   const { models } = state.shown;
   const model = models[place].title;
   const start = models.length > 1 ? [dot(place), `${model}: `] : [];
-  if (!row) return [`The photo, for ${model}`, [...start, "not among its classes in the list"]];
-  const where = row.map ? `. Its map is the strongest ${strongest(row.map)}` : "";
+  if (!row) return [`The photo, for ${model}`, [...start, "not in this model's list"]];
+  const where = row.map ? `. Its map is ${strongest(row.map)}` : "";
   return [`The photo with ${row.name}, for ${model}${where}`, [...start, isolated(row.name), `, ${percent(row.probability)}`]];
 }
 

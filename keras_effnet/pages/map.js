@@ -67,16 +67,16 @@ export function drawLegend(canvas) {
  * Says where a map is the highest, for those who do not see it.
  *
  * @param {number[][]} map
- * @returns {string} As in "in the upper left", or "nowhere" if no number is above 0.
+ * @returns {string} As in "strongest in the upper left", or "empty" if no number is above 0.
  */
 export function strongest(map) {
   let [best, row, column] = [0, -1, -1];
   map.forEach((values, y) => values.forEach((value, x) => value > best && ([best, row, column] = [value, y, x])));
-  if (row < 0) return "nowhere";
+  if (row < 0) return "empty";
   const third = (place, count, names) => names[Math.min(2, Math.floor((3 * (place + 0.5)) / count))];
   const vertical = third(row, map.length, ["upper", "", "lower"]);
   const horizontal = third(column, map[0].length, ["left", "", "right"]);
-  return `in the ${[vertical, horizontal].filter(Boolean).join(" ") || "middle"}`;
+  return `strongest in the ${[vertical, horizontal].filter(Boolean).join(" ") || "middle"}`;
 }
 
 /** Returns a map as a picture. Its numbers are interpolated first, then coloured: the other way makes grey between. */

@@ -118,7 +118,10 @@ class _Form(_Raw):
         self._body.clear()
         images: list[bytes | ValueError] = []
         for part in parts:
-            if part.startswith(b"--") and images:
+            if part.startswith(b"--"):
+                if not images:
+                    told = f"Expected multipart/form-data with at least one field called {FIELD}. Received: none"
+                    raise BodyError(400, told)
                 return images
             if len(images) == self._most:
                 raise BodyError(413, _too_many(self._most))

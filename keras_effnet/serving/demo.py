@@ -67,7 +67,7 @@ class OwnPage:
 
 
 _REFUSED = PlainTextResponse(
-    "Expected a request of the demo's own page. Received: one for another name or page.\n", 403
+    "Expected a Host of the demo, and no Origin of another page. Received: another Host or Origin.\n", 403
 )
 
 

@@ -67,7 +67,7 @@ def document(limits: Limits, top: int, model: str) -> dict[str, Any]:
             "/predict": {"post": _predict(limits, top)},
             "/healthz": {
                 "get": _get("Whether the service takes images.", "application/json")
-                | {"responses": _answers({200: "It does.", 503: "It is ending."}, {"type": "object"})}
+                | {"responses": _answers({200: "It takes images.", 503: "It is draining."}, {"type": "object"})}
             },
             "/metadata": {"get": _get("The model: class names, crop, runtime; and the limits.", "application/json")},
             "/metrics": {"get": _get("Numbers for Prometheus.", "text/plain")},
@@ -121,7 +121,7 @@ def _object(name: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 def _get(summary: str, kind: str) -> dict[str, Any]:
     schema = {"type": "object" if kind == "application/json" else "string"}
-    return {"summary": summary, "responses": _answers({200: "It."}, schema, kind)}
+    return {"summary": summary, "responses": _answers({200: "As described."}, schema, kind)}
 
 
 def _answers(told: dict[int, str], schema: dict[str, Any], kind: str = "application/json") -> dict[str, Any]:

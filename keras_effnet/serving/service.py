@@ -240,5 +240,5 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 async def _foreign(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers a request of another page."""
-    told = "Expected a request for this service, by its own pages. Received: one for another name or page"
+    told = "Expected the Host of this service, and no Origin of another page. Received: another Host or Origin"
     await _error(403, told, _closing(Request(scope)))(scope, receive, send)

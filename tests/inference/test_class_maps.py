@@ -1,4 +1,4 @@
-"""Maps of what speaks for a class: exact for a linear head, as a plain script's for others, the same exported."""
+"""Maps of the places that support a class: exact for a linear head, as a plain script's for others, also exported."""
 
 import json
 import os
@@ -147,7 +147,8 @@ def test_gradients_of_a_linear_head_give_the_exact_map():
 def test_a_head_with_a_hidden_layer_has_gradients():
     model = own(activation=None, hidden="relu")
     with pytest.raises(
-        ValueError, match=r"global average pooling and one dense layer. Received: .* Nearest: method='gr"
+        ValueError,
+        match=r"global average pooling and one dense layer. Received: .* Nearest: ke.explain\(model, images, method='gr",
     ):
         ke.explain(model, pixels((75, 64, 3)))
     inside = model.layers[0]
@@ -227,7 +228,7 @@ def test_layers_that_do_more_are_not_taken_for_plain_ones():
 
     with shallow_nets():
         body = ke.EfficientNetB0(include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg")
-    with pytest.raises(ValueError, match=r"with 'cosine'\. Nearest: method='grad-cam'"):
+    with pytest.raises(ValueError, match=r"with 'cosine'\. Nearest: .*method='grad-cam'"):
         ke.explain(keras.Sequential([body, Cosine(6, name="cosine")]), pixels((64, 64, 3)))
     # A pooling that also feeds a gate: the maps of its last call, and no export of the first's.
     pool, features = keras.layers.GlobalAveragePooling2D(name="pool"), body.get_layer("top_activation").output
@@ -283,7 +284,7 @@ def test_an_overlay_covers_the_brightest_place():
     assert np.array_equal(ke.overlay(image, values, 0), image)
     nothing = np.full((7, 7), -0.05)
     nothing[:, :3] = -1
-    assert np.array_equal(ke.overlay(image, nothing), image)  # nothing speaks for the class
+    assert np.array_equal(ke.overlay(image, nothing), image)  # nothing supports the class
     with pytest.raises(ValueError, match="Expected strength"):
         ke.overlay(image, values, 1.5)
     with pytest.raises(
@@ -332,7 +333,7 @@ def test_the_command_explains_given_classes_and_any_head(photos, tmp_path):
     ke.save_model(own(hidden="relu"), path, labels=["ant", "bee", "cat", "dog", "eel", "fox"])
     explained = ["explain", photos / "cat.png", "--model", path, "--runtime", "keras", "--out", out]
     refused = invoked(*explained)
-    assert refused.returncode == 2 and "Nearest: method='grad-cam'" in refused.stderr and not out.exists()
+    assert refused.returncode == 2 and "keras-effnet explain --method grad-cam" in refused.stderr and not out.exists()
     done = invoked(*explained, "--method", "grad-cam", "--class", "dog", "--class", "0", "--json")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["photographs"]

@@ -309,12 +309,12 @@ def test_page(served, browser):
     page.get_by_label("Model B").select_option("no second model")
     page.locator(".verdict").nth(1).wait_for(state="detached")
     picture = page.get_by_role("img", name="The photo with Egyptian cat")
-    assert "Its map is the strongest in the" in picture.get_attribute("aria-label")
+    assert "Its map is strongest in the" in picture.get_attribute("aria-label")
     of_cat = seen.pixels()
     rows.nth(1).click()
     page.get_by_role("img", name="The photo with tiger cat").wait_for()
     assert seen.pixels() != of_cat and rows.nth(1).get_attribute("aria-pressed") == "true"
-    slider = page.get_by_label("Map over the photo")
+    slider = page.get_by_label("Opacity of the map")
     slider.fill("0")
     without = seen.pixels()
     rows.nth(0).click()
@@ -346,7 +346,7 @@ def test_what_is_shown_belongs_together(exported, browser, tmp_path):
         assert "with its map" not in times.nth(0).inner_text() and "with its map" in times.nth(1).inner_text()
 
         # A photo that is refused changes nothing, and the shown one can still be drawn.
-        slider = page.get_by_label("Map over the photo")
+        slider = page.get_by_label("Opacity of the map")
         before = seen.pixels()
         seen.drop(COFFEE, padding=20_000_000)
         page.get_by_role("alert").filter(has_text="coffee.png: Expected a photo of at most 20 MB").wait_for()

@@ -345,14 +345,14 @@ def _mistakes(scores: Scores, names: list[str], origin: str, total: int) -> str:
         f"moving average in {origin}. The images are shown as the network sees them."
     )
     if any(mistake.map is not None for mistake in scores.mistakes):
-        caption += " Beside each, the places that speak for the predicted class: the brighter, the more they add to it."
+        caption += " Beside each, the places that support the predicted class: the brighter, the more they add to it."
     cards = []
     for mistake in scores.mistakes:
         name, place = scores.names[mistake.place], mistake.place
         true, said = names[scores.labels[place]], names[scores.classes[place, 0]]
         pictures = _picture(mistake.pixels, f"{true}, predicted as {said}")
         if mistake.map is not None:
-            pictures += _picture(overlay(mistake.pixels, mistake.map), f"What speaks for {said}")
+            pictures += _picture(overlay(mistake.pixels, mistake.map), f"Places that support {said}")
         cards.append(
             f'<figure class="card"><div>{pictures}</div><figcaption>'
             f"<b>{escape(said)}</b>, {scores.probabilities[place, 0]:.1%}<br>label: {escape(true)}<br>"

@@ -27,8 +27,8 @@ class Mistake:
     Args:
         place: Integer, index of the example.
         pixels: uint8 array (height, width, channels), the model's input.
-        map: float32 array (rows, columns), what speaks for the predicted class, see `keras_effnet.explain()`. None if
-            the model's head has no such map.
+        map: float32 array (rows, columns), the places that support the predicted class, see `keras_effnet.explain()`.
+            None if the model's head has no such map.
     """
 
     place: int

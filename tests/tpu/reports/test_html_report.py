@@ -135,7 +135,7 @@ def says_what_the_run_said(page, workdir, result):
 
 def mistakes(page: str) -> list[tuple]:
     card = (
-        r'<figure class="card"><div><img .*?src="(.*?)"><img [^>]*alt="What speaks for (.*?)" src="(.*?)"></div>'
+        r'<figure class="card"><div><img .*?src="(.*?)"><img [^>]*alt="Places that support (.*?)" src="(.*?)"></div>'
         r"<figcaption><b>(.*?)</b>, (.*?)<br>(.*?)<br>"
     )
     found = re.findall(card, page)
