@@ -66,9 +66,10 @@ def explain(
         CAM: Zhou et al., arXiv:1512.04150, equation 2. Grad-CAM: Selvaraju et al., arXiv:1610.02391, equations 1 and 2.
         Grad-CAM++: Chattopadhay et al., arXiv:1710.11063.
     """
+    _check(method, layer)
     if isinstance(model, str | os.PathLike):
         if resolve(model, exports=True).kind == "export":
-            return _of_export(model, images, class_id, method, layer)
+            return _of_export(model, images, class_id, method)
         model = load_model(model)
     return Explainer(model, method, layer)(images, class_id)
 
@@ -196,7 +197,7 @@ class _Graph:
                     f"{model.name!r}, whose layer {operation.name!r} has them in {operation.quantization_mode}"
                 )
             self._bare = last
-        elif last and (_name(operation) in _SQUASHING or _name(getattr(operation, "activation", None)) in _SQUASHING):
+        elif last and not getattr(operation, "weights", None) and _squashes(operation):
             self.scores = last.source
 
     def head(self) -> _Head:
@@ -308,6 +309,10 @@ def _logits(step: Step, x) -> Any:
     return keras.ops.add(scores, keras.ops.cast(layer.bias, "float32")) if layer.use_bias else scores
 
 
+def _squashes(operation) -> bool:
+    return _name(operation) in _SQUASHING or _name(getattr(operation, "activation", None)) in _SQUASHING
+
+
 def _name(function) -> str:
     """Returns the name of an activation, of a layer or an operation that applies one, in lower case."""
     return (getattr(function, "__name__", "") or type(function).__name__).lower()
@@ -364,10 +369,9 @@ def _check(method: str, layer: str | None) -> None:
         raise ValueError(f"Expected layer=None for method='cam'. Received: layer={layer!r}. Nearest: method='grad-cam'")
 
 
-def _of_export(path: str | os.PathLike, images: Any, class_id: Any, method: str, layer: str | None) -> np.ndarray:
+def _of_export(path: str | os.PathLike, images: Any, class_id: Any, method: str) -> np.ndarray:
     from keras_effnet.inference.predictor import Predictor
 
-    _check(method, layer)
     if method != "cam":
         raise ValueError(f"Expected method='cam' for an exported model, which has no gradients. Received: {method!r}")
     predictor = Predictor(path, maps=True)

@@ -85,8 +85,9 @@ class Classifier:
     def _names(self, classes: int) -> list[str] | None:
         """Returns the names of the classes, or None for ImageNet's."""
         if self._labels is None:
-            self._labels, self.note = names_of(self.predictor.metadata, classes)
-            self._of_imagenet = self._labels == class_names.labels()
+            labels, self.note = names_of(self.predictor.metadata, classes)
+            self._of_imagenet = labels == class_names.labels()  # first: other threads look for the labels
+            self._labels = labels
         return None if self._of_imagenet else self._labels
 
     @cached_property
@@ -142,7 +143,10 @@ class Classifier:
         def chosen(outputs: Any) -> list[int]:
             return [row["class_id"] for row in self.ranked(outputs, class_ids=class_ids)]
 
-        with closing(self.predictor.explain_files(paths, decode=self._decode, classes=chosen)) as rows:
+        return self._explained(self.predictor.explain_files(paths, decode=self._decode, classes=chosen), class_ids)
+
+    def _explained(self, stream, class_ids: Sequence[int] | None) -> Generator[dict[str, Any], None, None]:
+        with closing(stream) as rows:
             for path, outputs, error, maps, pixels in rows:
                 if error is None:
                     best = self.ranked(outputs, class_ids=class_ids)

@@ -68,7 +68,7 @@ def _written(rows: Any, out: Path, title: str) -> Generator[dict[str, Any], None
                 continue
             path, pixels, maps = row["path"], row.pop("pixels"), row.pop("maps")
             shown = map_pictures.Explanation(pixels, row["predictions"], maps)
-            picture = out / _free(os.path.splitext(os.path.basename(path))[0], taken)
+            picture = _free(out, os.path.splitext(os.path.basename(path))[0], taken)
             with files.replacing(picture) as temporary:
                 temporary.write_bytes(shown.picture())
             done.append(row | {"picture": str(picture)})
@@ -112,8 +112,11 @@ def photos_for(out: str | os.PathLike, paths: Sequence[str | os.PathLike]) -> li
             f"Expected a new or empty folder, or one that `explain` has written. Received: {str(out)!r}, with other "
             "files"
         )
-    folder = os.path.realpath(out)
-    return [path for path in photographs(paths) if os.path.dirname(os.path.realpath(path)) != folder]
+    folder, found = os.path.realpath(out), photographs(paths)
+    others = [path for path in found if os.path.dirname(os.path.realpath(path)) != folder]
+    if found and not others:
+        raise ValueError(f"Expected a folder other than that of the photos. Received: {str(out)!r}")
+    return others
 
 
 def _is_own(out: Path) -> bool:
@@ -124,14 +127,15 @@ def _is_own(out: Path) -> bool:
         return False
 
 
-def _free(stem: str, taken: set[str]) -> str:
-    """Returns the name of a picture that no other photo has."""
-    name, number = f"{stem}.jpg", 1
-    while name.casefold() in taken:  # some disks take Cat.jpg and cat.jpg for the same file
+def _free(out: Path, stem: str, taken: set[str]) -> Path:
+    """Returns the path of a picture that no other photo has, and that replaces no other file."""
+    path, number = out / f"{stem}.jpg", 1
+    # Some disks take Cat.jpg and cat.jpg for the same file.
+    while path.name.casefold() in taken or (os.path.lexists(path) and not map_pictures.is_own_picture(path)):
         number += 1
-        name = f"{stem}-{number}.jpg"
-    taken.add(name.casefold())
-    return name
+        path = out / f"{stem}-{number}.jpg"
+    taken.add(path.name.casefold())
+    return path
 
 
 def _by_gradients(

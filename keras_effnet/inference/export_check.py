@@ -60,13 +60,16 @@ def compare(
     expected = found = np.zeros(0)
     for name, images in tried.items():
         # A few at a time: the first maps of the large models take a gigabyte for 20 images.
-        parts = [model.predict_on_batch(images[place : place + 4]) for place in range(0, len(images), 4)]
-        rows = [[keras.ops.convert_to_numpy(each) for each in keras.tree.flatten(part)] for part in parts]
+        parts = [images[place : place + 4] for place in range(0, len(images), 4)]
+        rows = [[numbers(each) for each in keras.tree.flatten(model.predict_on_batch(part))] for part in parts]
         wanted = [np.concatenate(each).astype("float32") for each in zip(*rows, strict=True)]
-        got = run(images)
-        if with_maps is not None:  # those of a few images: they are large
-            got, maps = got[:-1], got[-1][:4]
-            wanted_maps = numbers(keras.tree.flatten(with_maps.predict_on_batch(images[:4]))[-1])
+        if with_maps is None:
+            got = run(images)
+        else:  # maps of a few images: they are large
+            *got, maps = run(parts[0])
+            rest = [run(part)[:-1] for part in parts[1:]]
+            got = [np.concatenate(each) for each in zip(got, *rest, strict=True)]
+            wanted_maps = numbers(keras.tree.flatten(with_maps.predict_on_batch(parts[0]))[-1])
             got, wanted = [*got, maps], [*wanted, wanted_maps.astype("float32")]
         if [each.shape for each in got] != [each.shape for each in wanted]:
             raise ValueError(

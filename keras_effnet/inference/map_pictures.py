@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from collections.abc import Iterable, Sequence
 from functools import cache
 from html import escape
@@ -19,6 +20,7 @@ TILE, MARGIN, BAND = 224, 8, 46  # pixels of a picture: a photo's side, between 
 _COLORS = np.array(
     [(59, 15, 112, 0), (140, 41, 129, 0.5), (222, 73, 104, 0.8), (254, 159, 109, 0.95), (252, 253, 150, 1)]
 )
+_COMMENT = b"keras_effnet explain"  # in the file of each picture, which may then be replaced
 _BAR, _TEXT, _FAINT = "#2f81c7", "#1b1f24", "#e6e8eb"
 
 
@@ -71,6 +73,22 @@ def _table(strength: float) -> np.ndarray:
     columns = [np.interp(np.arange(256), where, column) for column in _COLORS.T]
     columns[3] *= 255 * strength
     return np.rint(np.stack(columns, 1)).astype("uint8")
+
+
+def is_own_picture(path: str | os.PathLike) -> bool:
+    """Returns whether a file is a picture of an explanation.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Boolean.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _COMMENT in file.read(500)
+    except OSError:
+        return False
 
 
 class Explanation:
@@ -139,7 +157,7 @@ def _font() -> Any:
 
 def _jpeg(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=88)
+    image.save(file, "JPEG", quality=88, comment=_COMMENT)
     return file.getvalue()
 
 

@@ -198,7 +198,7 @@ class Predictor:
 
         >>> import keras_effnet as ke, numpy as np
         >>> model = ke.EfficientNetLite0(weights=None, input_shape=(64, 64, 3), classes=2)
-        >>> outputs, maps = ke.Predictor(model, maps=True).explain(np.zeros((64, 64, 3), "uint8"))
+        >>> outputs, maps = ke.Predictor(model, "keras", maps=True).explain(np.zeros((64, 64, 3), "uint8"))
         >>> outputs.shape, maps.shape
         ((1, 2), (1, 2, 2, 2))
         """
@@ -248,7 +248,9 @@ class Predictor:
         docs/coffee.png (2,)
         """
         stream = self._stream(paths, recursive, decode, self._without_maps)
-        return (row if row.error else row._replace(outputs=self._structured(row.outputs)) for row in stream)
+        return (
+            row if row.error else photo_stream.FilePrediction(row.path, self._structured(row.outputs)) for row in stream
+        )
 
     def explain_files(
         self,
@@ -330,7 +332,7 @@ class Predictor:
 
         >>> import keras_effnet as ke, numpy as np
         >>> model = ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 3), classes=2)
-        >>> ke.Predictor(model).on_one_thread(np.zeros((32, 32, 3), "uint8")).shape
+        >>> ke.Predictor(model, "keras").on_one_thread(np.zeros((32, 32, 3), "uint8")).shape
         (1, 2)
         """
         run = self._without_maps(self._run.on_one_thread)

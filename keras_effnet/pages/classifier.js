@@ -18,6 +18,7 @@ const VERSION = ""; // of this export, which writes it here
 export async function loadClassifier({ onProgress = () => {} } = {}) {
   const { page } = await (await request("metadata.json", { cache: "no-cache" })).json();
   if (page.version !== VERSION) {
+    await fetch(import.meta.url, { cache: "reload" }).catch(() => {}); // the next load then has the newer script
     throw new Error("Expected the files of one export. Received: an older script, which the browser kept. Reload the page.");
   }
   const parts = [page.runtime, page.model];
