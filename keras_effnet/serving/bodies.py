@@ -134,13 +134,15 @@ def _content(part: bytearray) -> bytes:
     """Returns a part of a form without its headers."""
     end = part.find(b"\r\n\r\n", 0, _PART_HEAD)
     rest, *lines = part[: max(end, 0)].split(b"\r\n")
+    told = ""
     if end < 0:
-        told = (
-            f"Expected parts with at most {_PART_HEAD} bytes of headers, with CRLF after each line. Received: another"
-        )
-        raise BodyError(400, told)
-    if rest.strip(b" \t") or part.count(b";", 0, end) > _PARAMETERS:
-        raise BodyError(400, "Expected a boundary on a line of its own, and few parameters. Received: another form")
+        told = f"whose parts have at most {_PART_HEAD} bytes of headers, each with CRLF"
+    elif rest.strip(b" \t"):
+        told = "with each boundary on a line of its own"
+    elif part.count(b";", 0, end) > _PARAMETERS:
+        told = f"whose parts have at most {_PARAMETERS} parameters"
+    if told:
+        raise BodyError(400, f"Expected multipart/form-data {told}. Received: another")
     name = b""
     for line in lines:
         key, _, value = line.partition(b":")
