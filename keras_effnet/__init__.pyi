@@ -5,7 +5,7 @@ from .class_names import decode_predictions as decode_predictions
 from .describe import describe as describe
 from .efficientnet import preprocess_input as preprocess_input
 from .images.photo_loader import load_image as load_image
-from .inference.class_maps import explain as explain
+from .inference.explain import explain as explain
 from .inference.export import export as export
 from .inference.folding import fold_batch_norm as fold_batch_norm
 from .inference.map_pictures import overlay as overlay

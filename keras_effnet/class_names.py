@@ -1,10 +1,11 @@
 """Names of the ImageNet classes, and the most likely classes of a prediction."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,3 +99,52 @@ def rank(preds, top: int = 5, labels: Sequence[str] | None = None) -> list[list[
         [(int(index), *known[index], float(row[index])) for index in best]
         for row, best in zip(preds, order, strict=True)
     ]
+
+
+def names_of(metadata: dict[str, Any], classes: int) -> tuple[list[str], str | None]:
+    """Returns the names that the classes of a model are shown with: its labels, else ImageNet's for 1000, else numbers.
+
+    Args:
+        metadata: See `keras_effnet.metadata()`.
+        classes: Integer. Outputs of the model.
+
+    Returns:
+        Tuple of a list of strings, and a note that says where the names are missing or assumed, or None.
+    """
+    known = metadata.get("labels")
+    if known is not None:
+        return known, None
+    if classes != 1000:
+        return [str(number) for number in range(classes)], (
+            "The model has no class names: these are class numbers. To add the names, save it with "
+            "keras_effnet.save_model(model, path, labels=[...])"
+        )
+    note = None if metadata.get("weights") else "The model has 1000 classes without names: these are ImageNet's"
+    return labels(), note
+
+
+def returns_logits(run: Callable[[np.ndarray], Any], input_shape: Iterable[int]) -> bool:
+    """Returns whether a classifier returns logits, by its outputs for noise, black and white.
+
+    Args:
+        run: Function from a float32 batch of images to the outputs.
+        input_shape: Iterable of integers. The shape of an image.
+
+    Returns:
+        Boolean. False if the outputs are probabilities.
+    """
+    pixels = np.random.default_rng(0).uniform(0, 255, (3, *input_shape)).astype("float32")
+    pixels[1], pixels[2] = 0, 255
+    return not are_shares(run(pixels))
+
+
+def are_shares(outputs: np.ndarray) -> bool:
+    """Returns whether outputs are probabilities, by their values.
+
+    Args:
+        outputs: Array.
+
+    Returns:
+        Boolean.
+    """
+    return bool(outputs.min() >= 0 and outputs.max() <= 1 + 1e-3)

@@ -73,7 +73,8 @@ def explain(
     from keras_effnet.errors import one_of
     from keras_effnet.images.folders import photographs as listed
     from keras_effnet.inference.classifier import Classifier
-    from keras_effnet.inference.explained_photos import METHODS, explain_photos, photos_for
+    from keras_effnet.inference.explain import METHODS
+    from keras_effnet.inference.explained_photos import explain_photos, photos_for
 
     by_gradients = one_of("method", method, METHODS) != "cam"
     if layer and not by_gradients:

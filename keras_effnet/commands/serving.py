@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import click
 
-from keras_effnet.commands.options import BEST, DEVICE, RUNTIME, WEIGHTS, choose_backend
+from keras_effnet.commands.options import BEST, DEVICE, PRECISION, RUNTIME, WEIGHTS, choose_backend
 from keras_effnet.commands.output import spinner
 
 # What the service imports, and the name of its package where that differs.
@@ -25,7 +25,7 @@ HOST = click.option(
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="Classes per image.")
 @RUNTIME
-@click.option("--precision", default="float32", show_default=True, help="float32, float16, int8 or bfloat16.")
+@PRECISION
 @DEVICE
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. Default: all.")
 @click.option("--max-bytes", type=int, default=1 << 25, show_default=True, help="Largest request, in bytes.")

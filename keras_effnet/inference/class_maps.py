@@ -1,6 +1,5 @@
 """Class activation maps: which places of an image support a class."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,67 +10,12 @@ import numpy as np
 from keras_effnet import compat
 from keras_effnet.errors import one_of
 from keras_effnet.inference import batches, folding
-from keras_effnet.inference.explained_photos import METHODS
 from keras_effnet.inference.folding import Step, Tensor, Trace, numbers
-from keras_effnet.model_loader import load_model, resolve
 
 BATCH = 8  # images at a time: gradients need the maps of all layers
 
 _POOLING = (keras.layers.GlobalAveragePooling2D, keras.layers.GlobalMaxPooling2D)
 _SQUASHING = ("softmax", "sigmoid")  # activations that turn logits into probabilities
-
-
-def explain(
-    model: "keras.Model | str | os.PathLike",
-    images: Any,
-    class_id: int | Sequence[int] | None = None,
-    method: str = "cam",
-    layer: str | None = None,
-) -> np.ndarray:
-    """Returns maps of the places of images that support a class.
-
-    `"cam"` is exact: the sum of a map, plus the bias of the class, is the logit. It needs no gradients, and works for
-    models that end in global average pooling and a dense layer, as all models of this package do. The other methods
-    work for any head and layer. `overlay()` draws a map over its image.
-
-    For many images, `Predictor(model, maps=True)` is faster.
-
-    Args:
-        model: A functional or sequential `keras.Model` of images with one output, (batch, classes); the name of a model
-            or the path of a `.keras` file or of a run's folder; or, for `"cam"`, the path of an export with maps, see
-            `export()`.
-        images: Array of one or more images, with pixels 0-255, as `load_image()` returns them.
-        class_id: Integer, number of the class, from 0; or a sequence of one for each image. Defaults to None: the most
-            likely class of each image.
-        method: `"cam"`, `"grad-cam"` or `"grad-cam++"`. Defaults to `"cam"`.
-        layer: String, for the methods with gradients: name of the layer whose outputs are weighted. Defaults to None:
-            the last layer whose outputs have a height and a width.
-
-    Returns:
-        float32 array (images, height, width), with the height and width of the layer's outputs. For `"cam"`, what each
-        place adds to the logit, which may be negative. For the others, at least 0.
-
-    Raises:
-        ValueError: If an argument is not valid, the model has several outputs, or `method="cam"` does not fit its head.
-
-    Example:
-
-    >>> import keras_effnet as ke, numpy as np
-    >>> model = ke.EfficientNetLite0(weights=None, input_shape=(64, 64, 3), classes=5)
-    >>> image = np.random.default_rng(0).uniform(0, 255, (64, 64, 3))
-    >>> ke.explain(model, image, class_id=3).shape
-    (1, 2, 2)
-
-    Reference:
-        CAM: Zhou et al., arXiv:1512.04150, equation 2. Grad-CAM: Selvaraju et al., arXiv:1610.02391, equations 1 and 2.
-        Grad-CAM++: Chattopadhay et al., arXiv:1710.11063.
-    """
-    _check(method, layer)
-    if isinstance(model, str | os.PathLike):
-        if resolve(model, exports=True).kind == "export":
-            return _of_export(model, images, class_id, method)
-        model = load_model(model)
-    return Explainer(model, method, layer)(images, class_id)
 
 
 class Explainer:
@@ -94,7 +38,6 @@ class Explainer:
     """
 
     def __init__(self, model: keras.Model, method: str = "cam", layer: str | None = None):
-        _check(method, layer)
         self._graph, self._method = _Graph(model), method
         self._shape = tuple(model.inputs[0].shape[1:])
         by_gradients = method != "cam"
@@ -104,7 +47,7 @@ class Explainer:
 
     def __call__(self, images: Any, class_id: int | Sequence[int] | None = None) -> np.ndarray:
         pixels = batches.of_images(images, self._shape)
-        classes = _each(class_id, len(pixels), self._graph.classes)
+        classes = classes_of(class_id, len(pixels), self._graph.classes)
         parts = [slice(start, start + BATCH) for start in range(0, len(pixels), BATCH)]
         maps = [self._explained(pixels[part], None if classes is None else classes[part]) for part in parts]
         return np.concatenate(maps).astype("float32")
@@ -350,36 +293,26 @@ def _weighted(maps: np.ndarray, gradient: np.ndarray, method: str) -> np.ndarray
     return np.maximum((weights * maps).sum(-1), 0)
 
 
-def _each(class_id: int | Sequence[int] | None, images: int, classes: int) -> np.ndarray | None:
-    """Returns the class of each image, or None."""
+def classes_of(class_id: int | Sequence[int] | None, images: int, classes: int) -> np.ndarray | None:
+    """Returns the class of each image.
+
+    Args:
+        class_id: See `explain()`.
+        images: Integer, number of images.
+        classes: Integer, number of classes.
+
+    Returns:
+        Array of integers, or None: the most likely.
+
+    Raises:
+        ValueError: If a class is not valid.
+    """
     if class_id is None:
         return None
-    numbers = np.asarray(class_id)
-    if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (images,)):
+    given = np.asarray(class_id)
+    if given.dtype.kind not in "iu" or given.shape not in ((), (images,)):
         raise ValueError(f"Expected class_id as an integer, or one for each of {images} images. Received: {class_id!r}")
-    wrong = [int(each) for each in numbers.flat if not 0 <= each < classes]
+    wrong = [int(each) for each in given.flat if not 0 <= each < classes]
     if wrong:
         raise ValueError(f"Expected class_id from 0 to {classes - 1}. Received: class_id={wrong[0]}")
-    return np.broadcast_to(numbers, images)
-
-
-def _check(method: str, layer: str | None) -> None:
-    one_of("method", method, METHODS)
-    if layer is not None and method == "cam":
-        raise ValueError(f"Expected layer=None for method='cam'. Received: layer={layer!r}. Nearest: method='grad-cam'")
-
-
-def _of_export(path: str | os.PathLike, images: Any, class_id: Any, method: str) -> np.ndarray:
-    from keras_effnet.inference.predictor import Predictor
-
-    if method != "cam":
-        raise ValueError(f"Expected method='cam' for an exported model, which has no gradients. Received: {method!r}")
-    predictor = Predictor(path, maps=True)
-    pixels = batches.of_images(images, predictor.input_shape)
-    found = []
-    for start in range(0, len(pixels), BATCH):  # the maps of all classes are large
-        outputs, maps = predictor.explain(pixels[start : start + BATCH])
-        classes = _each(class_id, len(pixels), maps.shape[-1])
-        chosen = outputs.argmax(1) if classes is None else classes[start : start + BATCH]
-        found.append(maps[np.arange(len(maps)), :, :, chosen])
-    return np.concatenate(found)
+    return np.broadcast_to(given, images)

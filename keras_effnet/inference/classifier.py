@@ -85,7 +85,7 @@ class Classifier:
     def _names(self, classes: int) -> list[str] | None:
         """Returns the names of the classes, or None for ImageNet's."""
         if self._labels is None:
-            labels, self.note = names_of(self.predictor.metadata, classes)
+            labels, self.note = class_names.names_of(self.predictor.metadata, classes)
             self._of_imagenet = labels == class_names.labels()  # first: other threads look for the labels
             self._labels = labels
         return None if self._of_imagenet else self._labels
@@ -203,7 +203,7 @@ class Classifier:
     @cached_property
     def _returns_logits(self) -> bool:
         """Whether the model returns logits, by its outputs for noise, black and white."""
-        return returns_logits(self.predictor, self.predictor.input_shape)
+        return class_names.returns_logits(self.predictor, self.predictor.input_shape)
 
     def ranked(
         self, outputs: Any, top: int | None = None, class_ids: Sequence[int] | None = None
@@ -226,7 +226,7 @@ class Classifier:
             told = "several outputs" if several else f"shape {('batch', *outputs.shape)}".replace("'", "")
             raise ValueError(f"Expected a classifier with one output of shape (batch, classes). Received: {told}")
         # The logits of a few classes may happen to lie between 0 and 1 for a photo.
-        if not _are_shares(outputs) or (len(outputs) < FEW and self._returns_logits):
+        if not class_names.are_shares(outputs) or (len(outputs) < FEW and self._returns_logits):
             outputs = np.exp(outputs - outputs.max())
             outputs /= outputs.sum()
         top = self.top if top is None else top
@@ -237,28 +237,6 @@ class Classifier:
             best = [by_class[number] for number in class_ids]
         keys = ("class_id", "wnid", "name", "probability")
         return [{key: value for key, value in zip(keys, row, strict=True) if value is not None} for row in best]
-
-
-def names_of(metadata: dict[str, Any], classes: int) -> tuple[list[str], str | None]:
-    """Returns the names that the classes of a model are shown with: its labels, else ImageNet's for 1000, else numbers.
-
-    Args:
-        metadata: See `keras_effnet.metadata()`.
-        classes: Integer. Outputs of the model.
-
-    Returns:
-        Tuple of a list of strings, and a note that says where the names are missing or assumed, or None.
-    """
-    labels = metadata.get("labels")
-    if labels is not None:
-        return labels, None
-    if classes != 1000:
-        return [str(number) for number in range(classes)], (
-            "The model has no class names: these are class numbers. To add the names, save it with "
-            "keras_effnet.save_model(model, path, labels=[...])"
-        )
-    note = None if metadata.get("weights") else "The model has 1000 classes without names: these are ImageNet's"
-    return class_names.labels(), note
 
 
 def told(path: str | os.PathLike, error: Exception) -> str:
@@ -274,21 +252,6 @@ def told(path: str | os.PathLike, error: Exception) -> str:
     if isinstance(error, IsADirectoryError):
         return f"Expected photos. Received: {path!r}, a folder without photos"
     return str(error) or type(error).__name__
-
-
-def returns_logits(run: Callable[[np.ndarray], Any], input_shape: Iterable[int]) -> bool:
-    """Returns whether a classifier returns logits, by its outputs for noise, black and white.
-
-    Args:
-        run: Function from a float32 batch of images to the outputs.
-        input_shape: Iterable of integers. The shape of an image.
-
-    Returns:
-        Boolean. False if the outputs are probabilities.
-    """
-    pixels = np.random.default_rng(0).uniform(0, 255, (3, *input_shape)).astype("float32")
-    pixels[1], pixels[2] = 0, 255
-    return not _are_shares(run(pixels))
 
 
 def _is_tag(variant: str, weights: str) -> bool:
@@ -312,7 +275,3 @@ def _content(place: str) -> str:
         files = list(path.parent.glob(f"{glob.escape(path.name)}.*"))
     digests = [registry.digest(str(file), "sha256") for file in sorted(set(files))]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:12] if digests else ""
-
-
-def _are_shares(outputs: np.ndarray) -> bool:
-    return bool(outputs.min() >= 0 and outputs.max() <= 1 + 1e-3)

@@ -10,8 +10,8 @@ from keras_effnet import files
 from keras_effnet.images.folders import photographs
 from keras_effnet.inference import batches, map_pictures
 from keras_effnet.inference.classifier import Classifier, told
+from keras_effnet.inference.explain import check
 
-METHODS = ("cam", "grad-cam", "grad-cam++")  # here, since class_maps imports Keras
 PAGE = "index.html"
 
 
@@ -41,6 +41,7 @@ def explain_photos(
         OSError: If the folder cannot be written to.
         ValueError: If a class or a layer is unknown, the model has no maps, or the folder holds other files.
     """
+    check(method, layer)
     out = Path(out)
     found = photos_for(out, paths)
     class_ids = [classifier.class_id(name) for name in classes] or None

@@ -12,9 +12,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_effnet.class_names import names_of, returns_logits
 from keras_effnet.images import folders
 from keras_effnet.inference import onnxruntime_web, runtimes
-from keras_effnet.inference.classifier import names_of, returns_logits
 from keras_effnet.inference.export_check import runner_of
 from keras_effnet.inference.export_formats import ADD_METADATA, WRITERS
 from keras_effnet.model_metadata import Expects, expects_in

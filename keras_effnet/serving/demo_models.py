@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from keras_effnet import model_metadata
+from keras_effnet.class_names import names_of
 from keras_effnet.errors import one_line
 from keras_effnet.images.decoding import image_shape
 from keras_effnet.images.resizing import crop_window
 from keras_effnet.inference import runtimes
-from keras_effnet.inference.classifier import Classifier, names_of
+from keras_effnet.inference.classifier import Classifier
 from keras_effnet.inference.predictor import Predictor
 
 RUNS, SECONDS = 5, 0.25  # a photo is predicted until one of them is reached, since a single time varies

@@ -19,7 +19,8 @@ from helpers import BACKEND, BROWSING, CHROMIUM, ROOT, command
 from PIL import Image
 
 from keras_effnet import class_names
-from keras_effnet.inference.classifier import Classifier, names_of
+from keras_effnet.class_names import names_of
+from keras_effnet.inference.classifier import Classifier
 from keras_effnet.inference.predictor import Predictor
 from keras_effnet.serving import demo_models
 

@@ -111,6 +111,15 @@ def expected():
     return lambda data, top=5: {"predictions": classifier.ranked(classifier.predictor(load(data))[0], top)}
 
 
+def in_threads(count: int, work) -> None:
+    """Calls a function with the numbers from 0, each in a thread of its own, and waits for all."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+
+
 def form(*parts: bytes, name: str = "image", filename: str = "x.png") -> tuple[bytes, str]:
     head = f'--B\r\nContent-Disposition: form-data; name="{name}"; filename="{filename}"\r\n\r\n'.encode()
     return b"".join(head + part + b"\r\n" for part in parts) + b"--B--\r\n", "multipart/form-data; boundary=B"
@@ -161,11 +170,7 @@ def test_many_clients_at_once_get_their_own_answers(server, expected):
             if status != 200 or found["images"] != [right[place]]:
                 wrong.append(found)
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(12)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    in_threads(12, client)
     assert not wrong
 
 
@@ -404,11 +409,7 @@ def test_the_bytes_in_memory_are_limited(small):
 def test_a_full_queue_answers_503_at_once(small, expected):
     large, found = photo(1500, 1500), []
     body, kind = form(*[large] * 4)
-    threads = [threading.Thread(target=lambda: found.append(small.ask("/predict", body, kind))) for _ in range(12)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    in_threads(12, lambda _: found.append(small.ask("/predict", body, kind)))
     statuses = [status for status, _, _ in found]
     assert set(statuses) == {200, 503}
     for status, headers, answer in found:
@@ -584,11 +585,7 @@ def test_images_of_many_threads_run_together_and_each_gets_its_own():
             if together(np.full(3, value), lambda: True) != [2 * value] * 3:
                 wrong.append(value)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(30)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    in_threads(30, work)
     assert not wrong and max(sizes) == 4 and sum(sizes) == 100
     with pytest.raises(ValueError, match="too bright"):
         together(np.full(3, 100), lambda: False)
