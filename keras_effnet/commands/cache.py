@@ -12,9 +12,9 @@ from keras_effnet.commands.output import show, show_json, table
 def cache_(ctx, as_json) -> None:
     """List the files that are kept on this machine: downloads, exports, features.
 
-    They are in KERAS_EFFNET_HOME. When they exceed KERAS_EFFNET_CACHE_LIMIT without downloads (default: 20GB; none: no
-    limit), those that were not used for the longest time are removed. A removed file is made or downloaded again when
-    it is needed.
+    They are in KERAS_EFFNET_HOME. When they exceed KERAS_EFFNET_CACHE_LIMIT (default: 20GB; none: no limit), not
+    counting downloads, those that were not used for the longest time are removed. A removed file is made or downloaded
+    again when it is needed.
     """
     if ctx.invoked_subcommand:
         return
@@ -41,12 +41,12 @@ def cache_(ctx, as_json) -> None:
 
 @cache_.command()
 @click.argument("model", required=False)
-@click.option("--older", metavar="TIME", help="Remove only what was not used for so long, such as 30d or 12h.")
+@click.option("--older", metavar="TIME", help="Remove only what was not used for this time, such as 30d or 12h.")
 @click.option("--over", metavar="SIZE", help="Remove only as much as exceeds a size, such as 2GB, oldest use first.")
 @click.option("--downloads", is_flag=True, help="Remove downloads too.")
 @AS_JSON
 def clear(model, older, over, downloads, as_json) -> None:
-    """Remove kept files: all, or those of MODEL. Downloads stay without --downloads.
+    """Remove kept files: all, or those of MODEL. Downloads stay unless you give --downloads.
 
     Files that a running process uses stay.
     """

@@ -8,12 +8,12 @@ from keras_effnet.commands.options import AS_JSON, RUNNER, need_training
 from keras_effnet.commands.output import show, show_json, table, timer
 
 
-@click.command(short_help="Check this machine, and how to fix what is missing.")
+@click.command(short_help="Check this machine, and say how to fix what is missing.")
 @RUNNER
 @AS_JSON
 @click.pass_context
 def doctor(ctx, runner, as_json) -> None:
-    """Check this machine: versions, devices, and how to fix what is missing.
+    """Check the versions and devices of this machine, and say how to fix what is missing.
 
     Exit status 1 if there is a problem.
     """

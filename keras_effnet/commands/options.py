@@ -35,7 +35,10 @@ RUNNER = click.option(
     help="Framework to train with. Default: KERAS_BACKEND, or tensorflow.",
 )
 DEVICE = click.option(
-    "--device", default="auto", show_default=True, help="cpu; cuda: an NVIDIA GPU; auto: the GPU, with onnxruntime-gpu."
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu; cuda: an NVIDIA GPU; auto: the GPU, if onnxruntime-gpu finds one.",
 )
 RUNTIME = click.option(
     "--runtime", default="auto", show_default=True, help="litert, onnxruntime, openvino or keras. auto: the fastest."

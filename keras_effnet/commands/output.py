@@ -49,7 +49,7 @@ def show_json(value: dict) -> None:
 
 
 class JsonList:
-    """Prints a JSON object whose last value is a list, an item at a time, as `show_json()` prints it at once.
+    """Prints a JSON object whose last value is a list, an item at a time. The text is that of `show_json()`.
 
     Args:
         value: Dict, the object without the list.

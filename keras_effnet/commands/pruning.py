@@ -32,7 +32,9 @@ from keras_effnet.commands.output import show, show_json, table
 @click.option("--gamma", default=0.2, show_default=True, help="Weight of the distillation loss.")
 @click.option("--learning-rate", default=0.01, show_default=True, help="Learning rate of the distillation.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Photos per batch.")
-@click.option("--crop", is_flag=True, help="Crop photos as for the published weights. Use it if the training did.")
+@click.option(
+    "--crop", is_flag=True, help="Crop photos as for the published weights. Use it if the training used that crop."
+)
 @AS_JSON
 def prune(model, as_json, **arguments) -> None:
     """Remove channels of MODEL, a classifier, and distill the whole model into the smaller one.

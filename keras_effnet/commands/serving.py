@@ -29,10 +29,12 @@ HOST = click.option(
 @DEVICE
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors to use. Default: all.")
 @click.option("--max-bytes", type=int, default=1 << 25, show_default=True, help="Largest request, in bytes.")
-@click.option("--max-pixels", type=int, default=50_000_000, show_default=True, help="Most pixels of an image.")
-@click.option("--max-images", type=int, default=32, show_default=True, help="Most images of a request.")
-@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to receive; as many to answer.")
-@click.option("--queue", type=int, default=128, show_default=True, help="Most images that wait. Beyond it: 503.")
+@click.option("--max-pixels", type=int, default=50_000_000, show_default=True, help="Maximum pixels of an image.")
+@click.option("--max-images", type=int, default=32, show_default=True, help="Maximum images of a request.")
+@click.option(
+    "--timeout", type=float, default=30.0, show_default=True, help="Seconds to receive a request, and to answer."
+)
+@click.option("--queue", type=int, default=128, show_default=True, help="Maximum images that wait. Beyond it: 503.")
 def serve(
     model,
     weights,
@@ -52,8 +54,8 @@ def serve(
 ) -> None:
     """Answer HTTP requests with MODEL: a name, a .keras file, the folder of a run, or an exported model.
 
-    POST images to /predict. /docs shows how; /healthz, /metadata, /metrics and /openapi.json tell the rest. The log is
-    on standard error, a JSON object per line. SIGTERM ends the service after what it has accepted is answered.
+    POST images to /predict. /docs shows how. Other routes: /healthz, /metadata, /metrics, /openapi.json. The log is
+    on standard error, a JSON object per line. After SIGTERM, the service answers what it has accepted, and ends.
 
     There is no password and no TLS: put a proxy in front before you open it to others.
     """
@@ -87,7 +89,7 @@ def serve(
 @click.option("--port", type=click.IntRange(0, 65535), help="0: any free port. Default: 7860, or a free one.")
 @click.option("--no-browser", is_flag=True, help="Only print the page's address.")
 def demo(models, host, port, no_browser) -> None:
-    """Open a local page: a photo's five most likely classes, the places that support them, the time.
+    """Open a local page that shows a photo's five most likely classes, the places that support them, and the time.
 
     MODEL is a name, a .keras file, the folder of a run or an exported model, perhaps with a precision: b0@int8. The
     page compares two of them side by side. Default: efficientnet-lite0. Ctrl-C ends it.

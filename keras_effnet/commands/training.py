@@ -5,7 +5,7 @@ import os
 import click
 
 from keras_effnet.commands.options import AS_JSON, BEST, RUNNER, WEIGHTS, need_training
-from keras_effnet.commands.output import complain, progress, quiet, show, show_json, spinner, table
+from keras_effnet.commands.output import progress, quiet, show, show_json, spinner, table
 
 
 @click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
@@ -128,8 +128,6 @@ def evaluate_(
     rows += [("speed", f"{result['images_per_second']:.1f} images/s")]
     for row in rows:
         facts.add_row(*row)
-    for name in result["skipped"]:
-        complain(f"Skipped unreadable image: {name}")
     worst = sorted(result["classes"], key=lambda row: (row["top1"], -row["examples"]))
     shown = result["classes"] if all_classes else worst[:10]
     title = "Classes" if len(shown) == len(worst) else f"The {len(shown)} worst of {len(worst)} classes"
@@ -143,7 +141,7 @@ def evaluate_(
             confusions.add_row(row["true"], row["predicted"], str(row["count"]))
         show("", confusions)
     for name in result["skipped"]:
-        click.echo(f"skipped, unreadable: {name}", err=True)
+        click.echo(f"Skipped unreadable image: {name}", err=True)
 
 
 @click.command()

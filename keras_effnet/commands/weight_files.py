@@ -9,7 +9,7 @@ from keras_effnet.commands.output import show_json, spinner
 @click.command()
 @click.argument("model")
 @click.argument("tag", default="imagenet")
-@click.option("--no-top", is_flag=True, help="Download the file without the classifier, if there is one.")
+@click.option("--no-top", is_flag=True, help="Download the weights without the classifier, if such a file exists.")
 @AS_JSON
 def download(model, tag, no_top, as_json) -> None:
     """Download the weights TAG of MODEL, and print their path.
@@ -41,7 +41,7 @@ def download(model, tag, no_top, as_json) -> None:
 @click.option(
     "--labels", type=click.File(), help="Text file with the class names to save in a .keras file, one a line."
 )
-@click.option("--head", help="linear:CLASSES: use this classifier instead of the layers that SRC has around the net.")
+@click.option("--head", help="linear:5: a classifier of 5 classes, instead of the layers that SRC has around the net.")
 @click.option("--padding", help="Padding that the weights are for, where SRC does not say it: same or symmetric.")
 @click.option("--verify", "compare", is_flag=True, help="Run the SavedModel SRC with TensorFlow, and compare outputs.")
 @AS_JSON

@@ -134,6 +134,7 @@ def test_the_whole_way_of_a_folder_of_odd_photos(odd_photos, tmp_path):
         scored = json.loads(invoked("eval", model, "--data", odd_photos, "--json").stdout)
         assert scored["top1"] > 0.8 and [Path(name).name for name in scored["skipped"]] == ["text.jpg", "truncated.jpg"]
         assert {row["name"] for row in scored["classes"]} <= {*LABELS, "single"}
+    assert invoked("eval", models[-1], "--data", odd_photos).stderr.count("text.jpg") == 1
     assert "Große Katze, coffee cup, single" in invoked("describe", run).stdout
     assert invoked("plot", run, tmp_path / "mine.svg").returncode == 0
 
