@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+FEW = 20  # classes
 _TABLE = Path(__file__).with_name("imagenet_classes.csv")  # imagenet_classes.md has its sources and license
 
 
@@ -135,16 +136,25 @@ def returns_logits(run: Callable[[np.ndarray], Any], input_shape: Iterable[int])
     """
     pixels = np.random.default_rng(0).uniform(0, 255, (3, *input_shape)).astype("float32")
     pixels[1], pixels[2] = 0, 255
-    return not are_shares(run(pixels))
+    return not _are_shares(run(pixels))
 
 
-def are_shares(outputs: np.ndarray) -> bool:
-    """Returns whether outputs are probabilities, by their values.
+def probabilities(outputs: np.ndarray, logits: Callable[[], bool]) -> np.ndarray:
+    """Returns the outputs of a classifier as probabilities: unchanged if they are, else their softmax.
 
     Args:
-        outputs: Array.
+        outputs: Float array (..., classes).
+        logits: Function that returns whether the model returns logits, by its outputs for other images. It is called
+            only if the outputs do not show it: the logits of a few classes may happen to lie between 0 and 1.
 
     Returns:
-        Boolean.
+        Float array (..., classes).
     """
+    if _are_shares(outputs) and not (outputs.shape[-1] < FEW and logits()):
+        return outputs
+    powers = np.exp(outputs - outputs.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _are_shares(outputs) -> bool:
     return bool(outputs.min() >= 0 and outputs.max() <= 1 + 1e-3)

@@ -18,8 +18,6 @@ from keras_effnet.inference.predictor import Predictor
 from keras_effnet.model_loader import load_model, resolve
 from keras_effnet.weights import registry
 
-FEW = 20  # classes
-
 
 class Classifier:
     """Classifies photos, with a pretrained ImageNet classifier or with your own.
@@ -225,10 +223,7 @@ class Classifier:
             several = isinstance(outputs, dict | list)
             told = "several outputs" if several else f"shape {('batch', *outputs.shape)}".replace("'", "")
             raise ValueError(f"Expected a classifier with one output of shape (batch, classes). Received: {told}")
-        # The logits of a few classes may happen to lie between 0 and 1 for a photo.
-        if not class_names.are_shares(outputs) or (len(outputs) < FEW and self._returns_logits):
-            outputs = np.exp(outputs - outputs.max())
-            outputs /= outputs.sum()
+        outputs = class_names.probabilities(outputs, lambda: self._returns_logits)
         top = self.top if top is None else top
         top = top if class_ids is None else len(outputs)
         (best,) = class_names.rank(outputs[None], top, self._names(len(outputs)))

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_effnet import class_names
 from keras_effnet.tpu.input.example_readers import Items, Records
 
 TOP = 5
@@ -145,7 +146,7 @@ def score(
     Raises:
         ValueError: If a label is not among the classes, the storage does not respond, or a prediction is not finite.
     """
-    tally, done = _Tally(numbers, keep), 0
+    tally, done = _Tally(net, numbers, keep), 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         ready = _decoded(pool, rows, examples, read, ahead=2 * batch_size)
         for batch in iter(lambda: list(itertools.islice(ready, batch_size)), []):
@@ -179,26 +180,26 @@ class _Tally:
     """Collects predictions batch by batch, and the pixels of the most confident mistakes.
 
     Args:
+        net: See `score()`.
         numbers: See `score()`.
         keep: See `score()`.
     """
 
-    def __init__(self, numbers: np.ndarray, keep: int):
-        self._numbers, self._keep = numbers, keep
+    def __init__(self, net: keras.Model, numbers: np.ndarray, keep: int):
+        self._net, self._numbers, self._keep = net, numbers, keep
+        self._logits: bool | None = None
         self._names: list[str] = []
         self.skipped: list[str] = []
         self._labels: list[int] = []
         self._classes: list[np.ndarray] = []
         self._probabilities: list[np.ndarray] = []
         self._kept: list[tuple[float, int, np.ndarray]] = []
-        self._activate: Callable | None = None
 
     def add(self, batch: list[tuple[str, int, np.ndarray]], outputs: np.ndarray) -> None:
         """Adds a batch of names, labels and pixels, with the model's outputs."""
-        # The first batch shows whether the model returns probabilities or logits.
-        self._activate = self._activate or (_same if _are_probabilities(outputs) else _softmax)
+        probabilities = class_names.probabilities(outputs, lambda: self._returns_logits(batch[0][2].shape))
         order = np.argsort(-outputs, axis=1, kind="stable")[:, :TOP].astype("int32")
-        shares = np.take_along_axis(self._activate(outputs), order, 1)
+        shares = np.take_along_axis(probabilities, order, 1)
         for (name, label, pixels), best, share in zip(batch, order, shares, strict=True):
             if self._keep and best[0] != self._numbers[label]:
                 self._keep_mistake(float(share[0]), pixels)
@@ -206,6 +207,11 @@ class _Tally:
             self._labels.append(int(self._numbers[label]))
         self._classes.append(order)
         self._probabilities.append(shares)
+
+    def _returns_logits(self, shape: tuple[int, ...]) -> bool:
+        if self._logits is None:
+            self._logits = class_names.returns_logits(self._net.predict_on_batch, shape)
+        return self._logits
 
     def _keep_mistake(self, share: float, pixels: np.ndarray) -> None:
         shown = np.clip(np.rint(pixels), 0, 255).astype("uint8")
@@ -242,19 +248,6 @@ def _predict(net, batch: list[tuple[str, int, np.ndarray]]) -> np.ndarray:
             f"{batch[0][0]}"
         )
     return outputs
-
-
-def _same(outputs):
-    return outputs
-
-
-def _softmax(outputs):
-    powers = np.exp(outputs - outputs.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
-
-
-def _are_probabilities(outputs) -> bool:
-    return bool((outputs >= 0).all() and np.allclose(outputs.sum(1), 1, atol=1e-2))
 
 
 def _decoded(pool, rows, examples, read, ahead: int) -> Iterator[tuple[str, int, np.ndarray | None]]:

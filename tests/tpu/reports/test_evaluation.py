@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 
 import keras_effnet as ke
 from keras_effnet.images import photo_loader
+from keras_effnet.inference.classifier import Classifier
 from keras_effnet.tpu.config import Data
 from keras_effnet.tpu.input.sources import open_evaluation
 from keras_effnet.tpu.reports.evaluation import evaluate
@@ -98,6 +99,28 @@ def test_each_image_is_what_the_plain_model_says(folder, result):
         assert [one["probability"] for one in row["predictions"]] == pytest.approx([p for *_, p in best], abs=1e-4)
     assert (result["top1"], result["top5"]) == pytest.approx(accuracy(result["rows"]))
     assert 0.2 < result["top1"] < 1.0  # correct and wrong predictions are both compared above
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", None])
+def test_probabilities_are_those_of_predict(activation, folder, shallow, eager, tmp_path):
+    """Outputs of a sigmoid are probabilities, though their sum is not 1. Logits may lie between 0 and 1."""
+    shape = {"include_top": False, "pooling": "avg", "input_shape": (32, 32, 3)}
+    body = ke.EfficientNetLite0(weights=None, **shape)
+    layer = keras.layers.Dense(2, activation, bias_initializer=keras.initializers.Constant(0.5))
+    model = keras.Model(body.input, layer(body.output))
+    ke.save_model(model, tmp_path / "two.keras", labels=list(CLASSES)[:2])
+    photos = tmp_path / "photos"
+    for wnid in list(CLASSES)[:2]:
+        (photos / wnid).mkdir(parents=True)
+        shutil.copy(folder / wnid / "3.jpg", photos / wnid)
+    path = tmp_path / "rows.jsonl"
+    evaluate(str(tmp_path / "two.keras"), Data(str(photos)), predictions=path)
+    classifier = Classifier(str(tmp_path / "two.keras"), runtime="keras")
+    for row in map(json.loads, path.read_text().splitlines()):
+        (expected,) = classifier([row["name"]])
+        for one in row["predictions"]:
+            (other,) = [each for each in expected["predictions"] if each["name"] == one["name"]]
+            assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
 
 
 def test_what_is_told_beside_the_accuracy(folder, result):
