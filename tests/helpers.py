@@ -246,3 +246,17 @@ def command(*arguments, cwd=None, **environment):
     return subprocess.run(
         line, capture_output=True, text=True, cwd=cwd, env={**os.environ, "KERAS_BACKEND": BACKEND, **environment}
     )
+
+
+def tiny(shape: tuple = (32, 40, 3), classes: int = 3, activation: str | None = "softmax") -> keras.Model:
+    """Returns a user's own classifier of a few layers, for tests that do not depend on the net.
+
+    Its export takes a fifth of the time of that of a shallow EfficientNet.
+    """
+    layers, pixels = keras.layers, keras.Input(shape)
+    x = layers.Rescaling([1 / 128] * shape[-1], [-1] * shape[-1], name="preprocessing")(pixels)
+    for filters, name in ((8, "stem"), (16, "top")):
+        x = layers.Conv2D(filters, 3, 2, "same", use_bias=False, name=f"{name}_conv")(x)
+        x = layers.Activation("relu6", name=f"{name}_activation")(layers.BatchNormalization(name=f"{name}_bn")(x))
+    x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
+    return trained(keras.Model(pixels, layers.Dense(classes, activation, name="predictions")(x), name="tiny"))

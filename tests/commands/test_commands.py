@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from helpers import BACKEND, ROOT, command, invoked, lite0_package, same_weights
+from helpers import BACKEND, ROOT, command, invoked, lite0_package, same_weights, tiny
 from PIL import Image
 
 import keras_effnet as ke
@@ -71,12 +71,10 @@ def test_predict_takes_folders_and_shows_progress_from_8_photographs_on(tmp_path
     assert "Photos" in result.stderr and "Photos" not in command("predict", CAT, "--json").stderr
 
 
-@pytest.mark.usefixtures("shallow")
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
 def test_export_and_benchmark(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    net = ke.EfficientNetLite0(weights=None, input_shape=(48, 48, 3), classes=2)
-    net.save(tmp_path / "mine.keras")
+    tiny((48, 48, 3), 2).save(tmp_path / "mine.keras")
     (tmp_path / "labels.txt").write_text("cat\ncoffee\n")
     result = invoked("export", "mine.keras", "mine.onnx", "--labels", "labels.txt")
     assert result.returncode == 0 and "largest difference from Keras, photos" in result.stdout, result.stderr

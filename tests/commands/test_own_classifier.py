@@ -10,7 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT, command, invoked
+from helpers import BACKEND, ROOT, command, invoked, shallow_nets, tiny
 from PIL import Image
 
 import keras_effnet as ke
@@ -26,7 +26,8 @@ LABELS = ["Große Katze", "coffee cup"]
 
 def small(classes: int = 2, seed: int = 0, **more):
     keras.utils.set_random_seed(seed)
-    return ke.create_model("lite0", weights=None, classes=classes, input_shape=(32, 32, 3), **more)
+    with shallow_nets():
+        return ke.create_model("lite0", weights=None, classes=classes, input_shape=(32, 32, 3), **more)
 
 
 def patches(photo: Path, count: int, seed: int = 0) -> list[Image.Image]:
@@ -180,7 +181,7 @@ def test_published_weights_keep_their_record_and_imagenets_names(tmp_path):
 
 
 def test_logits_become_probabilities(tmp_path):
-    ke.save_model(small(classifier_activation=None), tmp_path / "logits.keras", labels=LABELS)
+    ke.save_model(tiny(classes=2, activation=None), tmp_path / "logits.keras", labels=LABELS)
     (found,) = Classifier(tmp_path / "logits.keras", runtime="keras")([CAT])
     assert sum(row["probability"] for row in found["predictions"]) == pytest.approx(1)
 
@@ -192,9 +193,9 @@ def test_wrong_labels_save_nothing(tmp_path):
         (["a", ""], "list of"),
     ):
         with pytest.raises(ValueError, match=problem):
-            ke.save_model(small(), tmp_path / "pets.keras", labels=labels)
+            ke.save_model(tiny(classes=2), tmp_path / "pets.keras", labels=labels)
     with pytest.raises(ValueError, match=r"ends in \.keras"):
-        ke.save_model(small(), tmp_path / "pets.h5")
+        ke.save_model(tiny(), tmp_path / "pets.h5")
     assert not list(tmp_path.iterdir())
 
 

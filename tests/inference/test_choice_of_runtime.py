@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT, command
+from helpers import BACKEND, ROOT, command, tiny
 
 import keras_effnet as ke
 from keras_effnet import cache
@@ -28,8 +28,8 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def model(shallow):
-    return ke.EfficientNetLite0(weights=None, input_shape=SHAPE, classes=3)
+def model():
+    return tiny(SHAPE)
 
 
 def spun(seconds: float):

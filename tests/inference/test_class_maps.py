@@ -8,7 +8,7 @@ import shutil
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT, command, invoked, leading, run, shallow_nets, trained
+from helpers import BACKEND, ROOT, invoked, leading, run, shallow_nets, tiny, trained
 from PIL import Image
 
 import keras_effnet as ke
@@ -157,14 +157,14 @@ def test_a_head_with_a_hidden_layer_has_gradients():
 
 @pytest.mark.parametrize("ending", leading([".onnx", *([".tflite"] if BACKEND == "tensorflow" else []), ".xml"], 2))
 def test_an_export_carries_the_maps(ending, tmp_path):
-    model, images = own(), pixels((75, 64, 3))
+    model, images = tiny((75, 64, 3), 6), pixels((75, 64, 3))
     path = tmp_path / f"mine{ending}"
     assert ke.export(model, path, labels=list("abcdef"), maps=True)["difference"]["random"] < 1e-4
     predictor = ke.Predictor(path)
     expected = run(model, images)
     assert np.abs(predictor(images) - expected).max() < 1e-5  # a predictor's calls give no maps
     outputs, maps = ke.Predictor(path, maps=True).explain(images)
-    assert np.array_equal(outputs, predictor(images)) and maps.shape == (3, 3, 2, 6)
+    assert np.array_equal(outputs, predictor(images)) and maps.shape == (3, 19, 16, 6)
     wanted = ke.explain(model, images)
     assert np.abs(ke.explain(path, images) - wanted).max() < 1e-4 * np.abs(wanted).max()
     with pytest.raises(ValueError, match="method='cam' for an exported model"):
@@ -188,7 +188,7 @@ def test_an_export_in_8_bits_carries_them_too(ending, tmp_path):
 
 
 def test_a_predictor_explains_what_the_model_explains(home):
-    model, images = own(), pixels((75, 64, 3))
+    model, images = tiny((75, 64, 3), 6), pixels((75, 64, 3))
     for runtime in ("keras", "onnxruntime"):
         predictor = ke.Predictor(model, runtime, maps=True)
         outputs, maps = predictor.explain(images)
@@ -203,7 +203,7 @@ def test_a_predictor_explains_what_the_model_explains(home):
 def test_a_folder_is_written_again_and_does_not_explain_itself(photos, tmp_path):
     """Also after a run that was killed. The second run finds the pictures of the first among the photos."""
     path, out = tmp_path / "mine.keras", photos / "explained"
-    ke.save_model(own(), path)
+    ke.save_model(tiny(classes=6), path)
     out.mkdir()
     (photos / "broken.jpg").unlink()
     classifier = Classifier(path, runtime="keras", maps=True)
@@ -275,7 +275,7 @@ def test_what_is_wrong_is_told(tmp_path):
     features = net("efficientnet-lite0", include_top=False)
     with pytest.raises(ValueError, match=r"one output of shape \(batch, classes\)"):
         ke.explain(features, images)
-    ke.export(model, tmp_path / "bare.onnx")
+    ke.export(tiny((75, 64, 3), 6), tmp_path / "bare.onnx")
     with pytest.raises(ValueError, match=r"Expected an export with maps.*maps=True"):
         ke.explain(tmp_path / "bare.onnx", images)
 
@@ -315,7 +315,7 @@ def photos(tmp_path):
 @ON_TENSORFLOW
 def test_the_command_writes_pictures_and_a_page(photos, tmp_path):
     out = tmp_path / "out"
-    done = command("explain", photos, "--recursive", "--runtime", "onnxruntime", "--out", out, "--json")
+    done = invoked("explain", photos, "--recursive", "--runtime", "onnxruntime", "--out", out, "--json")
     assert done.returncode == 2 and "broken.jpg" in done.stderr  # one photo cannot be read: the others are there
     rows = {os.path.relpath(row["path"], photos): row for row in json.loads(done.stdout)["photographs"]}
     assert {name for name, row in rows.items() if "error" in row} == {"broken.jpg"}
@@ -337,7 +337,9 @@ def test_the_command_writes_pictures_and_a_page(photos, tmp_path):
 @ON_TENSORFLOW
 def test_the_command_explains_given_classes_and_any_head(photos, tmp_path):
     path, out = tmp_path / "mine.keras", tmp_path / "out"
-    ke.save_model(own(hidden="relu"), path, labels=["ant", "bee", "cat", "dog", "eel", "fox"])
+    layers, body = keras.layers, tiny()
+    scores = layers.Dense(6, "softmax")(layers.Dense(9, "relu")(body.get_layer("avg_pool").output))
+    ke.save_model(keras.Model(body.inputs, scores), path, labels=["ant", "bee", "cat", "dog", "eel", "fox"])
     explained = ["explain", photos / "cat.png", "--model", path, "--runtime", "keras", "--out", out]
     refused = invoked(*explained)
     assert refused.returncode == 2 and "keras-effnet explain --method grad-cam" in refused.stderr and not out.exists()

@@ -8,7 +8,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT, fill, run, shallow_nets, trained
+from helpers import BACKEND, ROOT, fill, run, shallow_nets, tiny, trained
 
 import keras_effnet as ke
 from keras_effnet.inference import export
@@ -57,7 +57,8 @@ np.save(sys.argv[4], keras.ops.convert_to_numpy(model.predict_on_batch(np.load(i
 
 
 @pytest.mark.parametrize("suffix", [".keras", pytest.param(".weights.h5", marks=pytest.mark.long)])
-def test_a_fresh_process_with_plain_keras_gives_the_same(model, pixels, tmp_path, suffix):
+def test_a_fresh_process_with_plain_keras_gives_the_same(swish, pixels, tmp_path, suffix):
+    model, pixels = swish, pixels[:, :64, :64]
     path, images, config, output = (str(tmp_path / name) for name in (f"m{suffix}", "x.npy", "m.json", "y.npy"))
     model.save(path) if suffix == ".keras" else model.save_weights(path)
     np.save(images, pixels)
@@ -132,8 +133,7 @@ needs_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="one run i
 
 @pytest.fixture(scope="module")
 def small():
-    with shallow_nets():
-        return trained(ke.EfficientNetLite0(weights=None, input_shape=(48, 48, 3), classes=3))
+    return tiny((48, 48, 3))
 
 
 @needs_tensorflow
@@ -169,7 +169,8 @@ def test_published_weights_travel_with_their_record(model, tmp_path):
 @pytest.mark.parametrize(
     "kind", ["litert", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("onnx", "openvino"))]
 )
-def test_float16_is_half_the_size(kind, small, tmp_path):
+def test_float16_is_half_the_size(kind, shallow, tmp_path):
+    small = trained(ke.EfficientNetLite0(weights=None, input_shape=(48, 48, 3), classes=3))
     path = tmp_path / f"mine{export.FORMATS[kind]}"
     whole, half = ke.export(small, path), ke.export(small, path, precision="float16")
     assert half["size"] < 0.56 * whole["size"] and max(half["difference"].values()) < 2e-2
