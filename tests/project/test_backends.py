@@ -35,13 +35,13 @@ FILES = [
     *(pytest.param(backend, file, marks=pytest.mark.long) for backend, files in LONG.items() for file in files),
 ]
 NETS = "efficientnet-b0 or condconv-b0-4e"
-OWN = "channels_first or bfloat16 or mixed_experts or drop_connect or odd_and_unknown or input_tensor or other_families"
+OWN = "channels_first and not global or bfloat16 or mixed_experts or drop_connect"
 # Those in which a backend's variables are read, written or trained in ways of their own. JAX compiles an eager call
 # operation by operation: its nets are compiled whole, as its users do.
 CHOSEN = {
     "jax nets/test_condconv.py": "not eager and not fresh_process",
     # An ordinary net and one with mixed experts against the original, and what a backend computes in ways of its own.
-    # pruning/test_pruning.py trains on JAX.
+    # CI has no time for the others. pruning/test_pruning.py trains on JAX.
     "jax test_models.py": f"original_outputs and ({NETS}) or {OWN}",
     "torch test_models.py": f"original_outputs and ({NETS}) or {OWN} or training_by_fit and b0",
     "inference/test_class_maps.py": "the_logit and (own or condconv or first) or linear_head",

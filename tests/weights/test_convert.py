@@ -479,8 +479,14 @@ def test_round_trips_are_exact(name, tmp_path):
     assert not list(tmp_path.rglob(".*"))
 
 
-NATIVE = ("tf_efficientnetv2_s", "efficientnetv2_rw_t", "gc_efficientnetv2_rw_t", "efficientnet_b2")
-OTHERS = ("efficientnet_x_b5", "tf_efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnet_cc_b0_4e")
+NATIVE = ("tf_efficientnetv2_s", "gc_efficientnetv2_rw_t", "efficientnet_b2")
+OTHERS = (
+    "efficientnetv2_rw_t",
+    "efficientnet_x_b5",
+    "tf_efficientnet_b0",
+    "tf_efficientnet_lite0",
+    "tf_efficientnet_cc_b0_4e",
+)
 
 
 @pytest.mark.parametrize("name", leading(NATIVE + OTHERS, len(NATIVE)))

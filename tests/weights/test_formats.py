@@ -409,7 +409,7 @@ CHECKED = ("tpu", "tar.gz", "zip.pth", "keras")  # formats that carry checksums 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="reading files does not depend on the backend")
 @pytest.mark.parametrize("times", [12, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", leading(KINDS, 4))
-def test_damaged_files_change_nothing(kind, times, tmp_path):
+def test_damaged_files_change_nothing(kind, times, shallow, tmp_path):
     path, files = written(kind, tmp_path)
     model, whole = ke.EfficientNetLite0(**SMALL), {file: file.read_bytes() for file in files}
     before, chance = model.get_weights(), random.Random(times)
