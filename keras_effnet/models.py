@@ -288,6 +288,8 @@ class _Origin:
         """Epsilon of batch normalization in the net that a file describes, or None for the padding's."""
         if self.path is None:
             return None
+        if self.description is not None and self.description.net is not None:
+            return self.description.net.bn_epsilon
         from keras_effnet.weights.formats import keras_file
 
         layers = keras_file.numerics_of(self.path)

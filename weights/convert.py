@@ -17,7 +17,7 @@ from keras_effnet.nets.architecture import EPSILONS, Architecture
 from keras_effnet.nets.normalization import scheme_near
 from keras_effnet.nets.variants import VARIANTS, find_model, identify, timm_name
 from keras_effnet.nets.weight_shapes import owners
-from keras_effnet.weights import hub, hub_folder, registry
+from keras_effnet.weights import hub, hub_folder, presets, registry
 from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file, tensorflow_checkpoint
 from keras_effnet.weights.keras2 import conversion
 from keras_effnet.weights.keras2.conversion import Conversion
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 TARGETS = ("tpu", "timm", "keras", "hub")
 
+_CLASSIFIER = "classifier"
+
 _ENDINGS = {"own": (".keras", ".weights.h5"), "timm": (".safetensors",), "keras": (".h5", ".hdf5")}
 
 
@@ -63,8 +65,8 @@ def load(
 
     Args:
         model: A model of this package. For a model without a top, the file's classifier is ignored.
-        path: Path of a `.keras`, `.weights.h5`, `.h5`, `.safetensors` or torch file, or of a TensorFlow checkpoint: a
-            folder, a prefix or a `.tar.gz`.
+        path: Path of a `.keras`, `.weights.h5`, `.h5`, `.safetensors` or torch file; of the folder of a preset of
+            keras-hub; or of a TensorFlow checkpoint: a folder, a prefix or a `.tar.gz`.
         source: The expected format: `"tpu"`, `"timm"`, `"keras"` (keras.applications and this package) or
             `"lukemelas"` (EfficientNet-PyTorch). Defaults to `"auto"`: recognized by the file's content.
         include_top: Boolean, whether to load the classifier. Defaults to True. False leaves the model's unchanged.
@@ -116,6 +118,8 @@ def load(
         by_keras = others and not only_the_net and prefix is None and include_top and _is_keras_file(path, source)
         values = {} if by_keras else read_values(report, plan, contents, reading.architecture, model.name)
     check_padding(path, contents.format, reading.architecture, padding)
+    if include_top and reading.classes is not None:
+        _check_pooling(path)
     if by_keras:
         return _load_by_keras(model, path)
     _check_range(values, targets, report.path)
@@ -126,6 +130,17 @@ def load(
     for key, value in values.items():
         targets[key].assign(np.ascontiguousarray(value))
     return report.named("load", model.name)
+
+
+def _check_pooling(path) -> None:
+    """Raises for a classifier that this package's average pooling is not for."""
+    description = hub.describe(path)
+    head = description and description.preset and description.preset.head
+    if head and head.pooling != "avg":
+        raise ValueError(
+            f"Expected a classifier on average pooling. Received: {str(path)!r}, whose classifier is on {head.pooling} "
+            "pooling. Convert it to a .keras file, or load it with include_top=False"
+        )
 
 
 def _check_source(source: str) -> None:
@@ -533,6 +548,7 @@ def convert(
     model = model and find_model(model)
     source_path = hub.local(source_path)
     description = hub.describe(source_path)
+    preset = description and description.preset
     left: tuple[str, ...] = ()
     if target == "own" and str(path).endswith(".keras") and head is None:
         asked = None if automatic else preprocessing
@@ -545,9 +561,11 @@ def convert(
             "Expected a SavedModel whose layers Keras 3 has, to compare the outputs. Received: "
             f"{str(source_path)!r}{''.join(f' ({each})' for each in left)}"
         )
+    if preset and head is None and not str(path).endswith(".keras"):
+        _check_pooling(source_path)
     tensors = _by_names(source_path, model, source, raw, target, head, left)
-    model, left = tensors.model, tensors.left
-    record = registry.recognise(model, source_path) if os.path.isfile(source_path) else None
+    model, left = tensors.model, tensors.left + (_left_of(preset, preprocessing) if preset else ())
+    record = registry.recognise(model, source_path) if os.path.isfile(source_path) and not preset else None
     architecture = as_stated(source_path, tensors.architecture)
     model = identify(architecture.blocks) or model
     known = (record and record.padding) or stated_padding(source_path)
@@ -556,7 +574,7 @@ def convert(
     check_padding(source_path, tensors.format, architecture, padding or known, "the file")
     if automatic:
         known = record.preprocessing if record else pixels_of(source_path)
-        preprocessing = known or VARIANTS[model].preprocessing
+        preprocessing = known or (None if preset else VARIANTS[model].preprocessing)
     numbers = constants(preprocessing, tensors.channels)
     metadata = _known(source_path, description, record)
     if head is not None:
@@ -565,10 +583,16 @@ def convert(
     if labels is not None and tensors.classes is not None:
         metadata = metadata | {"labels": model_metadata.checked(labels, tensors.classes)}
     if target == "own":
-        _write_own(*net, path, model, preprocessing, record, metadata)
+        _write_own(*net, path, model, preprocessing, record, metadata, preset if head is None else None)
     else:
         _write(*net, path, target, numbers, metadata)
-    return Conversion(model, os.fspath(path), left=left)
+    return Conversion(model, os.fspath(path), preset.writer if preset else "", left)
+
+
+def _left_of(preset: presets.Preset, preprocessing: Any) -> tuple[str, ...]:
+    """Returns what a preset holds, and a model of it does not."""
+    normalizes = preset.pixels is not None or preprocessing != "auto"
+    return preset.left + (() if normalizes else (conversion.NO_PREPROCESSING,))
 
 
 class _Net(NamedTuple):
@@ -594,7 +618,9 @@ def _by_names(
             if not left:
                 raise
             raise ValueError(f"Expected a model with one EfficientNet. Received: {str(path)!r} ({left[0]})") from error
-        model, architecture, channels, classes = identify_model(contents, model, pruned=True)
+        description = hub.describe(path)
+        known = description and description.net
+        model, architecture, channels, classes = identify_model(contents, model, pruned=True, known=known)
         if target != "tpu" and contents.format == "tpu" and classes == 1001:
             classes = 1000
         if head is not None:
@@ -605,19 +631,19 @@ def _by_names(
             classes = _classes_of_head(head)
             values |= contents.classifier(architecture, classes)
         left += contents.left(architecture, classes if head else None)
-    pads = conversion.padding_of(path, VARIANTS[model].resolution)
+    pads = "" if known else conversion.padding_of(path, VARIANTS[model].resolution)
     return _Net(contents.format, values, architecture, channels, classes, model, (*left, pads) if pads else left)
 
 
 def _known(path, description: hub.Description | None, record: registry.Record | None) -> dict[str, Any]:
     """Returns what is known of a file besides its weights. See `model_metadata.of()`."""
-    if str(path).endswith(".keras"):
+    if str(path).endswith(".keras") and description is None:
         return model_metadata.metadata(path)
     if record is not None:
         pixels = asdict(model_metadata.Expects.of(record))
         kept = {key: value for key, value in asdict(record).items() if key != "files"}
         return {"weights": kept, "preprocessing": pixels}
-    if description is not None:
+    if description is not None and (description.preset is None or description.preset.pixels is not None):
         pixels = asdict(model_metadata.Expects.of(description))
         return {"labels": description.labels, "preprocessing": pixels}
     return {}
@@ -653,6 +679,17 @@ def _checked_target(path, target: str | None) -> str:
     return ended
 
 
+def _with_head(net: "keras.Model", head: presets.Head) -> "keras.Model":
+    """Returns a net with a classifier on other pooling than this package's, whose layers have names of their own."""
+    import keras
+
+    from keras_effnet.nets.build import functional
+
+    x = keras.layers.Dropout(head.dropout, name="classifier_dropout")(net.outputs[0])
+    x = keras.layers.Dense(head.classes, activation=head.activation, name=_CLASSIFIER)(x)
+    return functional(net.inputs, x, net.name)
+
+
 def _write_own(
     values: Values,
     architecture: Architecture,
@@ -663,21 +700,35 @@ def _write_own(
     preprocessing,
     record: registry.Record | None,
     metadata: dict[str, Any],
+    preset: presets.Preset | None = None,
 ) -> None:
     from keras_effnet.nets.build import build, input_of
 
-    resolution = (record or VARIANTS[model]).resolution
-    shape = (None, None, channels) if classes is None else (resolution, resolution, channels)
+    if preset is not None:
+        shape = preset.size_of_images
+    elif classes is None:
+        shape = (None, None, channels)
+    else:
+        resolution = (record or VARIANTS[model]).resolution
+        shape = (resolution, resolution, channels)
+    inputs = input_of(None, shape, None, classes is not None, "channels_last")
+    head = preset and preset.head
+    top = classes is not None and (head is None or head.pooling == "avg")
     net = build(
         architecture,
-        input_of(None, shape, None, classes is not None, "channels_last"),
+        inputs,
         preprocessing,
-        include_top=classes is not None,
+        include_top=top,
+        pooling=head.pooling if head else None,
         classes=classes or 1000,
+        classifier_activation=head.activation if head else "softmax",
     )
+    if head is not None and not top:
+        net = _with_head(net, head)
     for layer in net.layers:
         for weight in layer.weights:
-            weight.assign(np.ascontiguousarray(values[layer.name, weight.name]))
+            name = "predictions" if layer.name == _CLASSIFIER else layer.name
+            weight.assign(np.ascontiguousarray(values[name, weight.name]))
     net.weights_record = record
     with files.replacing(path) as temporary:
         if not str(path).endswith(".keras"):

@@ -1,4 +1,4 @@
-"""Weights of a model hub: addresses `hf://owner/name[@revision][/file]` and `timm/name`, and config.json beside them.
+"""Weights of a model hub: addresses `hf://owner/name[@revision][/file]` and `timm/name`, and what describes them there.
 
 huggingface_hub downloads, into the folder `hub` of `cache.home()`. KERAS_EFFNET_MIRROR replaces it.
 """
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,21 @@ import numpy as np
 
 from keras_effnet import cache
 from keras_effnet.errors import one_line
+from keras_effnet.nets.architecture import Architecture
 from keras_effnet.nets.normalization import scheme_near
 from keras_effnet.nets.variants import is_model, of_timm
-from keras_effnet.weights import downloads, registry
+from keras_effnet.weights import downloads, presets, registry
+from keras_effnet.weights.formats import preset_file
 
 SERVER = "https://huggingface.co"
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.keras", "saved_model.pb", "model.weights.h5")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.keras", "saved_model.pb", preset_file.BODY)
 _SAVEDMODEL = ("keras_metadata.pb", "variables/variables.index", "variables/variables.data-00000-of-00001")
 _CONFIG = "config.json"
 _OFFLINE = "no connection to the hub, and no copy is saved"
-_DESCRIBED = ("model.safetensors", "pytorch_model.bin", "model.weights.h5")  # files that it describes
+_DESCRIBED = ("model.safetensors", "pytorch_model.bin")  # files that it describes
 # Arguments of timm's models that do not change what the weights compute.
 _HARMLESS = {"drop_path_rate", "drop_rate", "img_size", "in_chans", "num_classes"}
-# keras-hub 0.32, efficientnet_backbone.py: its pixels are normalized outside the net, by another file of the preset.
-_KERAS_HUB = (
-    "This package does not read its presets. The published ones hold timm's weights: load those by timm's name, such "
-    "as weights='efficientnet_b0.ra_in1k'"
-)
 _LONGEST = 16 * 2**20  # bytes of a config.json, which may list thousands of class names
 
 
@@ -81,10 +78,10 @@ class Address:
 
 @dataclass(frozen=True)
 class Description:
-    """What timm's `config.json` says of the weights beside it.
+    """What timm's `config.json`, or a preset of keras-hub, says of the weights beside it.
 
     Args:
-        architecture: String, timm's name of the net.
+        architecture: String, timm's name of the net; of a preset, ours.
         variant: String, our name of the net.
         classes: Integer, or None.
         preprocessing: See `nets.normalization.constants()`; or None if it is not known.
@@ -94,6 +91,7 @@ class Description:
         crop_mode: String. See `Expects`.
         padding: Key of `nets.architecture.EPSILONS`.
         labels: List of class names, or None.
+        preset: The `Preset`, or None for timm's.
     """
 
     architecture: str
@@ -106,17 +104,23 @@ class Description:
     crop_mode: str = "center"
     padding: str = "same"
     labels: list[str] | None = None
+    preset: presets.Preset | None = None
+
+    @property
+    def net(self) -> Architecture | None:
+        """The net, where the description holds all of it."""
+        return self.preset and self.preset.net
 
 
 def local(path: Any) -> Any:
     """Returns the path on this machine of the weights that a path or an address names.
 
     Args:
-        path: Path of a file; of a folder with a config.json and the weights, as timm and this package save them; or an
-            address. An address is downloaded.
+        path: Path of a file; of a folder with a config.json and the weights, as timm, keras-hub and this package save
+            them; or an address. An address is downloaded.
 
     Returns:
-        The path of the file, or `path` itself.
+        The path of the file, of the folder of a preset, or `path` itself.
 
     Raises:
         ImportError: If huggingface_hub is needed and not installed.
@@ -128,6 +132,8 @@ def local(path: Any) -> Any:
         path = fetch(address)
     elif not isinstance(path, str | os.PathLike) or not os.fspath(path):
         return path
+    elif (preset := preset_file.folder_of(Path(path))) is not None:
+        path = preset
     elif (Path(path) / _CONFIG).is_file():
         path = next((Path(path) / name for name in _DESCRIBED if (Path(path) / name).is_file()), path)
     describe(path)
@@ -141,7 +147,7 @@ def fetch(address: Address) -> Path:
         address: An `Address`.
 
     Returns:
-        Path of the file, or of the folder of a SavedModel.
+        Path of the file, or of the folder of a SavedModel or a preset.
 
     Raises:
         ImportError: See `local()`.
@@ -161,6 +167,10 @@ def fetch(address: Address) -> Path:
             return found.parent
         if Path(name).name in WEIGHTS:
             _beside(inside, (Path(name).parent / _CONFIG).as_posix())
+        if preset_file.folder_of(found) is not None:
+            for other in preset_file.BESIDE:
+                _beside(inside, (Path(name).parent / other).as_posix())
+            return found.parent
         return found
     wanted = address.file or ", ".join(WEIGHTS)
     raise FileNotFoundError(f"Could not download {address}: {_reason(address, wanted, failures)}")
@@ -270,17 +280,21 @@ def _commit_of(path: Path) -> str | None:
 
 
 def describe(path: Any) -> Description | None:
-    """Returns what the config.json beside a file of weights says of them, if timm or this package has saved it.
+    """Returns what the files beside weights say of them, if timm, keras-hub or this package has saved them.
 
     Args:
-        path: Path of a file.
+        path: Path of a file, or of the folder of a preset.
 
     Returns:
-        A `Description`, or None where there is no such file.
+        A `Description`, or None where there are no such files.
 
     Raises:
-        ValueError: If it names a net that is not one of this package, or is damaged.
+        OSError: If a file of a preset is missing.
+        ValueError: If they name a net that is not one of this package, or are damaged.
     """
+    preset = presets.read(path)
+    if preset is not None:
+        return _of_preset(preset)
     config = Path(path).parent / _CONFIG
     if Path(path).name not in _DESCRIBED or not config.is_file():
         return None
@@ -288,15 +302,29 @@ def describe(path: Any) -> Description | None:
         if config.stat().st_size > _LONGEST:
             raise ValueError(f"more than {_LONGEST} bytes")
         found = json.loads(config.read_text(encoding="utf-8"))
-        kind, architecture = found.get("class_name"), found.get("architecture")
+        architecture = found.get("architecture")
         arguments = {"global_pool": found.get("global_pool")} | (found.get("model_args") or {})
-    if kind == "EfficientNetBackbone":
-        raise ValueError(f"Expected weights of timm or Keras. Received: {str(path)!r} of keras-hub. {_KERAS_HUB}")
     if not isinstance(architecture, str):
         return None
     _check_net(architecture, arguments, path)
     with _damage_named(config):
         return _described(architecture, found)
+
+
+def _of_preset(preset: presets.Preset) -> Description:
+    pixels, name = preset.pixels, preset.net.name
+    found = Description(
+        name, name, preset.head and preset.head.classes, padding=preset.net.padding, crop_padding=0, preset=preset
+    )
+    if pixels is None:
+        return found
+    return replace(
+        found,
+        preprocessing=pixels.preprocessing,
+        resolution=pixels.size[0] if pixels.size and pixels.size[0] == pixels.size[1] else None,
+        interpolation=pixels.interpolation or "half-pixel-bilinear",
+        crop_mode=pixels.crop_mode or "center",
+    )
 
 
 @contextmanager

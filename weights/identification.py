@@ -2,15 +2,17 @@
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from keras_effnet.nets.architecture import Architecture
+from keras_effnet.nets.normalization import constants
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.nets.variants import identify as variant_of
-from keras_effnet.weights import hub, padding
+from keras_effnet.weights import hub, padding, presets
 from keras_effnet.weights.formats import h5_file, opening
 from keras_effnet.weights.keras2 import conversion
 from keras_effnet.weights.keras2 import padding as padding_layers
@@ -97,7 +99,13 @@ def identify(path) -> Identified:
     >>> found.model, found.classes, found.loaded
     ('efficientnet-lite0', 1000, 247)
     """
-    place = Path(hub.local(path))
+    try:
+        place = Path(hub.local(path))
+        description = hub.describe(place)
+    except presets.ForeignPresetError as error:
+        return Identified(str(path), error.kind, problem=error.reason)
+    if description is not None and description.preset is not None:
+        return _preset(place, description.preset)
     if place.exists():
         with opened_model(place) as old:
             if old is not None:
@@ -106,7 +114,8 @@ def identify(path) -> Identified:
 
 
 def _command(path) -> str:
-    return f"keras-effnet convert {os.fspath(path)} {Path(path).name.split('.')[0]}.keras"
+    name = Path(path).name.split(".")[0]
+    return f"keras-effnet convert {os.fspath(path)} {name}{'_new' if Path(path).suffix == '.keras' else ''}.keras"
 
 
 def _whole(path: Path, old: conversion.OldModel) -> Identified:
@@ -162,10 +171,19 @@ def _name(config: Any) -> str:
     return str(config.get("name", ""))[:40] if isinstance(config, dict) else ""
 
 
-def _tensors(path) -> Identified:
+def _preset(path: Path, preset: presets.Preset) -> Identified:
+    found = _tensors(path, preset.net)
+    pixels = preset.pixels and constants(preset.pixels.preprocessing, preset.input_shape[-1])
+    left = preset.left + (() if pixels else (conversion.NO_PREPROCESSING,)) + found.left
+    head = preset.head.layers if preset.head else ()
+    size = preset.size_of_images[:2]
+    return replace(found, kind=preset.kind, input_size=size, preprocessing=pixels, head=head, left=left)
+
+
+def _tensors(path, known: Architecture | None = None) -> Identified:
     with opening.opened(path) as tensors:
         contents = Contents(tensors, path, "auto", raw=False)
-        model, architecture, channels, classes = identify_model(contents, None, pruned=True)
+        model, architecture, channels, classes = identify_model(contents, None, pruned=True, known=known)
         report, _ = match(contents, architecture, channels, classes, include_top=True)
         version = h5_file.keras_version(path)
         pixels = contents.normalization(version)

@@ -477,7 +477,7 @@ def _misfit(report: Report, problems: list[str], model: str) -> ValueError:
 
 
 def identify_model(
-    contents: Contents, model: str | None, pruned: bool = False
+    contents: Contents, model: str | None, pruned: bool = False, known: Architecture | None = None
 ) -> tuple[str, Architecture, int, int | None]:
     """Finds the model whose tensors a file contains.
 
@@ -486,13 +486,16 @@ def identify_model(
         model: Name of the model, or None for the one that differs least from the file.
         pruned: Boolean, whether the blocks may have other numbers of channels, which are then read from the file.
             Defaults to False.
+        known: The `Architecture` that the file describes, which is then the only one. Defaults to None.
 
     Returns:
         Tuple of the model's name, its `Architecture`, its channels, and its classes or None.
 
     Raises:
-        ValueError: If `model` is None and the file has the tensors of no model.
+        ValueError: If `model` is None and the file has the tensors of no model, or describes another.
     """
+    if known is not None:
+        return _described(contents, model, known)
     found = []
     nets = [(name, resolve(VARIANTS[name])) for name in ([model] if model else VARIANTS)]
     nets = [(name, net) for name, net in nets if model or has_names(net, contents.naming)]
@@ -500,11 +503,7 @@ def identify_model(
         nets.sort(key=lambda pair: abs(_tensors(pair[1]) - len(contents.tensors)))
     others = ((name, _with_widths_of(contents, net)) for name, net in nets if pruned)
     for name, architecture in chain(nets, others):
-        stem = contents.shape_of(architecture, "stem_conv", "kernel")
-        shape = stem and _as_ours(foreign_names(architecture, contents.naming)["stem_conv", "kernel"], stem)
-        channels = shape[2] if shape and len(shape) == 4 else 3
-        bias = contents.shape_of(architecture, "predictions", "bias")
-        classes = bias[0] if bias else None
+        channels, classes = _ends(contents, architecture)
         report, _ = match(contents, architecture, channels, classes, include_top=True)
         found.append((report.problems, name, architecture, channels, classes))
         if report.fits:
@@ -517,6 +516,25 @@ def identify_model(
             f"(tensors that differ: {len(problems)}). `keras-effnet verify FILE --model {name}` lists them{more}"
         )
     return name, architecture, channels, classes
+
+
+def _described(contents: Contents, model: str | None, known: Architecture) -> tuple[str, Architecture, int, int | None]:
+    """Returns what `identify_model()` does, for a file that describes its net."""
+    if model not in (None, known.name):
+        raise ValueError(f"Expected {model!r}. Received: {contents.path!r}, which holds {known.name!r}")
+    channels, classes = _ends(contents, known)
+    report, _ = match(contents, known, channels, classes, include_top=True)
+    if not report.fits:
+        raise _misfit(report, list(report.problems), known.name)
+    return known.name, known, channels, classes
+
+
+def _ends(contents: Contents, architecture: Architecture) -> tuple[int, int | None]:
+    """Returns the channels of a file's input, and the classes of its classifier or None."""
+    stem = contents.shape_of(architecture, "stem_conv", "kernel")
+    shape = stem and _as_ours(foreign_names(architecture, contents.naming)["stem_conv", "kernel"], stem)
+    bias = contents.shape_of(architecture, "predictions", "bias")
+    return shape[2] if shape and len(shape) == 4 else 3, bias[0] if bias else None
 
 
 def _tensors(architecture: Architecture) -> int:

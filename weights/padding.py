@@ -5,11 +5,12 @@ Tensors of timm's own nets have the names and shapes of its ports of the origina
 
 import re
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 from keras_effnet.errors import one_of
-from keras_effnet.nets.architecture import EPSILONS, Architecture
+from keras_effnet.nets.architecture import EPSILONS, Architecture, Block
 from keras_effnet.nets.variants import VARIANTS, is_model, nearest, of_timm, timm_name
 from keras_effnet.weights import hub
 from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file
@@ -55,7 +56,7 @@ def _is_timms(path) -> bool:
 
 
 def as_stated(path, architecture: Architecture) -> Architecture:
-    """Returns the net of a file with all that the file says of its layers besides their weights.
+    """Returns the net of a file with all that the file, or what describes it, says of the layers besides their weights.
 
     Args:
         path: Path of a file of any format.
@@ -67,6 +68,9 @@ def as_stated(path, architecture: Architecture) -> Architecture:
     Raises:
         ValueError: If the file is damaged.
     """
+    description = hub.describe(path)
+    if description is not None and description.net is not None:
+        return replace(description.net, name=architecture.name)
     layers = keras_file.numerics_of(path)
     if layers is None:
         return architecture
@@ -104,6 +108,24 @@ def _two_nets(architecture: Architecture) -> list[str]:
     return [] if None in names else [name for name in names if name]
 
 
+def _difference(found: Architecture, ours: Architecture) -> str:
+    """Returns in words where the layers of two nets compute otherwise, or the name of the only field that differs."""
+    if found.activation != ours.activation:
+        return f"the activation {found.activation} in place of {ours.activation}"
+    if len(found.blocks) != len(ours.blocks):
+        return f"{len(found.blocks)} blocks in place of {len(ours.blocks)}"
+    keys = {key for pair in zip(found.blocks, ours.blocks, strict=True) for key in _unequal(*pair)}
+    if keys <= {"project_activation"}:
+        return "".join(keys)
+    one, other = next(pair for pair in zip(found.blocks, ours.blocks, strict=True) if pair[0] != pair[1])
+    key = next(_unequal(one, other))
+    return f"{key}={getattr(one, key)} in place of {getattr(other, key)} in block {one.name}"
+
+
+def _unequal(one: Block, other: Block) -> Iterator[str]:
+    return (key.name for key in fields(Block) if getattr(one, key.name) != getattr(other, key.name))
+
+
 def check_padding(path, format: str, architecture: Architecture, asked: str | None, where: str = "the model") -> None:
     """Compares the padding of a net with what a file says. Warns where both would do and the file does not say it.
 
@@ -128,11 +150,14 @@ def check_padding(path, format: str, architecture: Architecture, asked: str | No
     if asked not in (None, ours):
         raise ValueError(f"Expected padding={ours!r}, as {where} has it. Received: padding={asked!r}")
     found, told = as_stated(path, architecture), stated or asked
-    if found.blocks != architecture.blocks:
+    other = _difference(found, architecture)
+    if other == "project_activation":
         raise ValueError(
             f"Expected weights for the activations that {where} has. Received: {str(path)!r}, whose net has them after "
             "other projections: efficientnet-b0 after none, efficientnet-b0-composer after the first"
         )
+    if other:
+        raise ValueError(f"Expected weights for the layers of {where}. Received: {str(path)!r}, whose net has {other}")
     if found.bn_epsilon != architecture.bn_epsilon:
         warnings.warn(
             f"{path}: these weights are for bn_epsilon={found.bn_epsilon:g}, and {where} has "

@@ -17,6 +17,8 @@ from keras_effnet.weights.formats.tensors import Stored, Tensors
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
+_DEEP = "depthwise_conv2d"
+
 _STRINGS = (bytes, str, np.bytes_, np.str_)
 
 
@@ -250,7 +252,9 @@ def model_config(path) -> str | None:
 
 
 def padding_of(path) -> str | None:
-    """Returns the padding of a net of this package in an h5 file: its layers are listed, also those without weights.
+    """Returns the padding of a net of this package or of keras-hub in an h5 file.
+
+    Its layers are listed, also those without weights.
 
     Args:
         path: Path of a file of any format.
@@ -271,6 +275,10 @@ def padding_of(path) -> str | None:
             found: list[str] = []
             opened_file.visit(found.append)
             names, own, pad = [name.rpartition("layers/")[2] for name in found], "rescaling", "zero_padding2d"
+            # keras_hub/src/models/efficientnet/efficientnet_backbone.py, 0.32: before the stem and each depthwise one.
+            pads, deep = (sum(bool(re.fullmatch(rf"{kind}(_\d+)?", name)) for name in names) for kind in (pad, _DEEP))
+            if deep and pads == deep + 1:
+                return "symmetric"
     # keras.applications has padding layers too, and normalizes in a layer of its own.
     if not any(name.endswith(own) for name in names) or any(name.startswith("normalization") for name in names):
         return None

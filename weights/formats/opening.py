@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from keras_effnet.errors import one_line
-from keras_effnet.weights.formats import torch_file
+from keras_effnet.weights.formats import preset_file, torch_file
 from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, opened_h5
 from keras_effnet.weights.formats.keras_file import opened_keras
 from keras_effnet.weights.formats.safetensors_file import read_safetensors
@@ -37,8 +37,8 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
     """Opens a file, whose format is recognized by its content. The tensors can be read while the context is open.
 
     Args:
-        path: Path of an h5, .keras, .safetensors or torch file, or of a TensorFlow checkpoint: a folder, a prefix or a
-            .tar.gz.
+        path: Path of an h5, .keras, .safetensors or torch file; of the folder of a preset of keras-hub; or of a
+            TensorFlow checkpoint: a folder, a prefix or a .tar.gz.
         raw: Boolean, whether to read the raw weights where a torch checkpoint also has their moving average. Defaults
             to False.
 
@@ -52,6 +52,11 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
     path = _path(path)
     if path.name == "checkpoint" and path.is_file():  # TensorFlow's file that names the latest one in the folder
         path = path.parent
+    preset = preset_file.folder_of(path) if path.is_dir() else None
+    if preset is not None:
+        with preset_file.opened_preset(preset) as tensors:
+            yield tensors
+        return
     if not path.is_file() or path.suffix in (".index", ".meta"):
         yield read_tensors(prefix_of(path))
         return
