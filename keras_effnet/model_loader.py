@@ -90,6 +90,13 @@ def _of_path(path: Path, best: bool, exports: bool) -> Reference:
     if path.is_file() and path.suffix == ".keras":
         return Reference("keras", name)
     if (path / "config.json").is_file():
+        from keras_effnet.weights.formats import preset_file
+
+        if preset_file.folder_of(path) is not None:
+            raise ValueError(
+                f"Expected a model. Received: {name!r}, a preset of keras-hub. Convert it: keras-effnet convert {name} "
+                "model.keras"
+            )
         return _of_run(path, best)
     if path.suffix in EXPORTS or (path / "saved_model.pb").is_file():
         if exports:

@@ -393,6 +393,12 @@ def _write(
             f"Expected bn_epsilon={EPSILONS[padding]}, which other programs use with padding={padding!r}. Received: "
             f"{architecture.name!r} with {epsilon}"
         )
+    known = VARIANTS[variant].activation if variant else architecture.activation
+    if known != architecture.activation:
+        raise ValueError(
+            f"Expected the activation {known}, with which other programs build {variant}. Received: "
+            f"{architecture.activation}. Save it with model.save()"
+        )
     if any(block.operator == "mbconv" and block.project_activation for block in architecture.blocks):
         raise ValueError(
             f"Expected a net that other programs have. Received: {architecture.name!r}, with an activation after a "

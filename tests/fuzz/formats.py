@@ -25,6 +25,7 @@ from fuzz.mutations import (
     of_safetensors,
     of_zip,
 )
+from helpers import golden
 from hypothesis import strategies as st
 
 Files = dict[str, bytes]  # by their paths in the folder of a case
@@ -486,6 +487,21 @@ def _of_config(files: Files) -> st.SearchStrategy[Files]:
     return of_json_text(files["config.json"]).map(lambda new: files | {"config.json": new})
 
 
+def _presets(folder: Path) -> list[Files]:
+    """Returns a preset of keras-hub as it was recorded, with weights of zeros."""
+    import h5py
+
+    recorded = golden("keras_hub/classifier.json")
+    files = {f"m/{name}": json.dumps(document).encode() for name, document in recorded["documents"].items()}
+    for name, groups in recorded["weights"].items():
+        with h5py.File(folder / name, "w") as file:
+            for group, shape in groups:
+                if shape is not None:
+                    file[group] = np.zeros(shape, "float32")
+        files[f"m/{name}"] = (folder / name).read_bytes()
+    return [files]
+
+
 def _of_archive(data: bytes) -> st.SearchStrategy[bytes]:
     return of_zip(data, INSIDE)
 
@@ -517,6 +533,7 @@ FORMATS: dict[str, Format] = {
         for kind in KINDS
     },
     "recipe": Format(_recipes, of_json_text, "config.json", "recipe"),
+    "preset": Format(_presets, lambda files: _any_file(files, INSIDE), "m", "preset"),
     "hub_config": Format(_configs, _of_config, "config.json", "beside"),
     "metadata_keras": Format(_archives, _of_archive, "x.keras", "metadata"),
     "metadata_litert": Format(_tflites, _of_tflite, "x.tflite", "metadata"),

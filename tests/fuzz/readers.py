@@ -116,6 +116,22 @@ def beside(path: Path) -> None:
     assert described is None or (described.variant and described.padding in ("same", "symmetric"))
 
 
+def preset(path: Path) -> None:
+    """A preset of keras-hub, and what a net needs of it."""
+    from keras_effnet.nets.normalization import constants
+    from keras_effnet.weights import hub
+
+    place = hub.local(path)
+    described = hub.describe(place)
+    if described is None:
+        return
+    net = described.net
+    assert net is not None and net.blocks and net.head_filters > 0 and net.padding == "symmetric"
+    assert all(0 <= rate < 1 for rate in net.drop_connect_rates)
+    assert described.preprocessing is None or constants(described.preprocessing, described.preset.input_shape[-1])
+    tensors(Path(place))
+
+
 def image(path: Path) -> None:
     """An image, whole and as `load_image()` reads it."""
     import keras_effnet as ke
@@ -173,6 +189,7 @@ READERS = {
         loaded,
         graph,
         beside,
+        preset,
         image,
         recipe,
         metadata,

@@ -8,9 +8,10 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import h5py
 import numpy as np
 import pytest
-from helpers import ROOT, fill, run, same_weights
+from helpers import ROOT, fill, golden, run, same_weights
 
 import keras_effnet as ke
 from keras_effnet.weights import hub
@@ -323,18 +324,24 @@ def test_a_damaged_config_is_told(pets, tmp_path):
             hub.local(tmp_path)
 
 
-def test_keras_hubs_presets_are_refused(tmp_path):
-    """Their tensors have the names and shapes of B0's, and their net has another padding, epsilon and pixels."""
-    body = ke.EfficientNetB0(weights=None, include_top=False)
-    body.save_weights(tmp_path / "model.weights.h5")
-    ke.weights.load(body, tmp_path / "model.weights.h5")
-    preset = {"module": "keras_hub.src.models.efficientnet.efficientnet_backbone", "class_name": "EfficientNetBackbone"}
-    (tmp_path / "config.json").write_text(json.dumps(preset | {"config": {"batch_norm_epsilon": 1e-5}}))
-    for path in (tmp_path, tmp_path / "model.weights.h5"):
-        with pytest.raises(ValueError, match=r"of keras-hub\. This package does not read its presets"):
-            ke.weights.load(body, path)
-        with pytest.raises(ValueError, match="of keras-hub"):
-            ke.weights.identify(path)
+def test_a_preset_of_keras_hub_is_downloaded_whole(server, tmp_path):
+    recorded = golden("keras_hub/classifier.json")
+    (tmp_path / "pets").mkdir()
+    for name, document in recorded["documents"].items():
+        (tmp_path / "pets" / name).write_text(json.dumps(document))
+    for name, groups in recorded["weights"].items():
+        with h5py.File(tmp_path / "pets" / name, "w") as file:
+            for group, shape in groups:
+                if shape is not None:
+                    file[group] = np.ones(shape, "float32")
+    server.put("me/pets", tmp_path / "pets")
+    found = ke.weights.identify("hf://me/pets")
+    assert (found.kind, found.classes, found.loaded) == ("a preset of keras-hub 0.32.0", 4, 79)
+    assert found.head[-1] == "Dense(4)" and found.preprocessing is not None
+    server.put("me/lost", tmp_path / "pets")
+    del server.files["me/lost"]["task.weights.h5"]
+    with pytest.raises(OSError, match=r"task\.weights\.h5"):
+        ke.weights.identify("hf://me/lost")
 
 
 def test_without_huggingface_hub_the_error_names_the_command():

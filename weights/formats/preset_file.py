@@ -59,7 +59,7 @@ def folder_of(path: Path) -> Path | None:
     Returns:
         Path, or None where there is no preset.
     """
-    folder = path.parent if path.name in (BODY, HEAD) else path
+    folder = path.parent if path.name in (BODY, HEAD) and not path.is_dir() else path
     if not (folder / CONFIG).is_file():
         return None
     return folder if (folder / BODY).is_file() or _is_hubs(folder / CONFIG) else None
