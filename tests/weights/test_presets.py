@@ -144,7 +144,7 @@ def test_verify_says_what_a_preset_is(preset, tmp_path):
 
 
 def test_presets_load_into_the_same_net_only(preset, converted, tmp_path):
-    model = keras.saving.load_model(converted.path)
+    model = ke.load_model(converted.path)
     net = hub.describe(preset).net
     empty = build(net, keras.Input((33, 33, 3)), None, classes=4, name="empty")
     for path in (preset, preset / "model.weights.h5"):
@@ -168,7 +168,7 @@ def test_presets_load_into_the_same_net_only(preset, converted, tmp_path):
 
 
 def test_a_classifier_on_max_pooling_keeps_it(preset, converted, tmp_path):
-    model = keras.saving.load_model(converted.path)
+    model = ke.load_model(converted.path)
     documents = described()
     documents["task.json"]["config"] |= {"pooling": "max", "activation": "sigmoid"}
     other = write(tmp_path / "max", documents)
@@ -178,7 +178,7 @@ def test_a_classifier_on_max_pooling_keeps_it(preset, converted, tmp_path):
         ke.weights.convert_file(other, tmp_path / "x.safetensors")
     ke.weights.convert_file(other, tmp_path / "x.safetensors", head="linear:4")
     ke.weights.convert_file(other, tmp_path / "max.keras")
-    pooled = keras.saving.load_model(tmp_path / "max.keras")
+    pooled = ke.load_model(tmp_path / "max.keras")
     features = keras.Model(model.inputs, model.get_layer("top_activation").output)
     kernel, bias = model.get_layer("predictions").get_weights()
     expected = 1 / (1 + np.exp(-(run(features, pixels()).max(axis=(1, 2)) @ kernel + bias)))
