@@ -263,6 +263,11 @@ class _Origin:
         return cls(registry.recognise(variant, place) if os.path.isfile(place) else None, place, description)
 
     @property
+    def preset(self) -> Any:
+        """The `Preset` of keras-hub that the file is, or None."""
+        return self.description and self.description.preset
+
+    @property
     def resolution(self) -> int | None:
         known = self.record or self.description
         return known and known.resolution
@@ -288,8 +293,8 @@ class _Origin:
         """Epsilon of batch normalization in the net that a file describes, or None for the padding's."""
         if self.path is None:
             return None
-        if self.description is not None and self.description.net is not None:
-            return self.description.net.bn_epsilon
+        if self.preset is not None:
+            return self.preset.net.bn_epsilon
         from keras_effnet.weights.formats import keras_file
 
         layers = keras_file.numerics_of(self.path)
@@ -315,7 +320,13 @@ class _Origin:
         elif self.path is not None:
             known = convert.pixels_of(self.path)
         if isinstance(asked, str) and asked == "auto":
-            return known or usual
+            if self.preset is None:
+                return known or usual
+            if self.preset.pixels is None:
+                from keras_effnet.weights.keras2.conversion import NO_PREPROCESSING
+
+                warnings.warn(f"{self.path}: the preset lacks {NO_PREPROCESSING}", stacklevel=4)
+            return known
         if known is not None and isinstance(asked, str) and constants(asked, channels) != constants(known, channels):
             raise ValueError(
                 f"Expected preprocessing={scheme_of(*constants(known, channels))!r}, which these weights were trained "

@@ -15,7 +15,7 @@ from keras_effnet import files, model_metadata
 from keras_effnet.errors import unknown
 from keras_effnet.nets.architecture import EPSILONS, Architecture
 from keras_effnet.nets.normalization import scheme_near
-from keras_effnet.nets.variants import VARIANTS, find_model, identify, timm_name
+from keras_effnet.nets.variants import VARIANTS, find_model, identify, nearest, timm_name
 from keras_effnet.nets.weight_shapes import owners
 from keras_effnet.weights import hub, hub_folder, presets, registry
 from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file, tensorflow_checkpoint
@@ -382,23 +382,35 @@ def export(model: "keras.Model", path, target: str | None = None, *, prefix: str
     )
 
 
-def _write(
-    values: Values, architecture: Architecture, channels, classes, path, target: str, preprocessing, metadata
-) -> Path:
-    naming = NAMINGS["timm" if target == "hub" else target]
-    variant = identify(architecture.blocks)
-    padding, epsilon = architecture.padding, architecture.bn_epsilon
+def _check_usual(architecture: Architecture, instead: str) -> None:
+    """Raises for a net that computes otherwise than the one that is built for a file of weights alone."""
+    variant, padding, epsilon = nearest(architecture), architecture.padding, architecture.bn_epsilon
     if epsilon != EPSILONS[padding]:
         raise ValueError(
-            f"Expected bn_epsilon={EPSILONS[padding]}, which other programs use with padding={padding!r}. Received: "
-            f"{architecture.name!r} with {epsilon}"
+            f"Expected bn_epsilon={EPSILONS[padding]}, which is used with padding={padding!r} where a file holds "
+            f"weights alone. Received: {architecture.name!r} with {epsilon}. {instead}"
         )
     known = VARIANTS[variant].activation if variant else architecture.activation
     if known != architecture.activation:
         raise ValueError(
-            f"Expected the activation {known}, with which other programs build {variant}. Received: "
-            f"{architecture.activation}. Save it with model.save()"
+            f"Expected the activation {known}, with which {variant} is built. Received: {architecture.activation}. "
+            f"{instead}"
         )
+    if variant is None and any(
+        block.operator == "mbconv" and block.project_activation for block in architecture.blocks
+    ):
+        raise ValueError(
+            f"Expected no activation after a projection, as in the nets of this package. Received: "
+            f"{architecture.name!r} with one. {instead}"
+        )
+
+
+def _write(
+    values: Values, architecture: Architecture, channels, classes, path, target: str, preprocessing, metadata
+) -> Path:
+    naming = NAMINGS["timm" if target == "hub" else target]
+    variant, padding = identify(architecture.blocks), architecture.padding
+    _check_usual(architecture, "Save it with model.save()")
     if any(block.operator == "mbconv" and block.project_activation for block in architecture.blocks):
         raise ValueError(
             f"Expected a net that other programs have. Received: {architecture.name!r}, with an activation after a "
@@ -589,7 +601,7 @@ def convert(
     if labels is not None and tensors.classes is not None:
         metadata = metadata | {"labels": model_metadata.checked(labels, tensors.classes)}
     if target == "own":
-        _write_own(*net, path, model, preprocessing, record, metadata, preset if head is None else None)
+        _write_own(*net, path, model, preprocessing, record, metadata, preset, head is None)
     else:
         _write(*net, path, target, numbers, metadata)
     return Conversion(model, os.fspath(path), preset.writer if preset else "", left)
@@ -706,10 +718,13 @@ def _write_own(
     preprocessing,
     record: registry.Record | None,
     metadata: dict[str, Any],
-    preset: presets.Preset | None = None,
+    preset: presets.Preset | None,
+    own_head: bool,
 ) -> None:
     from keras_effnet.nets.build import build, input_of
 
+    if not str(path).endswith(".keras"):
+        _check_usual(architecture, "Convert it to a .keras file")
     if preset is not None:
         shape = preset.size_of_images
     elif classes is None:
@@ -718,7 +733,7 @@ def _write_own(
         resolution = (record or VARIANTS[model]).resolution
         shape = (resolution, resolution, channels)
     inputs = input_of(None, shape, None, classes is not None, "channels_last")
-    head = preset and preset.head
+    head = preset.head if preset and own_head else None
     top = classes is not None and (head is None or head.pooling == "avg")
     net = build(
         architecture,

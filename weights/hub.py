@@ -3,7 +3,6 @@
 huggingface_hub downloads, into the folder `hub` of `cache.home()`. KERAS_EFFNET_MIRROR replaces it.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -28,10 +27,9 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.keras", "saved_model
 _SAVEDMODEL = ("keras_metadata.pb", "variables/variables.index", "variables/variables.data-00000-of-00001")
 _CONFIG = "config.json"
 _OFFLINE = "no connection to the hub, and no copy is saved"
-_DESCRIBED = ("model.safetensors", "pytorch_model.bin")  # files that it describes
+_DESCRIBED = ("model.safetensors", "pytorch_model.bin", preset_file.BODY)  # files that timm's config.json describes
 # Arguments of timm's models that do not change what the weights compute.
 _HARMLESS = {"drop_path_rate", "drop_rate", "img_size", "in_chans", "num_classes"}
-_LONGEST = 16 * 2**20  # bytes of a config.json, which may list thousands of class names
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def fetch(address: Address) -> Path:
             for other in _SAVEDMODEL:
                 _beside(inside, (Path(name).parent / other).as_posix())
             return found.parent
-        if Path(name).name in WEIGHTS:
+        if Path(name).name in (*WEIGHTS, preset_file.HEAD):
             _beside(inside, (Path(name).parent / _CONFIG).as_posix())
         if preset_file.folder_of(found) is not None:
             for other in preset_file.BESIDE:
@@ -299,9 +297,7 @@ def describe(path: Any) -> Description | None:
     if Path(path).name not in _DESCRIBED or not config.is_file():
         return None
     with _damage_named(config):
-        if config.stat().st_size > _LONGEST:
-            raise ValueError(f"more than {_LONGEST} bytes")
-        found = json.loads(config.read_text(encoding="utf-8"))
+        found = preset_file.parsed(config)
         architecture = found.get("architecture")
         arguments = {"global_pool": found.get("global_pool")} | (found.get("model_args") or {})
     if not isinstance(architecture, str):

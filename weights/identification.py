@@ -114,7 +114,7 @@ def identify(path) -> Identified:
 
 
 def _command(path) -> str:
-    name = Path(path).name.split(".")[0]
+    name = Path(os.path.abspath(path)).name.split(".")[0]  # not resolve(): a download is a link to its hash
     return f"keras-effnet convert {os.fspath(path)} {name}{'_new' if Path(path).suffix == '.keras' else ''}.keras"
 
 

@@ -7,11 +7,13 @@ Reference:
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from keras_effnet.errors import one_line
 from keras_effnet.nets.architecture import Architecture, Block
 from keras_effnet.nets.normalization import scheme_near
 from keras_effnet.nets.variants import identify, nearest
@@ -22,6 +24,7 @@ _CLASS = "EfficientNetBackbone"
 
 # Arguments of the net that an older preset may lack, with their defaults.
 _DEFAULTS: dict[str, Any] = {
+    "data_format": "channels_last",
     "stackwise_force_input_filters": 0,
     "dropout": 0.2,
     "depth_divisor": 8,
@@ -42,12 +45,36 @@ _OTHER_NAMES = {
     "stackwise_depth_coefficients": "depth_coefficient",
 }
 
+# Arguments that every net has.
+_REQUIRED = {
+    "stackwise_kernel_sizes",
+    "stackwise_num_repeats",
+    "stackwise_input_filters",
+    "stackwise_output_filters",
+    "stackwise_expansion_ratios",
+    "stackwise_squeeze_and_excite_ratios",
+    "stackwise_strides",
+    "stackwise_block_types",
+}
+
+# Arguments that the outputs do not depend on, or that the tensors show. "v1" blocks do not take the option.
+_WITHOUT_EFFECT = {"name", "trainable", "dtype", "batch_norm_momentum", "num_features", "stackwise_nores_option"}
+
 # Activations without settings, by keras-hub's name: those of Keras 3.
 _ACTIVATIONS = {
     name: name
     for name in ("elu", "gelu", "hard_silu", "linear", "mish", "relu", "relu6", "selu", "sigmoid", "silu", "tanh")
 } | {"swish": "silu", "hard_swish": "hard_silu"}
 _OF_HEADS = {name: name for name in ("softmax", "sigmoid", "linear", "log_softmax", "softplus", "relu", "tanh")}
+
+# What this package has a net for. Its nets pad the first convolution as the others.
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "data_format": ("channels_last",),
+    "include_stem_padding": (True,),
+    "stem_conv_padding": ("valid",),
+    "use_depth_divisor_as_min_depth": (False, True),
+    "cap_round_filter_decrease": (False, True),
+}
 
 _BLOCKS, _FILTERS = 1000, 1 << 16  # more than any net has
 
@@ -172,33 +199,51 @@ def _read(place: str, told: str, stamps: tuple) -> Preset | None:
     def refuse(reason: str) -> NoReturn:
         raise ForeignPresetError(told, kind, reason)
 
-    name, config = str(documents.backbone.get("class_name"))[:80], documents.backbone.get("config")
-    if name != _CLASS or not isinstance(config, dict):
-        refuse(f"{name}: not an EfficientNet")
+    config = documents.backbone
+    if documents.name != _CLASS:
+        refuse(f"{documents.name}: not an EfficientNet")
     if documents.kind != "a preset" and documents.around:
         refuse(
             f"its {_CLASS} is in a {documents.around}. Save that layer alone: "
-            f"model.get_layer({str(config.get('name'))[:80]!r}).save_to_preset(folder)"
+            f"model.get_layer({one_line(config.get('name'), 80)!r}).save_to_preset(folder)"
         )
     try:
         net, last = _architecture(config)
         shape = _input_shape(config)
         head = None if documents.classifier is None else _head(documents.classifier)
-        pixels = None if documents.converter is None else _pixels(documents.converter, shape[2])
+        found = {name: _pixels(converter, shape[2]) for name, converter in documents.converters.items()}
     except _FieldError as error:
         refuse(str(error))
+    except RecursionError as error:
+        raise _damaged(told, "a field of it is nested too deep") from error
+    pixels = next(iter(found.values()), None)
+    if any(each != pixels for each in found.values()):
+        raise _damaged(told, f"{' and '.join(found)} have image converters that differ")
     with opening.opened(Path(place)) as tensors:
-        tops = [stored.shape for name, stored in tensors.items() if f"/{name}".endswith(f"/{last}")]
+        shapes = {f"/{name}": stored.shape for name, stored in tensors.items()}
         bias = tensors["dense/1"].shape if "dense/1" in tensors else None
-    if len(tops) != 1 or len(tops[0]) != 4:
-        raise _damaged(told, f"its weights have no {last}, the last convolution of the net that it describes")
+    features = _kernel(told, shapes, last, (1, 1, net.blocks[-1].filters_out, None))[3]
+    _kernel(told, shapes, "conv2d/0", (3, 3, shape[2], net.stem_filters))
     if head is not None and bias != (head.classes,):
         raise _damaged(told, f"its classifier has num_classes={head.classes}, and its weights have a bias of {bias}")
-    net = replace(net, head_filters=tops[0][-1])  # the config does not hold num_features
+    net = replace(net, head_filters=features)  # the config does not hold num_features
     net = replace(net, name=identify(net.blocks) or nearest(net) or "efficientnet")
     if head is not None:
         net = replace(net, dropout_rate=head.dropout)
     return Preset(kind, documents.writer, net, shape, head, pixels, _left(documents, pixels))
+
+
+def _kernel(told: str, shapes: dict[str, tuple], name: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
+    """Returns the shape of a kernel. Raises if it is not that of the net: None stands for any number of channels."""
+    found = [shape for full, shape in shapes.items() if full.endswith(f"/{name}")]
+    shape = found[0] if len(found) == 1 else ()
+    if len(shape) != 4 or any(side not in (wanted, None) for side, wanted in zip(expected, shape, strict=True)):
+        wanted = " x ".join(str(side or "any") for side in expected)
+        received = " x ".join(map(str, shape)) or "none"
+        raise _damaged(told, f"expected {name} of {wanted}, as it describes its net. Received: {received}")
+    if not 0 < shape[3] <= _FILTERS:
+        raise _damaged(told, f"expected {name} of 1 to {_FILTERS} channels. Received: {shape[3]}")
+    return shape
 
 
 def _damaged(told: str, why: str) -> ValueError:
@@ -207,7 +252,7 @@ def _damaged(told: str, why: str) -> ValueError:
 
 class _FieldError(ValueError):
     def __init__(self, field: str, value: Any, why: str):
-        super().__init__(f"its {field} is {str(value)[:80]}, and {why}")
+        super().__init__(f"its {one_line(field, 80)} is {one_line(value, 80)}, and {why}")
 
 
 def _left(documents: Documents, pixels: Pixels | None) -> tuple[str, ...]:
@@ -228,9 +273,10 @@ def _number(field: str, value: Any, least: float, most: float, whole: bool = Tru
     return value
 
 
-def _choice(field: str, value: Any, expected: Any, why: str) -> None:
-    if type(value) is not type(expected) or value != expected:
-        raise _FieldError(field, value, f"{expected} was expected: {why}")
+def _choice(field: str, value: Any, choices: Iterable[Any]) -> Any:
+    if not any(type(value) is type(each) and value == each for each in choices):
+        raise _FieldError(field, value, f"{' or '.join(map(str, choices))} was expected")
+    return value
 
 
 def _activation(field: str, value: Any, known: dict[str, str]) -> str:
@@ -241,6 +287,12 @@ def _activation(field: str, value: Any, known: dict[str, str]) -> str:
 
 def _architecture(config: dict[str, Any]) -> tuple[Architecture, str]:
     """Returns the net that a config describes, and the name of the kernel of its last convolution."""
+    known = _REQUIRED | _DEFAULTS.keys() | _OTHER_NAMES.keys() | set(_OTHER_NAMES.values()) | _WITHOUT_EFFECT
+    for field in sorted(config.keys() - known):
+        raise _FieldError(field, config[field], "this package does not know this field of keras-hub")
+    for one, other in _OTHER_NAMES.items():
+        if one in config and other in config:
+            raise _FieldError(one, config[one], f"it has {other} too")
     given = {**_DEFAULTS, **config}
     count = len(_list(given, "stackwise_kernel_sizes", None))
     if not 0 < count <= _BLOCKS:
@@ -250,12 +302,11 @@ def _architecture(config: dict[str, Any]) -> tuple[Architecture, str]:
         return _list(given, field, count)
 
     types = each("stackwise_block_types")
-    others = sorted({str(kind) for kind in types} - {"v1"})
+    others = sorted({one_line(kind, 80) for kind in types} - {"v1"})
     if others:
         raise _FieldError("stackwise_block_types", ", ".join(others), f"such blocks {_MIXTURE}")
-    same = "the other convolutions pad as PyTorch does, and so must the first"
-    _choice("include_stem_padding", given["include_stem_padding"], True, same)
-    _choice("stem_conv_padding", given["stem_conv_padding"], "valid", same)
+    for field, choices in _CHOICES.items():
+        _choice(field, given[field], choices)
     activation = _activation("activation", given["activation"], _ACTIVATIONS)
     projected = given["projection_activation"] or None
     if projected is not None and _activation("projection_activation", projected, _ACTIVATIONS) != activation:
@@ -343,13 +394,13 @@ def _rounded(given: dict[str, Any], field: str, filters: Any, width: Any) -> int
     """Returns scaled channels, as `round_filters()` of efficientnet_backbone.py does."""
     divisor = _number("depth_divisor", given["depth_divisor"], 1, 1024)
     least = divisor
-    if given["use_depth_divisor_as_min_depth"] is not True:
+    if not given["use_depth_divisor_as_min_depth"]:
         least = _number("min_depth", given["min_depth"], 1, _FILTERS)
     scaled = _number(field, filters, 1, _FILTERS) * _number(
         "stackwise_width_coefficients", width, 0.01, 100, whole=False
     )
     rounded = max(least, int(scaled + divisor / 2) // divisor * divisor)
-    if given["cap_round_filter_decrease"] is True and rounded < 0.9 * scaled:
+    if given["cap_round_filter_decrease"] and rounded < 0.9 * scaled:
         rounded += divisor
     return rounded
 

@@ -502,6 +502,12 @@ def _presets(folder: Path) -> list[Files]:
     return [files]
 
 
+def _preset_archives(folder: Path) -> list[bytes]:
+    """Returns the description of a classifier of keras-hub in a `.keras` file, without the weights."""
+    task = golden("keras_hub/classifier.json")["documents"]["task.json"]
+    return [mutations.zipped([("config.json", json.dumps(task).encode()), ("model.weights.h5", b"")])]
+
+
 def _of_archive(data: bytes) -> st.SearchStrategy[bytes]:
     return of_zip(data, INSIDE)
 
@@ -534,6 +540,7 @@ FORMATS: dict[str, Format] = {
     },
     "recipe": Format(_recipes, of_json_text, "config.json", "recipe"),
     "preset": Format(_presets, lambda files: _any_file(files, INSIDE), "m", "preset"),
+    "preset_keras": Format(_preset_archives, _of_archive, "x.keras", "preset"),
     "hub_config": Format(_configs, _of_config, "config.json", "beside"),
     "metadata_keras": Format(_archives, _of_archive, "x.keras", "metadata"),
     "metadata_litert": Format(_tflites, _of_tflite, "x.tflite", "metadata"),

@@ -18,6 +18,7 @@ from helpers import GOLDEN, golden, run, seeded
 import keras_effnet as ke
 from keras_effnet.nets.build import build
 from keras_effnet.weights import convert, hub, padding, presets
+from keras_effnet.weights.formats import keras_file
 
 RECORD = "keras_hub/classifier.json"
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -38,6 +39,7 @@ BACKBONE = {
     "num_features": 40,
     "input_shape": (33, 33, 3),
 }
+LAST = "layers/conv2d_14/vars/0"  # the last convolution
 VARIABLES = {"batch_normalization": ["gamma", "beta", "moving_mean", "moving_variance"]}
 
 
@@ -71,15 +73,19 @@ def write(folder, documents: dict, weights: dict | None = None):
     return folder
 
 
+def archived() -> dict:
+    """Returns the names in a preset's files and the shapes by the names in a `.keras` file."""
+    weights = golden(RECORD)["weights"]
+    body = {f"layers/efficient_net_backbone/{name}": (name, shape) for name, shape in weights["model.weights.h5"]}
+    return {**body, **{name: (name, shape) for name, shape in weights["task.weights.h5"]}}
+
+
 def write_archive(path, documents: dict):
     """Writes what `model.save()` of keras-hub does: one file of weights, and the description of the task."""
-    weights = golden(RECORD)["weights"]
     with h5py.File(path.with_suffix(".h5"), "w") as file:
-        for name, groups in weights.items():
-            for group, shape in groups:
-                if shape is not None:
-                    inner = group if name == "task.weights.h5" else f"layers/efficient_net_backbone/{group}"
-                    file[inner] = value(group, shape)
+        for inner, (name, shape) in archived().items():
+            if shape is not None:
+                file[inner] = value(name, shape)
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(path.with_suffix(".h5"), "model.weights.h5")
         archive.writestr("config.json", json.dumps(documents))
@@ -186,20 +192,59 @@ def test_a_classifier_on_max_pooling_keeps_it(preset, converted, tmp_path):
 
 
 def test_without_an_image_converter_pixels_are_left_as_they_are(tmp_path):
-    documents = described()
-    del documents["image_converter.json"]
-    (left,) = ke.weights.identify(write(tmp_path / "x", documents)).left
+    (left,) = ke.weights.identify(write(tmp_path / "x", without_pixels())).left
     found = convert.convert(tmp_path / "x", tmp_path / "x.keras")
     assert found.left == (left,) and "the normalization of pixels" in left
     rules = ke.metadata(tmp_path / "x.keras")["preprocessing"]
     assert rules == {"scale": [1] * 3, "offset": [0] * 3, "inside": True}
-    documents = described()
+    documents = without_pixels()
+    documents["image_converter.json"] = described()["image_converter.json"]
     documents["image_converter.json"]["config"] |= {"crop_to_aspect_ratio": False, "pad_to_aspect_ratio": True}
     (left,) = ke.weights.identify(write(tmp_path / "x", documents)).left
     assert "how its image converter resizes (pad_to_aspect_ratio)" in left
 
 
+def test_a_classifier_takes_the_pixels_of_its_own_description(tmp_path):
+    """As `load_task()` of keras_hub/src/utils/preset_utils.py does, and `load_preprocessor()` without one."""
+    places = {"task.json": ("preprocessor", "image_converter"), "preprocessor.json": ("image_converter",)}
+    for name, inside in {**places, "image_converter.json": ()}.items():
+        documents = described()
+        for other in places.keys() - {name}:
+            config = documents[other]["config"]
+            config[places[other][0]] = None
+        if name != "image_converter.json":
+            del documents["image_converter.json"]
+        (tmp_path / "x").mkdir(exist_ok=True)
+        for old in (tmp_path / "x").iterdir():
+            old.unlink()
+        changed = documents[name]
+        for field in inside:
+            changed = changed["config"][field]
+        changed["config"]["scale"] = 0.5
+        assert hub.describe(write(tmp_path / "x", documents)).preprocessing[0] == [0.5] * 3
+    documents["task.json"] = described()["task.json"]
+    with pytest.raises(ValueError, match=r"task\.json and image_converter\.json have image converters that differ"):
+        hub.describe(write(tmp_path / "x", documents))
+
+
+def without_pixels() -> dict:
+    documents = described()
+    del documents["image_converter.json"], documents["preprocessor.json"]
+    documents["task.json"]["config"]["preprocessor"] = None
+    return documents
+
+
+def test_without_pixels_a_new_model_adds_none(tmp_path):
+    origin = ke.models._Origin(path=tmp_path, description=hub.describe(write(tmp_path / "x", without_pixels())))
+    with pytest.warns(UserWarning, match="lacks the normalization of pixels"):
+        assert origin.preprocessing("auto", "imagenet", 3) is None
+
+
 REFUSED = {
+    "data_format": ("channels_first", "channels_last was expected"),
+    "new_field": ("a\x1b[31m\nb", "this package does not know this field"),
+    "width_coefficient": (1.0, "it has stackwise_width_coefficients too"),
+    "cap_round_filter_decrease": (1, "False or True was expected"),
     "stackwise_block_types": (["v1", "v1", "fused"], "fused, and such blocks pad"),
     "include_stem_padding": (False, "True was expected"),
     "stem_conv_padding": ("same", "valid was expected"),
@@ -230,17 +275,67 @@ def test_other_nets_of_keras_hub_are_refused_by_the_field(tmp_path):
             documents["config.json"]["config"]["use_depth_divisor_as_min_depth"] = False
         (folder / "config.json").write_text(json.dumps(documents["config.json"]))
         (folder / "task.json").unlink(missing_ok=True)
-        blamed = "stackwise_input_filters" if field == "stackwise_force_input_filters" else field
-        with pytest.raises(presets.ForeignPresetError, match=rf"its {blamed} is .*{re.escape(why)}"):
+        blamed = {
+            "stackwise_force_input_filters": "stackwise_input_filters",
+            "width_coefficient": "stackwise_width_coefficients",
+        }.get(field, field)
+        with pytest.raises(presets.ForeignPresetError, match=rf"its {blamed} is .*{re.escape(why)}") as caught:
             hub.local(folder)
+        assert str(caught.value).isprintable()
         assert why in ke.weights.identify(folder).problem
     (folder / "config.json").write_text(json.dumps(described()["config.json"] | {"class_name": "ResNetBackbone"}))
     found = ke.weights.identify(folder)
     assert found.kind == "a preset of keras-hub 0.32.0" and found.problem == "ResNetBackbone: not an EfficientNet"
-    sequential = {"class_name": "Sequential", "config": {"layers": [described()["config.json"]]}}
-    archive = write_archive(tmp_path / "nested.keras", sequential)
-    with pytest.raises(ValueError, match=r"is in a Sequential.*get_layer\('efficient_net_backbone'\)\.save_to_preset"):
-        ke.weights.convert_file(archive, tmp_path / "y.keras")
+    net = described()["config.json"]
+    wrapped = {"class_name": "TimeDistributed", "config": {"layer": net}}
+    for name, config in (
+        ("Sequential", {"layers": [{"module": "keras_hub.layers", "class_name": "RandAugment", "config": {}}, net]}),
+        ("Functional", {"layers": [wrapped]}),
+        ("PetsClassifier", {"backbone": net}),
+    ):
+        archive = write_archive(tmp_path / "nested.keras", {"class_name": name, "module": "pets", "config": config})
+        with pytest.raises(ValueError, match=rf"is in a {name}.*get_layer\('efficient_net_backbone'\)\.save_to_preset"):
+            hub.local(archive)
+    layer = {"module": "keras_hub.layers", "class_name": "ImageConverter", "config": {}}
+    ours = {"class_name": "Functional", "module": "keras", "config": {"layers": [layer]}}
+    assert hub.describe(write_archive(tmp_path / "ours.keras", ours)) is None
+
+
+def test_other_folders_with_a_config_are_no_presets(tmp_path):
+    """An unzipped `.keras` file, and timm's folder."""
+    write(tmp_path, {"config.json": {"module": "keras", "class_name": "Functional", "config": {}}})
+    assert hub.local(tmp_path / "model.weights.h5") == tmp_path / "model.weights.h5"
+    assert hub.describe(tmp_path / "model.weights.h5") is None
+    write(tmp_path, {"config.json": {"architecture": "efficientnet_b0"}})
+    assert hub.describe(hub.local(tmp_path)).architecture == "efficientnet_b0"
+    (tmp_path / "model.safetensors").touch()
+    assert hub.local(tmp_path) == tmp_path / "model.safetensors"
+
+
+def test_a_new_head_on_a_net_that_is_no_variant(preset, tmp_path):
+    ke.weights.convert_file(preset, tmp_path / "x.keras", head="linear:7")
+    with keras_file.described(tmp_path / "x.keras") as model:
+        layers = {layer["name"]: layer["config"] for layer in model["config"]["layers"]}
+    assert layers["predictions"]["units"] == 7
+    assert next(iter(layers.values()))["batch_shape"] == [None, 33, 33, 3]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("activation", "relu", "the activation silu"),
+        ("projection_activation", "swish", "no activation after a projection"),
+        ("batch_norm_epsilon", 1e-4, "bn_epsilon"),
+    ],
+)
+def test_weights_alone_do_not_lose_what_the_preset_says(field, value, message, tmp_path, monkeypatch):
+    documents = described()
+    for document in (documents["config.json"], documents["task.json"]["config"]["backbone"]):
+        document["config"][field] = value
+    if field == "activation":  # a variant, whose activation is known
+        monkeypatch.setattr(convert, "nearest", lambda net: "efficientnet-b0")
+    with pytest.raises(ValueError, match=rf"{message}.*Convert it to a \.keras file"):
+        ke.weights.convert_file(write(tmp_path / "x", documents), tmp_path / "x.weights.h5")
 
 
 def test_damaged_presets_are_refused(tmp_path):
@@ -251,21 +346,30 @@ def test_damaged_presets_are_refused(tmp_path):
         (folder / name).unlink()
         with pytest.raises(error, match=name):
             ke.weights.convert_file(folder, tmp_path / "x.keras")
-    for name in described():
-        folder = write(tmp_path / name, described())
-        for text in (
-            "{",
-            "[]",
-            '{"config": 1}',
-            '{"module": "keras_hub", "class_name": "EfficientNetImageClassifier"}',
-        ):
+    named = '{"module": "keras_hub", "class_name": "EfficientNetImageClassifier"%s}'
+    wrong = ("{", "[]", '{"config": 1}', named % "", named % ', "config": {"preprocessor": 5, "image_converter": 5}')
+    folder = write(tmp_path / "x", described())
+    for name, document in described().items():
+        rows = {"metadata.json": wrong[:2], "image_converter.json": wrong[:4], "config.json": wrong[:2] + wrong[3:]}
+        for text in rows.get(name, wrong):
             (folder / name).write_text(text)
-            if (name, text) == ("metadata.json", '{"config": 1}') or name == "preprocessor.json":
-                continue
-            if name == "metadata.json" and text != "{":
-                continue
-            with pytest.raises(ValueError, match="keras-hub"):
-                ke.weights.convert_file(folder, tmp_path / "x.keras")
+            with pytest.raises(ValueError, match=r"a preset of keras-hub.*pets|config\.json|descriptions of a preset"):
+                hub.local(folder)
+        (folder / name).write_text(json.dumps(document))
+    for config in ('{"backbone": 5}', '{"backbone": "x"}', '{"backbone": [1]}', '{"backbone": null}', "5", "[]"):
+        archive = write_archive(tmp_path / "x.keras", json.loads(named % f', "config": {config}'))
+        with pytest.raises(ValueError, match=r"Expected a \.keras file.*config\.json: expected an object"):
+            hub.local(archive)
+    empty = [[name, [1, 1, 16, 0] if name == LAST else shape] for name, shape in body]
+    for channels, groups, message in (
+        (4, body, r"conv2d/0 of 3 x 3 x 4 x 8.*Received: 3 x 3 x 3 x 8"),
+        (3, empty, r"of 1 to 65536 channels\. Received: 0"),
+    ):
+        documents = described()
+        for net in (documents["config.json"], documents["task.json"]["config"]["backbone"]):
+            net["config"]["input_shape"] = [33, 33, channels]
+        with pytest.raises(ValueError, match=message):
+            ke.weights.identify(write(tmp_path / "x", documents, {"model.weights.h5": groups, "task.weights.h5": task}))
     documents = described()
     documents["task.json"]["config"]["num_classes"] = 5
     with pytest.raises(ValueError, match=r"num_classes=5, and its weights have a bias of \(4,\)"):
@@ -336,7 +440,13 @@ def recorded(keras_hub, folder) -> dict:
 
 
 def test_the_recording_is_what_keras_hub_writes(tmp_path):
-    found, before = recorded(pytest.importorskip("keras_hub"), tmp_path), golden(RECORD)
+    keras_hub = pytest.importorskip("keras_hub")
+    found, before = recorded(keras_hub, tmp_path), golden(RECORD)
+    theirs(keras_hub)[0].save(tmp_path / "m.keras")
+    with keras_file.opened_keras(tmp_path / "m.keras") as real:
+        saved = {name: stored.shape for name, stored in real.items() if not name.startswith("optimizer/")}
+    with keras_file.opened_keras(write_archive(tmp_path / "x.keras", {})) as ours:
+        assert saved == {name: stored.shape for name, stored in ours.items()}
     np.testing.assert_allclose(found.pop("logits"), before.pop("logits"), rtol=1e-9)
     for one in (found, before):
         one["documents"].pop("metadata.json")

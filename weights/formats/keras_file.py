@@ -115,8 +115,18 @@ def numerics_of(path) -> Numerics | None:
 
 
 @contextmanager
-def _layers(path) -> Iterator[list[dict[str, Any]]]:
-    """Yields the layers of the model in a file of Keras 3, none for other files. Damage becomes a ValueError."""
+def described(path) -> Iterator[Any]:
+    """Opens the description of the model in a file of Keras 3. Damage, also what the caller finds, is a ValueError.
+
+    Args:
+        path: Path of a file of any format.
+
+    Yields:
+        The parsed JSON, which may be of any type. None for other files.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     archived = is_keras(path)
     text = None if archived else model_config(path)
     try:
@@ -125,10 +135,17 @@ def _layers(path) -> Iterator[list[dict[str, Any]]]:
                 if archive.getinfo("config.json").file_size > 1 << 28:
                     raise ValueError("its config.json is too large")
                 text = archive.read("config.json")
-        yield _flat(json.loads(text)["config"].get("layers") or []) if text else []
+        yield json.loads(text) if text else None
     except Exception as error:  # zipfile, zlib and json raise exceptions of many kinds for a damaged file
         kind = "a .keras file" if archived else "an h5 file of Keras' structure"
         raise ValueError(f"Expected {kind}. Received: {str(path)!r} ({one_line(error)})") from error
+
+
+@contextmanager
+def _layers(path) -> Iterator[list[dict[str, Any]]]:
+    """Yields the layers of the model in a file of Keras 3, none for other files. Damage becomes a ValueError."""
+    with described(path) as model:
+        yield [] if model is None else _flat(model["config"].get("layers") or [])
 
 
 def _flat(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

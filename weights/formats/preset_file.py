@@ -5,29 +5,29 @@ Reference:
 """
 
 import json
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from keras_effnet.errors import one_line
+from keras_effnet.weights.formats import keras_file
 from keras_effnet.weights.formats.h5_file import opened_h5
-from keras_effnet.weights.formats.keras_file import is_keras
 from keras_effnet.weights.formats.tensors import Tensors
 
 CONFIG = "config.json"  # of the backbone
 BODY = "model.weights.h5"
 HEAD = "task.weights.h5"
 _TASK = "task.json"
+_PREPROCESSOR = "preprocessor.json"
 _CONVERTER = "image_converter.json"
 _METADATA = "metadata.json"
-BESIDE = (_TASK, HEAD, _CONVERTER, _METADATA)  # files that a preset may have
+BESIDE = (_TASK, HEAD, _PREPROCESSOR, _CONVERTER, _METADATA)  # files that a preset may have
 
 # The one task whose head is one dense layer on pooled features.
 _CLASSIFIERS = ("EfficientNetImageClassifier", "ImageClassifier")
 
-_LONGEST = 16 * 2**20  # bytes of a description
+_LONGEST = 16 * 2**20  # bytes of a description, which may list thousands of class names
 
 
 class Documents(NamedTuple):
@@ -36,18 +36,20 @@ class Documents(NamedTuple):
     Args:
         kind: String. What the file is.
         writer: String. The program that wrote it.
-        backbone: Dict: the description of the net.
+        name: String. Class of the net.
+        backbone: Dict: the config of the net.
         classifier: Dict: the config of the classifier around it, or None.
         around: String. Name of another model around it, or empty.
-        converter: Dict: the config of what resizes and normalizes images, or None.
+        converters: Dict from the file that describes it to the config of what resizes and normalizes images.
     """
 
     kind: str
     writer: str
+    name: str
     backbone: dict[str, Any]
     classifier: dict[str, Any] | None
     around: str
-    converter: dict[str, Any] | None
+    converters: dict[str, dict[str, Any]]
 
 
 def folder_of(path: Path) -> Path | None:
@@ -57,19 +59,13 @@ def folder_of(path: Path) -> Path | None:
         path: Path.
 
     Returns:
-        Path, or None where there is no preset.
+        Path, or None where no config.json names keras-hub.
     """
     folder = path.parent if path.name in (BODY, HEAD) and not path.is_dir() else path
-    if not (folder / CONFIG).is_file():
-        return None
-    return folder if (folder / BODY).is_file() or _is_hubs(folder / CONFIG) else None
-
-
-def _is_hubs(path: Path) -> bool:
     try:
-        return _of_hub(_parsed(path))
+        return folder if _of_hub(parsed(folder / CONFIG)) else None
     except (OSError, ValueError, RecursionError):
-        return False
+        return None
 
 
 def _of_hub(described: Any) -> bool:
@@ -77,7 +73,20 @@ def _of_hub(described: Any) -> bool:
     return isinstance(module, str) and module.partition(".")[0] in ("keras_hub", "keras_nlp")
 
 
-def _parsed(path: Path) -> Any:
+def parsed(path: Path) -> Any:
+    """Returns what a JSON file beside weights holds.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Any value of JSON.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is damaged.
+        RecursionError: If it is nested too deep.
+    """
     if path.stat().st_size > _LONGEST:
         raise ValueError(f"{path.name} has more than {_LONGEST} bytes")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -129,76 +138,100 @@ def read(path: Path) -> Documents | None:
         OSError: If a file cannot be read.
         ValueError: If a description is damaged.
     """
-    if path.is_dir():
-        if folder_of(path) is None:
-            return None
-        place, reader = path / CONFIG, _of_folder
-    elif path.suffix == ".keras" and is_keras(path):
-        place, reader = path, _of_archive
-    else:
+    if path.suffix == ".keras" and keras_file.is_keras(path):
+        with keras_file.described(path) as whole:
+            return _of_archive(whole)
+    if not path.is_dir() or folder_of(path) is None:
         return None
     try:
-        return reader(path)
-    except OSError:
-        raise
-    except Exception as error:  # zipfile, zlib and json raise exceptions of many kinds for a damaged file
+        return _of_folder(path)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"Expected the description of a model of keras-hub. Received: {str(place)!r} ({one_line(error)})"
+            f"Expected the descriptions of a preset of keras-hub. Received: {str(path)!r} ({one_line(error)})"
         ) from error
 
 
 def _of_folder(folder: Path) -> Documents:
-    backbone = _parsed(folder / CONFIG)
-    if not _of_hub(backbone):
-        raise ValueError("its module is not keras_hub")
-    found = {name: _parsed(folder / name) if (folder / name).is_file() else None for name in BESIDE if name != HEAD}
-    task, converter = found[_TASK], found[_CONVERTER]
-    version = str((found[_METADATA] or {}).get("keras_hub_version", ""))[:20]
-    classifier, around = _head_of(task) if task is not None else (None, "")
-    inner = classifier and classifier.get("backbone")
-    if inner and inner != backbone:
+    found = {name: parsed(folder / name) for name in BESIDE if name != HEAD and (folder / name).is_file()}
+    net = parsed(folder / CONFIG)
+    name, backbone = _name(net, CONFIG), _config(net, CONFIG)
+    task, metadata = found.get(_TASK), found.get(_METADATA, {})
+    classifier = None if task is None else _classifier(task, _TASK)
+    if classifier is not None and _net(_config(classifier.get("backbone"), _TASK)) != _net(backbone):
         raise ValueError(f"{_TASK} describes another net")
-    pixels = None if converter is None else _config(converter)
-    return Documents("a preset", f"keras-hub {version}".strip(), backbone, classifier, around, pixels)
+    around = ""
+    if task is None and (folder / HEAD).is_file():
+        around = f"{HEAD} without {_TASK}"
+    elif task is not None and classifier is None:
+        around = _name(task, _TASK)
+    if not isinstance(metadata, dict):
+        raise _other(metadata, _METADATA)
+    writer = f"keras-hub {metadata.get('keras_hub_version', '')}"
+    converters = {} if task is None else _converter(_config(task, _TASK).get("preprocessor"), _TASK)
+    if _PREPROCESSOR in found:
+        converters |= _converter(found[_PREPROCESSOR], _PREPROCESSOR)
+    if _CONVERTER in found:
+        converters |= {_CONVERTER: _config(found[_CONVERTER], _CONVERTER)}
+    return Documents("a preset", one_line(writer, 30), name, backbone, classifier, around, converters)
 
 
-def _of_archive(path: Path) -> Documents | None:
-    with zipfile.ZipFile(path) as archive:
-        if archive.getinfo(CONFIG).file_size > _LONGEST:
-            raise ValueError(f"{CONFIG} has more than {_LONGEST} bytes")
-        text = archive.read(CONFIG)
-    if b"keras_hub" not in text and b"keras_nlp" not in text:
-        return None
-    whole = json.loads(text)
-    kind, writer = "a .keras file", "keras-hub"
-    if not _of_hub(whole):  # layers of the user around it
-        inner = next(filter(_of_hub, _inside(whole)), None)
-        return inner and Documents(kind, writer, inner, None, str(whole.get("class_name"))[:80], None)
-    config = _config(whole)
-    if "backbone" not in config:
-        return Documents(kind, writer, whole, None, "", None)
-    classifier, around = _head_of(whole)
-    preprocessor = config.get("preprocessor")
-    converter = _config(preprocessor).get("image_converter") if preprocessor else None
-    return Documents(kind, writer, config["backbone"], classifier, around, _config(converter) if converter else None)
+def _of_archive(whole: Any) -> Documents | None:
+    """Returns the descriptions in a model: the whole of it, or the first net of keras-hub in it."""
+    classifier = _classifier(whole, CONFIG) if _of_hub(whole) else None
+    if classifier is not None:
+        net, around = classifier.get("backbone"), ""
+        converters = _converter(classifier.get("preprocessor"), CONFIG)
+    else:
+        nets = (each for each in _objects(whole) if _of_hub(each) and str(each.get("class_name")).endswith("Backbone"))
+        net, converters = next(nets, whole if _of_hub(whole) else None), {}
+        if net is None:
+            return None
+        around = "" if net is whole else one_line(whole.get("class_name") if isinstance(whole, dict) else "list", 80)
+    config = _config(net, CONFIG)
+    return Documents("a .keras file", "keras-hub", _name(net, CONFIG), config, classifier, around, converters)
 
 
-def _inside(described: Any) -> Iterator[Any]:
-    """Yields the layers of a model, and those of the models in it."""
+def _objects(described: Any) -> Iterator[dict[str, Any]]:
+    """Yields the objects anywhere in a description: layers are also in the fields of wrappers and subclasses."""
+    left = [described]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            yield each
+        if isinstance(each, dict | list):
+            left += reversed(each.values() if isinstance(each, dict) else each)
+
+
+def _classifier(task: Any, where: str) -> dict[str, Any] | None:
+    """Returns the config of a classifier, or None for another task."""
+    return _config(task, where) if _name(task, where) in _CLASSIFIERS and _of_hub(task) else None
+
+
+def _converter(preprocessor: Any, where: str) -> dict[str, dict[str, Any]]:
+    """Returns the config of the image converter in a preprocessor, by the file that has it, or nothing."""
+    converter = None if preprocessor is None else _config(preprocessor, where).get("image_converter")
+    return {} if converter is None else {where: _config(converter, where)}
+
+
+def _net(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields that a net depends on."""
+    return {key: value for key, value in config.items() if key not in ("name", "trainable", "dtype")}
+
+
+def _config(described: Any, where: str) -> dict[str, Any]:
     config = described.get("config") if isinstance(described, dict) else None
-    for layer in (config.get("layers") or []) if isinstance(config, dict) else []:
-        yield layer
-        yield from _inside(layer)
-
-
-def _head_of(task: Any) -> tuple[dict[str, Any] | None, str]:
-    """Returns the config of a classifier, or the name of another task."""
-    name = str(task["class_name"])[:80]
-    return (_config(task), "") if name in _CLASSIFIERS and _of_hub(task) else (None, name)
-
-
-def _config(described: Any) -> dict[str, Any]:
-    config = described["config"]
     if not isinstance(config, dict):
-        raise ValueError(f"the config of {str(described.get('class_name'))[:80]} is none")
+        raise _other(described, where)
     return config
+
+
+def _name(described: Any, where: str) -> str:
+    name = described.get("class_name") if isinstance(described, dict) else None
+    if not isinstance(name, str):
+        raise _other(described, where)
+    return one_line(name, 80)
+
+
+def _other(described: Any, where: str) -> ValueError:
+    received = one_line(described, 80)
+    return ValueError(f"{where}: expected an object with a class_name and a config. Received: {received}")
