@@ -338,6 +338,7 @@ def test_a_preset_of_keras_hub_is_downloaded_whole(server, tmp_path):
     found = ke.weights.identify("hf://me/pets")
     assert (found.kind, found.classes, found.loaded) == ("a preset of keras-hub 0.32.0", 4, 79)
     assert found.head[-1] == "Dense(4)" and found.preprocessing is not None
+    assert ke.weights.identify("hf://me/pets/task.weights.h5") == found
     server.put("me/lost", tmp_path / "pets")
     del server.files["me/lost"]["task.weights.h5"]
     with pytest.raises(OSError, match=r"task\.weights\.h5"):

@@ -16,6 +16,7 @@ import pytest
 from helpers import GOLDEN, golden, run, seeded
 
 import keras_effnet as ke
+from keras_effnet import models
 from keras_effnet.nets.build import build
 from keras_effnet.weights import convert, hub, padding, presets
 from keras_effnet.weights.formats import keras_file
@@ -227,6 +228,15 @@ def test_a_classifier_takes_the_pixels_of_its_own_description(tmp_path):
         hub.describe(write(tmp_path / "x", documents))
 
 
+def test_a_head_without_its_description_is_told(tmp_path, monkeypatch):
+    documents = described()
+    del documents["task.json"]
+    monkeypatch.chdir(write(tmp_path / "pets", documents))
+    found = ke.weights.identify(".")
+    assert found.left[0] == "task.weights.h5 without task.json, the model around the net"
+    assert found.command == "keras-effnet convert . pets.keras"
+
+
 def without_pixels() -> dict:
     documents = described()
     del documents["image_converter.json"], documents["preprocessor.json"]
@@ -234,16 +244,22 @@ def without_pixels() -> dict:
     return documents
 
 
-def test_without_pixels_a_new_model_adds_none(tmp_path):
-    origin = ke.models._Origin(path=tmp_path, description=hub.describe(write(tmp_path / "x", without_pixels())))
-    with pytest.warns(UserWarning, match="lacks the normalization of pixels"):
-        assert origin.preprocessing("auto", "imagenet", 3) is None
+def test_without_pixels_a_new_model_adds_none(tmp_path, monkeypatch):
+    described = replace(hub.describe(write(tmp_path / "x", without_pixels())), variant="efficientnet-b0")
+    monkeypatch.setattr(hub, "describe", lambda path: described)
+
+    def build(net, inputs, preprocessing, **_):
+        raise LookupError(preprocessing)
+
+    monkeypatch.setattr(models, "build", build)
+    with pytest.warns(UserWarning, match="lacks the normalization of pixels"), pytest.raises(LookupError, match="None"):
+        ke.EfficientNetB0(weights=tmp_path / "x", include_top=False)
 
 
 REFUSED = {
     "data_format": ("channels_first", "channels_last was expected"),
     "new_field": ("a\x1b[31m\nb", "this package does not know this field"),
-    "width_coefficient": (1.0, "it has stackwise_width_coefficients too"),
+    "width_coefficient": (1.0, "it has width_coefficient too"),
     "cap_round_filter_decrease": (1, "False or True was expected"),
     "stackwise_block_types": (["v1", "v1", "fused"], "fused, and such blocks pad"),
     "include_stem_padding": (False, "True was expected"),
@@ -357,7 +373,7 @@ def test_damaged_presets_are_refused(tmp_path):
                 hub.local(folder)
         (folder / name).write_text(json.dumps(document))
     for config in ('{"backbone": 5}', '{"backbone": "x"}', '{"backbone": [1]}', '{"backbone": null}', "5", "[]"):
-        archive = write_archive(tmp_path / "x.keras", json.loads(named % f', "config": {config}'))
+        archive = write_archive(tmp_path / "theirs.keras", json.loads(named % f', "config": {config}'))
         with pytest.raises(ValueError, match=r"Expected a \.keras file.*config\.json: expected an object"):
             hub.local(archive)
     empty = [[name, [1, 1, 16, 0] if name == LAST else shape] for name, shape in body]
@@ -365,11 +381,11 @@ def test_damaged_presets_are_refused(tmp_path):
         (4, body, r"conv2d/0 of 3 x 3 x 4 x 8.*Received: 3 x 3 x 3 x 8"),
         (3, empty, r"of 1 to 65536 channels\. Received: 0"),
     ):
-        documents = described()
+        documents = without_pixels()
         for net in (documents["config.json"], documents["task.json"]["config"]["backbone"]):
             net["config"]["input_shape"] = [33, 33, channels]
         with pytest.raises(ValueError, match=message):
-            ke.weights.identify(write(tmp_path / "x", documents, {"model.weights.h5": groups, "task.weights.h5": task}))
+            hub.local(write(tmp_path / "odd", documents, {"model.weights.h5": groups, "task.weights.h5": task}))
     documents = described()
     documents["task.json"]["config"]["num_classes"] = 5
     with pytest.raises(ValueError, match=r"num_classes=5, and its weights have a bias of \(4,\)"):
