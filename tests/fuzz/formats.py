@@ -503,9 +503,16 @@ def _presets(folder: Path) -> list[Files]:
 
 
 def _preset_archives(folder: Path) -> list[bytes]:
-    """Returns the description of a classifier of keras-hub in a `.keras` file, without the weights."""
-    task = golden("keras_hub/classifier.json")["documents"]["task.json"]
-    return [mutations.zipped([("config.json", json.dumps(task).encode()), ("model.weights.h5", b"")])]
+    """Returns the same classifier as a `.keras` file."""
+    import h5py
+
+    recorded = golden("keras_hub/classifier.json")
+    with h5py.File(folder / "x.h5", "w") as file:
+        for group, shape in (row for groups in recorded["weights"].values() for row in groups):
+            if shape is not None:
+                file[group] = np.zeros(shape, "float32")
+    task = json.dumps(recorded["documents"]["task.json"]).encode()
+    return [mutations.zipped([("config.json", task), ("model.weights.h5", (folder / "x.h5").read_bytes())])]
 
 
 def _of_archive(data: bytes) -> st.SearchStrategy[bytes]:
