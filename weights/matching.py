@@ -28,6 +28,8 @@ AROUND = "layers around the net"
 
 SHOWN = 3  # problems that an error names
 
+_UP = "../"  # before the name of a tensor outside of the net's scope that would be taken for one of the net
+
 Values = dict[tuple[str, str], np.ndarray]  # by (our layer, our variable)
 
 Plan = dict[tuple[str, str], Callable[[], np.ndarray]]  # by (our layer, our variable)
@@ -152,9 +154,10 @@ class Contents:
         for name, stored in tensors.items():
             inside = name.startswith(self.scope)
             inner = name.removeprefix(self.scope) if inside else name
-            if not inside:
-                self._outside.add(inner)
             reason = self._why_ignored(name, inner, tensors)
+            if not inside:
+                inner = self._name_outside(name)
+                self._outside.add(inner)
             if reason is not None:
                 self.ignored[reason] += 1
             elif self.suffix and not name.endswith(suffix):
@@ -165,6 +168,12 @@ class Contents:
         keys = keys_of(found, self.naming)
         self.tensors: Tensors = {keys[name]: stored for name, stored in found.items()}
         self._names = {key: name for name, key in keys.items()}
+
+    def _name_outside(self, name: str) -> str:
+        """Returns a name for a tensor outside of the scope, which no tensor inside has."""
+        # Keras 3 numbers layers by their class, so that a user's dense layer has the name of the net's classifier.
+        numbered = self.format == "keras3"
+        return f"{_UP}{name}" if numbered or f"{self.scope}{name}" in self._all else name
 
     def _spelled(self, found: Tensors) -> Tensors:
         """Returns the tensors by their usual names."""
@@ -182,8 +191,8 @@ class Contents:
         Args:
             key: String. See `Name.key`.
         """
-        members = self.naming.members
-        return bool(members) and not re.match(members, self._names[key])
+        name, members = self._names[key], self.naming.members
+        return name.startswith(_UP) or (bool(members) and not re.match(members, name))
 
     def left(self, architecture: Architecture, classes: int | None) -> tuple[str, ...]:
         """Returns what of the file a net of its own cannot take, in words.
@@ -193,13 +202,13 @@ class Contents:
             classes: Integer, classes of a new classifier, or None without one.
         """
         around = [key for key in self.tensors if self.is_around(key)]
-        owners = list(dict.fromkeys(self._owner(key) for key in around))
-        heads = self._heads(architecture)
+        owners = [owner.removeprefix(_UP) for owner in dict.fromkeys(self._owner(key) for key in around)]
+        heads = {owner.removeprefix(_UP): found for owner, found in self._heads(architecture).items()}
         said = []
         taken = [owner for owner, found in heads.items() if found == classes]
         others = [owner for owner in owners if classes is None or taken != [owner]]
         if others:
-            hint = "" if classes or len(heads) != 1 else f". To keep it: --head linear:{next(iter(heads.values()))}"
+            hint = f". To keep it: --head linear:{heads[others[0]]}" if not classes and [*heads] == others else ""
             said.append(f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}: {AROUND}{hint}")
         if classes and len(taken) != 1:
             said.append(f"a classifier of {classes} classes: the file has {len(taken)}. The new one is of zeros")
@@ -304,7 +313,7 @@ class Contents:
         name = self._names.get(key, usual)
         name = self._called.get(name, name)
         if name in self._outside:
-            return name
+            return name.removeprefix(_UP)
         if key not in self._names and self.naming.ranked:
             name = re.sub(self.naming.ranked, r"\g<owner>*", usual)
         return f"{self.scope}{name[:-1]}" if name.endswith(" ") else f"{self.scope}{name}{self.suffix}"

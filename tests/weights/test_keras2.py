@@ -25,6 +25,7 @@ if BACKEND != "tensorflow":
 
 from tf_keras.src.applications import efficientnet  # noqa: E402  the public module has no nets of other depths
 
+BLOCKS = efficientnet.DEFAULT_BLOCKS_ARGS
 KINDS = {"h5": "m.h5", "SavedModel": "saved", "keras": "m.keras"}
 WEIGHTS = {"weights of h5": "w.h5", "checkpoint": "ckpt/w", "weights.h5": "w.weights.h5"}
 
@@ -58,8 +59,9 @@ def settled(model, pixels):
 
 def small(size: int, **kwargs):
     """Returns an EfficientNet of seven blocks, as B0's width has them."""
-    settings = {"weights": None, "include_top": False, "input_shape": (size, size, 3)} | kwargs
-    return efficientnet.EfficientNet(1.0, 0.2, size, model_name="small", **settings)
+    settings = {"weights": None, "include_top": False, "input_shape": (size, size, 3)}
+    settings |= {"width_coefficient": 1.0, "depth_coefficient": 0.2, "default_size": size, "model_name": "small"}
+    return efficientnet.EfficientNet(**settings | kwargs)
 
 
 def flat(body):
@@ -135,12 +137,44 @@ def custom(body):
     return tf_keras.Sequential([body(64), *head, layers.Dense(2)])
 
 
+def shallow_b0(size, **kwargs):
+    """Returns the net that B0 is with the fixture `shallow`."""
+    blocks = [args | {"repeats": min(args["repeats"], 2 if n == 1 else 1)} for n, args in enumerate(BLOCKS)]
+    return small(size, depth_coefficient=1.0, blocks_args=blocks, **kwargs)
+
+
+class Subclassed(tf_keras.Model):
+    """What many tutorials write: a net and a head as attributes, called in code that no file describes."""
+
+    def __init__(self, net, head):
+        super().__init__()
+        self.net, self.pool, self.head = net, tf_keras.layers.GlobalAveragePooling2D(), head
+
+    def call(self, inputs, training=False):
+        return self.head(self.pool(self.net(inputs, training=training)))
+
+
+def subclassed(body):
+    model = Subclassed(body(64), tf_keras.layers.Dense(3))
+    model(np.zeros((1, 64, 64, 3)))
+    return model
+
+
+def subclassed_with_layers(body):
+    """A head of several layers, one of which could be taken for a classifier. The class has an unlucky name."""
+    layers = tf_keras.layers
+    head = tf_keras.Sequential([layers.BatchNormalization(), layers.Dense(16), layers.Dense(3)])
+    model = type("Model", (Subclassed,), {})(body(64), head)
+    model(np.zeros((1, 64, 64, 3)))
+    return model
+
+
 class Old:
     """A model of Keras 2, its files, and what it computes."""
 
     def __init__(self, model, folder: Path):
         self.model, self.folder = model, folder
-        side = model.input_shape[1]
+        side = model.input_shape[1] if model.inputs else 64
         self.pixels = np.random.default_rng(1).integers(0, 256, (3, side, side, 3)).astype("float64")
         settled(shuffled(model), self.pixels)
         outputs = model.predict(self.pixels, verbose=0)
@@ -184,7 +218,7 @@ def old(tmp_path_factory):
     def get(make) -> Old:
         if make.__name__ not in made:
             folder = tmp_path_factory.mktemp(make.__name__)
-            made[make.__name__] = Old(make(small), folder)
+            made[make.__name__] = Old(make(shallow_b0 if "subclassed" in make.__name__ else small), folder)
         return made[make.__name__]
 
     return get
@@ -259,6 +293,87 @@ def test_published_nets_are_recognised_in_a_fresh_process(make, number, tmp_path
         body = ke.create_model(done.model, weights=None, include_top=False)
         report = ke.weights.load(body, source.path(kind))
         assert report.fits and sum(report.ignored.values()) >= 2
+
+
+def save(source: Old, kind: str, release: str, monkeypatch) -> Path:
+    """Saves a model as a release of Keras 2 does: where it stores layers in `.keras` and `.weights.h5` files.
+
+    Reference:
+        saving_lib.py of Keras 2.13, 2.14 and 2.15. Files of 2.13.1 have the same names, for each of these models.
+    """
+    from tf_keras.src.saving import saving_lib as lib
+
+    if release != "2.15":
+        monkeypatch.setattr(lib, "ATTR_SKIPLIST", lib.ATTR_SKIPLIST - {"_layer_checkpoint_dependencies"})
+        walk = lib._walk_trackable
+        monkeypatch.setattr(lib, "_walk_trackable", lambda trackable: reversed([*walk(trackable)]))
+    if release == "2.13":
+        monkeypatch.setattr(lib, "_save_container_state", all_of_container)
+    source.folder = source.folder / release
+    source.folder.mkdir(exist_ok=True)
+    return source.path(kind)
+
+
+def all_of_container(container, weights_store, assets_store, inner_path, visited_trackables):
+    """Saves layers as Keras 2.13 did: one that was saved before also takes a number."""
+    from tf_keras.src.saving import saving_lib as lib
+
+    counts: dict[str, int] = {}
+    for each in list(container.values() if isinstance(container, dict) else container):
+        if lib._is_keras_trackable(each):
+            name = lib.generic_utils.to_snake_case(type(each).__name__)
+            number = counts[name] = counts.get(name, -1) + 1
+            place = f"{inner_path}/{name}_{number}" if number else f"{inner_path}/{name}"
+            lib._save_state(each, weights_store, assets_store, place, visited_trackables)
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize(
+    ("kind", "release"),
+    [
+        ("weights.h5", "2.13"),
+        *(pytest.param(kind, "2.15", marks=pytest.mark.long) for kind in (*WEIGHTS, "SavedModel", "keras")),
+        *(pytest.param("keras", release, marks=pytest.mark.long) for release in ("2.13", "2.14")),
+    ],
+)
+def test_the_net_and_the_head_of_a_class_of_ones_own(kind, release, old, tmp_path, monkeypatch):
+    source = old(subclassed)
+    monkeypatch.setattr(source, "folder", source.folder)
+    path = save(source, kind, release, monkeypatch)
+    body = convert.convert(path, tmp_path / "body.keras")
+    assert re.search(r"(dense|head): layers around the net\. To keep it: --head linear:3$", body.left[-1])
+    assert len(body.left) == (2 if kind in KINDS else 1)
+    features = keras.saving.load_model(tmp_path / "body.keras", compile=False)(source.pixels)
+    theirs = np.asarray(source.model.net(source.pixels))
+    assert np.abs(features - theirs).max() < 1e-4 * theirs.std()  # ours is float32
+    assert not convert.convert(path, tmp_path / "new.keras", head="linear:3").left
+    whole = keras.saving.load_model(tmp_path / "new.keras", compile=False)
+    kernel, bias = whole.layers[-1].get_weights()
+    outputs = theirs.mean((1, 2)) @ kernel + bias
+    assert np.abs(outputs - source.outputs[0]).max() < 1e-6 * source.outputs[0].std()
+    own = ke.EfficientNetB0(weights=None, include_top=False)
+    assert ke.weights.load(own, path).ignored["layers around the net"] == 2
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [*WEIGHTS, "SavedModel", "keras"])
+def test_a_head_of_several_layers_is_left_as_a_whole(kind, old, tmp_path):
+    path = old(subclassed_with_layers).path(kind)
+    done = convert.convert(path, tmp_path / "body.keras")
+    assert "layers around the net" in done.left[-1] and "--head" not in done.left[-1]
+    assert len(done.left[-1].split(": ")[0].split(", ")) == 3
+    done = convert.convert(path, tmp_path / "new.keras", head="linear:3")
+    assert done.left[-1] == "a classifier of 3 classes: the file has 0. The new one is of zeros"
+
+
+@pytest.mark.parametrize("release", leading(("2.13", "2.14"), 1))
+@pytest.mark.parametrize("make", leading((functional, flat, nested, twice_wrapped), 1))
+def test_keras_files_of_earlier_releases(make, release, old, tmp_path, monkeypatch):
+    source = old(make)
+    monkeypatch.setattr(source, "folder", source.folder)
+    convert.convert(save(source, "keras", release, monkeypatch), tmp_path / "new.keras")
+    source.check(tmp_path / "new.keras")
 
 
 def edited(source: Path, target: Path, change) -> Path:

@@ -151,11 +151,65 @@ def _h5_keras3(file, path: Path) -> Iterator[tuple[str, Stored]]:
     import h5py
 
     found: list[str] = []
+    dependencies: dict[str, list[str]] = {}
+
+    def note(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            found.append(name)
+            return
+        model, _, layer = _with_slashes(name).rpartition("/")
+        if model.rpartition("/")[2] == _DEPENDENCIES:
+            dependencies.setdefault(model, []).append(layer)
+
     # Follows hard links only, so that nothing is read from outside of the file, or twice.
-    file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+    file.visititems(note)
+    usual = {f"{model}/{old}": new for model, names in dependencies.items() for old, new in _renumbered(names).items()}
+    taken: set[str] = set()
     for name in found:
-        # On Windows, tf_keras has joined the parts with backslashes.
-        yield name.replace("\\", "/").removeprefix("layers/").replace("/vars/", "/"), _dataset(file[name], _limit(path))
+        told = _with_slashes(name)
+        if usual:
+            told = _as_layers(told, usual)
+            if told in taken:
+                raise ValueError(f"{told[:80]!r} occurs twice")
+            taken.add(told)
+        yield told.removeprefix("layers/").replace("/vars/", "/"), _dataset(file[name], _limit(path))
+
+
+def _with_slashes(name: str) -> str:
+    return name.replace("\\", "/")  # on Windows, tf_keras has joined the parts with backslashes
+
+
+# Where Keras 2.12 to 2.14 stored the layers of a model. Keras 2.15 and later call it "layers".
+_DEPENDENCIES = "_layer_checkpoint_dependencies"
+
+
+def _as_layers(name: str, usual: dict[str, str]) -> str:
+    """Returns the name that a tensor of Keras 2.12 to 2.14 has in later releases."""
+    parts = name.split("/")
+    told = [usual.get("/".join(parts[: end + 1]), part) for end, part in enumerate(parts)]
+    return "/".join("layers" if part == _DEPENDENCIES else part for part in told)
+
+
+def _renumbered(names: list[str]) -> dict[str, str]:
+    """Returns the names that the layers of a model have in later releases: numbered by their class, without gaps.
+
+    Reference:
+        keras/src/saving/saving_lib.py and keras/src/engine/functional.py. Until 2.13, a layer with weights counts
+        twice. Each layer has one group, with or without weights.
+    """
+    numbers: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        kind, _, number = name.rpartition("_") if re.search(r"_\d{1,6}$", name) else (name, "", "0")
+        numbers.setdefault(kind, []).append((int(number), name))
+    found = {}
+    for kind, layers in numbers.items():
+        before = -1
+        for rank, (number, name) in enumerate(sorted(layers)):
+            if number - before > (2 if rank else 1):
+                raise ValueError(f"a layer before {name[:80]!r} is missing")
+            before = number
+            found[name] = f"{kind}_{rank}" if rank else kind
+    return found
 
 
 def _names(group, attribute: str) -> Iterator[str]:
@@ -274,7 +328,8 @@ def padding_of(path) -> str | None:
         else:
             found: list[str] = []
             opened_file.visit(found.append)
-            names, own, pad = [name.rpartition("layers/")[2] for name in found], "rescaling", "zero_padding2d"
+            names = list(dict.fromkeys(part for name in found for part in _with_slashes(name).split("/")))
+            own, pad = "rescaling", "zero_padding2d"
             # keras_hub/src/models/efficientnet/efficientnet_backbone.py, 0.32: before the stem and each depthwise one.
             pads, deep = (sum(bool(re.fullmatch(rf"{kind}(_\d+)?", name)) for name in names) for kind in (pad, _DEEP))
             if deep and pads == deep + 1:

@@ -82,6 +82,9 @@ class _Builder:
     def model(self, class_name: str, config: dict[str, Any], path: Path) -> "keras.Model":
         if len(path) > _DEPTH:
             raise ValueError(f"models in models, {_DEPTH} deep")
+        if isinstance(config, dict) and "layers" not in config:  # a class of the user's, which happens to be called so
+            name = path[-1].name[:80] if path else "the model"
+            raise ForeignLayerError(Foreign(name, f"its {class_name} is a class with layers as attributes"))
         if class_name == "Sequential":
             return self._sequential(config, path)
         return self._functional(config, path)
