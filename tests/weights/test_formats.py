@@ -2,6 +2,7 @@
 
 import collections
 import io
+import json
 import os
 import pickle
 import random
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -225,6 +227,32 @@ def test_h5_files_with_traps_are_refused(kind, fault, tmp_path):
             group[name] = h5py.ExternalLink(str(other), "/x") if fault == "link" else h5py.SoftLink("/elsewhere")
     with pytest.raises(ValueError, match=r"structure|names of an EfficientNet"):
         ke.weights.verify(path, "efficientnet-b0")
+
+
+@pytest.mark.parametrize("fault", ["linked", "never written"])
+def test_an_h5_file_of_one_dataset_for_many_layers_is_refused(fault, tmp_path):
+    """20 MB that 1,000 layers call theirs: by links, or by datasets that were never written, which read as zeros."""
+    path, names = tmp_path / "x.h5", [f"dense_{number}" for number in range(1000)]
+    layers = [{"class_name": "Dense", "config": {"name": name, "units": 2240, "use_bias": False}} for name in names]
+    layers[0]["config"]["batch_input_shape"] = [None, 2240]
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": {"layers": layers}})
+        file.attrs["layer_names"] = names
+        kernel = file.create_dataset("kernel", data=np.ones((2240, 2240), "float32"))
+        for name in names:
+            group = file.create_group(name)
+            group.attrs["weight_names"] = ["kernel"]
+            if fault == "linked":
+                group["kernel"] = kernel
+            else:
+                group.create_dataset("kernel", kernel.shape, kernel.dtype)
+    tracemalloc.start()
+    for call in (ke.weights.identify, lambda path: ke.weights.convert_file(path, tmp_path / "new.keras")):
+        with pytest.raises(ValueError, match=r"another variable|more bytes than it has"):
+            call(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6 and [*tmp_path.iterdir()] == [path]
 
 
 def add(archive, name, data=b"", **kwargs):

@@ -47,7 +47,7 @@ def shuffled(model):
 def settled(model, pixels):
     """Sets the statistics of the net to those of a batch. Otherwise, random variables make all images look alike."""
     nets = [each for each in (model, *model.submodules) if isinstance(each, tf_keras.Model)]
-    net = next(each for each in nets if any(layer.name == "stem_conv" for layer in each.layers))
+    net = next(each for each in nets if any("stem_conv" in layer.name for layer in each.layers))
     norms = [layer for layer in net.layers if isinstance(layer, tf_keras.layers.BatchNormalization)]
     before = [(layer.momentum, layer.trainable) for layer in norms]
     for layer in norms:
@@ -154,6 +154,14 @@ class Subclassed(tf_keras.Model):
         return self.head(self.pool(self.net(inputs, training=training)))
 
 
+def renamed(body, change="{}_2"):
+    """A net whose layers were renamed after they had been built, so that their variables have other names."""
+    net = body(64)
+    for layer in net.layers[1:]:
+        layer._name = change.format(layer.name)
+    return tf_keras.Model(net.input, tf_keras.layers.Dense(3)(tf_keras.layers.GlobalAveragePooling2D()(net.output)))
+
+
 def subclassed(body):
     model = Subclassed(body(64), tf_keras.layers.Dense(3))
     model(np.zeros((1, 64, 64, 3)))
@@ -232,6 +240,7 @@ def old(tmp_path_factory):
         (functional, "keras"),
         (custom, "h5"),
         (operations, "h5"),
+        pytest.param(renamed, "h5", marks=pytest.mark.long),
         *(pytest.param(nested, kind, marks=pytest.mark.long) for kind in ("h5", "keras")),
         *(pytest.param(functional, kind, marks=pytest.mark.long) for kind in ("h5", "SavedModel")),
         *(pytest.param(twice_wrapped, kind, marks=pytest.mark.long) for kind in KINDS),
@@ -365,6 +374,22 @@ def test_a_head_of_several_layers_is_left_as_a_whole(kind, old, tmp_path):
     assert len(done.left[-1].split(": ")[0].split(", ")) == 3
     done = convert.convert(path, tmp_path / "new.keras", head="linear:3")
     assert done.left[-1] == "a classifier of 3 classes: the file has 0. The new one is of zeros"
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize("change", leading(["{}_2", "mine_{}", "a_{}_b"], 1))
+def test_renamed_layers_are_found_by_the_names_of_their_variables(change, tmp_path):
+    model = shuffled(renamed(shallow_b0, change))
+    model.save_weights(tmp_path / "w.h5")
+    body = ke.EfficientNetB0(weights=None, include_top=False)
+    assert ke.weights.load(body, tmp_path / "w.h5").ignored["layers around the net"] == 2
+    theirs = model.get_layer(change.format("block2b_expand_conv")).get_weights()[0]
+    np.testing.assert_array_equal(body.get_layer("block2b_expand_conv").kernel, theirs.astype("float32"))
+    # Names that another layer has are not taken back.
+    both = tf_keras.Model(model.input, [model.output, tf_keras.layers.Conv2D(3, 1, name="top_conv")(model.input)])
+    both.save_weights(tmp_path / "both.h5")
+    with pytest.raises(ValueError, match="Expected the names of an EfficientNet"):
+        ke.weights.load(body, tmp_path / "both.h5")
 
 
 @pytest.mark.parametrize("release", leading(("2.13", "2.14"), 1))

@@ -108,10 +108,6 @@ def is_legacy(file) -> bool:
     return "model_weights" in file or any(key.startswith("layer_names") for key in file.attrs)
 
 
-def _limit(path: Path) -> int:
-    return 1000 * path.stat().st_size
-
-
 def layers_of(file, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Stored]]]:
     """Yields the layers of a legacy file, with their variables.
 
@@ -127,6 +123,7 @@ def layers_of(file, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Sto
         ValueError: If two variables have the same name.
     """
     group: Any = _inside(file, "model_weights") if "model_weights" in file else file
+    stored = _Reader(file, path)
     for layer in _names(group, "layer_names"):
         members = _inside(group, layer)
         names = list(_names(members, "weight_names"))
@@ -136,15 +133,50 @@ def layers_of(file, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Sto
             key = ("/".join(front) or layer, variable)
             if key in found:
                 raise ValueError(f"{name[:80]!r} occurs twice in {layer[:80]!r}")
-            found[key] = _dataset(_inside(members, name), _limit(path))
+            found[key] = stored(_inside(members, name))
         yield layer, found
 
 
+_ADDITIONS = 5  # that are taken back: more than the nets of a model
+
+
+def names_when_built(layers: dict[str, dict[tuple[str, str], Stored]]) -> dict[str, str]:
+    """Returns the names that renamed layers had when they were built, which their variables still have.
+
+    Users write `layer._name += "_2"` so that two nets fit in a model. All names with the same addition are taken back,
+    unless one of them is another layer's.
+
+    Args:
+        layers: See `layers_of()`.
+
+    Returns:
+        Dict from the name of a layer to the name that it had.
+    """
+    additions: dict[tuple[str, str], dict[str, str]] = {}
+    for layer, variables in layers.items():
+        owners = {owner for owner, _ in variables}
+        owner = owners.pop() if len(owners) == 1 else layer
+        front, found, back = layer.partition(owner)
+        if found and (front or back):
+            additions.setdefault((front, back), {})[layer] = owner
+    renamed: dict[str, str] = {}
+    for (front, back), found in sorted(additions.items(), key=lambda each: -len(each[1]))[:_ADDITIONS]:
+        for layer in (layer for layer, variables in layers.items() if not variables):
+            if layer.startswith(front) and layer.endswith(back) and len(layer) > len(front + back):
+                found[layer] = layer[len(front) : len(layer) - len(back)]
+        others = {renamed.get(layer, layer) for layer in layers.keys() - found.keys()}
+        if len({*found.values()}) == len(found) and not others & {*found.values()}:
+            renamed |= found
+    return renamed
+
+
 def _h5_legacy(file, path: Path) -> Iterator[tuple[str, Stored]]:
-    for layer, variables in layers_of(file, path):
+    layers = dict(layers_of(file, path))
+    renamed = names_when_built(layers)
+    for layer, variables in layers.items():
         is_model = len({owner for owner, _ in variables}) > 1
         for (owner, variable), stored in variables.items():
-            yield f"{layer}/{owner}/{variable}" if is_model else f"{layer}/{variable}", stored
+            yield f"{layer}/{owner}/{variable}" if is_model else f"{renamed.get(layer, layer)}/{variable}", stored
 
 
 def _h5_keras3(file, path: Path) -> Iterator[tuple[str, Stored]]:
@@ -165,6 +197,7 @@ def _h5_keras3(file, path: Path) -> Iterator[tuple[str, Stored]]:
     file.visititems(note)
     usual = {f"{model}/{old}": new for model, names in dependencies.items() for old, new in _renumbered(names).items()}
     taken: set[str] = set()
+    stored = _Reader(file, path)
     for name in found:
         told = _with_slashes(name)
         if usual:
@@ -172,7 +205,7 @@ def _h5_keras3(file, path: Path) -> Iterator[tuple[str, Stored]]:
             if told in taken:
                 raise ValueError(f"{told[:80]!r} occurs twice")
             taken.add(told)
-        yield told.removeprefix("layers/").replace("/vars/", "/"), _dataset(file[name], _limit(path))
+        yield told.removeprefix("layers/").replace("/vars/", "/"), stored(file[name])
 
 
 def _with_slashes(name: str) -> str:
@@ -233,6 +266,31 @@ def _inside(group, name: str):
             raise ValueError(f"{name[:80]!r} is not in this file")
         group = group[part]
     return group
+
+
+class _Reader:
+    """Reads the datasets of a file: each once, and together no more than the file can hold.
+
+    Args:
+        file: A `h5py.File`.
+        path: Path whose size limits what a compressed dataset may declare.
+    """
+
+    def __init__(self, file, path: Path):
+        self._limit = 1000 * path.stat().st_size
+        self._left = file.id.get_filesize()
+        self._taken: set[Any] = set()
+
+    def __call__(self, dataset) -> Stored:
+        stored = _dataset(dataset, self._limit)
+        if dataset.id in self._taken:  # which compares the places in the file
+            raise ValueError(f"{dataset.name[:80]} is also the dataset of another variable")
+        self._taken.add(dataset.id)
+        if dataset.chunks is None:  # neither compressed nor left out
+            self._left -= dataset.nbytes
+        if self._left < 0:
+            raise ValueError("its datasets declare more bytes than it has")
+        return stored
 
 
 def _dataset(dataset, limit: int) -> Stored:

@@ -237,6 +237,8 @@ def model_of(old: OldModel, path: Path) -> "keras.Model":
         if isinstance(error, ForeignLayerError):
             raise
         raise ValueError(f"Expected a model of Keras 2. Received: {str(path)!r}, but {error}") from error
+    for layer in model.layers:  # the nets' usual names, by which they are recognised
+        layer.name = old.renamed.get(layer.name, layer.name)
     return model
 
 

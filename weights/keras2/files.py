@@ -5,12 +5,12 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from keras_effnet.errors import one_line
-from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, is_legacy, layers_of, opened_h5_file
+from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, is_legacy, layers_of, names_when_built, opened_h5_file
 from keras_effnet.weights.formats.keras_file import opened_keras
 from keras_effnet.weights.formats.object_graph import ObjectGraph
 from keras_effnet.weights.formats.protobuf import fields, one
@@ -34,6 +34,7 @@ class OldModel:
         variables: Integer, the number of variables of its layers.
         writer: String. The program that wrote the file.
         kind: String. What the file is.
+        renamed: Dict from the names of layers to those that they had before they were renamed.
     """
 
     class_name: str
@@ -42,6 +43,7 @@ class OldModel:
     variables: int
     writer: str
     kind: str
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def saved_model(self) -> bool:
@@ -127,7 +129,8 @@ def _h5(file, path: Path) -> OldModel | None:
         return {variable: value for (other, variable), value in variables.items() if other == owner}
 
     count = sum(len(variables) for variables in stored.values())
-    return OldModel(class_name, config, find, count, f"Keras {version}".strip(), "an h5 file")
+    writer = f"Keras {version}".strip()
+    return OldModel(class_name, config, find, count, writer, "an h5 file", names_when_built(stored))
 
 
 def _names_of(config: Any) -> Iterator[str]:
