@@ -116,7 +116,7 @@ def _of_path(path: Path, best: bool, exports: bool) -> Reference:
 def _of_address(address: str) -> Reference:
     from keras_effnet.weights import hub
 
-    place = os.fspath(hub.local(address))
+    place = os.fspath(hub.local(address, whole=True))
     if place.endswith(".keras"):
         return Reference("keras", place)
     raise ValueError(

@@ -564,7 +564,7 @@ def convert(
     if labels is not None and target != "hub" and not str(path).endswith(".keras"):
         raise ValueError(f"Expected a path that ends in .keras, to save labels in. Received: {str(path)!r}")
     model = model and find_model(model)
-    source_path = hub.local(source_path)
+    source_path = hub.local(source_path, whole=head is None)
     description = hub.describe(source_path)
     preset = description and description.preset
     left: tuple[str, ...] = ()

@@ -60,6 +60,7 @@ def locate(file: File) -> Path:
         Path of the file.
 
     Raises:
+        FileNotFoundError: If its place or the mirror has no such file.
         OSError: If the file neither exists nor can be downloaded, or has another hash than expected.
     """
     if file.package:
@@ -89,8 +90,9 @@ def _in_folder(file: File, target: Path, expected: str, folder: Path) -> Path:
     paths = [folder / name for name in _names_in_mirror(file)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        has = f"has no {' or '.join(_names_in_mirror(file))}" if folder.is_dir() else "is not a folder"
-        raise _not_brought(file, target, f"KERAS_EFFNET_MIRROR={folder} {has}")
+        is_folder = folder.is_dir()
+        has = f"has no {' or '.join(_names_in_mirror(file))}" if is_folder else "is not a folder"
+        raise _not_brought(file, target, f"KERAS_EFFNET_MIRROR={folder} {has}", missing=is_folder)
     if expected and not matches(path, expected):
         raise _not_brought(file, target, f"{path} has {digest(path, expected.partition(':')[0])}, not {expected}")
     return path
@@ -197,8 +199,10 @@ def _in_package(file: File) -> Path:
     return path
 
 
-def _not_brought(file: File, target: Path, reason) -> OSError:
-    return OSError(
+def _not_brought(file: File, target: Path, reason, missing: bool = False) -> OSError:
+    """Returns the error for a file that was not downloaded: a FileNotFoundError if its place has no such file."""
+    kind = FileNotFoundError if missing else OSError
+    return kind(
         f"Could not download {file.url}: {reason}. {REMEDY}, save it as {target}, or set KERAS_EFFNET_MIRROR to a "
         "folder or a server that has it"
     )
@@ -223,12 +227,14 @@ def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
         ) from error
     files.sweep(target.parent)
     reasons: list[str] = []
+    missing = True
     for url in addresses(file):
         try:
             return _transfer(url, target, expected)
         except OSError as error:
             reasons.append(_shortly(error, url))
-    raise _not_brought(file, target, "; ".join(dict.fromkeys(reasons)) + wrong)
+            missing &= getattr(getattr(error, "response", None), "status_code", None) in (404, 410)
+    raise _not_brought(file, target, "; ".join(dict.fromkeys(reasons)) + wrong, missing)
 
 
 def _transfer(url: str, target: Path, expected: str) -> Path:

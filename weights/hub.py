@@ -24,6 +24,7 @@ from keras_effnet.weights.formats import preset_file
 SERVER = "https://huggingface.co"
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.keras", "saved_model.pb", preset_file.BODY)
+_MODELS = ("model.keras", "saved_model.pb")
 _SAVEDMODEL = ("keras_metadata.pb", "variables/variables.index", "variables/variables.data-00000-of-00001")
 _CONFIG = "config.json"
 _OFFLINE = "no connection to the hub, and no copy is saved"
@@ -110,12 +111,13 @@ class Description:
         return self.preset and self.preset.net
 
 
-def local(path: Any) -> Any:
+def local(path: Any, whole: bool = False) -> Any:
     """Returns the path on this machine of the weights that a path or an address names.
 
     Args:
         path: Path of a file; of a folder with a config.json and the weights, as timm, keras-hub and this package save
             them; or an address. An address is downloaded.
+        whole: See `fetch()`.
 
     Returns:
         The path of the file, of the folder of a preset, or `path` itself.
@@ -127,7 +129,7 @@ def local(path: Any) -> Any:
     """
     address = Address.of(path)
     if address is not None:
-        path = fetch(address)
+        path = fetch(address, whole)
     elif not isinstance(path, str | os.PathLike) or not os.fspath(path):
         return path
     elif (preset := preset_file.folder_of(Path(path))) is not None:
@@ -138,11 +140,13 @@ def local(path: Any) -> Any:
     return path
 
 
-def fetch(address: Address) -> Path:
+def fetch(address: Address, whole: bool = False) -> Path:
     """Downloads the weights at an address, and the config.json beside them, if they are not saved already.
 
     Args:
         address: An `Address`.
+        whole: Boolean, whether a whole model is taken rather than weights, where a repository has both. Defaults to
+            False.
 
     Returns:
         Path of the file, or of the folder of a SavedModel or a preset.
@@ -152,9 +156,10 @@ def fetch(address: Address) -> Path:
         OSError: If there is no such file, or it cannot be downloaded, or has another hash than published.
     """
     failures: list[str] = []
-    for name in (address.file,) if address.file else WEIGHTS:
+    names = dict.fromkeys((*_MODELS, *WEIGHTS) if whole else WEIGHTS)
+    for name in (address.file,) if address.file else names:
         found = _get(address, name, failures)
-        if found is None and failures and failures[-1] != _OFFLINE and not downloads.is_mirrored():
+        if found is None and failures and failures[-1] != _OFFLINE:
             break
         if found is None:
             continue
@@ -178,14 +183,15 @@ def _beside(address: Address, name: str) -> None:
     """Downloads a file that belongs to the weights, if the repository has it."""
     failures: list[str] = []
     _get(address, name, failures)
-    # Without a connection or with a mirror, a file that is not there looks like one that cannot be downloaded.
-    if failures and failures[-1] != _OFFLINE and not downloads.is_mirrored():
+    if failures and failures[-1] != _OFFLINE:  # without a connection, it is not known whether there is such a file
         raise OSError(f"Could not download {name} of {address}: {failures[-1]}")
 
 
 def _reason(address: Address, wanted: str, failures: list[str]) -> str:
     if failures:
         return failures[0]
+    if downloads.is_mirrored():
+        return f"KERAS_EFFNET_MIRROR={os.environ['KERAS_EFFNET_MIRROR']} has no {wanted} of it"
     others = [name for name in _listed(address) if name.endswith((".keras", ".h5", ".safetensors", ".bin", ".pth"))]
     hint = f". It has {', '.join(others[:5])}: name one, as in {address}/{others[0]}" if others else ""
     return f"the repository has no {wanted}{hint}"
@@ -193,8 +199,6 @@ def _reason(address: Address, wanted: str, failures: list[str]) -> str:
 
 def _listed(address: Address) -> list[str]:
     """Returns the names of a repository's files, or none where the hub does not tell."""
-    if downloads.is_mirrored():
-        return []
     import huggingface_hub
 
     try:
@@ -213,6 +217,8 @@ def _get(address: Address, name: str, failures: list[str]) -> Path | None:
         try:
             path = downloads.locate(file)
             downloads.pin(file, path)
+        except FileNotFoundError:
+            return None
         except OSError as error:
             failures.append(str(error).partition(": ")[2])
             return None

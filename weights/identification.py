@@ -100,7 +100,7 @@ def identify(path) -> Identified:
     ('efficientnet-lite0', 1000, 247)
     """
     try:
-        place = Path(hub.local(path))
+        place = Path(hub.local(path, whole=True))
         description = hub.describe(place)
     except presets.ForeignPresetError as error:
         return Identified(str(path), error.kind, problem=error.reason)

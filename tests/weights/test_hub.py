@@ -283,9 +283,38 @@ def test_a_folder_as_mirror(pets, tmp_path, monkeypatch, server):
     place.symlink_to(pets[0])
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(mirror))
     assert same_weights(ke.create_model("b0", weights="hf://me/pets", classes=3), pets[1])
-    with pytest.raises(OSError, match=r"has no me/none/resolve/main/model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"MIRROR=.* has no model\.safetensors, .* of it"):
+        hub.local("hf://me/none")
+    monkeypatch.setenv("KERAS_EFFNET_MIRROR", str(tmp_path / "missing"))
+    with pytest.raises(OSError, match="is not a folder"):
         hub.local("hf://me/none")
     assert not server.requests
+
+
+def test_a_server_as_mirror_may_lack_a_config_but_not_fail(pets, monkeypatch, server):
+    server.files["me/bare"] = {"model.safetensors": (pets[0] / "model.safetensors").read_bytes()}
+    server.put("me/pets", pets[0])
+    monkeypatch.setenv("KERAS_EFFNET_MIRROR", server.url)
+    server.broken = {"config.json"}
+    with pytest.raises(OSError, match=r"Could not download config\.json of hf://me/pets.*403"):
+        hub.local("hf://me/pets")
+    server.broken = set()
+    path = hub.local("hf://me/bare")
+    assert path.name == "model.safetensors" and not path.with_name("config.json").exists()
+    server.broken = {"model.safetensors"}
+    server.files["me/other"] = {"model.keras": b"x"}
+    with pytest.raises(OSError, match=r"Could not download hf://me/other: .*403"):  # not another file in its place
+        hub.local("hf://me/other")
+
+
+def test_a_whole_model_is_taken_where_one_is_converted(pets, server, tmp_path):
+    server.put("me/both", pets[0])
+    server.files["me/both"]["model.keras"] = pets[0].with_suffix(".keras").read_bytes()
+    assert hub.local("hf://me/both").name == "model.safetensors"
+    assert ke.load_model("hf://me/both").labels == ["cat", "dog", "red|fox"]
+    server.requests.clear()
+    assert ke.weights.convert_file("hf://me/both", tmp_path / "new.keras") == "efficientnet-b0"
+    assert not any("safetensors" in request for request in server.requests)
 
 
 def test_a_damaged_config_is_told(pets, tmp_path):
