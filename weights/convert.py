@@ -564,11 +564,12 @@ def convert(
     if labels is not None and target != "hub" and not str(path).endswith(".keras"):
         raise ValueError(f"Expected a path that ends in .keras, to save labels in. Received: {str(path)!r}")
     model = model and find_model(model)
-    source_path = hub.local(source_path, whole=head is None)
+    own = target == "own" and str(path).endswith(".keras") and head is None
+    source_path = hub.local(source_path, whole=own and source in ("auto", "keras"))
     description = hub.describe(source_path)
     preset = description and description.preset
     left: tuple[str, ...] = ()
-    if target == "own" and str(path).endswith(".keras") and head is None:
+    if own:
         asked = None if automatic else preprocessing
         found = conversion.convert(source_path, path, model, asked, labels, verify)
         if isinstance(found, Conversion):

@@ -61,6 +61,7 @@ def locate(file: File) -> Path:
 
     Raises:
         FileNotFoundError: If its place or the mirror has no such file.
+        ConnectionError: If neither answers.
         OSError: If the file neither exists nor can be downloaded, or has another hash than expected.
     """
     if file.package:
@@ -92,7 +93,9 @@ def _in_folder(file: File, target: Path, expected: str, folder: Path) -> Path:
     if path is None:
         is_folder = folder.is_dir()
         has = f"has no {' or '.join(_names_in_mirror(file))}" if is_folder else "is not a folder"
-        raise _not_brought(file, target, f"KERAS_EFFNET_MIRROR={folder} {has}", missing=is_folder)
+        kind = FileNotFoundError if is_folder else ConnectionError
+        kind = OSError if target.is_file() else kind  # damaged: not a file that is missing
+        raise _not_brought(file, target, f"KERAS_EFFNET_MIRROR={folder} {has}", kind)
     if expected and not matches(path, expected):
         raise _not_brought(file, target, f"{path} has {digest(path, expected.partition(':')[0])}, not {expected}")
     return path
@@ -199,9 +202,7 @@ def _in_package(file: File) -> Path:
     return path
 
 
-def _not_brought(file: File, target: Path, reason, missing: bool = False) -> OSError:
-    """Returns the error for a file that was not downloaded: a FileNotFoundError if its place has no such file."""
-    kind = FileNotFoundError if missing else OSError
+def _not_brought(file: File, target: Path, reason, kind: type[OSError] = OSError) -> OSError:
     return kind(
         f"Could not download {file.url}: {reason}. {REMEDY}, save it as {target}, or set KERAS_EFFNET_MIRROR to a "
         "folder or a server that has it"
@@ -218,6 +219,10 @@ def addresses(file: File) -> list[str]:
     return [f"{mirror}/{quote(name)}" for name in _names_in_mirror(file)] if mirror else [file.url]
 
 
+# A store of objects that does not list its names, such as S3, answers 403 for what it lacks.
+_ABSENT = {403, 404, 410}
+
+
 def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -227,14 +232,15 @@ def _download(file: File, target: Path, expected: str, wrong: str) -> Path:
         ) from error
     files.sweep(target.parent)
     reasons: list[str] = []
-    missing = True
+    kinds: set[type[OSError]] = set()
     for url in addresses(file):
         try:
             return _transfer(url, target, expected)
         except OSError as error:
             reasons.append(_shortly(error, url))
-            missing &= getattr(getattr(error, "response", None), "status_code", None) in (404, 410)
-    raise _not_brought(file, target, "; ".join(dict.fromkeys(reasons)) + wrong, missing)
+            kinds.add(_kind(error))
+    kind = kinds.pop() if len(kinds) == 1 and not wrong else OSError
+    raise _not_brought(file, target, "; ".join(dict.fromkeys(reasons)) + wrong, kind)
 
 
 def _transfer(url: str, target: Path, expected: str) -> Path:
@@ -264,6 +270,15 @@ def _shortly(error, url: str) -> str:
     if type(cause).__name__ in ("NewConnectionError", "NameResolutionError"):
         return f"no connection to {urlsplit(url).netloc}"
     return f"{error} ({type(error).__name__})"
+
+
+def _kind(error: OSError) -> type[OSError]:
+    """Returns the class of what happened: the server lacks the file, no server answers, or anything else."""
+    import requests
+
+    if getattr(getattr(error, "response", None), "status_code", None) in _ABSENT:
+        return FileNotFoundError
+    return ConnectionError if isinstance(error, requests.ConnectionError | requests.Timeout) else OSError
 
 
 def _may_pass(error: OSError) -> bool:

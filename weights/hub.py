@@ -159,7 +159,7 @@ def fetch(address: Address, whole: bool = False) -> Path:
     names = dict.fromkeys((*_MODELS, *WEIGHTS) if whole else WEIGHTS)
     for name in (address.file,) if address.file else names:
         found = _get(address, name, failures)
-        if found is None and failures and failures[-1] != _OFFLINE:
+        if found is None and _refused(failures):
             break
         if found is None:
             continue
@@ -183,8 +183,13 @@ def _beside(address: Address, name: str) -> None:
     """Downloads a file that belongs to the weights, if the repository has it."""
     failures: list[str] = []
     _get(address, name, failures)
-    if failures and failures[-1] != _OFFLINE:  # without a connection, it is not known whether there is such a file
+    if _refused(failures):  # without a connection, it is not known whether there is such a file
         raise OSError(f"Could not download {name} of {address}: {failures[-1]}")
+
+
+def _refused(failures: list[str]) -> bool:
+    """Returns whether the hub or its mirror has answered with an error, for the last file."""
+    return bool(failures) and not failures[-1].startswith(_OFFLINE)
 
 
 def _reason(address: Address, wanted: str, failures: list[str]) -> str:
@@ -220,7 +225,8 @@ def _get(address: Address, name: str, failures: list[str]) -> Path | None:
         except FileNotFoundError:
             return None
         except OSError as error:
-            failures.append(str(error).partition(": ")[2])
+            told = str(error).partition(": ")[2]
+            failures.append(f"{_OFFLINE} ({told})" if isinstance(error, ConnectionError) else told)
             return None
         return path
     try:

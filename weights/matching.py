@@ -202,14 +202,15 @@ class Contents:
             classes: Integer, classes of a new classifier, or None without one.
         """
         around = [key for key in self.tensors if self.is_around(key)]
-        owners = [owner.removeprefix(_UP) for owner in dict.fromkeys(self._owner(key) for key in around)]
-        heads = {owner.removeprefix(_UP): found for owner, found in self._heads(architecture).items()}
+        owners = list(dict.fromkeys(self._owner(key) for key in around))
+        heads = self._heads(architecture)
         said = []
         taken = [owner for owner, found in heads.items() if found == classes]
         others = [owner for owner in owners if classes is None or taken != [owner]]
         if others:
             hint = f". To keep it: --head linear:{heads[others[0]]}" if not classes and [*heads] == others else ""
-            said.append(f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}: {AROUND}{hint}")
+            shown = ", ".join(owner.removeprefix(_UP) for owner in others[:5])
+            said.append(f"{shown}{' ...' if len(others) > 5 else ''}: {AROUND}{hint}")
         if classes and len(taken) != 1:
             said.append(f"a classifier of {classes} classes: the file has {len(taken)}. The new one is of zeros")
         return tuple(said)

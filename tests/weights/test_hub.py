@@ -27,6 +27,7 @@ class Hub:
         self.files: dict[str, dict[str, bytes]] = {}
         self.damaged: set[str] = set()  # names of files that arrive with another byte
         self.broken: set[str] = set()  # names of files for which it has an error
+        self.status = 403  # of that error
         self.requests: list[str] = []
         outer = self
 
@@ -58,7 +59,7 @@ class Hub:
                 body = outer.files[f"{repository}@v2" if second else repository].get(name)
                 commit = {"X-Repo-Commit": OTHER if second else COMMIT}
                 if name in outer.broken:
-                    return self.refuse(403, "Error", commit)
+                    return self.refuse(outer.status, "Error", commit)
                 if body is None:
                     return self.refuse(404, "EntryNotFound", commit)
                 commit["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
@@ -295,16 +296,23 @@ def test_a_server_as_mirror_may_lack_a_config_but_not_fail(pets, monkeypatch, se
     server.files["me/bare"] = {"model.safetensors": (pets[0] / "model.safetensors").read_bytes()}
     server.put("me/pets", pets[0])
     monkeypatch.setenv("KERAS_EFFNET_MIRROR", server.url)
-    server.broken = {"config.json"}
-    with pytest.raises(OSError, match=r"Could not download config\.json of hf://me/pets.*403"):
+    server.broken, server.status = {"config.json"}, 401
+    with pytest.raises(OSError, match=r"Could not download config\.json of hf://me/pets.*401"):
         hub.local("hf://me/pets")
-    server.broken = set()
+    server.status = 403  # how a store of objects says that it has no such file
     path = hub.local("hf://me/bare")
     assert path.name == "model.safetensors" and not path.with_name("config.json").exists()
-    server.broken = {"model.safetensors"}
+    server.broken, server.status = {"model.safetensors"}, 401
     server.files["me/other"] = {"model.keras": b"x"}
-    with pytest.raises(OSError, match=r"Could not download hf://me/other: .*403"):  # not another file in its place
+    with pytest.raises(OSError, match=r"Could not download hf://me/other: .*401"):  # not another file in its place
         hub.local("hf://me/other")
+    # Without an answer, what is saved is used, also beside files that were never there.
+    monkeypatch.setenv("KERAS_EFFNET_MIRROR", "http://127.0.0.1:9")
+    assert hub.local("hf://me/bare") == path and hub.local("hf://me/bare", whole=True) == path
+    # A saved file that is damaged is not one that is missing.
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(OSError, match=r"Could not download hf://me/bare: .*model\.safetensors"):
+        hub.local("hf://me/bare")
 
 
 def test_a_whole_model_is_taken_where_one_is_converted(pets, server, tmp_path):

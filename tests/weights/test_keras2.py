@@ -385,7 +385,18 @@ def test_renamed_layers_are_found_by_the_names_of_their_variables(change, tmp_pa
     assert ke.weights.load(body, tmp_path / "w.h5").ignored["layers around the net"] == 2
     theirs = model.get_layer(change.format("block2b_expand_conv")).get_weights()[0]
     np.testing.assert_array_equal(body.get_layer("block2b_expand_conv").kernel, theirs.astype("float32"))
-    # Names that another layer has are not taken back.
+    # Nor are those of twins, or names that another layer has.
+    twin = shallow_b0(64)
+    for net, front in ((twin, "left_"), (other := shallow_b0(64), "right_")):
+        for layer in (net, *net.layers[1:]):
+            layer._name = front + layer.name
+    pixels = tf_keras.Input((64, 64, 3))
+    outputs = [tf_keras.layers.GlobalAveragePooling2D()(net(pixels)) for net in (twin, other)]
+    flat = tf_keras.Model([twin.input, other.input], [twin.output, other.output])
+    for number, pair in enumerate((flat, tf_keras.Model(pixels, outputs))):
+        pair.save_weights(tmp_path / f"pair{number}.h5")
+        with pytest.raises(ValueError, match="Expected"):
+            ke.weights.load(body, tmp_path / f"pair{number}.h5")
     both = tf_keras.Model(model.input, [model.output, tf_keras.layers.Conv2D(3, 1, name="top_conv")(model.input)])
     both.save_weights(tmp_path / "both.h5")
     with pytest.raises(ValueError, match="Expected the names of an EfficientNet"):

@@ -137,21 +137,24 @@ def layers_of(file, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Sto
         yield layer, found
 
 
-_ADDITIONS = 5  # that are taken back: more than the nets of a model
+_MARK = "stem_conv"  # each net of keras.applications has a layer of this name
 
 
-def names_when_built(layers: dict[str, dict[tuple[str, str], Stored]]) -> dict[str, str]:
-    """Returns the names that renamed layers had when they were built, which their variables still have.
+def names_when_built(layers: dict[str, dict[tuple[str, str], Stored]], version: str) -> dict[str, str]:
+    """Returns the names that renamed layers of a net had when they were built, which their variables still have.
 
-    Users write `layer._name += "_2"` so that two nets fit in a model. All names with the same addition are taken back,
-    unless one of them is another layer's.
+    Users of Keras 2 write `layer._name += "_2"` so that two nets fit in a model. The addition is taken back if it is
+    that of a whole net, and if no other layer has, or had, one of the net's names.
 
     Args:
         layers: See `layers_of()`.
+        version: String. The version of Keras that wrote the file.
 
     Returns:
         Dict from the name of a layer to the name that it had.
     """
+    if not version.startswith("2."):  # Keras 3 renames the variables too
+        return {}
     additions: dict[tuple[str, str], dict[str, str]] = {}
     for layer, variables in layers.items():
         owners = {owner for owner, _ in variables}
@@ -159,20 +162,25 @@ def names_when_built(layers: dict[str, dict[tuple[str, str], Stored]]) -> dict[s
         front, found, back = layer.partition(owner)
         if found and (front or back):
             additions.setdefault((front, back), {})[layer] = owner
-    renamed: dict[str, str] = {}
-    for (front, back), found in sorted(additions.items(), key=lambda each: -len(each[1]))[:_ADDITIONS]:
-        for layer in (layer for layer, variables in layers.items() if not variables):
-            if layer.startswith(front) and layer.endswith(back) and len(layer) > len(front + back):
-                found[layer] = layer[len(front) : len(layer) - len(back)]
-        others = {renamed.get(layer, layer) for layer in layers.keys() - found.keys()}
-        if len({*found.values()}) == len(found) and not others & {*found.values()}:
-            renamed |= found
+    whole = [place for place, found in additions.items() if _MARK in found.values()]
+    if len(whole) != 1:
+        return {}
+    (front, back), renamed = whole[0], additions[whole[0]]
+    built = set(renamed.values())
+    others = {name for layer in layers.keys() - renamed.keys() for name in (layer, *(who for who, _ in layers[layer]))}
+    if len(built) != len(renamed) or built & others:
+        return {}
+    for layer, variables in layers.items():
+        name = layer[len(front) : len(layer) - len(back)]
+        if not variables and layer == front + name + back and name and name not in layers and name not in built:
+            renamed[layer] = name
+            built.add(name)
     return renamed
 
 
 def _h5_legacy(file, path: Path) -> Iterator[tuple[str, Stored]]:
     layers = dict(layers_of(file, path))
-    renamed = names_when_built(layers)
+    renamed = names_when_built(layers, _version(file))
     for layer, variables in layers.items():
         is_model = len({owner for owner, _ in variables}) > 1
         for (owner, variable), stored in variables.items():
@@ -286,9 +294,9 @@ class _Reader:
         if dataset.id in self._taken:  # which compares the places in the file
             raise ValueError(f"{dataset.name[:80]} is also the dataset of another variable")
         self._taken.add(dataset.id)
-        if dataset.chunks is None:  # neither compressed nor left out
+        if dataset.chunks is None:  # not compressed
             self._left -= dataset.nbytes
-        if self._left < 0:
+        if self._left < 0 or (dataset.nbytes and not dataset.id.get_storage_size()):
             raise ValueError("its datasets declare more bytes than it has")
         return stored
 
@@ -340,9 +348,12 @@ def keras_version(path) -> str | None:
     if not is_h5(path):
         return None
     with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
-        group = opened_file.get("model_weights", opened_file)
-        version = group.attrs.get("keras_version", opened_file.attrs.get("keras_version"))
-    return _text(version)
+        return _version(opened_file) or None
+
+
+def _version(file) -> str:
+    group = file.get("model_weights", file)
+    return _text(group.attrs.get("keras_version", file.attrs.get("keras_version", b""))) or ""
 
 
 def model_config(path) -> str | None:

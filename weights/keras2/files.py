@@ -130,7 +130,7 @@ def _h5(file, path: Path) -> OldModel | None:
 
     count = sum(len(variables) for variables in stored.values())
     writer = f"Keras {version}".strip()
-    return OldModel(class_name, config, find, count, writer, "an h5 file", names_when_built(stored))
+    return OldModel(class_name, config, find, count, writer, "an h5 file", names_when_built(stored, version))
 
 
 def _names_of(config: Any) -> Iterator[str]:
