@@ -185,10 +185,15 @@ def _quiet(function: Callable, *arguments: Any, **kwargs: Any) -> None:
 
 
 def _h5(folder: Path) -> list[bytes]:
+    import h5py
+
     _quiet(_keras3().save, folder / "3.h5")
     _keras3().save_weights(folder / "3.weights.h5")
     _keras2().save_weights(folder / "2.h5")
-    return [(folder / name).read_bytes() for name in ("3.weights.h5", "3.h5", "2.h5")]
+    _keras3().save_weights(folder / "2.14.weights.h5")
+    with h5py.File(folder / "2.14.weights.h5", "a") as file:  # as that release called it
+        file.move("layers", "_layer_checkpoint_dependencies")
+    return [(folder / name).read_bytes() for name in ("3.weights.h5", "3.h5", "2.h5", "2.14.weights.h5")]
 
 
 def _h5_of_keras2(folder: Path) -> list[bytes]:
