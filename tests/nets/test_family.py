@@ -272,10 +272,10 @@ def test_a_keras_file_keeps_its_arithmetic(shallow, tmp_path):
     assert inspection.read(made).architecture == inspection.read(nvidia).architecture
     recipe = config.Recipe(config.Model(weights=str(tmp_path / "nvidia.keras")))
     assert model_from_recipe.whole(recipe).model.bn_epsilon == 1e-3
-    with pytest.raises(ValueError, match="has them after other projections"):
+    with pytest.raises(ValueError, match="activations after other projections"):
         ke.EfficientNetB0(weights=tmp_path / "composer.keras", **size)
     ke.save_model(fill(ke.EfficientNetB0(weights=None, padding="symmetric", **size)), tmp_path / "plain.keras")
-    with pytest.raises(ValueError, match="has them after other projections"):
+    with pytest.raises(ValueError, match="activations after other projections"):
         ke.EfficientNetB0Composer(weights=tmp_path / "plain.keras", **size)
     with pytest.warns(UserWarning, match="for bn_epsilon=0.001, and the model has 1e-05"):
         ke.weights.load(ke.EfficientNetB0(weights=None, padding="symmetric", **size), tmp_path / "nvidia.keras")
