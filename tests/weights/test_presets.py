@@ -21,7 +21,7 @@ from keras_effnet.nets.build import build
 from keras_effnet.weights import convert, hub, padding, presets
 from keras_effnet.weights.formats import keras_file
 
-RECORD = "keras_hub/classifier.json"
+RECORD = "presets/classifier.json"
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 BACKBONE = {
     "stackwise_width_coefficients": [1.0, 0.5, 0.5],
