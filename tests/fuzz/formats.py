@@ -496,7 +496,7 @@ def _presets(folder: Path) -> list[Files]:
     """Returns a preset of keras-hub as it was recorded, with weights of zeros."""
     import h5py
 
-    recorded = golden("keras_hub/classifier.json")
+    recorded = golden("presets/classifier.json")
     files = {f"m/{name}": json.dumps(document).encode() for name, document in recorded["documents"].items()}
     for name, groups in recorded["weights"].items():
         with h5py.File(folder / name, "w") as file:
@@ -511,7 +511,7 @@ def _preset_archives(folder: Path) -> list[bytes]:
     """Returns the same classifier as a `.keras` file."""
     import h5py
 
-    recorded = golden("keras_hub/classifier.json")
+    recorded = golden("presets/classifier.json")
     with h5py.File(folder / "x.h5", "w") as file:
         for group, shape in (row for groups in recorded["weights"].values() for row in groups):
             if shape is not None:

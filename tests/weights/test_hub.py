@@ -362,7 +362,7 @@ def test_a_damaged_config_is_told(pets, tmp_path):
 
 
 def test_a_preset_of_keras_hub_is_downloaded_whole(server, tmp_path):
-    recorded = golden("keras_hub/classifier.json")
+    recorded = golden("presets/classifier.json")
     (tmp_path / "pets").mkdir()
     for name, document in recorded["documents"].items():
         (tmp_path / "pets" / name).write_text(json.dumps(document))
