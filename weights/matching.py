@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from keras_effnet.nets import weight_shapes
 from keras_effnet.nets.architecture import Architecture, with_widths
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
-from keras_effnet.weights.formats import preset_file
+from keras_effnet.weights import presets
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
 from keras_effnet.weights.name_translation import Name, foreign_names, has_names, keys_of
@@ -121,11 +120,6 @@ def _recognise(tensors: Tensors, path) -> tuple[str, str]:
     raise ValueError(f"Expected the names of an EfficientNet: {marks}. Received: {str(path)!r} with {shown}")
 
 
-def _is_classifier_of_keras_hub(path: str) -> bool:
-    documents = preset_file.read(Path(path))
-    return documents is not None and documents.classifier is not None
-
-
 def _respelled(name: str, naming: Naming) -> str:
     for rule, usual in naming.spellings.items():
         name = re.sub(rule, usual, name)
@@ -152,7 +146,8 @@ class Contents:
         self.naming = NAMINGS[self.format]
         # Keras 3 numbers layers by their class, so that a user's dense layer has the name of the net's classifier. That
         # of keras-hub is the classifier.
-        self._is_numbered = self.format == "keras3" and not _is_classifier_of_keras_hub(self.path)
+        preset = presets.read(path) if self.format == "keras3" else None
+        self._is_numbered = self.format == "keras3" and not (preset and preset.head)
         if source != "auto" and self.format not in SOURCES[source]:
             raise ValueError(f"Expected {NAMINGS[source].title}. Received: {self.path!r}, which is {self.naming.title}")
         self.ignored: Counter[str] = Counter()

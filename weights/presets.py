@@ -287,37 +287,80 @@ def _activation(field: str, value: Any, known: dict[str, str]) -> str:
 
 def _architecture(config: dict[str, Any]) -> tuple[Architecture, str]:
     """Returns the net that a config describes, and the name of the kernel of its last convolution."""
+    _check_known(config)
+    given = {**_DEFAULTS, **config}
+    count = len(_list(given, "stackwise_kernel_sizes", None))
+    if not 0 < count <= _BLOCKS:
+        raise _FieldError("stackwise_kernel_sizes", given["stackwise_kernel_sizes"], "a list of sizes was expected")
+    _check_supported(given, count)
+    activation = _activation("activation", given["activation"], _ACTIVATIONS)
+    projected = given["projection_activation"] or None
+    if projected is not None and _activation("projection_activation", projected, _ACTIVATIONS) != activation:
+        raise _FieldError("projection_activation", projected, f"{activation} was expected, as everywhere in the net")
+    filters, width = (_list(given, f"stackwise_{each}", count)[0] for each in ("input_filters", "width_coefficients"))
+    stem = _rounded(given, "stackwise_input_filters", filters, width)
+    blocks = _blocks(given, count, stem, projected is not None)
+    # It counts the blocks before scaling, and this package after it.
+    counted = len(blocks) / sum(_list(given, "stackwise_num_repeats", count))
+    rate = _number("dropout", given["dropout"], 0, 0.99, whole=False) * counted
+    if rate * (len(blocks) - 1) / len(blocks) >= 1:
+        raise _FieldError("dropout", given["dropout"], "the last block's rate has to be less than 1")
+    epsilon = _number("batch_norm_epsilon", given["batch_norm_epsilon"], 1e-9, 1, whole=False)
+    net = Architecture(
+        name="",
+        stem_filters=stem,
+        blocks=tuple(blocks),
+        head_filters=0,
+        activation=activation,
+        dropout_rate=0.0,
+        drop_connect_rate=rate,
+        padding="symmetric",
+        bn_epsilon=float(epsilon),
+    )
+    # Keras 3 numbers the layers of a class, see naming_tables.KERAS3: the last convolution comes after all others.
+    before = 1 + sum(1 + bool(block.expand_filters) + 2 * bool(block.se_filters) for block in blocks)
+    return net, f"conv2d_{before}/0"
+
+
+def _check_known(config: dict[str, Any]) -> None:
+    """Raises for a field that this package does not know, and for one that is there by both of its names."""
     known = _REQUIRED | _DEFAULTS.keys() | _OTHER_NAMES.keys() | set(_OTHER_NAMES.values()) | _WITHOUT_EFFECT
     for field in sorted(config.keys() - known):
         raise _FieldError(field, config[field], "this package does not know this field of keras-hub")
     for one, other in _OTHER_NAMES.items():
         if one in config and other in config:
             raise _FieldError(one, config[one], f"it has {other} too")
-    given = {**_DEFAULTS, **config}
-    count = len(_list(given, "stackwise_kernel_sizes", None))
-    if not 0 < count <= _BLOCKS:
-        raise _FieldError("stackwise_kernel_sizes", given["stackwise_kernel_sizes"], "a list of sizes was expected")
 
-    def each(field: str) -> list[Any]:
-        return _list(given, field, count)
 
-    types = each("stackwise_block_types")
+def _check_supported(given: dict[str, Any], count: int) -> None:
+    """Raises for blocks and settings that no net of this package has."""
+    types = _list(given, "stackwise_block_types", count)
     others = sorted({one_line(kind, 80) for kind in types} - {"v1"})
     if others:
         raise _FieldError("stackwise_block_types", ", ".join(others), f"such blocks {_MIXTURE}")
     for field, choices in _CHOICES.items():
         _choice(field, given[field], choices)
-    activation = _activation("activation", given["activation"], _ACTIVATIONS)
-    projected = given["projection_activation"] or None
-    if projected is not None and _activation("projection_activation", projected, _ACTIVATIONS) != activation:
-        raise _FieldError("projection_activation", projected, f"{activation} was expected, as everywhere in the net")
+
+
+def _blocks(given: dict[str, Any], count: int, stem: int, projected: bool) -> list[Block]:
+    """Returns the blocks of all stacks.
+
+    Args:
+        given: Dict, the config with its defaults.
+        count: Integer. Stacks.
+        stem: Integer. Channels of the first convolution.
+        projected: Boolean, whether projections have an activation.
+    """
+
+    def each(field: str) -> list[Any]:
+        return _list(given, field, count)
+
     widths, depths = each("stackwise_width_coefficients"), each("stackwise_depth_coefficients")
     kernels, strides = each("stackwise_kernel_sizes"), each("stackwise_strides")
     ratios, squeezes = each("stackwise_expansion_ratios"), each("stackwise_squeeze_and_excite_ratios")
     forced = each("stackwise_force_input_filters")
     inputs, outputs = each("stackwise_input_filters"), each("stackwise_output_filters")
     repeats = each("stackwise_num_repeats")
-    stem = _rounded(given, "stackwise_input_filters", inputs[0], widths[0])
     blocks: list[Block] = []
     arriving = stem
     for stage in range(count):
@@ -354,29 +397,11 @@ def _architecture(config: dict[str, Any]) -> tuple[Architecture, str]:
                     se_filters=max(1, int(declared * squeeze)) if squeezed else 0,
                     filters_out=filters_out,
                     residual=residual,
-                    project_activation=projected is not None,
+                    project_activation=projected,
                 )
             )
             arriving = filters_out
-    # It counts the blocks before scaling, and this package after it.
-    rate = _number("dropout", given["dropout"], 0, 0.99, whole=False) * len(blocks) / sum(repeats)
-    if rate * (len(blocks) - 1) / len(blocks) >= 1:
-        raise _FieldError("dropout", given["dropout"], "the last block's rate has to be less than 1")
-    epsilon = _number("batch_norm_epsilon", given["batch_norm_epsilon"], 1e-9, 1, whole=False)
-    net = Architecture(
-        name="",
-        stem_filters=stem,
-        blocks=tuple(blocks),
-        head_filters=0,
-        activation=activation,
-        dropout_rate=0.0,
-        drop_connect_rate=rate,
-        padding="symmetric",
-        bn_epsilon=float(epsilon),
-    )
-    # Keras 3 numbers the layers of a class, see naming_tables.KERAS3: the last convolution comes after all others.
-    before = 1 + sum(1 + bool(block.expand_filters) + 2 * bool(block.se_filters) for block in blocks)
-    return net, f"conv2d_{before}/0"
+    return blocks
 
 
 def _list(given: dict[str, Any], field: str, count: int | None) -> list[Any]:
