@@ -20,7 +20,7 @@ import pytest
 
 from keras_effnet.nets import inspection
 from keras_effnet.nets.scaling import resolve
-from keras_effnet.nets.variants import VARIANTS, of_timm
+from keras_effnet.nets.variants import VARIANTS, identify, nearest, of_timm
 from keras_effnet.weights import name_translation, naming_tables
 from keras_effnet.weights.layouts import LAYOUTS
 
@@ -204,6 +204,13 @@ def make_shallow() -> None:
         numbered = enumerate(variant.stages)
         stages = tuple(replace(stage, repeats=min(stage.repeats, 2 if n == 1 else 1)) for n, stage in numbered)
         VARIANTS[name] = replace(variant, stages=stages, depth=1.0)
+    forget_variants()
+
+
+def forget_variants() -> None:
+    """Empties the caches of what was looked up in the table of variants."""
+    identify.cache_clear()
+    nearest.cache_clear()
 
 
 @contextmanager
@@ -211,9 +218,12 @@ def shallow_nets():
     """Applies `make_shallow()` for a while."""
     before = dict(VARIANTS)
     make_shallow()
-    yield
-    VARIANTS.clear()
-    VARIANTS.update(before)
+    try:
+        yield
+    finally:
+        VARIANTS.clear()
+        VARIANTS.update(before)
+        forget_variants()
 
 
 def trained(model):

@@ -1,14 +1,14 @@
 """Variants resolve into the published parameters and multiply-adds, and into the blocks of the original and of timm."""
 
 import pytest
-from helpers import golden
+from helpers import golden, shallow_nets
 from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_effnet import describe, list_models
 from keras_effnet.nets.architecture import with_widths
 from keras_effnet.nets.scaling import resolve, round_filters, round_repeats
-from keras_effnet.nets.variants import VARIANTS
+from keras_effnet.nets.variants import VARIANTS, nearest
 
 # Millions of trainable parameters: tables of arXiv 1905.11946 and of tensorflow/tpu's READMEs.
 PUBLISHED_M = {
@@ -161,3 +161,14 @@ def test_round_filters_keeps_within_a_tenth_and_the_divisor(filters, width):
 @given(st.integers(1, 20), st.floats(0.1, 6))
 def test_round_repeats_never_loses_a_block(repeats, depth):
     assert round_repeats(repeats, depth) - 1 < repeats * depth <= round_repeats(repeats, depth)
+
+
+def test_shallow_nets_are_known_only_while_they_are_variants():
+    """What was looked up before the fixture, or within it, is not what is found within it, or after it."""
+    deep = resolve(VARIANTS["efficientnet-lite0"])
+    with shallow_nets():
+        shallow = resolve(VARIANTS["efficientnet-lite0"])
+        assert nearest(shallow) == "efficientnet-lite0" and nearest(deep) is None
+    assert nearest(shallow) is None and nearest(deep) == "efficientnet-lite0"
+    with shallow_nets():
+        assert nearest(shallow) == "efficientnet-lite0"
