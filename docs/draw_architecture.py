@@ -1,5 +1,6 @@
 """Draws architecture.svg from the imports between the rooms, and ways.svg: python docs/draw_architecture.py"""
 
+import importlib.util
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,14 @@ FLOORS = [
     ["models"],
 ]
 FLOORS += [["weights"], ["model_metadata"], ["nets"], ["cache"], ["class_names", "compat", "errors", "files", "ranges"]]
-TPU_FLOORS = [["train", "planning"], ["probe"], ["reports"], ["runners"], ["model_from_recipe"], ["input", "step"]]
+TPU_FLOORS = [
+    ["train", "planning"],
+    ["probe", "training_loop"],
+    ["reports"],
+    ["runners"],
+    ["model_from_recipe"],
+    ["input", "step"],
+]
 TPU_FLOORS += [["resume"], ["doctor", "recipes"], ["config", "environment"]]
 INK, PAPER, QUIET = "#22304a", "#eef2f8", "#8b97ab"
 WAYS = {
@@ -38,7 +46,7 @@ WAYS = {
         "tpu/input/pipeline\ndecode and crop",
         "tpu/input/augment\naugment",
         "tpu/runners\nto the devices",
-        "tpu/step/learner\nloss and update",
+        "tpu/step/train_step\nloss and update",
         "tpu/resume/checkpoints\nsaved state",
     ],
     "a checkpoint": [
@@ -111,6 +119,8 @@ def ways() -> pydot.Dot:
         names = [f"{title} {number}" for number in range(len(steps) + 1)]
         picture.add_node(pydot.Node(names[0], label=title, fillcolor=INK, fontcolor="white"))
         for name, step in zip(names[1:], steps, strict=True):
+            found = importlib.util.find_spec(f"keras_effnet.{step.partition(chr(10))[0].replace('/', '.')}")
+            assert found, f"Expected a module of the package. Received: {step!r}"
             picture.add_node(pydot.Node(name, label=step))
         for one, other in pairwise(names):
             picture.add_edge(pydot.Edge(one, other))

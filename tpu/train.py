@@ -1,18 +1,15 @@
-"""Trains a recipe on the devices of this machine. Read `_train()` for the steps of a run."""
+"""Prepares a run: its data, model and devices; starts or resumes it, and saves what it leaves. See `_train()`."""
 
 import atexit
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import importlib
-import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -21,10 +18,10 @@ import tensorflow as tf
 
 from keras_effnet.errors import one_of
 from keras_effnet.ranges import check_fields
+from keras_effnet.tpu import training_loop
 from keras_effnet.tpu.config import Recipe, Run, to_json
 from keras_effnet.tpu.input import pipeline
 from keras_effnet.tpu.input.example_readers import Items
-from keras_effnet.tpu.input.skipped_examples import Skipped
 from keras_effnet.tpu.input.sources import Source, open_source
 from keras_effnet.tpu.model_from_recipe import build, classes_of, export, freezing, make_learner, policy, save, whole
 from keras_effnet.tpu.recipes.finetune import decided
@@ -43,6 +40,7 @@ from keras_effnet.tpu.resume.recipe_changes import (
 from keras_effnet.tpu.step import cross_replica
 from keras_effnet.tpu.step.losses import balancing
 from keras_effnet.tpu.step.train_step import Learner
+from keras_effnet.tpu.training_loop import Job
 
 # The module that computes steps on devices, by Keras' backend. Everything else is shared.
 RUNNERS = {"tensorflow": "keras_effnet.tpu.runners.tensorflow_runner", "jax": "keras_effnet.tpu.runners.jax_runner"}
@@ -116,56 +114,18 @@ def train(
                 return probe(recipe, workdir, hosts, quiet, allow_changes)
             return _train(recipe, workdir, quiet, allow_changes, watch, stack)
     except KeyboardInterrupt:  # before the first step; from then on the watch catches Ctrl-C
-        raise _ended(stop_signals.INTERRUPTED, f"Stopped before the first step. {stop_signals.RESUME}") from None
+        message = f"Stopped before the first step. {stop_signals.RESUME}"
+        raise training_loop.ended(stop_signals.INTERRUPTED, message) from None
     except Exception as error:
         lost = runner.is_lost(error)
         if runner.WAITS and hosts > 1:
             atexit.register(_leave, stop_signals.AGAIN if lost else 2)
         if lost:
             message = "Lost another host. Run the same command again on all hosts to resume from the last checkpoint"
-            raise _ended(stop_signals.AGAIN, message) from error
+            raise training_loop.ended(stop_signals.AGAIN, message) from error
         if plain := full(error, workdir):
             raise plain from error
         raise
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the parts of a run share.
-
-    Args:
-        recipe: `Recipe`.
-        workdir: String, path of the run folder.
-        host: `pipeline.Host`, this machine.
-        machine: `Devices` of the runner.
-        source: `Source`.
-        size: Integer, height and width of an image in pixels.
-        classes: Integer, number of classes.
-        steps_per_epoch: Float, images divided by the global batch, not rounded, as in the original.
-        total: Integer, steps of the whole run.
-        accounts: Dict of the `Skipped` of `"train"` and `"eval"`, which are added when they begin to read.
-    """
-
-    recipe: Recipe
-    workdir: str
-    host: pipeline.Host
-    machine: Any
-    source: Source
-    size: int
-    classes: int
-    steps_per_epoch: float
-    total: int
-    accounts: dict[str, Skipped] = field(default_factory=dict)
-
-    @property
-    def writes(self) -> bool:
-        """Whether this host writes the files of the run."""
-        return self.host.index == 0
-
-    def account(self, name: str, path: str | None, examples: int) -> Skipped:
-        """Opens the account of the examples that cannot be read."""
-        self.accounts[name] = Skipped(path, examples, self.recipe.data.max_corrupt)
-        return self.accounts[name]
 
 
 def _train(
@@ -212,22 +172,22 @@ def _train(
     _tell(job, log, done, fresh, changes)
     log.resume(done)
     before = _results(workdir)
-    if before and not changes and (done >= job.total or _early(job, log, done)):
+    if before and not changes and (done >= job.total or training_loop.early(job, log, done)):
         return before
     if job.writes and (changes or before.get("stopped_early")):
         _remove_outdated(workdir, changes)
 
     watch.begin(lambda: trainer.stop.assign(1.0))
     stack.enter_context(contextlib.redirect_stdout(log.text))  # orbit prints what it does
-    controller = _controller(job, trainer, evaluator, step, checkpoints, log)
+    controller = training_loop.controller(job, trainer, evaluator, step, checkpoints, log)
     log.begin()
     stack.callback(log.end)
-    with _explained(job, step, checkpoints, log, watch):
-        done = _loop(job, controller, trainer, checkpoints, log, done)
+    with training_loop.end_explained(job, step, checkpoints, log, watch):
+        done = training_loop.run(job, controller, trainer, checkpoints, log, done)
     return _save_results(job, learner, state, checkpoints, log, done)
 
 
-def _tell(job: _Job, log: Log, done: int, chosen: dict[str, Any], changes: list[str]) -> None:
+def _tell(job: Job, log: Log, done: int, chosen: dict[str, Any], changes: list[str]) -> None:
     """Tells what is not in the recipe as it was given."""
     if chosen:
         words = {name.rpartition(".")[2].replace("_", " "): value for name, value in chosen.items()}
@@ -239,7 +199,7 @@ def _tell(job: _Job, log: Log, done: int, chosen: dict[str, Any], changes: list[
         log.note(note)
 
 
-def _write_numbers(job: _Job, devices: dict[str, int], chosen: dict[str, Any]) -> None:
+def _write_numbers(job: Job, devices: dict[str, int], chosen: dict[str, Any]) -> None:
     """Writes config.json with the numbers that follow from the recipe, the data and the devices."""
     if not job.writes:
         return
@@ -272,7 +232,7 @@ def _open_source(recipe: Recipe, workdir: str, host: pipeline.Host) -> Source:
     return open_source(recipe.data, cache=counts if host.index == 0 or tf.io.gfile.exists(counts) else None)
 
 
-def _planned(recipe: Recipe, workdir: str, host: pipeline.Host, machine: Any, source: Source) -> _Job:
+def _planned(recipe: Recipe, workdir: str, host: pipeline.Host, machine: Any, source: Source) -> Job:
     """Returns the numbers of the run, which follow from the data."""
     size, classes = recipe.image_size, classes_of(recipe, source)
     steps_per_epoch = source.train_count / recipe.batch_size
@@ -282,10 +242,10 @@ def _planned(recipe: Recipe, workdir: str, host: pipeline.Host, machine: Any, so
             f"Expected at least one step: epochs * {source.train_count} images / batch_size. Received: "
             f"epochs={recipe.epochs:g}, batch_size={recipe.batch_size}"
         )
-    return _Job(recipe, workdir, host, machine, source, size, classes, steps_per_epoch, total)
+    return Job(recipe, workdir, host, machine, source, size, classes, steps_per_epoch, total)
 
 
-def _build(job: _Job, group: int) -> tuple[Learner, Any, tf.Variable]:
+def _build(job: Job, group: int) -> tuple[Learner, Any, tf.Variable]:
     """Builds the model and all that a step changes. Returns learner, state, and the number of steps done."""
     recipe, machine, class_weights = job.recipe, job.machine, _class_weights(job)
     with machine.scope():
@@ -297,7 +257,7 @@ def _build(job: _Job, group: int) -> tuple[Learner, Any, tf.Variable]:
     return learner, state, orbit.utils.create_global_step()
 
 
-def _class_weights(job: _Job) -> tuple[float, ...] | None:
+def _class_weights(job: Job) -> tuple[float, ...] | None:
     if not job.recipe.data.balance:
         return None
     if not isinstance(job.source.train, Items):
@@ -308,7 +268,7 @@ def _class_weights(job: _Job) -> tuple[float, ...] | None:
     return balancing(job.source.train.labels, job.classes)
 
 
-def _train_batches(job: _Job, step: tf.Variable) -> Callable[[], Iterator]:
+def _train_batches(job: Job, step: tf.Variable) -> Callable[[], Iterator]:
     """Returns a function that starts to read the training data where the restored step left it."""
 
     def part(host: pipeline.Host, parts: int, python: bool):
@@ -323,13 +283,13 @@ def _train_batches(job: _Job, step: tf.Variable) -> Callable[[], Iterator]:
     return lambda: iter(job.machine.batches(part))
 
 
-def _stage(job: _Job, done: int) -> Recipe:
+def _stage(job: Job, done: int) -> Recipe:
     """Returns the recipe of the stage that trains after a step. A stage's first batch has its own compiled step."""
     number = sum(end <= done for end in job.recipe.stage_ends(job.total)[:-1])
     return job.recipe.stage(number)
 
 
-def _eval_batches(job: _Job) -> Callable[[], Iterator]:
+def _eval_batches(job: Job) -> Callable[[], Iterator]:
     """Returns a function that starts to read the evaluation data."""
 
     def part(host: pipeline.Host, parts: int, python: bool):
@@ -350,7 +310,7 @@ def _eval_batches(job: _Job) -> Callable[[], Iterator]:
     return start
 
 
-def _open_checkpoints(job: _Job, form: Any, step: tf.Variable) -> Checkpoints:
+def _open_checkpoints(job: Job, form: Any, step: tf.Variable) -> Checkpoints:
     run = job.recipe.run
     return Checkpoints(
         f"{job.workdir}/checkpoints",
@@ -363,7 +323,7 @@ def _open_checkpoints(job: _Job, form: Any, step: tf.Variable) -> Checkpoints:
     )
 
 
-def _restore(job: _Job, checkpoints: Checkpoints, log: Log) -> int:
+def _restore(job: Job, checkpoints: Checkpoints, log: Log) -> int:
     """Restores the newest readable checkpoint, if there is one. Returns its step, else 0."""
     done = checkpoints.restore(log.note)
     if job.machine.total(done) != done * job.host.count:
@@ -390,134 +350,7 @@ def _remove_outdated(workdir: str, changes: list[str]) -> None:
             tf.io.gfile.remove(path)
 
 
-def _controller(job: _Job, trainer, evaluator, step: tf.Variable, checkpoints: Checkpoints, log: Log):
-    loop = job.recipe.run.steps_per_loop
-
-    def trained(metrics) -> None:
-        done = int(step.numpy())
-        log.trained(done, metrics)
-        if checkpoints.due() or done == job.total:
-            checkpoints.save(log.best)
-        if trainer.asked:
-            raise stop_signals.Asked
-
-    return orbit.Controller(
-        strategy=job.machine.strategy,
-        trainer=trainer,
-        evaluator=evaluator,
-        global_step=step,
-        # The loops end at the same steps whether or not the run was interrupted.
-        steps_per_loop=lambda done: loop - int(done) % loop,
-        summary_dir=f"{job.workdir}/tensorboard/train" if job.writes else None,
-        eval_summary_dir=f"{job.workdir}/tensorboard/eval" if job.writes else None,
-        train_actions=[trained],
-    )
-
-
-def _loop(job: _Job, controller: orbit.Controller, trainer, checkpoints: Checkpoints, log: Log, done: int) -> int:
-    """Trains and evaluates in turn until the last step, or an early end. Returns the number of steps done."""
-    ends = job.recipe.stage_ends(job.total)
-    while True:
-        due = done >= job.total or (done and done == _next_stop(job, done - 1))
-        if due and done not in log.scores:
-            results = controller.evaluate()
-            log.evaluated(done, _checked(job, results))
-            if log.best == done or _early(job, log, done):
-                checkpoints.save(log.best)
-            _give_back()
-        if reason := _early(job, log, done):
-            log.note(reason.capitalize())
-        if done >= job.total or reason:
-            return done
-        stop = min(_next_stop(job, done), next(end for end in ends if end > done))
-        controller.train(stop, checkpoint_at_completion=False)
-        done = int(controller.global_step.numpy())
-        if done in ends:
-            trainer.close()  # it then reads the next stage
-
-
-def _early(job: _Job, log: Log, done: int) -> str | None:
-    """Returns why the run ends before its last step, or None. Follows from the evaluations that are logged."""
-    patience = job.recipe.run.patience
-    if patience is None or done >= job.total or done not in log.scores or log.waited < patience:
-        return None
-    return (
-        f"stopped early at step {done} of {job.total}: {log.waited} evaluations without a better top-1 than that of "
-        f"step {log.best}"
-    )
-
-
-def _next_stop(job: _Job, after: int) -> int:
-    """Returns the step of the first evaluation after a step."""
-    every = max(1.0, job.recipe.run.eval_every * job.steps_per_epoch)
-    return next(min(job.total, int(n * every)) for n in itertools.count(int(after / every)) if int(n * every) > after)
-
-
-def _checked(job: _Job, results: Any) -> dict[str, float]:
-    """Checks that an evaluation has counted each example once. Returns its results."""
-    skipped = job.machine.total(len(job.accounts["eval"]) if "eval" in job.accounts else 0)
-    if results["examples"] + skipped != job.source.eval_count:
-        raise ValueError(
-            f"Expected to evaluate {job.source.eval_count} examples. Received: {results['examples']:.0f}, and "
-            f"{skipped} that cannot be read"
-        )
-    return dict(results)
-
-
-def _give_back() -> None:
-    """Returns freed memory to the system. glibc keeps it in pieces, some 50 MB more with each evaluation."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-@contextlib.contextmanager
-def _explained(job: _Job, step: tf.Variable, checkpoints: Checkpoints, log: Log, watch: stop_signals.Watch):
-    """Saves the state if the loop is asked to stop, and explains why it ends early."""
-    try:
-        try:
-            yield
-        except stop_signals.Asked:
-            checkpoints.save(log.best)
-            message = f"Stopped and saved after step {int(step.numpy())} of {job.total}. {stop_signals.RESUME}"
-            raise _ended(watch.code, message, log) from None
-    except stop_signals.NonFiniteError as problem:
-        log.note(str(problem))
-        raise _non_finite(job, problem, checkpoints) from None
-    except tf.errors.OpError as error:
-        for skipped in job.accounts.values():
-            if skipped.problem:
-                raise ValueError(skipped.problem) from error
-        print(error.message, file=log.text)  # for train.log
-        raise
-
-
-def _ended(code: int, message: str, log: Log | None = None) -> stop_signals.Stopped:
-    if log:
-        log.note(message)
-    if log is None or log.quiet:  # hosts that do not write are quiet too
-        stop_signals.say(message)
-    return stop_signals.Stopped(code, message)
-
-
-def _non_finite(job: _Job, problem: stop_signals.NonFiniteError, checkpoints: Checkpoints) -> ValueError:
-    """Returns an error with the step, its batch on this host, and how to resume. Saves the names of the batch."""
-    batch, host = job.recipe.batch_size // job.host.count, job.host
-    first = (problem.step - 1) * batch
-    names = pipeline.names(job.source, job.recipe, batch, job.accounts.get("train"), first, host)
-    path = f"{job.workdir}/nonfinite-{host.index}.json"
-    cloud_files.write(
-        path, json.dumps({"step": problem.step, "what": problem.what, "examples": names}, indent=2) + "\n"
-    )
-    last = max(checkpoints.steps(), default=None)
-    again = "start again" if last is None else f"resume from step {last}"
-    return ValueError(
-        f"Expected a finite loss. Received: {problem.what} at step {problem.step}, with {', '.join(names[:2])}, ... "
-        f"(all {len(names)} on this host: {path}). To {again} with another learning rate or with clipping: "
-        "--allow-changes --optimizer.peak ... --optimizer.clip-norm ..."
-    )
-
-
-def _save_results(job: _Job, learner: Learner, state: Any, checkpoints: Checkpoints, log: Log, done: int):
+def _save_results(job: Job, learner: Learner, state: Any, checkpoints: Checkpoints, log: Log, done: int):
     """Saves the last and the best model, result.json and the report. Returns the results."""
     recipe, best = job.recipe, log.best or done
     result = {
@@ -527,7 +360,7 @@ def _save_results(job: _Job, learner: Learner, state: Any, checkpoints: Checkpoi
         **log.last,
         "best_step": best,
         "best_ema_top1": log.scores[best],
-        "stopped_early": _early(job, log, done),
+        "stopped_early": training_loop.early(job, log, done),
         "skipped": len(_skipped_names(job)),
         "labels": list(job.source.labels),
         "expected_top1": recipe.expected_top1,
@@ -549,13 +382,13 @@ def _save_results(job: _Job, learner: Learner, state: Any, checkpoints: Checkpoi
     return result
 
 
-def _save(job: _Job, model: keras.Model, name: str, step: int, log: Log) -> dict[str, Any]:
+def _save(job: Job, model: keras.Model, name: str, step: int, log: Log) -> dict[str, Any]:
     """Saves a model of a step. Returns its metadata."""
     epochs = round(step / job.steps_per_epoch, 2)
     return save(model, f"{job.workdir}/{name}", job.recipe, job.source.labels, step, epochs, log.scores[step])
 
 
-def _skipped_names(job: _Job) -> set[str]:
+def _skipped_names(job: Job) -> set[str]:
     found = {name for account in job.accounts.values() for name in account.names}
     for path in tf.io.gfile.glob(f"{job.workdir}/skipped-*.jsonl"):  # of other hosts
         found |= {row["name"] for row in cloud_files.rows(path)}
