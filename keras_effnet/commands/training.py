@@ -91,7 +91,13 @@ def _list_recipes(found, as_json: bool) -> None:
 @click.option("--first-label", default=1, show_default=True, help="Number of the first class in TFRecords.")
 @click.option("--eval-crop", "crop", type=float, help="Share of the shorter side to keep. Default: as for the weights.")
 @click.option("--interpolation", help="bicubic, bilinear or half-pixel-bilinear. Default: as for the weights.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Images per batch.")
+@click.option(
+    "--batch-size",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Images that a Keras model predicts at once.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Evaluate at most this many examples.")
 @click.option("--predictions", metavar="FILE.jsonl", help="Save one line per image: its class and the top 5.")
 @click.option("--all-classes", is_flag=True, help="Show all classes, not only the ten worst.")

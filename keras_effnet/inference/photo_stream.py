@@ -46,12 +46,13 @@ class FileExplanation(NamedTuple):
 
 
 def stream(
-    paths: Iterable[str | os.PathLike],
+    paths: Iterable[Any],
     load: Callable[[Any], np.ndarray],
     run: Callable[[np.ndarray], list[np.ndarray]],
     threads: int,
     batch: int = 1,
     ahead: int = AHEAD,
+    run_few: Callable[[np.ndarray], list[np.ndarray]] | None = None,
 ) -> Generator[FilePrediction, None, None]:
     """Yields what a model predicts for each photo, in order. Each thread loads a photo and runs the model on it.
 
@@ -59,7 +60,7 @@ def stream(
     their number.
 
     Args:
-        paths: Iterable of paths.
+        paths: Iterable of paths, or of other references to photos that `load` takes.
         load: Function from a path to pixels. If it raises `OSError`, `ValueError` or `MemoryError`, the photo is
             skipped.
         run: Function from a float32 batch of images to the list of outputs. Several threads call it at once.
@@ -67,10 +68,18 @@ def stream(
         batch: Integer. Photos that a thread loads before it runs the model on them. Defaults to 1.
         ahead: Integer. Finished batches per thread that may wait for an earlier one: their outputs are in memory.
             Defaults to `AHEAD`.
+        run_few: Function that replaces `run` if there are fewer photos than threads: it may use all of them itself.
+            Defaults to None: `run`.
 
     Yields:
-        `FilePrediction`, with the list of outputs.
+        `FilePrediction`, with the list of outputs. Its `path` is the item of `paths`.
     """
+
+    rest = iter(paths)
+    if run_few:
+        head = list(itertools.islice(rest, threads))
+        run = run_few if len(head) < threads else run
+        rest = itertools.chain(head, rest)
 
     def work(some: list) -> list[FilePrediction]:
         found: list[Any] = [_tried(load, path) for path in some]
@@ -82,7 +91,6 @@ def stream(
             for path, one in zip(some, found, strict=True)
         ]
 
-    rest = iter(paths)
     waiting: deque[Future] = deque()
     workers = ThreadPoolExecutor(threads, "keras_effnet")
     try:

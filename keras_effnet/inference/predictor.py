@@ -1,10 +1,9 @@
 """`Predictor`: runs a model on the fastest runtime that is installed."""
 
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -303,16 +302,8 @@ class Predictor:
         found = (path for each in given for path in folders.photographs([each], recursive))
         load = self.image_loader(decode)
 
-        def rows() -> Generator[photo_stream.FilePrediction, None, None]:
-            # With fewer photos than threads, each photo has all threads.
-            head = list(itertools.islice(found, self.threads))
-            run = self._run if len(head) < self.threads else self._run.on_one_thread
-            chain = itertools.chain(head, found)
-            stream = photo_stream.stream(chain, load, around(run), self.threads, self._run.batch, ahead)
-            with closing(stream):
-                yield from stream
-
-        return rows()
+        run, run_few = around(self._run.on_one_thread), around(self._run)
+        return photo_stream.stream(found, load, run, self.threads, self._run.batch, ahead, run_few)
 
     def on_one_thread(self, images) -> Any:
         """Runs the model as the call does, but with one thread, for a caller whose other threads do the same.

@@ -53,7 +53,7 @@ def evaluate(
             ones. Defaults to `"imagenet"`.
         crop: Float, share of the shorter side to keep. Defaults to what the weights expect.
         interpolation: See `images.resizing.crop_and_resize()`. Defaults to what the weights expect.
-        batch_size: Integer. Defaults to 32.
+        batch_size: Integer, images that a Keras model predicts at once. Defaults to 32.
         limit: Integer, maximum number of examples, taken from all over a folder or from the beginning of records.
             Defaults to None: all.
         predictions: Path of a file to write, with one JSON object per line: the `name`, `label` and five most
@@ -221,18 +221,11 @@ def _subject_of_model(net, weights, crop, interpolation) -> _Subject:
 def _subject_of_export(path: str, crop, interpolation) -> _Subject:
     predictor = Predictor(path)
     read, used = _reader(photo_loader.expected_by(path, "auto"), crop, interpolation)
-    net = _Exported(predictor)
-    outputs = net.predict_on_batch(np.zeros((1, *predictor.input_shape), "float32")).shape
-    if len(outputs) != 2:
-        raise ValueError(f"Expected a classifier with one output of shape (batch, classes). Received: {outputs}")
-    return _Subject(net, outputs[-1], read, used, labels=predictor.labels or ())
-
-
-@dataclass(frozen=True)
-class _Exported:
-    """Runs an exported model as `score()` runs a Keras model."""
-
-    predict_on_batch: Callable[[np.ndarray], Any]
+    outputs = predictor(np.zeros((1, *predictor.input_shape), "float32"))
+    if not isinstance(outputs, np.ndarray) or outputs.ndim != 2:
+        shapes = keras.tree.map_structure(np.shape, outputs)
+        raise ValueError(f"Expected a classifier with one output of shape (batch, classes). Received: {shapes}")
+    return _Subject(predictor, outputs.shape[-1], read, used, labels=predictor.labels or ())
 
 
 def _reader(expected, crop, interpolation) -> tuple[Callable[[bytes], np.ndarray], dict[str, Any]]:

@@ -1,20 +1,24 @@
 """Runs a classifier over examples and scores it: top-1, top-5, precision and recall per class, confusions."""
 
+import functools
 import heapq
 import io
 import itertools
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_effnet import class_names
+from keras_effnet.inference import photo_stream
+from keras_effnet.inference.predictor import Predictor
 from keras_effnet.tpu.input.example_readers import Items, Records
 
 TOP = 5
@@ -118,7 +122,7 @@ class Scores:
 
 
 def score(
-    net: keras.Model,
+    net: keras.Model | Predictor,
     rows: tf.data.Dataset,
     examples: Items | Records,
     read: Callable[[bytes], np.ndarray],
@@ -131,13 +135,13 @@ def score(
     """Runs a model over examples. Only a few batches of pixels are in memory at a time.
 
     Args:
-        net: A `keras.Model` that returns probabilities or logits.
+        net: A `keras.Model` or a `Predictor` that returns probabilities or logits.
         rows: `tf.data.Dataset` of `examples.evaluate()` or `examples.sample()`.
         examples: `Items` or `Records`.
         read: Function from an image's bytes to pixels.
         numbers: Integers (the data's classes,), the model's class number of each class of the data.
-        batch_size: Integer. Defaults to 32.
-        keep: Integer, number of most confident mistakes whose pixels are kept. Defaults to 0.
+        batch_size: Integer, examples that a `keras.Model` predicts at once. Defaults to 32.
+        keep: Integer, number of most confident mistakes whose pixels are kept, of a `keras.Model`. Defaults to 0.
         on_progress: Function of an integer, the number of examples done.
 
     Returns:
@@ -146,17 +150,23 @@ def score(
     Raises:
         ValueError: If a label is not among the classes, the storage does not respond, or a prediction is not finite.
     """
-    tally, done = _Tally(net, numbers, keep), 0
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        ready = _decoded(pool, rows, examples, read, ahead=2 * batch_size)
-        for batch in iter(lambda: list(itertools.islice(ready, batch_size)), []):
-            tally.skipped += [name for name, _, pixels in batch if pixels is None]
-            whole = [(name, label, pixels) for name, label, pixels in batch if pixels is not None]
-            done += len(batch)
-            if whole:
-                _check_labels(whole, len(numbers))
-                tally.add(whole, _predict(net, whole))
-            on_progress(done)
+    listed, load = _listed(rows), functools.partial(_load, examples, read)
+    if isinstance(net, Predictor):
+        found: Generator[_Predicted, None, None] = _streamed(net, listed, load)
+        tally = _Tally(net, numbers, shape=net.input_shape)
+    else:
+        found = _batched(net, listed, load, batch_size)
+        tally = _Tally(net.predict_on_batch, numbers, keep=keep)
+    done = 0
+    try:
+        with closing(found):
+            while some := list(itertools.islice(found, batch_size)):
+                done += len(some)
+                tally.skipped += [one.name for one in some if one.outputs is None]
+                tally.add([one for one in some if one.outputs is not None])
+                on_progress(done)
+    except _StorageError as error:
+        raise ValueError(str(error)) from error
     return tally.scores()
 
 
@@ -176,17 +186,35 @@ def png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+class _Example(NamedTuple):
+    """An example that is not read yet: its name, its label in the data, and what `examples.load()` reads."""
+
+    name: str
+    label: int
+    image: tf.Tensor
+
+
+class _Predicted(NamedTuple):
+    """The name and label of an example, with the model's outputs: None if it cannot be read."""
+
+    name: str
+    label: int
+    outputs: Any = None
+    pixels: Any = None
+
+
 class _Tally:
     """Collects predictions batch by batch, and the pixels of the most confident mistakes.
 
     Args:
-        net: See `score()`.
+        run: Function from a batch of images to the outputs.
         numbers: See `score()`.
-        keep: See `score()`.
+        shape: Tuple of integers, the shape of an image. Defaults to None: that of the pixels.
+        keep: See `score()`. Defaults to 0.
     """
 
-    def __init__(self, net: keras.Model, numbers: np.ndarray, keep: int):
-        self._net, self._numbers, self._keep = net, numbers, keep
+    def __init__(self, run: Callable, numbers: np.ndarray, *, shape: tuple[int, ...] | None = None, keep: int = 0):
+        self._run, self._numbers, self._shape, self._keep = run, numbers, shape, keep
         self._logits: bool | None = None
         self._names: list[str] = []
         self.skipped: list[str] = []
@@ -195,22 +223,37 @@ class _Tally:
         self._probabilities: list[np.ndarray] = []
         self._kept: list[tuple[float, int, np.ndarray]] = []
 
-    def add(self, batch: list[tuple[str, int, np.ndarray]], outputs: np.ndarray) -> None:
-        """Adds a batch of names, labels and pixels, with the model's outputs."""
-        probabilities = class_names.probabilities(outputs, lambda: self._returns_logits(batch[0][2].shape))
+    def add(self, batch: list[_Predicted]) -> None:
+        """Adds examples with their outputs."""
+        if not batch:
+            return
+        self._check(batch)
+        outputs = np.stack([one.outputs for one in batch]).astype("float32")
+        probabilities = class_names.probabilities(outputs, lambda: self._returns_logits(batch))
         order = np.argsort(-outputs, axis=1, kind="stable")[:, :TOP].astype("int32")
         shares = np.take_along_axis(probabilities, order, 1)
-        for (name, label, pixels), best, share in zip(batch, order, shares, strict=True):
-            if self._keep and best[0] != self._numbers[label]:
-                self._keep_mistake(float(share[0]), pixels)
-            self._names.append(name)
-            self._labels.append(int(self._numbers[label]))
+        for example, best, share in zip(batch, order, shares, strict=True):
+            label = int(self._numbers[example.label])
+            if self._keep and best[0] != label:
+                self._keep_mistake(float(share[0]), example.pixels)
+            self._names.append(example.name)
+            self._labels.append(label)
         self._classes.append(order)
         self._probabilities.append(shares)
 
-    def _returns_logits(self, shape: tuple[int, ...]) -> bool:
+    def _check(self, batch: list[_Predicted]) -> None:
+        for name, label, outputs, _ in batch:
+            if not 0 <= label < len(self._numbers):
+                raise ValueError(
+                    f"Expected labels from 0 to {len(self._numbers) - 1} (see --first-label). Received: {label} for "
+                    f"{name}"
+                )
+            if not np.isfinite(outputs).all():
+                raise ValueError(f"Expected finite numbers from the model. Received: NaN or infinity for {name}")
+
+    def _returns_logits(self, batch: list[_Predicted]) -> bool:
         if self._logits is None:
-            self._logits = class_names.returns_logits(self._net.predict_on_batch, shape)
+            self._logits = class_names.returns_logits(self._run, self._shape or batch[0].pixels.shape)
         return self._logits
 
     def _keep_mistake(self, share: float, pixels: np.ndarray) -> None:
@@ -232,49 +275,77 @@ class _Tally:
         )
 
 
-def _check_labels(batch: list[tuple[str, int, np.ndarray]], classes: int) -> None:
-    for name, label, _ in batch:
-        if not 0 <= label < classes:
-            raise ValueError(
-                f"Expected labels from 0 to {classes - 1} (see --first-label). Received: {label} for {name}"
-            )
+def _listed(rows: tf.data.Dataset) -> Generator[_Example, None, None]:
+    try:
+        for row in rows:
+            yield _Example(row["name"].numpy().decode(errors="replace"), int(row["label"]), row["image"])
+    except tf.errors.OpError as error:
+        raise ValueError(f"Could not read all of the data: {error.message}") from error
 
 
-def _predict(net, batch: list[tuple[str, int, np.ndarray]]) -> np.ndarray:
-    outputs = np.asarray(net.predict_on_batch(np.stack([pixels for *_, pixels in batch])), "float32")
-    if not np.isfinite(outputs).all():
-        raise ValueError(
-            "Expected finite numbers from the model. Received: NaN or infinity in the batch that starts with "
-            f"{batch[0][0]}"
-        )
-    return outputs
+class _StorageError(Exception):
+    """The storage failed: the photo is not to blame."""
 
 
-def _decoded(pool, rows, examples, read, ahead: int) -> Iterator[tuple[str, int, np.ndarray | None]]:
-    """Yields the name, label and pixels of each example in order; None for the pixels of an unreadable one."""
+def _load(examples: Items | Records, read: Callable[[bytes], np.ndarray], example: _Example) -> np.ndarray:
+    """Returns the pixels of an example. Raises `ValueError` or `OSError` if it cannot be decoded."""
+    try:
+        content = examples.load(example.image, python=False).numpy()
+    except (tf.errors.OpError, OSError, ValueError, MemoryError) as error:
+        raise _StorageError(f"Could not read {example.name}: {getattr(error, 'message', error)}") from error
+    try:
+        return read(content if isinstance(content, bytes) else png(content))
+    except tf.errors.OpError as error:
+        raise ValueError(error.message) from error
 
-    def one(row):
-        name = row["name"].numpy().decode(errors="replace")
+
+def _streamed(net: Predictor, listed: Iterable[_Example], load: Callable) -> Generator[_Predicted, None, None]:
+    """Decodes and predicts on all threads at once, as `Predictor.predict_files()` does. Keeps no pixels."""
+
+    def rows(run: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], list[np.ndarray]]:
+        return lambda images: [run(images)]
+
+    few, run = rows(net), rows(net.on_one_thread)
+    stream: Any = photo_stream.stream(listed, load, run, net.threads, net.batch, run_few=few)
+    with closing(stream):
+        for (name, label, _), outputs, error in stream:
+            yield _Predicted(name, label) if error else _Predicted(name, label, *outputs)
+
+
+def _batched(
+    net: keras.Model, listed: Iterable[_Example], load: Callable, size: int
+) -> Generator[_Predicted, None, None]:
+    """Decodes in threads while the model predicts batches."""
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        closing(_decoded(pool, listed, load, ahead=2 * size)) as ready,
+    ):
+        while some := list(itertools.islice(ready, size)):
+            images = [pixels for *_, pixels in some if pixels is not None]
+            rows = iter(np.asarray(net.predict_on_batch(np.stack(images)), "float32") if images else ())
+            for name, label, pixels in some:
+                yield _Predicted(name, label) if pixels is None else _Predicted(name, label, next(rows), pixels)
+
+
+def _decoded(
+    pool: ThreadPoolExecutor, listed: Iterable[_Example], load: Callable, ahead: int
+) -> Generator[tuple[str, int, np.ndarray | None], None, None]:
+    """Yields names and labels in order, with the pixels; None for those of an unreadable example."""
+
+    def one(example: _Example) -> tuple[str, int, np.ndarray | None]:
         try:
-            content = examples.load(row["image"], python=False).numpy()
-        except tf.errors.OpError as error:  # the storage failed: the photo is not to blame
-            raise ValueError(f"Could not read {name}: {error.message}") from error
-        try:
-            pixels = read(content if isinstance(content, bytes) else png(content))
-        except (OSError, ValueError, MemoryError, tf.errors.OpError):
-            pixels = None
-        return name, int(row["label"]), pixels
+            return example.name, example.label, load(example)
+        except (OSError, ValueError, MemoryError):  # as photo_stream skips it
+            return example.name, example.label, None
 
     waiting: deque[Future] = deque()
     try:
-        for row in rows:
-            waiting.append(pool.submit(one, row))
+        for example in listed:
+            waiting.append(pool.submit(one, example))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except tf.errors.OpError as error:
-        raise ValueError(f"Could not read all of the data: {error.message}") from error
     finally:
         for future in waiting:
             future.cancel()

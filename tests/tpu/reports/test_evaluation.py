@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT, invoked
+from helpers import BACKEND, ROOT, invoked, tiny
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -24,6 +25,7 @@ import tensorflow_datasets as tfds
 
 import keras_effnet as ke
 from keras_effnet.images import photo_loader
+from keras_effnet.inference import runtimes
 from keras_effnet.inference.classifier import Classifier
 from keras_effnet.tpu.config import Data
 from keras_effnet.tpu.input.sources import open_evaluation
@@ -121,6 +123,37 @@ def test_probabilities_are_those_of_predict(activation, folder, shallow, eager, 
         for one in row["predictions"]:
             (other,) = [each for each in expected["predictions"] if each["name"] == one["name"]]
             assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".tflite", ".onnx"])
+def test_an_export_predicts_as_predict_files_does(suffix, folder, tmp_path, monkeypatch):
+    model = ke.save_model(tiny(classes=4), tmp_path / "four.keras", labels=sorted(CLASSES))
+    path = tmp_path / f"four{suffix}"
+    ke.export(model, path)
+    found = evaluate(path, Data(str(folder)), batch_size=7, predictions=tmp_path / "rows.jsonl")
+    assert found["skipped"] == [str(folder / BROKEN)] and found["examples"] == 40
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    expected = ke.Predictor(path).predict_files([row["name"] for row in rows])
+    for row, (_, outputs, _) in zip(rows, expected, strict=True):
+        assert [one["class"] for one in row["predictions"]] == np.argsort(-outputs, kind="stable").tolist()
+        assert [one["probability"] for one in row["predictions"]] == sorted(outputs.tolist(), reverse=True)
+    monkeypatch.setattr(runtimes, "cores", lambda: 4)  # more than photos: each of these has all of them
+    assert evaluate(path, Data(str(folder)), limit=3)["examples"] == 3
+    records(tmp_path / "records", folder, first=1)
+    with pytest.raises(ValueError, match=r"Expected labels from 0 to 3 \(see --first-label\). Received: 281 for .*:0"):
+        evaluate(path, Data(str(tmp_path / "records")))
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".tflite"])
+def test_a_photo_that_its_storage_loses_ends_the_evaluation(suffix, folder, tmp_path, monkeypatch):
+    """It is not counted as damaged: the accuracy would be that of the others."""
+    monkeypatch.setattr(runtimes, "cores", lambda: 2)  # with 40, the last photo would be read at once
+    path = tmp_path / f"four{suffix}"
+    (ke.save_model if suffix == ".keras" else ke.export)(tiny(classes=4), path)
+    photos = shutil.copytree(folder, tmp_path / "photos")
+    last = sorted(photos.glob("*/*.jpg"))[-1]
+    with pytest.raises(ValueError, match=rf"Could not read {re.escape(str(last))}: .*No such file"):
+        evaluate(path, Data(str(photos)), batch_size=4, on_progress=lambda done, _: last.unlink(missing_ok=True))
 
 
 def test_what_is_told_beside_the_accuracy(folder, result):
