@@ -22,9 +22,18 @@ def _seed():
     keras.utils.set_random_seed(0)
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """A folder of kept files that the tests of one module share."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_EFFNET_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture
 def shallow():
-    """Applies `make_shallow()` for one test."""
+    """Applies `shallow_nets()` for one test."""
     with shallow_nets():
         yield
 

@@ -189,7 +189,8 @@ def same_weights(one: keras.Model, other: keras.Model) -> bool:
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
-def make_shallow() -> None:
+@contextmanager
+def shallow_nets():
     """Reduces all variants to one block per stage, and two in the second, for tests that do not depend on depth.
 
     Tracing and compiling a training step then takes a third to half of the time.
@@ -197,33 +198,27 @@ def make_shallow() -> None:
     import keras_effnet.models  # makes a function for each variant
     import keras_effnet.weights.registry  # noqa: F401  and a record for each of their sets
 
-    for name, variant in list(VARIANTS.items()):
+    before = dict(VARIANTS)
+    for name, variant in before.items():
         if name.endswith("-pruned"):  # a row of widths for each of its blocks
             del VARIANTS[name]
             continue
         numbered = enumerate(variant.stages)
         stages = tuple(replace(stage, repeats=min(stage.repeats, 2 if n == 1 else 1)) for n, stage in numbered)
         VARIANTS[name] = replace(variant, stages=stages, depth=1.0)
-    forget_variants()
-
-
-def forget_variants() -> None:
-    """Empties the caches of what was looked up in the table of variants."""
-    identify.cache_clear()
-    nearest.cache_clear()
-
-
-@contextmanager
-def shallow_nets():
-    """Applies `make_shallow()` for a while."""
-    before = dict(VARIANTS)
-    make_shallow()
+    _forget_variants()
     try:
         yield
     finally:
         VARIANTS.clear()
         VARIANTS.update(before)
-        forget_variants()
+        _forget_variants()
+
+
+def _forget_variants() -> None:
+    """Empties the caches of what was looked up in the table of variants."""
+    identify.cache_clear()
+    nearest.cache_clear()
 
 
 def trained(model):

@@ -18,18 +18,9 @@ from keras_effnet.inference import class_maps, explained_photos
 from keras_effnet.inference.classifier import Classifier
 
 # Converters use deprecated parts of TensorFlow, JAX, PyTorch and NumPy. We cannot fix their warnings.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_cache")]
 
 ON_TENSORFLOW = pytest.mark.skipif(BACKEND != "tensorflow", reason="written for TensorFlow, in parts")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    """A cache of exports for this module only."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KERAS_EFFNET_HOME", str(folder))
-        yield folder
 
 
 def pixels(shape, count: int = 3) -> np.ndarray:
@@ -187,7 +178,7 @@ def test_an_export_in_8_bits_carries_them_too(ending, tmp_path):
     assert report["float_layers"] == bare["float_layers"]
 
 
-def test_a_predictor_explains_what_the_model_explains(home):
+def test_a_predictor_explains_what_the_model_explains():
     model, images = tiny((75, 64, 3), 6), pixels((75, 64, 3))
     for runtime in ("keras", "onnxruntime"):
         predictor = ke.Predictor(model, runtime, maps=True)

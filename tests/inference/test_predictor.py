@@ -20,21 +20,12 @@ from keras_effnet.inference import runtimes
 from keras_effnet.inference.export_check import agreement
 
 # Converters use deprecated parts of TensorFlow, JAX, PyTorch and NumPy. We cannot fix their warnings.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_cache")]
 
 SHAPE = (48, 40, 3)
 RUNTIMES = [*runtimes.choose("auto"), "keras"]
 if BACKEND != "tensorflow":
     RUNTIMES.remove("litert")  # Keras exports it on TensorFlow only
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    """A cache of exports for this module only."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KERAS_EFFNET_HOME", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +63,7 @@ def test_it_gives_what_predict_gives(runtime, model, images, expected):
     assert np.array_equal(images, images_before)
 
 
-def test_auto_takes_the_fastest_and_remembers_it(model, images, expected, home):
+def test_auto_takes_the_fastest_and_remembers_it(model, images, expected):
     predictor = ke.Predictor(model)
     assert np.abs(predictor(images) - expected).max() < 1e-5
     told = cache.read_json(predictor.path.parent / "float32.fastest.json")

@@ -20,6 +20,9 @@ README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
+# Modules whose examples export or prune nets, and show nothing that depends on their depth.
+OF_ANY_DEPTH = (".predictor", ".benchmark", ".export", ".choose_channels", ".cut_channels", ".importance")
+
 once = pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
 
 
@@ -28,7 +31,9 @@ once = pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
     "module",  # the pages distill too
     [pytest.param(name, marks=pytest.mark.long) if name.endswith(".distillation") else name for name in modules()],
 )
-def test_examples_run(module, monkeypatch, tmp_path):
+def test_examples_run(module, monkeypatch, tmp_path, request):
+    if module.endswith(OF_ANY_DEPTH):
+        request.getfixturevalue("shallow")
     os.symlink(ROOT / "docs", tmp_path / "docs")  # examples read there, and write into the current folder
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)

@@ -548,12 +548,12 @@ def test_a_killed_distillation_goes_on(tmp_path):
 import sys
 sys.path[:0] = {[str(ROOT / "tests"), str(ROOT / "tests" / "pruning")]!r}
 import numpy as np, keras, tensorflow as tf, keras_effnet as ke
-from helpers import make_shallow
+import mini
 from test_pruning import SMALL, lively, random_plan
-make_shallow()
 tf.config.run_functions_eagerly(True)  # for so few steps, less work than tracing
 keras.utils.set_random_seed(0)
-teacher = lively(ke.EfficientNetLite0(dropout_rate=0, drop_connect_rate=0, bn_momentum=0.5, **SMALL))
+more = dict(dropout_rate=0, drop_connect_rate=0, bn_momentum=0.5, **SMALL)
+teacher = lively(ke.create_model("efficientnet-mini", **more))
 student = ke.pruning.apply(teacher, random_plan(teacher, 4))
 pixels = np.random.default_rng(0).uniform(0, 255, (32, 32, 32, 3)).astype("float32")
 class Data(keras.utils.PyDataset):

@@ -81,18 +81,6 @@ def test_few_photos_and_classes_without_any():
         linear_classifier.fit(values, labels, 3, l2=0)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache that the tests of this module share, for the exports of their body."""
-    before = os.environ.get("KERAS_EFFNET_HOME")
-    os.environ["KERAS_EFFNET_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    yield Path(os.environ["KERAS_EFFNET_HOME"])
-    if before is None:
-        del os.environ["KERAS_EFFNET_HOME"]
-    else:
-        os.environ["KERAS_EFFNET_HOME"] = before
-
-
 @pytest.fixture
 def mini(monkeypatch):
     """The net of three blocks of tests/mini.py."""
@@ -129,7 +117,7 @@ def loaded(chunk: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.usefixtures("mini")
-def test_a_run_leaves_one_net_and_its_features(cache, photos, tmp_path, caplog):
+def test_a_run_leaves_one_net_and_its_features(own_cache, photos, tmp_path, caplog):
     recipe = recipe_of(photos)
     result = train(recipe, tmp_path / "run", quiet=True)
     # A random body is enough for three digits.
@@ -150,17 +138,17 @@ def test_a_run_leaves_one_net_and_its_features(cache, photos, tmp_path, caplog):
     images, labels, _ = next(iter(pipeline.evaluation(source, recipe, 32, 60, Skipped(None, 60))))
     probabilities = model.predict_on_batch(images.numpy())
     assert np.mean(probabilities.argmax(1) == labels.numpy()) == pytest.approx(result["ema_top1"])
-    (values,) = [chunk["values"] for chunk in map(loaded, chunks(cache)) if len(chunk["labels"]) == 60]
+    (values,) = [chunk["values"] for chunk in map(loaded, chunks(own_cache)) if len(chunk["labels"]) == 60]
     kernel, bias = model.get_layer("predictions").get_weights()
     np.testing.assert_allclose(probabilities, shares(values @ kernel + bias), atol=1e-3)
     # The folder is that of a run.
     assert evaluate(tmp_path / "run")["top1"] == pytest.approx(result["ema_top1"])
 
     # With another strength, the classifier is fitted to the features on disk. The same call again changes nothing.
-    before = chunks(cache)
+    before = chunks(own_cache)
     assert len(before) == 3
     other = recipe_of(photos, "--probe.l2", "0.5")
-    assert train(other, tmp_path / "other", quiet=True)["l2"] == 0.5 and chunks(cache) == before
+    assert train(other, tmp_path / "other", quiet=True)["l2"] == 0.5 and chunks(own_cache) == before
     assert train(recipe, tmp_path / "run", quiet=True) == result
     with pytest.raises(ValueError, match=r"--allow-changes. Received: probe.l2 None -> 0.5"):
         train(other, tmp_path / "run", quiet=True)
@@ -172,8 +160,8 @@ def test_a_run_leaves_one_net_and_its_features(cache, photos, tmp_path, caplog):
     with Image.open(photos / "train" / "two" / "002.png") as image:
         image.rotate(90).save(photos / "train" / "two" / "002.png")
     again = train(other, tmp_path / "run", quiet=True)
-    assert again["ema_loss"] != result["ema_loss"] and len(chunks(cache)) == 5
-    assert before.items() <= chunks(cache).items()
+    assert again["ema_loss"] != result["ema_loss"] and len(chunks(own_cache)) == 5
+    assert before.items() <= chunks(own_cache).items()
     # A run that squashes its photos evaluates itself so, and says it.
     assert "crop_mode" not in evaluate(tmp_path / "run")["preprocessing"]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -187,7 +175,7 @@ def test_a_run_leaves_one_net_and_its_features(cache, photos, tmp_path, caplog):
 
 
 @pytest.mark.usefixtures("mini")
-def test_what_does_not_fit_is_refused(cache, photos, tmp_path):
+def test_what_does_not_fit_is_refused(own_cache, photos, tmp_path):
     with pytest.raises(ValueError, match=r"only fields that a probe uses: .*Received: optimizer.peak=0.1"):
         train(recipe_of(photos, "--optimizer.peak", "0.1"), tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match=r"Expected probe.l2 above 0. Received: -1"):
@@ -199,7 +187,7 @@ def test_what_does_not_fit_is_refused(cache, photos, tmp_path):
     assert not (tmp_path / "run" / "model.keras").exists()
 
 
-def test_an_interruption_leaves_whole_files_and_the_next_call_computes_the_rest(cache, photos, monkeypatch):
+def test_an_interruption_leaves_whole_files_and_the_next_call_computes_the_rest(own_cache, photos, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 64)
     recipe = recipe_of(photos)
     source = open_source(recipe.data)
@@ -215,21 +203,21 @@ def test_an_interruption_leaves_whole_files_and_the_next_call_computes_the_rest(
     def compute():
         return features.compute(view, "means", means, Skipped(None, source.train_count, 0.05))
 
-    before = chunks(cache)
+    before = chunks(own_cache)
     with pytest.raises(KeyboardInterrupt):
         compute()
-    kept = chunks(cache).items() - before.items()
+    kept = chunks(own_cache).items() - before.items()
     assert [path.name for path, _ in kept] == ["000000.npz"]
     # A file that was cut short is computed again.
     stop_after, whole = 1000, len(done)
     found = compute()
     first = loaded(next(path for path, _ in kept))
-    assert len(done) - whole == 239 - len(first["labels"]) and kept <= chunks(cache).items()
+    assert len(done) - whole == 239 - len(first["labels"]) and kept <= chunks(own_cache).items()
     lost = sorted((photos / "train" / "one").iterdir())[3]
     readable = [number for number, path in enumerate(source.train.images) if path != str(lost)]
     assert found.ordinals.tolist() == readable and len(found.values) == 239
     np.testing.assert_array_equal(found.labels, source.train.labels[readable])
-    last = next(path for path in chunks(cache).keys() - before.keys() if path.name == "000003.npz")
+    last = next(path for path in chunks(own_cache).keys() - before.keys() if path.name == "000003.npz")
     last.write_bytes(last.read_bytes()[:100])
     done.clear()
     with pytest.warns(UserWarning, match=f"A kept file is damaged and is made again: {last}"):

@@ -96,7 +96,7 @@ class Process:
             time.sleep(0.02)
         return self
 
-    def ended(self, status: int, seconds: float = 1800) -> str:
+    def ended(self, status: int, seconds: float = 3600) -> str:
         assert self.process.wait(seconds) == status, self.said()
         told = self.said()
         self.log.close()
