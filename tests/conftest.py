@@ -6,7 +6,7 @@ import os
 import hypothesis
 import keras
 import pytest
-from helpers import BACKEND, ROOT, shallow_nets
+from helpers import BACKEND, ROOT, forget_variants, shallow_nets
 
 # Layers and graphs are millions of objects that stay: with Python's own limits, an eighth of the time is collection.
 gc.set_threshold(200_000, 20, 100)
@@ -17,9 +17,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 
 @pytest.fixture(autouse=True)
-def _seed():
-    """Starts every test from the same random values, whatever ran before it in its process."""
+def _fresh():
+    """Starts every test from the same random values and the whole table of variants, whatever ran before it."""
     keras.utils.set_random_seed(0)
+    forget_variants()
 
 
 @pytest.fixture(scope="module")

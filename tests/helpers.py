@@ -206,16 +206,16 @@ def shallow_nets():
         numbered = enumerate(variant.stages)
         stages = tuple(replace(stage, repeats=min(stage.repeats, 2 if n == 1 else 1)) for n, stage in numbered)
         VARIANTS[name] = replace(variant, stages=stages, depth=1.0)
-    _forget_variants()
+    forget_variants()
     try:
         yield
     finally:
         VARIANTS.clear()
         VARIANTS.update(before)
-        _forget_variants()
+        forget_variants()
 
 
-def _forget_variants() -> None:
+def forget_variants() -> None:
     """Empties the caches of what was looked up in the table of variants."""
     identify.cache_clear()
     nearest.cache_clear()

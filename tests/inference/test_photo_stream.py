@@ -276,14 +276,9 @@ def test_a_file_with_other_rows_is_refused_and_left_as_it_is(kind, tmp_path):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
 @pytest.mark.parametrize(
-    ("kind", "kills"),
-    [
-        pytest.param("jsonl", 3, marks=pytest.mark.slow),
-        pytest.param("jsonl", 10, marks=pytest.mark.long),
-        pytest.param("csv", 10, marks=pytest.mark.long),
-    ],
+    "kind", [pytest.param("jsonl", marks=pytest.mark.slow), pytest.param("csv", marks=pytest.mark.long)]
 )
-def test_a_killed_command_continues_without_a_double_or_missing_row(kind, kills, model, tmp_path):
+def test_a_killed_command_continues_without_a_double_or_missing_row(kind, model, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     random = np.random.default_rng(0)
@@ -296,7 +291,8 @@ def test_a_killed_command_continues_without_a_double_or_missing_row(kind, kills,
     line = [sys.executable, "-m", "keras_effnet", "predict", photos, "--model", model, "--top", "2"]
     line += ["--runtime", "litert", f"--{kind}", path]
     line = list(map(str, line))
-    for _ in range(kills):
+    kills = 0
+    while kills < 10:
         had = path.stat().st_size if path.exists() else 0
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (path.exists() and path.stat().st_size > had):
@@ -305,7 +301,8 @@ def test_a_killed_command_continues_without_a_double_or_missing_row(kind, kills,
         assert process.poll() is None, "the command ended before it was killed: use more photos"
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert len(path.read_bytes().splitlines()) > 5 * kills
+        kills += 1
+    assert len(path.read_bytes().splitlines()) > 50
     subprocess.run(line, check=True, capture_output=True)
     found = rows_of(path)
     assert sorted(found) == [f"{number:04}.png" for number in range(4000)]

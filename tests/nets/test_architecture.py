@@ -1,5 +1,7 @@
 """Variants resolve into the published parameters and multiply-adds, and into the blocks of the original and of timm."""
 
+from dataclasses import replace
+
 import pytest
 from helpers import golden, shallow_nets
 from hypothesis import given
@@ -172,3 +174,11 @@ def test_shallow_nets_are_known_only_while_they_are_variants():
     assert nearest(shallow) is None and nearest(deep) == "efficientnet-lite0"
     with shallow_nets():
         assert nearest(shallow) == "efficientnet-lite0"
+
+
+@pytest.mark.parametrize("name", ["one", "other"])
+def test_a_variant_of_a_test_is_known_in_it_alone(name, monkeypatch):
+    row = VARIANTS["efficientnet-b0"]
+    row = replace(row, name=name, stages=row.stages[:3])
+    monkeypatch.setitem(VARIANTS, name, row)
+    assert nearest(resolve(row)) == name
