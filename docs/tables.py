@@ -7,6 +7,13 @@ import keras_effnet as ke
 
 PAGE = Path(__file__).with_name("models.md")
 
+# What the name of a family does not say. Sources: keras_effnet/nets/variants.py.
+NOTES = {
+    "X and H": "The TPU repository's nets with fused blocks and space-to-depth. Stages 2 and 3 expand the channels 6 times in X and "
+    "4 times in H. timm's X B5 and H B5 exchange ReLU and SiLU, have a smaller first kernel, and pad symmetrically.",
+    "Composer": "The B0 of MosaicML's library Composer. It has one activation more, after the projection of the first block.",
+}
+
 
 def functions() -> dict[str, str]:
     """The function of each variant by its name."""
@@ -44,7 +51,10 @@ def models() -> str:
         cost = [f"{found['params'] / 1e6:.1f} M", f"{found['macs'] / 1e9:.2f} G"]
         row = [f"`{name}`", f"`{function}`", str(found["resolution"][0]), *cost, *reached, default]
         groups.setdefault(found["family"], []).append(row)
-    return "\n\n".join(f"### {family}\n\n{table(columns, rows)}" for family, rows in groups.items())
+    return "\n\n".join(
+        "\n\n".join(filter(None, (f"### {family}", NOTES.get(family), table(columns, rows))))
+        for family, rows in groups.items()
+    )
 
 
 def _reached(record) -> str:
