@@ -48,6 +48,13 @@ def shallow():
 
 
 @pytest.fixture
+def mini():
+    """Applies `shallow_nets()` for one test, to the first three stages."""
+    with shallow_nets(stages=3):
+        yield
+
+
+@pytest.fixture
 def eager():
     """Runs TensorFlow operation by operation. A few steps take less time than tracing them."""
     if BACKEND != "tensorflow":

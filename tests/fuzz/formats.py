@@ -551,8 +551,8 @@ FORMATS: dict[str, Format] = {
         for kind in KINDS
     },
     "recipe": Format(_recipes, of_json_text, "config.json", "recipe"),
-    "preset": Format(_presets, lambda files: _any_file(files, INSIDE), "m", "preset"),
-    "preset_keras": Format(_preset_archives, _of_archive, "x.keras", "preset"),
+    "preset": Format(_presets, lambda files: _any_file(files, INSIDE), "m", "preset", 2),
+    "preset_keras": Format(_preset_archives, _of_archive, "x.keras", "preset", 2),
     "hub_config": Format(_configs, _of_config, "config.json", "beside"),
     "metadata_keras": Format(_archives, _of_archive, "x.keras", "metadata"),
     "metadata_litert": Format(_tflites, _of_tflite, "x.tflite", "metadata"),

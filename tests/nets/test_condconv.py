@@ -84,9 +84,9 @@ def differentiate(function, values, upstream, mode: str):
             if values[0].shape.rank == 4:
                 signature[0] = tf.TensorSpec((None, None, None, values[0].shape[3]), values[0].dtype)
             signature += [tf.TensorSpec(value.shape, value.dtype) for value in values[2:]]
-            both = tf.function(both, input_signature=signature)
+            both = tf.function(both, input_signature=signature, autograph=False)
         elif mode == "xla":
-            both = tf.function(both, jit_compile=True)
+            both = tf.function(both, jit_compile=True, autograph=False)
         return both(*values)
     if BACKEND == "jax":
         import jax
@@ -412,7 +412,7 @@ LOAD = """
 import sys, numpy as np
 {imports}
 model = keras.saving.load_model(sys.argv[1])
-np.save(sys.argv[3], keras.ops.convert_to_numpy(model.predict_on_batch(np.load(sys.argv[2]))))
+np.save(sys.argv[3], keras.ops.convert_to_numpy(model(np.load(sys.argv[2]))))
 """
 
 

@@ -23,14 +23,16 @@ from helpers import (
     save_checkpoint,
     save_torch,
     seeded,
+    shallow_nets,
     timm_tensors,
+    trained,
 )
 
 import keras_effnet as ke
 from keras_effnet import model_loader
 from keras_effnet.model_metadata import Expects
 from keras_effnet.nets import inspection
-from keras_effnet.nets.variants import find_model, of_timm, timm_name
+from keras_effnet.nets.variants import VARIANTS, find_model, of_timm, timm_name
 from keras_effnet.tpu import config, model_from_recipe, recipes
 from keras_effnet.weights import convert, registry, store
 
@@ -104,8 +106,9 @@ def test_v2_equals_keras_applications(name, tmp_path):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float64")
     try:
-        theirs = getattr(keras.applications, f"EfficientNetV2{name}")(weights=None, classifier_activation=None)
-        ours, again = (getattr(ke, f"EfficientNetV2{name}")(weights=None, classifier_activation=None) for _ in range(2))
+        arguments = {"weights": None, "classifier_activation": None, "input_shape": (64, 64, 3)}
+        theirs = getattr(keras.applications, f"EfficientNetV2{name}")(**arguments)
+        ours = getattr(ke, f"EfficientNetV2{name}")(**arguments)
     finally:
         keras.config.set_dtype_policy(before)
     for layer in theirs.layers:
@@ -118,18 +121,20 @@ def test_v2_equals_keras_applications(name, tmp_path):
     theirs.load_weights(ke.weights.export(fill(ours), tmp_path / "ours.h5"))
     assert all(map(np.array_equal, theirs.get_weights(), ours.get_weights()))
     theirs.save_weights(tmp_path / "theirs.weights.h5")
-    ke.weights.load(again, tmp_path / "theirs.weights.h5")
-    assert same_weights(again, ours)
+    values = ours.get_weights()
+    ours.set_weights([1 + value for value in values])
+    ke.weights.load(ours, tmp_path / "theirs.weights.h5")
+    assert all(map(np.array_equal, ours.get_weights(), values))
 
 
 @pytest.mark.parametrize("size", [225, 260, 301])
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("mini")
 def test_both_paddings_differ_at_every_size(size):
     """Against convolutions that pad by hand: PyTorch's rule, (strides - 1 + kernel - 1) // 2 on both sides."""
     from keras import layers, ops
 
+    model = ke.EfficientNetB0(weights=None, include_top=False, padding="symmetric", input_shape=(size, size, 3))
     for kernel in (3, 5):
-        model = ke.EfficientNetB0(weights=None, include_top=False, padding="symmetric", input_shape=(size, size, 3))
         name = {3: "block2a_dwconv", 5: "block3a_dwconv"}[kernel]
         layer = model.get_layer(name)
         assert isinstance(layer, layers.DepthwiseConv2D) and layer.kernel_size == (kernel, kernel)
@@ -144,14 +149,10 @@ def test_both_paddings_differ_at_every_size(size):
 
 def test_the_other_padding_is_far_from_the_bound(tmp_path):
     path = save_torch(timm_tensors("efficientnet_b0"), tmp_path / "mine.safetensors")
-    made = {}
-    for padding in ("same", "symmetric"):
-        model = ke.EfficientNetB0(
-            weights=path, preprocessing=None, classifier_activation=None, padding=padding, bn_epsilon=1e-5
-        )
-        made[padding] = logits_by_batch(model, image(225)[:, :224, :224])
-    reference = made["symmetric"]
-    assert np.abs(made["same"] - reference).max() > 100 * 2e-5 * reference.std()
+    size = golden("timm/efficientnet_b0.json")["golden"]["resolution"]
+    reference = arrays(GOLDEN / "timm/efficientnet_b0.npz")["logits_train_bn_f64"]
+    model = ke.EfficientNetB0(weights=path, **RAW, padding="same", bn_epsilon=1e-5, input_shape=(size, size, 3))
+    assert np.abs(logits_by_batch(model, image(size)) - reference).max() > 100 * 2e-5 * reference.std()
 
 
 def unsaid(folder):
@@ -162,7 +163,7 @@ def unsaid(folder):
     return save_torch(load_file(ke.weights.export(model, folder / "ours.safetensors")), folder / "pets.safetensors")
 
 
-def test_a_file_that_does_not_say_its_padding_is_told(shallow, tmp_path):
+def test_a_file_that_does_not_say_its_padding_is_told(mini, tmp_path):
     path = unsaid(tmp_path)
     for do in (
         lambda: ke.EfficientNetB0(weights=path),
@@ -189,7 +190,7 @@ def test_a_file_that_does_not_say_its_padding_is_told(shallow, tmp_path):
 
 @pytest.mark.parametrize("padding", leading(["symmetric", "same"], 1))
 @pytest.mark.parametrize("kind", ["safetensors", "hub", "keras", "weights.h5"])
-def test_what_we_save_says_its_padding(kind, padding, shallow, tmp_path):
+def test_what_we_save_says_its_padding(kind, padding, mini, tmp_path):
     model = ke.EfficientNetB0(weights=None, padding=padding, input_shape=(32, 32, 3), classes=3)
     fill(model)
     path = tmp_path / f"pets.{kind}"
@@ -214,7 +215,7 @@ def test_what_we_save_says_its_padding(kind, padding, shallow, tmp_path):
     assert ke.describe(tmp_path / "new.keras")["padding"] == padding
 
 
-def test_programs_without_symmetric_padding_get_no_such_file(tmp_path):
+def test_programs_without_symmetric_padding_get_no_such_file(mini, tmp_path):
     model = ke.EfficientNetB0(weights=None, padding="symmetric", classes=2)
     for target, file in (("tpu", "x.ckpt"), ("keras", "x.h5")):
         with pytest.raises(ValueError, match="Expected padding='same'"):
@@ -254,7 +255,7 @@ def test_a_set_of_timm_builds_its_net(shallow, tmp_path, monkeypatch):
         ke.EfficientNetV2S(weights="21k")
 
 
-def test_a_keras_file_keeps_its_arithmetic(shallow, tmp_path):
+def test_a_keras_file_keeps_its_arithmetic(mini, tmp_path):
     """Epsilon and activations have no tensors: conversions, `weights=` and training read them from the layers."""
     size = {"input_shape": (32, 32, 3), "classes": 3}
     nvidia = fill(ke.EfficientNetB0(weights=None, padding="symmetric", bn_epsilon=1e-3, **size))
@@ -282,21 +283,27 @@ def test_a_keras_file_keeps_its_arithmetic(shallow, tmp_path):
 
 
 def test_only_timms_files_are_read_by_their_names(tmp_path):
-    theirs = keras.applications.EfficientNetB0(weights=None, input_shape=(225, 225, 3))
-    for name in ("efficientnet_b0.weights.h5", "efficientnet_b0.h5", "efficientnet_b0.keras"):
-        (theirs.save_weights if "weights" in name else theirs.save)(tmp_path / name)
-        assert ke.weights.identify(tmp_path / name).padding == "same"
-    assert inspection.read(theirs, others=True).architecture.padding == "same"
+    from keras.src.applications import efficientnet  # the public module has no nets of other depths
+
+    with shallow_nets():
+        rows = zip(efficientnet.DEFAULT_BLOCKS_ARGS, VARIANTS["efficientnet-b0"].stages, strict=True)
+        blocks = [row | {"repeats": stage.repeats} for row, stage in rows]
+        size = {"weights": None, "input_shape": (225, 225, 3)}
+        theirs = efficientnet.EfficientNet(1.0, 1.0, 224, blocks_args=blocks, name="efficientnetb0", **size)
+        for name in ("efficientnet_b0.weights.h5", "efficientnet_b0.h5", "efficientnet_b0.keras"):
+            (theirs.save_weights if "weights" in name else theirs.save)(tmp_path / name)
+            assert ke.weights.identify(tmp_path / name).padding == "same"
+        assert inspection.read(theirs, others=True).architecture.padding == "same"
     shutil.copy(lite0_package(), tmp_path / "efficientnet_lite0.pth")  # of EfficientNet-PyTorch
     assert ke.weights.identify(tmp_path / "efficientnet_lite0.pth").padding == "same"
 
 
-@pytest.mark.parametrize("file", ["x.keras", "x.h5", "x.weights.h5"])
-def test_a_nested_net_says_its_padding(file, shallow, tmp_path):
+def test_a_nested_net_says_its_padding(mini, tmp_path):
     body = ke.EfficientNetB0(weights=None, include_top=False, pooling="avg", padding="symmetric", preprocessing=None)
     model = keras.Sequential([keras.Input((32, 32, 3)), body, keras.layers.Dense(2)])
-    (model.save_weights if "weights" in file else model.save)(tmp_path / file)
-    assert ke.weights.identify(tmp_path / file).padding == "symmetric"
+    for file in ("x.keras", "x.h5", "x.weights.h5"):
+        (model.save_weights if "weights" in file else model.save)(tmp_path / file)
+        assert ke.weights.identify(tmp_path / file).padding == "symmetric", file
 
 
 class Unnamed(keras.layers.Layer):
@@ -309,7 +316,7 @@ class Unnamed(keras.layers.Layer):
         return {}
 
 
-def test_a_net_beside_a_layer_without_configuration_loads(shallow, tmp_path):
+def test_a_net_beside_a_layer_without_configuration_loads(mini, tmp_path):
     body = fill(ke.EfficientNetB0(weights=None, include_top=False, pooling="avg"))
     keras.Model(body.input, Unnamed()(body.output)).save(tmp_path / "x.keras")
     assert ke.weights.identify(tmp_path / "x.keras").padding == "same"
@@ -317,19 +324,20 @@ def test_a_net_beside_a_layer_without_configuration_loads(shallow, tmp_path):
     assert all(map(np.array_equal, loaded.get_weights(), body.get_weights()))
 
 
-@pytest.mark.parametrize("config", ["{broken", '["x"]', '{"config": {"layers": ["x"]}}'])
-def test_a_damaged_configuration_is_one_line(config, shallow, tmp_path):
+def test_a_damaged_configuration_is_one_line(mini, tmp_path):
     model = ke.EfficientNetB0(weights=None, classes=2)
     model.save(tmp_path / "x.h5")
     before = model.get_weights()
-    with h5py.File(tmp_path / "x.h5", "a") as file:
-        file.attrs["model_config"] = config
-    with pytest.raises(ValueError, match=r"^Expected an h5 file of Keras' structure\. Received: '.*x\.h5' \(.+\)$"):
-        ke.weights.load(model, tmp_path / "x.h5")
-    assert all(map(np.array_equal, model.get_weights(), before))
+    for damaged in ("{broken", '["x"]', '{"config": {"layers": ["x"]}}'):
+        with h5py.File(tmp_path / "x.h5", "a") as file:
+            file.attrs["model_config"] = damaged
+        told = r"^Expected an h5 file of Keras' structure\. Received: '.*x\.h5' \(.+\)$"
+        with pytest.raises(ValueError, match=told):
+            ke.weights.load(model, tmp_path / "x.h5")
+        assert all(map(np.array_equal, model.get_weights(), before))
 
 
-def test_a_net_with_other_channels_says_its_padding(shallow, tmp_path):
+def test_a_net_with_other_channels_says_its_padding(mini, tmp_path):
     widths = inspection.read(ke.EfficientNetB0(weights=None)).architecture.widths
     blocks = {name: (each[0] and each[0] - 4, *each[1:]) for name, each in widths.items()}
     for padding in ("same", "symmetric"):
@@ -339,11 +347,11 @@ def test_a_net_with_other_channels_says_its_padding(shallow, tmp_path):
         assert ke.describe(tmp_path / "x.keras")["padding"] == padding
 
 
-def test_a_set_with_other_classes_loads(shallow, tmp_path, monkeypatch):
+def test_a_set_with_other_classes_loads(mini, tmp_path, monkeypatch):
     for record in registry.RECORDS:
         assert store.candidates(record) and store.candidates(record, classes=record.classes)
     tag = "efficientnet_b5.sw_in12k"
-    model = fill(ke.EfficientNetB5(weights=None, classes=11821, padding="symmetric"))
+    model = trained(ke.EfficientNetB5(weights=None, classes=11821, padding="symmetric"))
     place = tmp_path / f"mirror/timm/{tag}/resolve/main"
     place.mkdir(parents=True)
     ke.weights.export(model, place / "model.safetensors")
@@ -362,7 +370,7 @@ def test_a_full_name_is_the_set_of_that_name():
     assert model_loader.resolve("efficientnet_es_pruned.in1k").weights == "efficientnet_es_pruned.in1k"
 
 
-def test_a_file_of_unknown_padding_is_told_before_training(shallow, tmp_path):
+def test_a_file_of_unknown_padding_is_told_before_training(mini, tmp_path):
     path = unsaid(tmp_path)
     with pytest.warns(UserWarning, match="fit two nets of timm"):
         model_from_recipe.whole(config.Recipe(config.Model(weights=str(path))))

@@ -20,27 +20,44 @@ README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
-# Modules whose examples export or prune nets, and show nothing that depends on their depth.
-OF_ANY_DEPTH = (".predictor", ".benchmark", ".export", ".choose_channels", ".cut_channels", ".importance")
+# Modules and pages whose examples build, save, export or prune nets, and show nothing that depends on their depth.
+PRUNES = (".choose_channels", ".cut_channels", ".importance", "pruning.md")
+OF_ANY_DEPTH = (
+    *(".predictor", ".benchmark", ".export", ".folding", ".explain", ".model_metadata", ".model_loader"),
+    *(".nets.build", ".nets.inspection", ".cross_replica"),
+    *("old_models.md", "convert.md", "metadata.md", "faq.md", "condconv.md"),
+    *PRUNES,
+)
+TRAINS = ("finetune.md", *PRUNES)  # for a few steps
+
+
+@pytest.fixture
+def in_folder(request, monkeypatch, tmp_path):
+    """Runs the examples of a module or page where they may write, on nets that are no deeper than they need."""
+    (name,) = request.node.callspec.params.values()
+    for endings, fixture in ((OF_ANY_DEPTH, "shallow"), (TRAINS, "eager")):
+        if name.endswith(endings):
+            request.getfixturevalue(fixture)
+    os.symlink(ROOT / "docs", tmp_path / "docs")  # examples read there
+    monkeypatch.chdir(tmp_path)
+
 
 once = pytest.mark.skipif(BACKEND != "tensorflow", reason="one run is enough")
 
 
 @once
+@pytest.mark.usefixtures("in_folder")
 @pytest.mark.parametrize(
     "module",  # the pages distill too
     [pytest.param(name, marks=pytest.mark.long) if name.endswith(".distillation") else name for name in modules()],
 )
-def test_examples_run(module, monkeypatch, tmp_path, request):
-    if module.endswith(OF_ANY_DEPTH):
-        request.getfixturevalue("shallow")
-    os.symlink(ROOT / "docs", tmp_path / "docs")  # examples read there, and write into the current folder
-    monkeypatch.chdir(tmp_path)
+def test_examples_run(module):
     result = doctest.testmod(import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert not result.failed
 
 
 @once
+@pytest.mark.usefixtures("in_folder")
 @pytest.mark.parametrize(
     "page",
     [
@@ -51,11 +68,7 @@ def test_examples_run(module, monkeypatch, tmp_path, request):
     ],
 )
 @pytest.mark.filterwarnings("ignore:On this machine, (int8|bfloat16) takes:UserWarning")
-def test_the_python_of_the_pages_runs(page, monkeypatch, tmp_path, request):
-    if page in ("finetune.md", "pruning.md"):  # which train for a few steps
-        request.getfixturevalue("eager")
-    os.symlink(ROOT / "docs", tmp_path / "docs")
-    monkeypatch.chdir(tmp_path)
+def test_the_python_of_the_pages_runs(page):
     names: dict = {}
     for block in BLOCK.findall(PAGES[page].read_text()):
         runs = has_bfloat16() or 'precision="bfloat16"' not in block

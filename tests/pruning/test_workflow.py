@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, command, run
+from helpers import BACKEND, command, invoked, run
 from PIL import Image
 
 import keras_effnet as ke
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_told_before_the_work(tmp_path):
     with pytest.raises(ValueError, match="Nearest: 'exact'"):
         workflow.prune(tmp_path / "two.keras", folder, tmp_path / "other", solver="exakt")
     assert state.read_text() == "{}"  # the state of an interrupted call
-    result = command("prune", tmp_path / "no.keras", "--data", folder, "--out", tmp_path / "out")
+    result = invoked("prune", tmp_path / "no.keras", "--data", folder, "--out", tmp_path / "out")
     assert result.returncode == 2 and result.stderr.startswith("error: Expected a model file. Received: ")
     assert len(result.stderr.splitlines()) == 1
 

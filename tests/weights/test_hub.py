@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import h5py
 import numpy as np
 import pytest
-from helpers import ROOT, fill, golden, run, same_weights
+from helpers import ROOT, fill, golden, run, same_weights, shallow_nets
 
 import keras_effnet as ke
 from keras_effnet.weights import hub
@@ -83,7 +83,8 @@ class Hub:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        # It looks 100 times a second whether it is to end. The default of twice a second would delay each test.
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def put(self, repository: str, folder) -> None:
         paths = [path for path in folder.rglob("*") if path.is_file()]
@@ -111,13 +112,20 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pets(tmp_path_factory):
-    """Returns a folder that is ready for the Hub, and the model that it was saved from."""
+def saved_pets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub") / "pets"
-    model = fill(ke.EfficientNetB0(weights=None, classes=3, preprocessing="inception", input_shape=(64, 64, 3)))
-    path = ke.save_model(model, folder.with_suffix(".keras"), ["cat", "dog", "red|fox"], crop_padding=0)
-    ke.weights.convert_file(path, folder, target="hub")
+    with shallow_nets(stages=3):
+        model = fill(ke.EfficientNetB0(weights=None, classes=3, preprocessing="inception", input_shape=(64, 64, 3)))
+        path = ke.save_model(model, folder.with_suffix(".keras"), ["cat", "dog", "red|fox"], crop_padding=0)
+        ke.weights.convert_file(path, folder, target="hub")
     return folder, model
+
+
+@pytest.fixture
+def pets(saved_pets):
+    """Returns a folder that is ready for the Hub, and the model that it was saved from."""
+    with shallow_nets(stages=3):
+        yield saved_pets
 
 
 def test_a_saved_folder_goes_to_the_hub_and_comes_back(pets, server, tmp_path, monkeypatch):

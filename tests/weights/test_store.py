@@ -73,7 +73,8 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        # It looks 100 times a second whether it is to end. The default of twice a second would delay each test.
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):
         self.http.shutdown()
@@ -81,8 +82,9 @@ class Server:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _shallow():
-    with shallow_nets():
+def _small():
+    """Reduces all variants to three stages: nothing here depends on the net."""
+    with shallow_nets(stages=3):
         yield
 
 
