@@ -13,14 +13,16 @@ _PREFIX = ".keras_effnet-"
 
 @contextmanager
 def writing(path) -> Iterator[None]:
-    """Converts a library's own exception, such as for a full disk, into an `OSError`.
+    """Raises an `OSError` that names the file for what a library raises, such as for a full disk.
 
     Args:
         path: Path of the file, for the message.
     """
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     except Exception as error:
         raise OSError(f"Could not write {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
