@@ -116,7 +116,7 @@ def loaded(chunk: Path) -> dict[str, np.ndarray]:
         return dict(found)
 
 
-@pytest.mark.usefixtures("mini")
+@pytest.mark.usefixtures("mini", "eager")
 def test_a_run_leaves_one_net_and_its_features(own_cache, photos, tmp_path, caplog):
     recipe = recipe_of(photos)
     result = train(recipe, tmp_path / "run", quiet=True)

@@ -55,14 +55,15 @@ def mini(monkeypatch):
 
 @pytest.mark.usefixtures("mini")
 def test_a_run_leaves_what_it_learnt(tmp_path):
-    result = train(RECIPE, tmp_path / "run", quiet=True)
-    steps = int(0.5 * 1437 / 32)
+    how = override(RECIPE, ["--epochs", "0.25", "--run.eval-every", "0.15"])
+    result = train(how, tmp_path / "run", quiet=True)
+    steps = int(0.25 * 1437 / 32)
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["steps"], result["examples"], result["skipped"]) == (steps, 360, 0)
     assert result["labels"] == [str(digit) for digit in range(10)]
     # Each number is in its row.
     trained, evaluated = rows(tmp_path / "run", "train"), rows(tmp_path / "run", "eval")
-    assert [row["step"] for row in evaluated] == [int(0.3 * 1437 / 32), steps]
+    assert [row["step"] for row in evaluated] == [int(0.15 * 1437 / 32), steps]
     assert {"loss", "top1", "top5", "data_loss", "learning_rate", "images_per_second"} <= trained[0].keys()
     # Without the weight decay of 1e-5, which grows with the variables.
     assert all(0.005 < row["loss"] - row["data_loss"] < 0.5 for row in trained)
@@ -71,14 +72,14 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
     # The saved model is the moving average: Keras computes the accuracy that the run has reported.
     assert accuracy(tmp_path / "run" / "model.keras", 32) == pytest.approx(result["ema_top1"], abs=1e-6)
     config = from_json((tmp_path / "run" / "config.json").read_text())
-    assert config == settled(RECIPE)  # with what follows from the model
+    assert config == settled(how)  # with what follows from the model
     resolved = json.loads((tmp_path / "run" / "config.json").read_text())["resolved"]
     assert resolved == {
         "image_size": 32,
         "classes": 10,
         "steps": steps,
         "steps_per_epoch": 1437 / 32,
-        "peak": RECIPE.peak,
+        "peak": how.peak,
         "replicas": 1,
         "hosts": 1,
         "images_per_statistics": 32,
@@ -89,23 +90,23 @@ def test_a_run_leaves_what_it_learnt(tmp_path):
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     again = train(config, tmp_path / "run", quiet=True)
     assert again == result and (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    other = dataclasses.replace(RECIPE, optimizer=Optimizer(peak=0.5))
+    other = dataclasses.replace(how, optimizer=Optimizer(peak=0.5))
     with pytest.raises(ValueError, match=r"Received: optimizer.peak 0.016 -> 0.5"):
         train(other, tmp_path / "run", quiet=True)
     # With allow_changes it resumes.
-    longer = train(override(RECIPE, ["--epochs", "0.6"]), tmp_path / "run", quiet=True, allow_changes=True)
-    assert longer["steps"] == int(0.6 * 1437 / 32)
-    assert f"From step {steps} on: epochs 0.5 -> 0.6" in (tmp_path / "run" / "train.log").read_text()
-    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [int(0.3 * 1437 / 32), steps, longer["steps"]]
+    longer = train(override(how, ["--epochs", "0.3"]), tmp_path / "run", quiet=True, allow_changes=True)
+    assert longer["steps"] == int(0.3 * 1437 / 32)
+    assert f"From step {steps} on: epochs 0.25 -> 0.3" in (tmp_path / "run" / "train.log").read_text()
+    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [int(0.15 * 1437 / 32), steps, longer["steps"]]
     # A run that is already past its new last step is evaluated where it is.
     (tmp_path / "run" / "result.json").unlink()
-    shorter = train(override(RECIPE, ["--epochs", "0.4"]), tmp_path / "run", quiet=True, allow_changes=True)
+    shorter = train(override(how, ["--epochs", "0.2"]), tmp_path / "run", quiet=True, allow_changes=True)
     assert shorter["steps"] == longer["steps"] and shorter["ema_top1"] == longer["ema_top1"]
     # Devices that would share batch statistics among other images are refused.
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace('"images_per_statistics": 32', '"images_per_statistics": 8'))
     with pytest.raises(ValueError, match=r"Received: images_per_statistics 8 -> 32"):
-        train(override(RECIPE, ["--epochs", "0.4"]), tmp_path / "run", quiet=True)
+        train(override(how, ["--epochs", "0.2"]), tmp_path / "run", quiet=True)
 
 
 @pytest.mark.long  # tests/commands/test_own_classifier.py fine-tunes too
@@ -187,8 +188,12 @@ def test_a_run_that_gets_no_better_ends_early(tmp_path, monkeypatch):
         "1e-8",
         "--model.bn-momentum",
         "0.99999999",
+        "--epochs",
+        "0.25",
         "--run.eval-every",
-        "0.1",
+        "0.05",
+        "--run.save-every",
+        "0.09",
         "--run.no-eval-raw",
     ]
     still += ["--batch-size", "None", "--schedule.warmup-epochs", "None"]
@@ -196,16 +201,16 @@ def test_a_run_that_gets_no_better_ends_early(tmp_path, monkeypatch):
     patient = override(how, ["--run.patience", "2"])
     result = train(patient, tmp_path / "run", quiet=True)
     evaluated = [row["step"] for row in rows(tmp_path / "run", "eval")]
-    assert evaluated == [4, 8, 13] and (result["steps"], result["best_step"]) == (13, 4)
-    reason = "stopped early at step 13 of 22: 2 evaluations without a better top-1 than that of step 4"
+    assert evaluated == [2, 4, 6] and (result["steps"], result["best_step"]) == (6, 2)
+    reason = "stopped early at step 6 of 11: 2 evaluations without a better top-1 than that of step 2"
     assert result["stopped_early"] == reason
     assert f"S{reason[1:]}" in (tmp_path / "run" / "train.log").read_text()
     model = keras.models.load_model(tmp_path / "run" / "model.keras", compile=False)
     config = (tmp_path / "run" / "config.json").read_text()
-    chosen = {"batch_size": 32, "schedule.warmup_epochs": 0.05}
+    chosen = {"batch_size": 32, "schedule.warmup_epochs": 0.025}
     assert json.loads(config)["resolved"]["chosen"] == chosen
     assert from_json(config) == with_fields(settled(patient), chosen)
-    told = "Chosen for 1,437 training images: batch size 32, warmup epochs 0.05"
+    told = "Chosen for 1,437 training images: batch size 32, warmup epochs 0.025"
     assert (tmp_path / "run" / "train.log").read_text().count(told) == 1
 
     # Training changes the values that start at 0, whatever their rounding.
@@ -217,7 +222,7 @@ def test_a_run_that_gets_no_better_ends_early(tmp_path, monkeypatch):
     }
 
     shutil.copytree(tmp_path / "run", tmp_path / "killed")
-    for name in ("result.json", "model.keras", "checkpoints/ckpt-13.index"):
+    for name in ("result.json", "model.keras", "checkpoints/ckpt-6.index"):
         (tmp_path / "killed" / name).unlink()
     monkeypatch.setattr(finetune, "_SIZES", ((None, 1, 8),))
     again = train(patient, tmp_path / "killed", quiet=True)
@@ -229,7 +234,7 @@ def test_a_run_that_gets_no_better_ends_early(tmp_path, monkeypatch):
     # The run is complete. With more patience it continues.
     assert train(patient, tmp_path / "run", quiet=True) == result
     longer = train(how, tmp_path / "run", quiet=True)
-    assert (longer["steps"], longer["stopped_early"]) == (22, None)
+    assert (longer["steps"], longer["stopped_early"]) == (11, None)
     with pytest.raises(ValueError, match=r"Expected run.patience of at least 1. Received: 0"):
         train(override(how, ["--run.patience", "0"]), tmp_path / "none", quiet=True)
     with pytest.raises(ValueError, match=r"Unknown model.freeze. .*Received: 'block4'. Nearest: 'block3'"):

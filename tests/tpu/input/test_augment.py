@@ -57,6 +57,10 @@ def in_a_map(function, *arrays, count=None):
     return tf.nest.map_structure(lambda tensor: tensor.numpy(), batch)
 
 
+# As in a pipeline. Outside of a graph, a thousand examples one by one take ten seconds.
+MIX = tf.function(mixing.mix)
+
+
 def seeds(count, of=7):
     return tf.random.split([of, 1], count)
 
@@ -225,9 +229,14 @@ def assert_independent(steps):
     assert np.abs(np.corrcoef(columns.T) - np.eye(6)).max() < 5 / count**0.5
 
 
+def rows_of(draws):
+    """Returns the steps of each image."""
+    return (augment.Steps(*row) for row in zip(*draws, strict=True))
+
+
 def by_hand(steps, names, hparams):
     image = tf.constant(IMAGE)
-    for op, level, sign, applied, place in zip(*(member.numpy() for member in steps), strict=True):
+    for op, level, sign, applied, place in zip(*steps, strict=True):
         if applied:
             center = (place * np.array(IMAGE.shape[:2], "float32")).astype(int)
             image = image_ops.apply_op(names[op], image, level, sign, hparams, center)
@@ -238,11 +247,13 @@ def test_auto_augment_applies_what_was_drawn():
     names = sorted({name for row in augment.POLICY_V0 for name, _, _ in row})
     keys = seeds(100)
     found = in_a_map(lambda seed: augment.auto_augment(IMAGE, seed), keys)
-    again = in_a_map(lambda seed: augment.auto_augment(IMAGE, tf.cast(seed, tf.int64)), keys)
-    np.testing.assert_array_equal(found, again)
-    for key, image in zip(keys, found, strict=True):
-        np.testing.assert_array_equal(image, by_hand(augment.draw_policy(key), names, image_ops.AUTOAUGMENT))
-    np.testing.assert_array_equal(augment.auto_augment(IMAGE, keys[0]), found[0])
+    draws, again = in_a_map(augment.draw_policy, keys), in_a_map(augment.draw_policy, tf.cast(keys, tf.int64))
+    for one, other in zip(draws, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for steps, image in zip(rows_of(draws), found, strict=True):
+        np.testing.assert_array_equal(image, by_hand(steps, names, image_ops.AUTOAUGMENT))
+    for dtype in (tf.int32, tf.int64):
+        np.testing.assert_array_equal(augment.auto_augment(IMAGE, tf.cast(keys[0], dtype)), found[0])
     assert len({image.tobytes() for image in found}) > 30  # pairs of ops without a sign repeat
 
 
@@ -250,7 +261,7 @@ def test_auto_augment_applies_what_was_drawn():
     "arguments",
     [
         {"magnitude": 17.0},
-        {"magnitude": 28.0},
+        pytest.param({"magnitude": 28.0}, marks=pytest.mark.long),  # another level
         {"magnitude": 9.0, "magnitude_std": 0.5, "probability": 0.5, "layers": 3, "ops": ("Color", "Cutout", "ShearX")},
     ],
 )
@@ -259,8 +270,8 @@ def test_rand_augment_applies_what_was_drawn(arguments):
     found = in_a_map(lambda seed: augment.rand_augment(IMAGE, seed, **arguments), keys)
     names = arguments.get("ops", augment.RANDAUGMENT_OPS)
     drawn = {name: value for name, value in arguments.items() if name != "ops"}
-    for key, image in zip(keys, found, strict=True):
-        steps = augment.draw_ops(key, **drawn, count=len(names))
+    draws = in_a_map(lambda seed: augment.draw_ops(seed, **drawn, count=len(names)), keys)
+    for steps, image in zip(rows_of(draws), found, strict=True):
         np.testing.assert_array_equal(image, by_hand(steps, names, image_ops.RANDAUGMENT))
     np.testing.assert_array_equal(augment.rand_augment(IMAGE, keys[0], **arguments), found[0])
     assert len({image.tobytes() for image in found}) > 20
@@ -332,7 +343,7 @@ def test_mixup_is_the_originals_formula(dtype):
 @pytest.mark.parametrize("alpha", leading([0.2, 1.0], 1))
 def test_mixups_weights_are_beta_distributed(alpha):
     count = 1000
-    _, labels = mixing.mix(tf.zeros((count, 1, 1, 1)), tf.eye(count), seeds(count), mixup_alpha=alpha)
+    _, labels = MIX(tf.zeros((count, 1, 1, 1)), tf.eye(count), seeds(count), mixup_alpha=alpha)
     found = np.sort(tf.linalg.diag_part(labels))
     expected = np.random.default_rng(0).beta(alpha, alpha, 100 * count)
     expected = np.sort(np.maximum(expected, 1 - expected))[50::100]
@@ -343,7 +354,7 @@ def test_mixups_weights_are_beta_distributed(alpha):
 def test_cutmix_gives_each_label_its_share_of_pixels():
     count, (height, width) = 500, (16, 24)
     images = tf.broadcast_to(tf.range(count, dtype=tf.int32)[:, None, None, None], (count, height, width, 3))
-    mixed, labels = mixing.mix(images, tf.eye(count), seeds(count), cutmix_alpha=1.0)
+    mixed, labels = MIX(images, tf.eye(count), seeds(count), cutmix_alpha=1.0)
     own = (mixed == images).numpy()
     assert (own | (mixed == images[::-1]).numpy()).all()
     np.testing.assert_array_equal(own.min(axis=-1), own.max(axis=-1))
@@ -368,7 +379,7 @@ def test_mixup_and_cutmix_take_half_of_the_batch_each():
     mixed, labels = next(iter(rows.map(lambda *row: mixing.mix(*row, mixup_alpha=1.0, cutmix_alpha=1.0))))
     half = count // 2
     for part, how in ((slice(half), {"mixup_alpha": 1.0}), (slice(half, None), {"cutmix_alpha": 1.0})):
-        own, shares = mixing.mix(images[part], tf.eye(count)[part], seeds(count)[part], **how)
+        own, shares = MIX(images[part], tf.eye(count)[part], seeds(count)[part], **how)
         np.testing.assert_array_equal(mixed[part], own)
         np.testing.assert_array_equal(labels[part], shares)
     assert np.unique(mixed[0]).size == 1 and 0 < mixed[0, 0, 0, 0] < half  # blended, with its own half

@@ -16,6 +16,7 @@ if BACKEND != "tensorflow":
     pytest.skip("runs JAX in subprocesses: one run is enough", allow_module_level=True)
 
 from keras_effnet.tpu import recipes
+from keras_effnet.tpu.config import Recipe
 from keras_effnet.tpu.planning.memory_traffic import Traffic, read
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -206,35 +207,31 @@ def test_every_recipe_is_in_the_table_of_the_docs():
         assert first["fits"] or smaller[-1]["fits"]
 
 
-SEARCH = """
-import os
-os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
-from keras_effnet.tpu import recipes
-from keras_effnet.tpu.planning import planner
+@pytest.mark.parametrize(
+    ("start", "most", "again"),
+    [(2048, 48, 0), (2048, 48, 24), (64, 300, 0), (64, 300, 60), (2048, 3, 0), (8, 8, 0), (64, 0, 0)],
+)
+def test_search_needs_few_compilations(start, most, again, monkeypatch):
+    """Both if memory grows with the batch, and if the compiler first saves memory by recomputing."""
+    from keras_effnet.tpu.planning import planner
 
-CASES = (2048, 48, 0), (2048, 48, 24), (64, 300, 0), (64, 300, 60), (2048, 3, 0), (8, 8, 0), (64, 0, 0)
-for start, most, again in CASES:
     def simulated(recipe, where, evaluation, tell):
-        '''A chip of 16 GiB that is full from `most - again` images on.'''
+        """A chip of 16 GiB that is full from `most - again` images on."""
         images = recipe.batch_size // 8
         taken = 16 * 2**30 * images / ((most - again or 1) + 0.5)
         fits = images <= most
-        return {"global_batch": recipe.batch_size, "fits": fits, "hbm_bytes_of_chip": 16 * 2**30,
-                "peak_hbm_bytes_per_chip": min(taken, 15.9 * 2**30) if fits else taken}
-    planner.plan_apart, planner.topology = simulated, lambda where: range(8)
-    found = planner.largest(recipes.find("b0_baseline").__class__(batch_size=start), "v5e:2x4")
-    print(most, found["global_batch"] // 8, int(found["fits"]), len(found["tried"]))
-"""
+        return {
+            "global_batch": recipe.batch_size,
+            "fits": fits,
+            "hbm_bytes_of_chip": 16 * 2**30,
+            "peak_hbm_bytes_per_chip": min(taken, 15.9 * 2**30) if fits else taken,
+        }
 
-
-def test_search_needs_few_compilations():
-    """Both if memory grows with the batch, and if the compiler first saves memory by recomputing."""
-    result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    for row in result.stdout.splitlines():
-        most, found, fits, tried = map(int, row.split())
-        assert found == (most // 8 * 8 if most >= 8 else max(most, 1)) and fits == (most > 0), row
-        assert tried <= 7, row
+    monkeypatch.setattr(planner, "plan_apart", simulated)
+    monkeypatch.setattr(planner, "topology", lambda where: range(8))
+    found = planner.largest(Recipe(batch_size=start), "v5e:2x4")
+    assert found["global_batch"] // 8 == (most // 8 * 8 if most >= 8 else max(most, 1))
+    assert found["fits"] == (most > 0) and len(found["tried"]) <= 7
 
 
 FORWARD = """

@@ -289,28 +289,33 @@ def test_whatever_happens_the_end_is_the_same(runner, name, kills, tmp_path, sma
         pytest.skip("no small disk could be mounted; the rest holds")
 
 
-PROGRESS = (
-    f"digits_demo --model.name efficientnet-mini {SHORT} --epochs 3 --progress.sizes 24 32 40 --augment.policy "
-    "randaugment --progress.magnitudes 2 5 8 --progress.mixups 0 0.1 0.2 --progress.cutmixes 0 0.1 0.2"
-)
+PROGRESS = f"digits_demo --model.name efficientnet-mini {SHORT} --augment.policy randaugment"
+STAGES = {
+    2: "--epochs 2 --progress.sizes 24 40 --progress.magnitudes 2 8 --progress.mixups 0 0.2 --progress.cutmixes 0 0.2 "
+    "--augment.layers 1",
+    3: "--epochs 3 --progress.sizes 24 32 40 --progress.magnitudes 2 5 8 --progress.mixups 0 0.1 0.2 "
+    "--progress.cutmixes 0 0.1 0.2",
+}
 
 
 @pytest.mark.parametrize(
-    ("runner", "killed"),  # stages in which the run is killed
+    ("runner", "stages", "killed"),  # the run is killed in each of the stages `killed`
     [
-        pytest.param("tensorflow", [1], marks=pytest.mark.slow),
-        pytest.param("tensorflow", [0, 1, 2], marks=pytest.mark.long),
-        pytest.param("jax", [0, 1, 2], marks=pytest.mark.long),
+        pytest.param("tensorflow", 2, [1], marks=pytest.mark.slow),
+        pytest.param("tensorflow", 3, [0, 1, 2], marks=pytest.mark.long),
+        pytest.param("jax", 3, [0, 1, 2], marks=pytest.mark.long),
     ],
 )
-def test_a_progressive_run_that_is_killed_ends_the_same(runner, killed, tmp_path, monkeypatch):
+def test_a_progressive_run_that_is_killed_ends_the_same(runner, stages, killed, tmp_path, monkeypatch):
+    """Also where strings have other hashes."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    arguments = f"{PROGRESS} --runner {runner}"
+    monkeypatch.setenv("PYTHONHASHSEED", "1")
+    arguments = f"{PROGRESS} {STAGES[stages]} --runner {runner}"
     reference, workdir = tmp_path / "reference", tmp_path / "run"
-    Process(reference, arguments).ended(0)
+    Process(reference, arguments, PYTHONHASHSEED="0").ended(0)
     resolved = json.loads((reference / "config.json").read_text())["resolved"]
     total, ends = resolved["steps"], resolved["stage_ends"]
-    assert ends == [total // 3, total * 2 // 3, total] and resolved["image_size"] == 32
+    assert ends == [total * stage // stages for stage in range(1, stages + 1)] and resolved["image_size"] == 32
     # The terminal is closed.
     run = Process(workdir, arguments, terminal=True)
     while not rows(workdir):
@@ -333,11 +338,16 @@ def test_a_progressive_run_that_is_killed_ends_the_same(runner, killed, tmp_path
     assert not list(temporary_of(workdir).iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("runner", ["tensorflow", "jax"])
+@pytest.mark.parametrize(
+    "runner",
+    [
+        pytest.param("tensorflow", marks=pytest.mark.long),  # the progressive run above compares two processes too
+        pytest.param("jax", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_compute_the_same_bits(runner, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    arguments = f"{RUNS['short']} --epochs 1 --runner {runner}"
+    arguments = f"{RUNS['short']} --epochs 0.5 --runner {runner}"
     places = [tmp_path / name for name in ("one", "other")]
     for number, place in enumerate(places):  # one after the other, with other hashes of strings
         Process(place, arguments, PYTHONHASHSEED=str(number)).ended(0)

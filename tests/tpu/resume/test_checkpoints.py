@@ -238,10 +238,14 @@ def test_files_are_whole(tmp_path):
 @pytest.mark.parametrize("scheme", [pytest.param("", marks=pytest.mark.long), "file://"])
 def test_a_folder_has_one_run(tmp_path, scheme):
     """Tests the system's lock, and the one for storages without locks, which a killed process leaves behind."""
-    folder = f"{scheme}{tmp_path}"
+    folder, second = f"{scheme}{tmp_path}/one", f"{scheme}{tmp_path}/other"
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
     code = "import os, sys, time\nfrom keras_effnet.tpu.resume import lock\n"
-    code += "with lock.locked(sys.argv[1], lambda: os._exit(7), 0.4): print(1, flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    code += "with lock.locked(sys.argv[1], lambda: os._exit(7), 0.4), lock.locked(sys.argv[2], print, 0.4):\n"
+    code += "    print(1, flush=True); time.sleep(60)"
+    line = [sys.executable, "-c", code, folder, second]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout and process.stdout.readline() == b"1\n"
     refused = pytest.raises(ValueError, match=rf"Expected a folder that no other run uses.*process {process.pid}")
     with refused, lock.locked(folder, pytest.fail, 0.4):
@@ -253,15 +257,17 @@ def test_a_folder_has_one_run(tmp_path, scheme):
             process.send_signal(signal.SIGCONT)
             process.communicate(timeout=20)
             assert process.returncode == 7
-            assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
-        assert not (tmp_path / "lock").exists()
-        process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE)
-        assert process.stdout and process.stdout.readline() == b"1\n"
-    process.kill()
-    process.communicate()
+            assert json.loads((tmp_path / "one" / "lock").read_text())["process"] == os.getpid()
+        assert not (tmp_path / "one" / "lock").exists()
+    else:
+        process.kill()
+        process.communicate()
+    # It had no time to give back the other lock, whether it was killed or ended itself at once.
+    kept = tmp_path / "other" / "lock"
+    assert kept.exists()
     for _ in range(2):  # after a process that was killed, and after one that ended
-        with lock.locked(folder, pytest.fail, 0.4):
-            assert json.loads((tmp_path / "lock").read_text().splitlines()[0])["process"] != process.pid
+        with lock.locked(second, pytest.fail, 0.4):
+            assert json.loads(kept.read_text().splitlines()[0])["process"] != process.pid
 
 
 WATCHING = """

@@ -414,6 +414,7 @@ def test_auto_is_bfloat16_where_a_gpu_has_it():
 
 
 @tensorflow_only
+@pytest.mark.usefixtures("shallow")
 def test_low_precision_computes_and_float32_keeps():
     """With mixed_bfloat16, the loss, its gradients and the whole state are float32."""
     logits = {}
@@ -440,4 +441,4 @@ def test_low_precision_computes_and_float32_keeps():
         assert model.get_layer("stem_conv").compute_dtype == ("bfloat16" if "bfloat16" in policy else "float32")
         logits[policy] = learner.logits(state.trainable, state.moving, images, 0)[0].numpy()
     whole, low = (values.ravel() for values in logits.values())
-    assert not np.allclose(whole, low, rtol=1e-3) and np.corrcoef(whole, low)[0, 1] > 0.97
+    assert not np.allclose(whole, low, rtol=1e-3) and np.corrcoef(whole, low)[0, 1] > 0.99
