@@ -197,11 +197,12 @@ def plot(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
             label = " ".join(part for part, shown in zip(key, several, strict=True) if shown) or key[1]
             axes.plot([point[0] for point in points], [point[place] for point in points], "o-", label=label)
         sizes = sorted({point[0] for points in lines.values() for point in points})
-        axes.set(xscale="log", xlabel="batch size", ylabel=what, ylim=(0, None))
+        axes.set(xscale="log", xlabel="batch size", ylabel=what)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set(yscale="log", ylim=(None, None))
+    figure.axes[0].set(yscale="log")
+    figure.axes[1].set(ylim=(0, None))
     figure.axes[1].legend(frameon=False, fontsize=8)
     path = Path(path)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, golden
+from helpers import BACKEND, golden, shallow_nets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -75,20 +75,21 @@ def test_a_records_crop_differs_from_the_newest_codes(photograph):
 
 
 def test_a_models_own_size_channels_and_record_hold(photograph):
-    model = ke.EfficientNetLite1(input_shape=(100, 150, 3))
+    model = ke.EfficientNetLite0(input_shape=(100, 150, 3))
     assert np.array_equal(
         ke.load_image(photograph, model), crop_and_resize(decode_image(photograph), (100, 150), crop_padding=32)
     )
-    grey = ke.EfficientNetB0(weights=None, input_shape=(None, None, 1))
-    assert ke.load_image(photograph, grey).shape == (224, 224, 1)
+    with shallow_nets():
+        grey = ke.EfficientNetB0(weights=None, input_shape=(None, None, 1))
+        assert ke.load_image(photograph, grey).shape == (224, 224, 1)
 
 
 def test_a_reloaded_model_and_one_with_an_own_head_keep_their_crop(photograph, tmp_path):
-    made = ke.EfficientNetLite2(include_top=False, input_shape=(260, 260, 3), name="mine")
+    made = ke.EfficientNetLite0(include_top=False, input_shape=(260, 260, 3), name="mine")
     expected = ke.load_image(photograph, made)
     made.save(tmp_path / "m.keras")
     headed = keras.Model(made.inputs, keras.layers.Flatten()(made.output))
-    by_path = ke.EfficientNetLite2(include_top=False, weights=tmp_path / "m.keras", input_shape=(260, 260, 3))
+    by_path = ke.EfficientNetLite0(include_top=False, weights=tmp_path / "m.keras", input_shape=(260, 260, 3))
     for model in (keras.saving.load_model(tmp_path / "m.keras"), headed, by_path):
         assert np.array_equal(ke.load_image(photograph, model), expected)
         assert np.array_equal(ke.load_image(photograph, model, weights="imagenet"), expected)
@@ -216,6 +217,7 @@ def test_a_jpeg_is_never_shrunk_below_twice_the_crop(shape, size, padding):
     assert factor == 8 or any(pixels < 2 * side + 4 for pixels, side in zip(half, size, strict=True))
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_fast_decoding_sees_the_same_photograph(orientation):
     exif = Image.Exif()
@@ -225,8 +227,9 @@ def test_fast_decoding_sees_the_same_photograph(orientation):
     exact, fast = (ke.load_image(file, net, decode=how) for how in ("exact", "fast"))
     # A shrunk pixel stands for its neighbours: up to half of them beside it.
     assert np.abs(exact - fast).max() < 16 and not np.array_equal(exact, fast)
-    png = encoded(smooth(900, 1600))
-    assert np.array_equal(ke.load_image(png, net), ke.load_image(png, net, decode="fast"))
+    if orientation == 1:
+        png = encoded(smooth(900, 1600))
+        assert np.array_equal(ke.load_image(png, net), ke.load_image(png, net, decode="fast"))
 
 
 def test_broken_exif_does_not_hide_a_photograph():

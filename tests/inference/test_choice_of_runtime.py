@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT, command, tiny
+from helpers import BACKEND, ROOT, invoked, tiny
 
 import keras_effnet as ke
 from keras_effnet import cache
@@ -65,7 +65,7 @@ def test_refresh_decides_anew(model, home, tmp_path):
     (key,), known = cache.read_json(choices), cache.read_json(choices)
     cache.write_json(choices, {key: {"chosen": "openvino", "seconds": {"openvino": 0}}})
     assert ke.Predictor(path).runtime == "openvino"
-    done = command("benchmark", path, "--refresh", "--runtimes", "onnxruntime", "--batch-sizes", "1", "--rounds", "1")
+    done = invoked("benchmark", path, "--refresh", "--runtimes", "onnxruntime", "--batch-sizes", "1", "--rounds", "1")
     assert done.returncode == 0 and not choices.exists(), done.stderr
     ke.Predictor(path)
     assert cache.read_json(choices)[key]["seconds"].keys() == known[key]["seconds"].keys()

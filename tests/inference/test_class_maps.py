@@ -163,9 +163,13 @@ def test_an_export_carries_the_maps(ending, tmp_path):
     assert ke.metadata(path)["maps"] is True and ke.metadata(path)["outputs"] is None
     told = invoked("predict", ROOT / "docs" / "cat.png", "--model", path, "--json")
     assert len(json.loads(told.stdout)["photographs"][0]["predictions"]) == 5
+    told = invoked("explain", ROOT / "docs" / "cat.png", "--model", path, "--out", tmp_path / "out", "--json")
+    (row,) = json.loads(told.stdout)["photographs"]
+    assert len(row["predictions"]) == 3 and os.path.exists(row["picture"])
 
 
 @ON_TENSORFLOW
+@pytest.mark.usefixtures("mini")
 @pytest.mark.parametrize("ending", leading([".onnx", ".tflite"], 1))
 def test_an_export_in_8_bits_carries_them_too(ending, tmp_path):
     model, images = net("efficientnet-lite0"), pixels((75, 64, 3), 16)
@@ -306,7 +310,8 @@ def photos(tmp_path):
 @ON_TENSORFLOW
 def test_the_command_writes_pictures_and_a_page(photos, tmp_path):
     out = tmp_path / "out"
-    done = invoked("explain", photos, "--recursive", "--runtime", "onnxruntime", "--out", out, "--json")
+    # On Keras, without an export of 20 seconds: test_an_export_carries_the_maps explains with an exported file.
+    done = invoked("explain", photos, "--recursive", "--runtime", "keras", "--out", out, "--json")
     assert done.returncode == 2 and "broken.jpg" in done.stderr  # one photo cannot be read: the others are there
     rows = {os.path.relpath(row["path"], photos): row for row in json.loads(done.stdout)["photographs"]}
     assert {name for name, row in rows.items() if "error" in row} == {"broken.jpg"}

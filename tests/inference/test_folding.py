@@ -1,5 +1,7 @@
 """A folded model computes what the original computes, and keeps the layers that cannot be folded exactly."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -68,7 +70,9 @@ def test_every_variant_folds_exactly(name):
     assert run(for_inference(model, SHAPE), x) == pytest.approx(run(folded, x), rel=1e-4, abs=1e-6)
 
 
-def test_keras_applications_net_folds():
+def test_keras_applications_net_folds(monkeypatch):
+    table = sys.modules[keras.applications.EfficientNetB0.__module__]
+    monkeypatch.setattr(table, "DEFAULT_BLOCKS_ARGS", [row | {"repeats": 1} for row in table.DEFAULT_BLOCKS_ARGS[:3]])
     model = trained(keras.applications.EfficientNetB0(weights=None, input_shape=SHAPE, classes=10))
     (normalization,) = (layer for layer in model.layers if isinstance(layer, keras.layers.Normalization))
     normalization.set_weights([np.array([0.4, 0.5, 0.6]), np.array([0.04, 0.05, 0.06]), np.array(0)])
@@ -77,7 +81,7 @@ def test_keras_applications_net_folds():
     assert not {"BatchNormalization", "Normalization", "Dropout"} & set(kinds(folded))
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("mini")
 def test_a_net_that_was_built_on_is_one_graph():
     body = ke.EfficientNetLite0(include_top=False, weights=None, pooling="avg", input_shape=SHAPE)
     model = keras.Sequential(
@@ -114,7 +118,7 @@ def test_the_border_is_as_it_was():
     ]
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("mini")
 def test_a_shared_rescaling_is_another_in_each_place():
     inputs = keras.Input((8, 8, 3))
     shared = layers.Rescaling(1 / 127.5, -1.0)
@@ -129,7 +133,7 @@ def test_a_shared_rescaling_is_another_in_each_place():
     check(trained(twice))
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("mini")
 def test_an_ensemble_is_one_graph():
     inputs = keras.Input(SHAPE)
     nets = [ke.EfficientNetB0(weights=None, input_shape=SHAPE, classes=3, name=name) for name in ("one", "two")]
@@ -231,7 +235,7 @@ def test_statistics_that_are_of_the_batch_stay():
     assert "BatchNormalization" in kinds(folded)
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("mini")
 def test_a_folded_model_is_an_ordinary_one(tmp_path):
     folded = ke.fold_batch_norm(ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 3), classes=3))
     folded.save(tmp_path / "folded.keras")

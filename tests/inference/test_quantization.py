@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import fill
+from helpers import fill, leading, shallow_nets
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,12 +20,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of converters
 
 @pytest.fixture
 def images():
-    return np.random.default_rng(0).uniform(0, 255, (6, *SHAPE)).astype("float32")
+    """As many as `export()` also takes of random pixels: Keras traces a model for each number of images."""
+    return np.random.default_rng(0).uniform(0, 255, (2, *SHAPE)).astype("float32")
 
 
-@pytest.fixture(params=["lite0", "b0"])
-def model(request, shallow):
-    return fill(ke.create_model(f"efficientnet-{request.param}", weights=None, input_shape=SHAPE, classes=5))
+STAGES = {"lite0": 5, "b0": 4}  # to quantize one takes seconds
+
+
+@pytest.fixture(params=STAGES)
+def model(request):
+    with shallow_nets(STAGES[request.param]):
+        yield fill(ke.create_model(f"efficientnet-{request.param}", weights=None, input_shape=SHAPE, classes=5))
 
 
 def numbers(value) -> np.ndarray:
@@ -48,6 +53,7 @@ def test_two_products_of_a_pair_fit_into_16_bits(shape, seed):
         assert (255 * (rows[::2] + rows[1::2])).max() < 2**15
 
 
+@pytest.mark.usefixtures("eager")
 def test_equal_ranges_in_the_channels_between_linear_convolutions(model, images):
     net = for_inference(model, SHAPE)
     before = numbers(net(images))
@@ -110,6 +116,8 @@ def kernels_of(graph) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return whole, quantized
 
 
+# tests/inference/test_class_maps.py exports Lite0 in 8 bits.
+@pytest.mark.parametrize("model", leading(["b0", "lite0"], 1), indirect=True)
 def test_what_is_said_to_stay_in_float_does_and_all_else_is_in_8_bits(model, images, monkeypatch, tmp_path):
     path = tmp_path / "net.onnx"
     monkeypatch.setattr(quantization, "FLOAT", quantization.FLOAT[2:3])  # stages 1 and 2
@@ -137,6 +145,7 @@ def test_what_is_said_to_stay_in_float_does_and_all_else_is_in_8_bits(model, ima
             assert (255 * (rows[:, ::2] + rows[:, 1::2])).max() < 2**15
 
 
+@pytest.mark.usefixtures("eager")
 def test_biases_of_layers_in_float_are_not_corrected(model, images):
     net = for_inference(model, SHAPE)
     versions = quantization.candidates(net, images, pairs=True)
