@@ -18,8 +18,8 @@ hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-# Keras sets TensorFlow's own seed too. That discards all operations that are ready to run, and nothing here draws with
-# it: a tenth of the time of building nets.
+# Keras sets TensorFlow's own seed too. That discards all operations that are ready to run, and making them anew takes a
+# tenth of the time of building nets. Only the dropout of tf_keras draws with it: test_keras2.py sets it.
 KEEPS_KERNELS = mock.patch("tensorflow.random.set_seed") if BACKEND == "tensorflow" else contextlib.nullcontext()
 
 

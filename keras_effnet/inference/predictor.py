@@ -241,7 +241,7 @@ class Predictor:
 
         >>> import keras_effnet as ke
         >>> model = ke.EfficientNetLite0(weights=None, input_shape=(32, 32, 3), classes=2)
-        >>> for path, outputs, error in ke.Predictor(model, "keras").predict_files(["docs/cat.png", "docs/coffee.png"]):
+        >>> for path, outputs, error in ke.Predictor(model).predict_files(["docs/cat.png", "docs/coffee.png"]):
         ...     print(path, outputs.shape)
         docs/cat.png (2,)
         docs/coffee.png (2,)

@@ -28,7 +28,7 @@ OF_ANY_DEPTH = (
     *("old_models.md", "convert.md", "metadata.md", "faq.md", "condconv.md"),
     *PRUNES,
 )
-TRAINS = ("finetune.md", *PRUNES)  # for a few steps
+TRAINS = ("finetune.md", "pruning.md", ".choose_channels", ".cut_channels")  # for a few steps; .importance is traced
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_a_wheel_holds_one_package_and_its_command(tmp_path):
         relative = path.relative_to(ROOT)
         inside = relative if relative.parts[0] == "keras_effnet" else f"keras_effnet/{relative}"
         assert str(inside) in names
-    # Apart from the sources, its commands and the weights beside it work.
+    # Installed away from the sources, the package and the weights beside it work.
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r}); import keras_effnet as ke; "
         "print(ke.__file__); print(ke.EfficientNetLite0().name)"

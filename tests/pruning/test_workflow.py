@@ -129,7 +129,7 @@ def test_folders_of_classes(tmp_path):
 
 
 @pytest.mark.usefixtures("shallow")
-def test_what_does_not_fit_is_told_before_the_work(tmp_path):
+def test_what_does_not_fit_is_told_before_the_work(tmp_path, capfd):
     folder = photographs(tmp_path / "data", *(f"{name}/{number}.png" for name in "xy" for number in range(5)))
     model = ke.EfficientNetLite0(weights=None, classes=3, input_shape=(32, 32, 3))
     model.save(tmp_path / "three.keras")
@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_told_before_the_work(tmp_path):
     assert state.read_text() == "{}"  # the state of an interrupted call
     result = invoked("prune", tmp_path / "no.keras", "--data", folder, "--out", tmp_path / "out")
     assert result.returncode == 2 and result.stderr.startswith("error: Expected a model file. Received: ")
-    assert len(result.stderr.splitlines()) == 1
+    assert len(result.stderr.splitlines()) == 1 and not capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("shallow")

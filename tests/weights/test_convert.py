@@ -307,7 +307,7 @@ def test_mixed_experts_are_found_by_their_block_and_order(how, tmp_path):
 @pytest.mark.parametrize("fault", leading(["missing", "twice", "first missing", "left over", "experts", "flat"], 2))
 def test_a_fault_among_mixed_experts_is_told(fault, tmp_path):
     first, last = VARIANTS[CONDCONV].stages[:5], VARIANTS[CONDCONV].stages[5:]
-    # Both of the convolutions of a second block have as many numbers.
+    # The two pointwise convolutions of a second block have equally many numbers.
     VARIANTS[CONDCONV] = replace(VARIANTS[CONDCONV], stages=(*first, replace(last[0], repeats=2), *last[1:]))
     forget_variants()
     tensors = original_tensors(CONDCONV, average=False)
@@ -616,6 +616,12 @@ def test_keras_applications_loads_what_was_exported(scheme, tmp_path):
     pixels = np.random.default_rng(0).uniform(0, largest, (2, *shape)).astype("float32")
     ours = run(model, pixels)
     assert np.abs(run(theirs, pixels) - ours).max() < 1e-5 * ours.max()
+    # What it saves is read, too.
+    theirs.save(tmp_path / "theirs.h5")
+    values = model.get_weights()
+    model.set_weights([1 + value for value in values])
+    ke.weights.load(model, tmp_path / "theirs.h5")
+    assert all(map(np.array_equal, model.get_weights(), values))
 
 
 @pytest.mark.usefixtures("mini")
@@ -757,9 +763,10 @@ def test_export_refuses_what_others_would_compute_otherwise(tmp_path):
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(name, small_path, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
+    handler = signal.getsignal(signal.SIGXFSZ)
     try:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
         result = invoked("convert", small_path, tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -453,7 +453,10 @@ def small_lite0(monkeypatch):
     """Reduces Lite0 to four blocks, one of them with a residual. Each load then takes half of the time."""
     lite0 = VARIANTS["efficientnet-lite0"]
     stages = tuple(replace(stage, repeats=1 + (n == 1)) for n, stage in enumerate(lite0.stages[:3]))
-    monkeypatch.setitem(VARIANTS, "efficientnet-lite0", replace(lite0, stages=stages))
+    with monkeypatch.context() as patch:
+        patch.setitem(VARIANTS, "efficientnet-lite0", replace(lite0, stages=stages))
+        forget_variants()
+        yield
     forget_variants()
 
 

@@ -83,7 +83,7 @@ class Hub:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        # It looks 100 times a second whether it is to end. The default of twice a second would delay each test.
+        # Checks 100 times a second whether to stop. The default, twice a second, would delay each test.
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def put(self, repository: str, folder) -> None:

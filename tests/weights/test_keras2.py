@@ -27,7 +27,7 @@ if BACKEND != "tensorflow":
 
 from tf_keras.src.applications import efficientnet  # noqa: E402  the public module has no nets of other depths
 
-# Four blocks have what B0's sixteen have: one without expansion, one with a residual, and 5 x 5 kernels.
+# Four blocks have most of what B0's sixteen have: one without expansion, one with a residual, and a 5 x 5 kernel.
 REPEATS = (1, 2, 1)
 BLOCKS = [args | {"repeats": count} for args, count in zip(efficientnet.DEFAULT_BLOCKS_ARGS, REPEATS, strict=False)]
 KINDS = {"h5": "m.h5", "SavedModel": "saved", "keras": "m.keras"}
@@ -73,7 +73,10 @@ def small_b0(monkeypatch):
     """Reduces B0 to the net that `small()` returns, for files of weights, which say what they are by a variant."""
     b0 = VARIANTS["efficientnet-b0"]
     stages = tuple(replace(stage, repeats=count) for stage, count in zip(b0.stages, REPEATS, strict=False))
-    monkeypatch.setitem(VARIANTS, "efficientnet-b0", replace(b0, stages=stages))
+    with monkeypatch.context() as patch:
+        patch.setitem(VARIANTS, "efficientnet-b0", replace(b0, stages=stages))
+        forget_variants()
+        yield
     forget_variants()
 
 
@@ -188,11 +191,12 @@ class Old:
     """A model of Keras 2, its files, and what it computes."""
 
     def __init__(self, model, folder: Path):
+        tf_keras.utils.set_random_seed(0)  # of its dropout, which draws while statistics are taken
         self.model, self.folder = model, folder
         side = model.input_shape[1] if model.inputs else 64
         self.pixels = np.random.default_rng(1).integers(0, 256, (3, side, side, 3)).astype("float64")
         settled(shuffled(model), self.pixels)
-        outputs = model(self.pixels, training=False)  # takes less time than tracing, as `predict()` does
+        outputs = model(self.pixels, training=False)  # `predict()` would trace it, which takes longer
         self.outputs = [each.numpy() for each in (outputs if isinstance(outputs, list) else [outputs])]
 
     def path(self, kind: str) -> Path:
