@@ -25,6 +25,7 @@ tf_keras = pytest.importorskip("tf_keras")
 if BACKEND != "tensorflow":
     pytest.skip("the files do not depend on the backend", allow_module_level=True)
 
+import tensorflow as tf  # noqa: E402
 from tf_keras.src.applications import efficientnet  # noqa: E402  the public module has no nets of other depths
 
 # Four blocks have most of what B0's sixteen have: one without expansion, one with a residual, and a 5 x 5 kernel.
@@ -191,7 +192,7 @@ class Old:
     """A model of Keras 2, its files, and what it computes."""
 
     def __init__(self, model, folder: Path):
-        tf_keras.utils.set_random_seed(0)  # of its dropout, which draws while statistics are taken
+        tf.random.set_seed(0)  # of tf_keras' dropout, which draws while statistics are taken
         self.model, self.folder = model, folder
         side = model.input_shape[1] if model.inputs else 64
         self.pixels = np.random.default_rng(1).integers(0, 256, (3, side, side, 3)).astype("float64")
