@@ -10,8 +10,9 @@ PAGE = Path(__file__).with_name("models.md")
 # What the name of a family does not say. Sources: keras_effnet/nets/variants.py.
 NOTES = {
     "X and H": "The TPU repository's nets with fused blocks and space-to-depth. Stages 2 to 4 expand the channels "
-    "6 times in X and 4 times in H. timm's X B5 and H B5 exchange ReLU and SiLU, have a 2 x 2 kernel in the first "
-    "block alone, and pad symmetrically.",
+    "6 times in X and 4 times in H. timm's X B5 and H B5 differ from these: they have ReLU where the TPU repository's "
+    "nets have SiLU, and the reverse; only their first block has a 2 x 2 kernel, instead of all blocks of stage 1; and "
+    "they pad symmetrically.",
     "Composer": "The B0 of MosaicML's library Composer. It has one activation more, after the first block's "
     "projection.",
 }
