@@ -264,7 +264,8 @@ def test_two_processes_make_an_export_once_and_leave_and_send_nothing(home, tmp_
     keras.Sequential([keras.Input((16, 16, 3)), *head]).save(tmp_path / "x.keras")
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    unset = ("CI", "ORT_DISABLE_TELEMETRY", "PYTHONDONTWRITEBYTECODE")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"TMPDIR": str(temporary), "TF_CPP_MIN_LOG_LEVEL": "3"}
     made, here = export.export, []
     monkeypatch.setattr(export, "export", lambda *args, **kwargs: here.append(1) or made(*args, **kwargs))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import tempfile
 import threading
 import warnings
@@ -27,14 +28,20 @@ _PRINTING = threading.RLock()  # all threads share standard output
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Suppresses what converters print and warn. Errors are raised as usual.
+    """Suppresses what converters print and warn, and the bytecode of modules. Errors are raised as usual.
+
+    AutoGraph imports modules that it writes into the temporary folder: their bytecode would stay there.
 
     Returns:
         Context manager.
     """
     with _PRINTING, warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+        try:
+            yield
+        finally:
+            sys.dont_write_bytecode = before
 
 
 def _need(*modules: str) -> None:
