@@ -123,7 +123,7 @@ def mixed_precision(body):
         dense = layers.Dense(5, activation="softmax", dtype="float32")
         return tf_keras.Sequential([body(64), layers.GlobalAveragePooling2D(), dense])
     finally:
-        tf_keras.mixed_precision.set_global_policy("float32")
+        tf_keras.mixed_precision.set_global_policy(None)  # that of floatx
 
 
 def operations(body):
