@@ -12,8 +12,8 @@ _PREFIX = ".keras_effnet-"
 
 
 @contextmanager
-def writing(path) -> Iterator[None]:
-    """Raises an `OSError` that names the file for what a library raises, such as for a full disk.
+def naming(path) -> Iterator[None]:
+    """Adds the path to an `OSError` that names no file, such as for a full disk.
 
     Args:
         path: Path of the file, for the message.
@@ -23,6 +23,20 @@ def writing(path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
+def writing(path) -> Iterator[None]:
+    """Converts a library's own exception, such as for a full disk, into an `OSError`, and names the file.
+
+    Args:
+        path: Path of the file, for the message.
+    """
+    try:
+        with naming(path):
+            yield
+    except OSError:
         raise
     except Exception as error:
         raise OSError(f"Could not write {str(path)!r}: {' '.join(str(error).split())[:300]}") from error

@@ -230,7 +230,7 @@ def save_model(
     given = {key: value for key, value in given.items() if value is not None}
     if given:
         found["preprocessing"] = asdict(Expects()) | found["preprocessing"] | given
-    with files.writing(path), files.replacing(path) as temporary:
+    with files.naming(path), files.replacing(path) as temporary:
         model.save(temporary)
         add(temporary, found)
     return Path(path)

@@ -219,6 +219,14 @@ def shallow_nets(stages: int | None = None):
         forget_variants()
 
 
+def shallow_rows() -> list[dict]:
+    """Returns the blocks of keras.applications' EfficientNets, as few as `shallow_nets()` leaves ours."""
+    from keras.src.applications import efficientnet  # the public module has no nets of other depths
+
+    rows = enumerate(efficientnet.DEFAULT_BLOCKS_ARGS)
+    return [row | {"repeats": min(row["repeats"], 2 if n == 1 else 1)} for n, row in rows]
+
+
 def forget_variants() -> None:
     """Empties the caches of what was looked up in the table of variants."""
     identify.cache_clear()

@@ -10,7 +10,7 @@ from importlib import import_module
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT, leading, run
+from helpers import BACKEND, ROOT, leading, run, shallow_rows
 from keras import layers
 
 import keras_effnet as ke
@@ -23,9 +23,7 @@ QUICK = {"run_eagerly": True}  # compiling a step takes half a minute
 def fewer_blocks(shallow, monkeypatch):
     """Does to the nets of keras.applications what `shallow` does to ours."""
     table = sys.modules[THEIRS.EfficientNetB0.__module__]
-    rows = enumerate(table.DEFAULT_BLOCKS_ARGS)
-    fewer = [row | {"repeats": min(row["repeats"], 2 if number == 1 else 1)} for number, row in rows]
-    monkeypatch.setattr(table, "DEFAULT_BLOCKS_ARGS", fewer)
+    monkeypatch.setattr(table, "DEFAULT_BLOCKS_ARGS", shallow_rows())
 
 
 # Theirs changes only with Keras, whose version CI holds.

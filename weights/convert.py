@@ -752,7 +752,7 @@ def _write_own(
             name = "predictions" if layer.name == _CLASSIFIER else layer.name
             weight.assign(np.ascontiguousarray(values[name, weight.name]))
     net.weights_record = record
-    with files.writing(path), files.replacing(path) as temporary:
+    with files.naming(path), files.replacing(path) as temporary:
         if not str(path).endswith(".keras"):
             net.save_weights(temporary)
             return

@@ -24,6 +24,7 @@ from helpers import (
     save_torch,
     seeded,
     shallow_nets,
+    shallow_rows,
     timm_tensors,
     trained,
 )
@@ -32,7 +33,7 @@ import keras_effnet as ke
 from keras_effnet import model_loader
 from keras_effnet.model_metadata import Expects
 from keras_effnet.nets import inspection
-from keras_effnet.nets.variants import VARIANTS, find_model, of_timm, timm_name
+from keras_effnet.nets.variants import find_model, of_timm, timm_name
 from keras_effnet.tpu import config, model_from_recipe, recipes
 from keras_effnet.weights import convert, registry, store
 
@@ -286,10 +287,8 @@ def test_only_timms_files_are_read_by_their_names(tmp_path):
     from keras.src.applications import efficientnet  # the public module has no nets of other depths
 
     with shallow_nets():
-        rows = zip(efficientnet.DEFAULT_BLOCKS_ARGS, VARIANTS["efficientnet-b0"].stages, strict=True)
-        blocks = [row | {"repeats": stage.repeats} for row, stage in rows]
-        size = {"weights": None, "input_shape": (225, 225, 3)}
-        theirs = efficientnet.EfficientNet(1.0, 1.0, 224, blocks_args=blocks, name="efficientnetb0", **size)
+        settings = {"blocks_args": shallow_rows(), "weights": None, "input_shape": (225, 225, 3)}
+        theirs = efficientnet.EfficientNet(1.0, 1.0, 224, name="efficientnetb0", **settings)
         for name in ("efficientnet_b0.weights.h5", "efficientnet_b0.h5", "efficientnet_b0.keras"):
             (theirs.save_weights if "weights" in name else theirs.save)(tmp_path / name)
             assert ke.weights.identify(tmp_path / name).padding == "same"

@@ -29,6 +29,7 @@ from helpers import (
     save_torch,
     seeded,
     seeded_as,
+    shallow_rows,
     timm_tensors,
     trained,
 )
@@ -699,9 +700,7 @@ def applications_b0(**kwargs):
     """Returns the net of keras.applications that B0 is with the fixture `shallow`."""
     from keras.src.applications import efficientnet  # the public module has no nets of other depths
 
-    rows = enumerate(efficientnet.DEFAULT_BLOCKS_ARGS)
-    blocks = [args | {"repeats": min(args["repeats"], 2 if n == 1 else 1)} for n, args in rows]
-    settings = {"name": "efficientnetb0", "weights": None, "weights_name": "b0", "blocks_args": blocks}
+    settings = {"name": "efficientnetb0", "weights": None, "weights_name": "b0", "blocks_args": shallow_rows()}
     return efficientnet.EfficientNet(1.0, 1.0, 224, **settings | kwargs)
 
 

@@ -13,17 +13,15 @@ import tarfile
 import tracemalloc
 import zipfile
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
 import h5py
 import numpy as np
 import pytest
-from helpers import BACKEND, fill, forget_variants, leading, lite0_package, save_checkpoint
+from helpers import BACKEND, fill, leading, lite0_package, save_checkpoint
 
 import keras_effnet as ke
-from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.weights.formats import opening, torch_file
 
 SMALL = {"weights": None, "classes": 2, "input_shape": (32, 32, 3)}
@@ -448,22 +446,10 @@ KINDS = ("tpu", "safetensors", "zip.pth", "weights.h5", "keras", "tar.gz", "lega
 CHECKED = ("tpu", "tar.gz", "zip.pth", "keras")  # formats that carry checksums of their numbers
 
 
-@pytest.fixture
-def small_lite0(monkeypatch):
-    """Reduces Lite0 to four blocks, one of them with a residual. Each load then takes half of the time."""
-    lite0 = VARIANTS["efficientnet-lite0"]
-    stages = tuple(replace(stage, repeats=1 + (n == 1)) for n, stage in enumerate(lite0.stages[:3]))
-    with monkeypatch.context() as patch:
-        patch.setitem(VARIANTS, "efficientnet-lite0", replace(lite0, stages=stages))
-        forget_variants()
-        yield
-    forget_variants()
-
-
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="reading files does not depend on the backend")
 @pytest.mark.parametrize("times", [12, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", leading(KINDS, 4))
-def test_damaged_files_change_nothing(kind, times, small_lite0, tmp_path):
+def test_damaged_files_change_nothing(kind, times, mini, tmp_path):
     path, files = written(kind, tmp_path)
     model, whole = ke.EfficientNetLite0(**SMALL), {file: file.read_bytes() for file in files}
     before, chance = model.get_weights(), random.Random(times)
@@ -501,7 +487,7 @@ def test_a_header_whose_length_begins_like_another_format_is_one_of_safetensors(
         assert found.keys() == tensors.keys()
 
 
-@pytest.mark.usefixtures("small_lite0")
+@pytest.mark.usefixtures("mini")
 def test_an_unknown_format_is_told(tmp_path):
     path = tmp_path / "x.bin"
     path.write_bytes(b"hello, world")

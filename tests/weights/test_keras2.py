@@ -5,18 +5,16 @@ import random
 import re
 import shutil
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, command, forget_variants, leading, run, seeded
+from helpers import BACKEND, command, leading, run, seeded
 
 import keras_effnet as ke
 from keras_effnet import compat
-from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.weights import convert
 from keras_effnet.weights.keras2 import conversion, files, padding
 from keras_effnet.weights.keras2.layers import ForeignLayerError
@@ -63,22 +61,10 @@ def settled(model, pixels):
 
 
 def small(size: int, **kwargs):
-    """Returns an EfficientNet of four blocks, as B0 has them: the net that B0 is with the fixture `small_b0`."""
+    """Returns an EfficientNet of four blocks, as B0 has them: the net that B0 is with the fixture `mini`."""
     settings = {"weights": None, "include_top": False, "input_shape": (size, size, 3), "blocks_args": BLOCKS}
     settings |= {"width_coefficient": 1.0, "depth_coefficient": 1.0, "default_size": size, "model_name": "small"}
     return efficientnet.EfficientNet(**settings | kwargs)
-
-
-@pytest.fixture
-def small_b0(monkeypatch):
-    """Reduces B0 to the net that `small()` returns, for files of weights, which say what they are by a variant."""
-    b0 = VARIANTS["efficientnet-b0"]
-    stages = tuple(replace(stage, repeats=count) for stage, count in zip(b0.stages, REPEATS, strict=False))
-    with monkeypatch.context() as patch:
-        patch.setitem(VARIANTS, "efficientnet-b0", replace(b0, stages=stages))
-        forget_variants()
-        yield
-    forget_variants()
 
 
 def flat(body):
@@ -348,7 +334,7 @@ def all_of_container(container, weights_store, assets_store, inner_path, visited
             lib._save_state(each, weights_store, assets_store, place, visited_trackables)
 
 
-@pytest.mark.usefixtures("small_b0")
+@pytest.mark.usefixtures("mini")
 @pytest.mark.parametrize(
     ("kind", "release"),
     [
@@ -376,7 +362,7 @@ def test_the_net_and_the_head_of_a_class_of_ones_own(kind, release, old, tmp_pat
     assert ke.weights.load(own, path).ignored["layers around the net"] == 2
 
 
-@pytest.mark.usefixtures("small_b0")
+@pytest.mark.usefixtures("mini")
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [*WEIGHTS, "SavedModel", "keras"])
 def test_a_head_of_several_layers_is_left_as_a_whole(kind, old, tmp_path):
@@ -388,7 +374,7 @@ def test_a_head_of_several_layers_is_left_as_a_whole(kind, old, tmp_path):
     assert done.left[-1] == "a classifier of 3 classes: the file has 0. The new one is of zeros"
 
 
-@pytest.mark.usefixtures("small_b0")
+@pytest.mark.usefixtures("mini")
 @pytest.mark.parametrize("change", leading(["{}_2", "mine_{}", "a_{}_b"], 1))
 def test_renamed_layers_are_found_by_the_names_of_their_variables(change, tmp_path):
     model = shuffled(renamed(small, change))
@@ -603,7 +589,7 @@ def test_metadata_of_the_first_releases_is_in_the_saved_model(old, tmp_path):
     source.check(tmp_path / "new.keras")
 
 
-@pytest.mark.usefixtures("small_b0")
+@pytest.mark.usefixtures("mini")
 def test_padding_that_differs_is_told_with_its_numbers():
     body = small(None)
     model = tf_keras.Sequential([tf_keras.Input((75, 75, 3)), body, tf_keras.layers.GlobalAveragePooling2D()])

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from PIL import Image
 if BACKEND != "tensorflow":
     pytest.skip("TensorFlow's runner", allow_module_level=True)
 
-from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.tpu import recipes
 from keras_effnet.tpu.config import override
 from keras_effnet.tpu.input import pipeline, skipped_examples
@@ -53,11 +51,9 @@ addEventListener("load", () => {
 
 
 @pytest.mark.slow
-def test_the_report_of_a_run(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("mini")
+def test_the_report_of_a_run(tmp_path):
     """Reports a finished run with the command, and the same run as if it had been killed."""
-    lite0 = VARIANTS["efficientnet-lite0"]
-    stages = tuple(replace(stage, repeats=1) for stage in lite0.stages[:3])
-    monkeypatch.setitem(VARIANTS, lite0.name, replace(lite0, stages=stages))  # three blocks
     workdir = tmp_path / "digits"
     result = train(MIXING, workdir, quiet=True)
     before = contents(workdir)
