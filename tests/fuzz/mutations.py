@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import pickletools
+import re
 import struct
 import warnings
 import zipfile
@@ -654,7 +655,7 @@ _ARRAYS = [
 
 
 def of_h5(data: bytes) -> st.SearchStrategy[bytes]:
-    """Changes attributes, JSON in them, groups and arrays of an h5 file; or changes its bytes."""
+    """Changes attributes, JSON in them, groups and arrays of an h5 file; or its bytes, often those of types."""
     groups, attributes, members = ["/"], [], []
     with h5py.File(io.BytesIO(data), "r") as file:
         file.visititems(lambda name, item: groups.append(name) if isinstance(item, h5py.Group) else None)
@@ -692,7 +693,15 @@ def of_h5(data: bytes) -> st.SearchStrategy[bytes]:
     for place, value in described:
         new = of_json_text(value).map(lambda text: np.bytes_(text.rstrip(b"\0")))
         edits += [st.tuples(st.just("attribute"), st.just(place), new)] * 3
-    return st.one_of(st.lists(st.one_of(*edits), min_size=1, max_size=3).map(changed), of_bytes(data))
+    damage = [st.lists(st.one_of(*edits), min_size=1, max_size=3).map(changed), of_bytes(data)]
+    # The type, the shape and the place of an attribute's value follow its name.
+    titles = {re.escape(name.encode() + b"\0") for _, name in attributes}
+    ends = [found.end() for title in sorted(titles) for found in re.finditer(title, data)]
+    places = [place for end in ends for place in range(end, min(end + 72, len(data)))]
+    if places:
+        edit = st.tuples(_of(places), st.integers(0, 255))
+        damage.append(edit.map(lambda edit: data[: edit[0]] + bytes([edit[1]]) + data[edit[0] + 1 :]))
+    return st.one_of(damage)
 
 
 # PNG

@@ -19,8 +19,6 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 _DEEP = "depthwise_conv2d"
 
-_STRINGS = (bytes, str, np.bytes_, np.str_)
-
 
 @contextmanager
 def opened_h5(file, path: Path) -> Iterator[Tensors]:
@@ -60,33 +58,86 @@ def opened_h5_file(file, path: Path) -> Iterator[Any]:
     import h5py
 
     with _damage_named(path):
-        _check_heaps(file)
+        _check(file)
         opened_file = h5py.File(file, "r")
     with opened_file:
         yield opened_file
 
 
-def _check_heaps(path) -> None:
-    """Raises for a heap of texts with a free entry of no length, at which HDF5 2.0 searches without end.
+def _check(path) -> None:
+    """Raises for damage that HDF5 2.0 does not stand: it would fill the memory, or never end.
 
     Reference:
-        HDF5 File Format Specification 3.0, "II.A. Disk Format: Level 0A" and "III.E. Level 1E - Global Heap".
+        HDF5 File Format Specification 3.0. Its sections stand in the functions.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:8] != HDF5_SIGNATURE or data[14 if data[8] < 2 else 10] != 8:
-            raise ValueError("it does not begin as the files of Keras do")
-        left = len(data) // 16 + 1  # texts to look at: more only where heaps overlap
-        for heap in re.finditer(rb"GCOL\x01\0\0\0", data):
-            place = heap.end() + 8
-            end = min(heap.start() + int.from_bytes(data[heap.end() : place], "little"), len(data))
-            while place + 16 <= end:
+        _check_superblock(data)
+        _check_texts(data, _lengths_of_texts(data))
+
+
+def _check_superblock(data: mmap.mmap) -> None:
+    """Raises for a file without addresses and lengths of 8 bytes, or with a driver, whose size is not checked.
+
+    Reference:
+        "II.A. Disk Format: Level 0A - Format Signature and Superblock".
+    """
+    sizes = data[13:15] if data[8] < 2 else data[9:11]
+    drivers = {0: data[48:56], 1: data[52:60]}
+    if data[:8] != HDF5_SIGNATURE or sizes != b"\x08\x08" or drivers.get(data[8], b"\xff" * 8) != b"\xff" * 8:
+        raise ValueError("it does not begin as the files of Keras do")
+
+
+def _lengths_of_texts(data: mmap.mmap) -> dict[int, dict[int, int]]:
+    """Returns a dict from the address of a heap of texts to a dict from the index of a text to its length.
+
+    Raises:
+        ValueError: If a free entry has no length: HDF5 searches the heap without end. Or if heaps overlap.
+
+    Reference:
+        "III.E. Level 1E - Global Heap".
+    """
+    found: dict[int, dict[int, int]] = {}
+    left = len(data) // 16 + 1  # texts to look at: more only where heaps overlap
+    for heap in re.finditer(rb"GCOL\x01\0\0\0", data):
+        place = heap.end() + 8
+        end = min(heap.start() + int.from_bytes(data[heap.end() : place], "little"), len(data))
+        lengths = found.setdefault(heap.start(), {})
+        while place + 16 <= end:
+            left -= 1
+            if not left:
+                raise ValueError("its texts overlap")
+            index, length = struct.unpack("<H6xQ", data[place : place + 16])
+            if not index and length < 16:  # it counts these 16 bytes
+                raise ValueError("a text in it is damaged")
+            lengths[index] = length
+            place += 16 + -(-length // 8) * 8 if index else length
+    return found
+
+
+def _check_texts(data: mmap.mmap, heaps: dict[int, dict[int, int]]) -> None:
+    """Raises for an attribute whose text is declared longer than it is: HDF5 reserves that many bytes, up to 4 GB.
+
+    Reference:
+        "IV.A.2.b. The Dataspace Message", "IV.A.2.d. The Datatype Message" and "IV.A.2.m. The Attribute Message".
+    """
+    left = len(data) // 16 + 1  # texts to look at: more only where attributes overlap
+    for declared in re.finditer(rb"\x10\0\0\0\x10\0\0\0\x01\0\0\0", data):  # the type of a text of any length
+        for shape in (declared.end() + 4, declared.end() + 8):  # without and with padding
+            head = {b"\x01": 8, b"\x02": 4}.get(data[shape : shape + 1])
+            if head is None or shape + head > len(data):
+                continue
+            sides, has_limits = data[shape + 1], data[shape + 2] & 1
+            place = shape + head + 8 * sides * (1 + has_limits)
+            while place + 16 <= len(data):
+                length, address, index = struct.unpack("<IQI", data[place : place + 16])
+                if address not in heaps:
+                    break
                 left -= 1
                 if not left:
                     raise ValueError("its texts overlap")
-                index, length = struct.unpack("<H6xQ", data[place : place + 16])
-                if not index and length < 16:  # it counts these 16 bytes
+                if length > heaps[address].get(index, len(data)):
                     raise ValueError("a text in it is damaged")
-                place += 16 + -(-length // 8) * 8 if index else length
+                place += 16
 
 
 @contextmanager
@@ -259,9 +310,7 @@ def _names(group, attribute: str) -> Iterator[str]:
     while f"{attribute}{len(parts)}" in group.attrs:
         parts.append(f"{attribute}{len(parts)}")
     for part in parts or [attribute]:
-        for name in group.attrs[part]:
-            if not isinstance(name, _STRINGS):
-                raise ValueError(f"{part} contains something other than names")
+        for name in _attribute(group, part, dimensions=1):
             yield name.decode() if isinstance(name, bytes) else str(name)
 
 
@@ -304,7 +353,7 @@ class _Reader:
 def _dataset(dataset, limit: int) -> Stored:
     """Returns a dataset of numbers in this file, no larger than a well-compressed one can be."""
     # How Keras 3 and Keras 2 store a type that h5 lacks.
-    bfloat16 = dataset.attrs.get("dtype") == "bfloat16" or dataset.dtype == np.dtype("V2")
+    bfloat16 = text(dataset, "dtype") == "bfloat16" or dataset.dtype == np.dtype("V2")
     if not (dataset.dtype.kind in "fiu" or bfloat16) or dataset.external is not None or dataset.is_virtual:
         raise ValueError(f"{dataset.name[:80]} stores no numbers in this file")
     if dataset.nbytes > limit:
@@ -332,11 +381,39 @@ def is_h5(path) -> bool:
         return file.read(8) == HDF5_SIGNATURE
 
 
-def _text(value: Any) -> str | None:
-    """Returns the text of an attribute, or None for anything else."""
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return str(value) if isinstance(value, str) else None
+def text(item, attribute: str) -> str | None:
+    """Returns an attribute that is a text, or None if there is no such attribute.
+
+    Args:
+        item: A group or dataset of h5py.
+        attribute: String. The name of the attribute.
+
+    Raises:
+        ValueError: If the attribute is not a text.
+    """
+    if attribute not in item.attrs:
+        return None
+    value = _attribute(item, attribute, dimensions=0)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _attribute(item, attribute: str, dimensions: int) -> Any:
+    """Returns an attribute that is a text, or a list of texts: Keras stores no others.
+
+    Raises:
+        ValueError: If the attribute is of another type. It is not read then: for some types that only a damaged file
+            declares, h5py 3.16 with HDF5 2.0 ends the process.
+    """
+    import h5py
+
+    stored = item.attrs.get_id(attribute)
+    if len(stored.shape) == dimensions == 1 and not stored.shape[0]:
+        return []  # the names of a layer without weights, stored as an empty list of numbers
+    if len(stored.shape) == dimensions and isinstance(stored.get_type(), h5py.h5t.TypeStringID):
+        value = item.attrs[attribute]
+        if all(isinstance(each, bytes | str) for each in (value if dimensions else [value])):
+            return value
+    raise ValueError(f"its attribute {attribute} is not {'a list of names' if dimensions else 'a text'}")
 
 
 def keras_version(path) -> str | None:
@@ -353,7 +430,7 @@ def keras_version(path) -> str | None:
 
 def _version(file) -> str:
     group = file.get("model_weights", file)
-    return _text(group.attrs.get("keras_version", file.attrs.get("keras_version", b""))) or ""
+    return text(group, "keras_version") or text(file, "keras_version") or ""
 
 
 def model_config(path) -> str | None:
@@ -371,7 +448,7 @@ def model_config(path) -> str | None:
     if not (keras_version(path) or "").startswith("3."):
         return None
     with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
-        return _text(opened_file.attrs.get("model_config"))
+        return text(opened_file, "model_config")
 
 
 def padding_of(path) -> str | None:
