@@ -1,7 +1,10 @@
-"""Errors for a wrong choice: what was expected, what was received, the nearest valid choice."""
+"""Errors for a wrong choice: what was expected, what was received, the nearest valid choice, the command to run."""
 
 import difflib
+import os
 import re
+import shlex
+import subprocess
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
@@ -115,6 +118,24 @@ def one_line(what: object, most: int = 500) -> str:
     """
     text = "".join(letter if letter.isprintable() else " " for letter in str(what)[: 10 * most])
     return " ".join(text.split())[:most] or type(what).__name__
+
+
+def command_line(*words: object) -> str:
+    """Returns a command of this package, as it is typed in a shell.
+
+    Args:
+        *words: The command's name, its arguments and options.
+
+    Returns:
+        String.
+
+    Example:
+
+    >>> command_line("convert", "my model.h5", "new.keras")
+    "keras-effnet convert 'my model.h5' new.keras"
+    """
+    line = ["keras-effnet", *(os.fspath(word) if isinstance(word, os.PathLike) else str(word) for word in words)]
+    return subprocess.list2cmdline(line) if os.name == "nt" else shlex.join(line)
 
 
 def _letters(name: object) -> str:

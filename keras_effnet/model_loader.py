@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_effnet import model_metadata
-from keras_effnet.errors import one_line
+from keras_effnet.errors import command_line, one_line
 from keras_effnet.nets.variants import VARIANTS, find_model, is_model, unknown_model
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def _of_path(path: Path, best: bool, exports: bool) -> Reference:
 
         if preset_file.folder_of(path) is not None:
             raise ValueError(
-                f"Expected a model. Received: {name!r}, a preset of keras-hub. Convert it: keras-effnet convert {name} "
-                "model.keras"
+                f"Expected a model. Received: {name!r}, a preset of keras-hub. Convert it: "
+                f"{command_line('convert', name, 'model.keras')}"
             )
         return _of_run(path, best)
     if path.suffix in EXPORTS or (path / "saved_model.pb").is_file():
@@ -120,7 +120,8 @@ def _of_address(address: str) -> Reference:
     if place.endswith(".keras"):
         return Reference("keras", place)
     raise ValueError(
-        f"Expected a model. Received: {address!r}, weights. Convert them: keras-effnet convert {address} model.keras"
+        f"Expected a model. Received: {address!r}, weights. Convert them: "
+        f"{command_line('convert', address, 'model.keras')}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from keras_effnet import files, model_metadata
-from keras_effnet.errors import unknown
+from keras_effnet.errors import command_line, unknown
 from keras_effnet.nets.architecture import EPSILONS, Architecture
 from keras_effnet.nets.normalization import scheme_near
 from keras_effnet.nets.variants import VARIANTS, find_model, identify, nearest, timm_name
@@ -20,6 +20,7 @@ from keras_effnet.nets.weight_shapes import owners
 from keras_effnet.weights import hub, hub_folder, presets, registry
 from keras_effnet.weights.formats import h5_file, keras_file, opening, safetensors_file, tensorflow_checkpoint
 from keras_effnet.weights.keras2 import conversion
+from keras_effnet.weights.keras2.around import opened_weights
 from keras_effnet.weights.keras2.conversion import Conversion
 from keras_effnet.weights.keras2.layers import Foreign
 from keras_effnet.weights.layouts import LAYOUTS
@@ -111,7 +112,8 @@ def load(
         return _load_by_keras(model, path)
     others = {layer for layer in model.layers if layer.weights} - set(reading.layers.values())
     targets = _variables(reading)
-    with opening.opened(path, raw) as tensors:
+    opened = opening.opened if include_top and reading.classes is not None else opened_weights
+    with opened(path, raw) as tensors:
         contents = Contents(tensors, path, source, raw)
         report, plan = match(contents, reading.architecture, reading.channels, reading.classes, include_top)
         only_the_net = report.fits and not {NO_TOP, AROUND} & report.ignored.keys()
@@ -126,7 +128,7 @@ def load(
     variant = identify(reading.architecture.blocks)
     pads = conversion.padding_of(path, VARIANTS[variant].resolution) if variant else ""
     if pads:
-        warnings.warn(f"{path}: {pads}. To keep it: keras-effnet convert {path} new.keras", stacklevel=2)
+        warnings.warn(f"{path}: {pads}. To keep it: {command_line('convert', path, 'new.keras')}", stacklevel=2)
     for key, value in values.items():
         targets[key].assign(np.ascontiguousarray(value))
     return report.named("load", model.name)
@@ -575,6 +577,8 @@ def convert(
         if isinstance(found, Conversion):
             return found
         left = (f"{found.layer}: {found.reason}",) if isinstance(found, Foreign) else ()
+    if conversion.is_undescribed(source_path):
+        left = (conversion.UNDESCRIBED,)
     if verify:
         raise ValueError(
             "Expected a SavedModel whose layers Keras 3 has, to compare the outputs. Received: "
@@ -630,7 +634,7 @@ def _by_names(
     path, model: str | None, source: str, raw: bool, target: str, head: str | None, left: tuple[str, ...]
 ) -> _Net:
     """Reads the net of a file, and the classifier that is asked for."""
-    with opening.opened(path, raw) as tensors:
+    with opened_weights(path, raw, logits=target != "own") as tensors:
         try:
             contents = Contents(tensors, path, source, raw)
         except ValueError as error:
@@ -639,12 +643,13 @@ def _by_names(
             raise ValueError(f"Expected a model with one EfficientNet. Received: {str(path)!r} ({left[0]})") from error
         description = hub.describe(path)
         known = description and description.net
-        model, architecture, channels, classes = identify_model(contents, model, pruned=True, known=known)
+        model, architecture, channels, _ = identify_model(contents, model, pruned=True, known=known)
+        classes = contents.top(architecture)
         if target != "tpu" and contents.format == "tpu" and classes == 1001:
             classes = 1000
         if head is not None:
             classes = None
-        report, plan = match(contents, architecture, channels, classes, include_top=True)
+        report, plan = match(contents, architecture, channels, classes, include_top=True, ignore_others=True)
         values = read_values(report, plan, contents, architecture, model)
         if head is not None:
             classes = _classes_of_head(head)
@@ -656,7 +661,7 @@ def _by_names(
 
 def _known(path, description: hub.Description | None, record: registry.Record | None) -> dict[str, Any]:
     """Returns what is known of a file besides its weights. See `model_metadata.of()`."""
-    if str(path).endswith(".keras") and description is None:
+    if str(path).endswith(".keras") and keras_file.is_keras(path) and description is None:
         return model_metadata.metadata(path)
     if record is not None:
         pixels = asdict(model_metadata.Expects.of(record))

@@ -19,7 +19,7 @@ from keras_effnet.nets.architecture import Architecture
 from keras_effnet.nets.normalization import scheme_near
 from keras_effnet.nets.variants import is_model, of_timm
 from keras_effnet.weights import downloads, presets, registry
-from keras_effnet.weights.formats import preset_file
+from keras_effnet.weights.formats import preset_file, tensorflow_checkpoint
 
 SERVER = "https://huggingface.co"
 
@@ -116,11 +116,11 @@ def local(path: Any, whole: bool = False) -> Any:
 
     Args:
         path: Path of a file; of a folder with a config.json and the weights, as timm, keras-hub and this package save
-            them; or an address. An address is downloaded.
+            them; of a file of a checkpoint or SavedModel; or an address. An address is downloaded.
         whole: See `fetch()`.
 
     Returns:
-        The path of the file, of the folder of a preset, or `path` itself.
+        The path of the file, of the folder of a preset or SavedModel, the prefix of a checkpoint, or `path` itself.
 
     Raises:
         ImportError: If huggingface_hub is needed and not installed.
@@ -132,6 +132,8 @@ def local(path: Any, whole: bool = False) -> Any:
         path = fetch(address, whole)
     elif not isinstance(path, str | os.PathLike) or not os.fspath(path):
         return path
+    elif (checkpoint := tensorflow_checkpoint.named_by(Path(path))) != Path(path):
+        path = checkpoint
     elif (preset := preset_file.folder_of(Path(path))) is not None:
         path = preset
     elif (Path(path) / _CONFIG).is_file():

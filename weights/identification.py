@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from keras_effnet.errors import command_line
 from keras_effnet.nets.architecture import Architecture
 from keras_effnet.nets.normalization import constants
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.nets.variants import identify as variant_of
 from keras_effnet.weights import hub, padding, presets
-from keras_effnet.weights.formats import h5_file, opening
+from keras_effnet.weights.formats import h5_file
 from keras_effnet.weights.keras2 import conversion
 from keras_effnet.weights.keras2 import padding as padding_layers
+from keras_effnet.weights.keras2.around import opened_weights
 from keras_effnet.weights.keras2.files import opened_model
 from keras_effnet.weights.keras2.layers import ForeignLayerError
 from keras_effnet.weights.matching import Contents, identify_model, match
@@ -110,12 +112,20 @@ def identify(path) -> Identified:
         with opened_model(place) as old:
             if old is not None:
                 return _whole(place, old)
-    return _tensors(place)
+    if not conversion.is_undescribed(place):
+        return _tensors(place)
+    try:
+        found = _tensors(place)
+    except ValueError as error:
+        raise ValueError(
+            f"Expected a model with one EfficientNet. Received: {str(place)!r} ({conversion.UNDESCRIBED})"
+        ) from error
+    return replace(found, left=(conversion.UNDESCRIBED, *found.left))
 
 
 def _command(path) -> str:
     name = Path(os.path.abspath(path)).name.split(".")[0]  # not resolve(): a download is a link to its hash
-    return f"keras-effnet convert {os.fspath(path)} {name}{'_new' if Path(path).suffix == '.keras' else ''}.keras"
+    return command_line("convert", path, f"{name}{'_new' if Path(path).suffix == '.keras' else ''}.keras")
 
 
 def _whole(path: Path, old: conversion.OldModel) -> Identified:
@@ -139,26 +149,29 @@ def _whole(path: Path, old: conversion.OldModel) -> Identified:
             str(path), kind, found.model, loaded=found.loaded, left=left, command=found.command, padding="same"
         )
     holder, reading = inspection.find(model, others=True)
-    pixels = None if conversion.NO_PREPROCESSING in conversion.left_of(model) else (reading.scale, reading.offset)
+    left = conversion.left_of(model)
+    pixels = None if left else (reading.scale, reading.offset)
+    size = next((tuple(tensor.shape[1:3]) for tensor in model.inputs if len(tensor.shape) == 4), None)
     return Identified(
         str(path),
         kind,
         name,
         model.outputs[0].shape[-1] if len(model.outputs[0].shape) == 2 else None,
         reading.architecture.padding,
-        reading.size if holder is model else tuple(model.inputs[0].shape[1:3]),
+        reading.size if holder is model else size,
         pixels and (list(pixels[0]), list(pixels[1])),
         conversion.head_of(model),
         old.variables,
-        conversion.left_of(model),
+        left,
         _command(path),
     )
 
 
 def _other(config: Any) -> str:
-    """Returns the words for a model that is no EfficientNet."""
-    name = _name(config)
-    return f"{name}: not an EfficientNet" if name else "not an EfficientNet"
+    """Returns the words for a model without an EfficientNet, or with a part of one, or with several."""
+    name, has_stem = _name(config), "stem_conv" in str(config)
+    reason = "not one whole EfficientNet" if has_stem else "not an EfficientNet"
+    return f"{name}: {reason}" if name else reason
 
 
 def _name(config: Any) -> str:
@@ -181,14 +194,15 @@ def _preset(path: Path, preset: presets.Preset) -> Identified:
 
 
 def _tensors(path, known: Architecture | None = None) -> Identified:
-    with opening.opened(path) as tensors:
+    with opened_weights(path) as tensors:
         contents = Contents(tensors, path, "auto", raw=False)
-        model, architecture, channels, classes = identify_model(contents, None, pruned=True, known=known)
-        report, _ = match(contents, architecture, channels, classes, include_top=True)
+        model, architecture, channels, _ = identify_model(contents, None, pruned=True, known=known)
+        classes = contents.top(architecture)
+        report, _ = match(contents, architecture, channels, classes, include_top=True, ignore_others=True)
         version = h5_file.keras_version(path)
         pixels = contents.normalization(version)
         left = contents.left(architecture, None)
-    kind = f"weights: {contents.naming.title}" + (f" (Keras {version})" if version else "")
+    kind = f"weights: {contents.title}" + (f" (Keras {version})" if version else "")
     told = padding.padding_of_weights(path, contents.format, architecture)
     model = variant_of(padding.as_stated(path, architecture).blocks) or model
     loaded, command = len(report.loaded), _command(path)

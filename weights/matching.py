@@ -16,6 +16,7 @@ from keras_effnet.nets.architecture import Architecture, with_widths
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.weights import presets
+from keras_effnet.weights.formats import h5_file
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
 from keras_effnet.weights.name_translation import Name, foreign_names, has_names, keys_of
@@ -126,6 +127,11 @@ def _respelled(name: str, naming: Naming) -> str:
     return name
 
 
+def _before_last(name: str) -> str:
+    """Returns the name of the layer that a tensor belongs to."""
+    return re.split(r"[./](?=[^./]*$)", name)[0]
+
+
 class Contents:
     """The tensors of a file by their names, without the prefix and the suffix that all names share.
 
@@ -144,12 +150,13 @@ class Contents:
         self._all = tensors
         self.format, self.scope = _recognise(tensors, path)
         self.naming = NAMINGS[self.format]
+        self.title = self.naming.title if h5_file.is_h5(path) else self.naming.checkpoint or self.naming.title
         # Keras 3 numbers layers by their class, so that a user's dense layer has the name of the net's classifier. That
         # of keras-hub is the classifier.
         preset = presets.read(path) if self.format == "keras3" else None
         self._is_numbered = self.format == "keras3" and not (preset and preset.head)
         if source != "auto" and self.format not in SOURCES[source]:
-            raise ValueError(f"Expected {NAMINGS[source].title}. Received: {self.path!r}, which is {self.naming.title}")
+            raise ValueError(f"Expected {NAMINGS[source].title}. Received: {self.path!r}, which is {self.title}")
         self.ignored: Counter[str] = Counter()
         self._outside: set[str] = set()  # names that do not start with the scope
         self._called: dict[str, str] = {}  # names in the file of tensors that have a usual name
@@ -169,7 +176,7 @@ class Contents:
                 found[f"{inner} "] = stored  # a name that no variable has
             else:
                 found[inner.removesuffix(self.suffix)] = stored
-        found = self._spelled(found)
+        found = self._spelled(self._unwrapped(found))
         keys = keys_of(found, self.naming)
         self.tensors: Tensors = {keys[name]: stored for name, stored in found.items()}
         self._names = {key: name for name, key in keys.items()}
@@ -177,6 +184,25 @@ class Contents:
     def _name_outside(self, name: str) -> str:
         """Returns a name for a tensor outside of the scope, which no tensor inside has."""
         return f"{_UP}{name}" if self._is_numbered or f"{self.scope}{name}" in self._all else name
+
+    def _unwrapped(self, found: Tensors) -> Tensors:
+        """Returns the tensors with the classifier's usual name, where it is the only layer with weights of a sequence.
+
+        Torchvision's classifiers are a dropout and a linear layer.
+        """
+        if not self.naming.owns_classifier:
+            return found
+        usual, suffixes = self.naming.layers["predictions"], self.naming.variables["Dense"]
+        (kernel, _), (bias, _) = suffixes["kernel"], suffixes["bias"]
+        inside = {name: stored.shape for name, stored in found.items() if name.startswith(f"{usual}.")}
+        owner = next(iter(inside), "").rpartition(".")[0]
+        shapes = inside.get(owner + kernel, ()), inside.get(owner + bias, ())
+        is_one = re.fullmatch(rf"{usual}\.\d+", owner) and inside.keys() == {owner + kernel, owner + bias}
+        if not is_one or len(shapes[0]) != 2 or shapes[0][:1] != shapes[1]:
+            return found
+        names = {name: usual + name.removeprefix(owner) for name in inside}
+        self._called |= {new: old for old, new in names.items()}
+        return {names.get(name, name): stored for name, stored in found.items()}
 
     def _spelled(self, found: Tensors) -> Tensors:
         """Returns the tensors by their usual names."""
@@ -197,6 +223,21 @@ class Contents:
         name, members = self._names[key], self.naming.members
         return name.startswith(_UP) or (bool(members) and not re.match(members, name))
 
+    def top(self, architecture: Architecture) -> int | None:
+        """Returns the classes of the file's classifier, where it is known to be the net's.
+
+        Args:
+            architecture: An `Architecture`.
+
+        Returns:
+            Integer, or None: there is none, or a part of it is missing, or it has not the features of the net, or other
+            layers may be between it and the net.
+        """
+        usual = self._usual(architecture)
+        inside = not any(name.startswith(usual) for name in self._outside)
+        sure = (self.naming.owns_classifier and inside) or not any(map(self.is_around, self.tensors))
+        return self._heads(architecture).get(usual) if sure else None
+
     def left(self, architecture: Architecture, classes: int | None) -> tuple[str, ...]:
         """Returns what of the file a net of its own cannot take, in words.
 
@@ -204,30 +245,45 @@ class Contents:
             architecture: An `Architecture`.
             classes: Integer, classes of a new classifier, or None without one.
         """
-        around = [key for key in self.tensors if self.is_around(key)]
+        usual = None if self.top(architecture) else self._usual(architecture)
+        around = [key for key in self.tensors if self.is_around(key) or self._owner(key) == usual]
         owners = list(dict.fromkeys(self._owner(key) for key in around))
         heads = self._heads(architecture)
         said = []
         taken = [owner for owner, found in heads.items() if found == classes]
         others = [owner for owner in owners if classes is None or taken != [owner]]
         if others:
-            hint = f". To keep it: --head linear:{heads[others[0]]}" if not classes and [*heads] == others else ""
-            shown = ", ".join(owner.removeprefix(_UP) for owner in others[:5])
+            hint = "" if classes or {*heads} != {*others} else self._hint([*heads.values()])
+            shown = ", ".join(self._called_owner(owner) for owner in others[:5])
             said.append(f"{shown}{' ...' if len(others) > 5 else ''}: {AROUND}{hint}")
         if classes and len(taken) != 1:
             said.append(f"a classifier of {classes} classes: the file has {len(taken)}. The new one is of zeros")
         return tuple(said)
 
+    @staticmethod
+    def _hint(classes: list[int]) -> str:
+        """Returns the option that keeps a head: none where several have as many classes."""
+        options = [f"--head linear:{count}" for count in classes if classes.count(count) == 1]
+        return f". To keep {'it' if len(classes) == 1 else 'one'}: {' or '.join(options)}" if options else ""
+
     def _owner(self, key: str) -> str:
-        name = self._names[key]
-        return re.split(r"[./](?=[^./]*$)", name)[0]
+        return _before_last(self._names[key])
+
+    def _called_owner(self, owner: str) -> str:
+        """Returns the name of a layer in the file."""
+        kernel = owner + self.naming.variables["Dense"]["kernel"][0]
+        return _before_last(self._called[kernel]) if kernel in self._called else owner.removeprefix(_UP)
+
+    def _usual(self, architecture: Architecture) -> str:
+        """Returns the name that the classifier of the net has."""
+        kernel, _ = self.naming.variables["Dense"]["kernel"]
+        return foreign_names(architecture, self.naming)["predictions", "kernel"].foreign.removesuffix(kernel)
 
     def _heads(self, architecture: Architecture) -> dict[str, int]:
         """Returns the layers that can be a classifier on the pooled features, with their classes."""
         kernel, layout = self.naming.variables["Dense"]["kernel"]
         bias, _ = self.naming.variables["Dense"]["bias"]
-        usual = foreign_names(architecture, self.naming)["predictions", "kernel"].foreign.removesuffix(kernel)
-        found = {}
+        usual, found = self._usual(architecture), {}
         for key in self.tensors:
             owner = self._owner(key)
             if self._names[key] != owner + kernel or not (self.is_around(key) or owner == usual):
@@ -259,6 +315,7 @@ class Contents:
             value = np.zeros(shape, np.float32)
             if len(owners) == 1:
                 stored = self.tensors[owners[0] + suffix].read()
+                _check_floats(stored)
                 value = LAYOUTS[layout].to_keras(stored, shape).astype(np.float32, copy=False)
             if not np.isfinite(value).all():
                 raise ValueError(f"Expected finite numbers. Received: {self.path!r}, whose {owners[0]} has others")
@@ -338,7 +395,12 @@ class Contents:
 
 
 def match(
-    contents: Contents, architecture: Architecture, channels: int, classes: int | None, include_top: bool
+    contents: Contents,
+    architecture: Architecture,
+    channels: int,
+    classes: int | None,
+    include_top: bool,
+    ignore_others: bool = False,
 ) -> tuple[Report, Plan]:
     """Compares a file with a net by names and shapes alone.
 
@@ -348,6 +410,7 @@ def match(
         channels: Integer. Channels of the net's input.
         classes: Integer, or None for a net without a top.
         include_top: Boolean, whether to compare the classifier.
+        ignore_others: Boolean, whether layers around the net are ignored beside a classifier, too. Defaults to False.
 
     Returns:
         Tuple of a `Report`, and a dict of functions that read the tensors that fit, by (our layer, our variable).
@@ -383,6 +446,7 @@ def match(
         spare = {head["predictions", variable].key for variable in ("kernel", "bias")} & contents.tensors.keys()
         ignored[why] += len(spare)
         needed |= spare
+    if classes is None or not include_top or ignore_others:
         around = {key for key in contents.tensors.keys() - needed if contents.is_around(key)}
         ignored[AROUND] += len(around)
         needed |= around
@@ -429,9 +493,15 @@ def _has_background(contents: Contents, file_classes: int | None, classes: int |
     return contents.format == "tpu" and file_classes == 1001 and classes == 1000
 
 
+def _check_floats(array: np.ndarray) -> None:
+    if array.dtype.kind in "biu":  # of which only a quantized net's scales would make weights
+        raise ValueError(f"Expected floats. Received: {array.dtype}, as in a quantized net")
+
+
 def _reader(stored: Stored, steps: list[Step], shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         array = stored.read()
+        _check_floats(array)
         for step in steps:
             array = step(array, shape)
         return array
@@ -464,7 +534,7 @@ def read_values(report: Report, plan: Plan, contents: Contents, architecture: Ar
                 values[key] = read().astype(np.float32, copy=False)
             except Exception as error:  # of whatever library reads the format
                 raise ValueError(
-                    f"Expected {contents.naming.title}. Received: {report.path!r}, where "
+                    f"Expected {contents.title}. Received: {report.path!r}, where "
                     f"{contents.told(names[key].key)} cannot be read ({' '.join(str(error).split())[:200]})"
                 ) from error
             others = np.size(values[key]) - int(np.isfinite(values[key]).sum())
@@ -517,7 +587,7 @@ def identify_model(
     others = ((name, _with_widths_of(contents, net)) for name, net in nets if pruned)
     for name, architecture in chain(nets, others):
         channels, classes = _ends(contents, architecture)
-        report, _ = match(contents, architecture, channels, classes, include_top=True)
+        report, _ = match(contents, architecture, channels, contents.top(architecture), True, ignore_others=True)
         found.append((report.problems, name, architecture, channels, classes))
         if report.fits:
             break

@@ -24,12 +24,15 @@ class Naming:
             depthwise one without expansion. `"*"` matches all other layers.
         variables: Dict from the layer's class to a dict from our variable's name to (suffix, layout).
         title: String. How users know these files.
+        checkpoint: String. How users know checkpoints of TensorFlow with these names, where both exist.
         ignored: Dict from a regular expression to the reason why tensors of that name are not needed.
         average: String. Suffix of a tensor's moving average, where training keeps one.
         counters: Dict from a layer's class to the suffix of an integer beside its variables. The key `""` gives the
             name of one for the whole file. They are written as 0.
         members: Regular expression that matches the start of a tensor's name, without prefix, if it belongs to the net.
             Others belong to layers around it. Empty where names do not tell.
+        owns_classifier: Boolean, whether a classifier of the net's name is on the pooled features, whatever layers are
+            around the net.
         spellings: Dict from a regular expression to its replacement, for other names of the same tensors.
         ranked: Regular expression with the groups `owner` and `number`, for names whose number counts over the whole
             model and so depends on what was built before. Only their order within the owner is compared.
@@ -40,10 +43,12 @@ class Naming:
     layers: dict[str, str]
     variables: dict[str, dict[str, tuple[str, str]]]
     title: str
+    checkpoint: str = ""
     ignored: dict[str, str] = field(default_factory=dict)
     average: str = ""
     counters: dict[str, str] = field(default_factory=dict)
     members: str = ""
+    owns_classifier: bool = False
     spellings: dict[str, str] = field(default_factory=dict)
     ranked: str = ""
     activation: str = ""
@@ -113,7 +118,10 @@ _TORCH = {
     "Dense": {"kernel": (".weight", "OI->IO"), "bias": (".bias", "keep")},
 }
 
-_TORCH_IGNORED = {r"\.num_batches_tracked$": "PyTorch's counter of training steps"}
+_TORCH_IGNORED = {
+    r"\.num_batches_tracked$": "PyTorch's counter of training steps",
+    r"^n_averaged$": "the number of averages",  # torch/optim/swa_utils.py, AveragedModel
+}
 
 # timm/models/_efficientnet_blocks.py, 1.0.31. Plain blocks are its DepthwiseSeparableConv, fused ones its EdgeResidual.
 TIMM = Naming(
@@ -147,7 +155,8 @@ TIMM = Naming(
     variables=_TORCH,
     ignored=_TORCH_IGNORED,
     counters={"BatchNormalization": ".num_batches_tracked"},
-    members=r"(conv_stem|bn1|blocks|conv_head|bn2|classifier)\.",
+    members=r"(conv_stem|bn1|blocks|conv_head|bn2)\.|classifier\.(weight|bias)$",
+    owns_classifier=True,
 )
 
 # lukemelas/EfficientNet-PyTorch and the Lite nets derived from it.
@@ -171,7 +180,8 @@ LUKEMELAS = Naming(
     },
     variables=_TORCH,
     ignored=_TORCH_IGNORED,
-    members=r"_(conv_stem|bn0|blocks|conv_head|bn1|fc)\.",
+    members=r"_(conv_stem|bn0|blocks|conv_head|bn1)\.|_fc\.(weight|bias)$",
+    owns_classifier=True,
 )
 
 _KERAS_VARIABLES = {
@@ -190,9 +200,13 @@ _NORMALIZATION = "statistics of the preprocessing, which is a constant here"
 
 # tensorflow/python/checkpoint, 2.20: what a checkpoint of TensorFlow 2 holds beside the layers' variables.
 _OBJECTS = {
-    r"/\.OPTIMIZER_SLOT/|^optimizer/": "the optimizer's state",
+    # Tutorials also call it opt and optim. Most of its variables are named after its class.
+    r"/\.OPTIMIZER_SLOT/|^optimizer/|^opt(im)?/(_\w+|[A-Z]\w*/.*|iter|decay|learning_rate|momentum|rho|beta_[12])$": (
+        "the optimizer's state"
+    ),
     r"^(save_counter|step|epoch)(/|$)": "a counter",
-    r"^keras_api/": "the state of metrics",
+    r"^(keras_api|metrics)/": "the state of metrics",
+    r"/(seed|random)_generator/": "the state of a random number generator",
 }
 
 # keras.applications, whose layer names are ours, and the files of this package's store. qubvel/efficientnet calls the
@@ -200,6 +214,7 @@ _OBJECTS = {
 KERAS = Naming(
     mark="stem_conv/kernel",
     title="an h5 file of keras.applications",
+    checkpoint="a checkpoint of TensorFlow 2 with the layers of keras.applications",
     layers={"*": "{layer}"},
     variables={kind: {name: (f"/{name}", "keep") for name in names} for kind, names in _KERAS_VARIABLES.items()},
     ignored={r"^normalization(_\d+)?/": _NORMALIZATION} | _OBJECTS,
@@ -211,6 +226,7 @@ KERAS = Naming(
 KECAM = Naming(
     mark="post_conv/kernel",
     title="an h5 file of keras_cv_attention_models",
+    checkpoint="a checkpoint of TensorFlow 2 with the layers of keras_cv_attention_models",
     layers={
         "expand_conv": "stack_{s}_block{b}_sortcut_conv",
         "expand_bn": "stack_{s}_block{b}_sortcut_bn",
@@ -238,7 +254,7 @@ KECAM = Naming(
 # numbered by their class (keras/src/saving/saving_lib.py, 3.15.1).
 KERAS3 = Naming(
     mark="conv2d/0",
-    title="a .keras or .weights.h5 file of Keras 3",
+    title="a .keras or .weights.h5 file of Keras 2.12 or later",
     layers={"*": "{type}{n}"},
     variables={
         kind: {name: (f"/{number}", "keep") for number, name in enumerate(names)}

@@ -54,7 +54,7 @@ def whole_model(path: Path) -> None:
         assert type(old.class_name) is str and isinstance(old.config, dict | list) and old.variables >= 0
         names = ["stem_conv", "stem_bn", "predictions"]
         for number, (name, kind) in enumerate(zip(names, ["Conv2D", "BatchNormalization", "Dense"], strict=True)):
-            for stored in old.find((Place(number, name, kind, 0),)).values():
+            for stored in old.find((Place(number, name, kind),)).values():
                 with contextlib.suppress(Exception):
                     assert stored.read().shape == stored.shape
 
@@ -75,7 +75,9 @@ def rebuilt(path: Path) -> None:
             model = conversion.model_of(old, path)
         except conversion.ForeignLayerError:  # `convert` and `identify` catch it
             return
-        assert isinstance(model, keras.Model) and isinstance(conversion.left_of(model), tuple)
+        assert isinstance(model, keras.Model)
+        with contextlib.suppress(ValueError):  # it holds no EfficientNet
+            assert isinstance(conversion.left_of(model), tuple)
 
 
 def identified(path: Path) -> None:

@@ -4,6 +4,7 @@ import gc
 import pickle
 import re
 import resource
+import shlex
 import signal
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -863,6 +864,84 @@ def test_a_net_with_another_head_of_pytorch(start, small_path, tmp_path):
     assert "a classifier of 4 classes: the file has 0. The new one is of zeros" in other.left
     found = ke.weights.identify(path)
     assert (found.model, found.classes, found.loaded) == ("efficientnet-lite0", None, len(body.weights))
+
+
+def layer(name, rows, columns=None, bias=True):
+    """Returns the tensors of a linear layer of PyTorch."""
+    kernel = seeded(f"{name}.weight", (rows, columns) if columns else (rows,))
+    return {f"{name}.weight": kernel} | ({f"{name}.bias": seeded(f"{name}.bias", (rows,))} if bias else {})
+
+
+AROUND = "{}: layers around the net"
+
+
+@pytest.mark.parametrize(
+    ("start", "head", "others", "classes", "left"),
+    [
+        # What is known to be the net's classifier is converted with it, and the rest is listed.
+        ("", "classifier", layer("aux", 3, 40), 3, AROUND.format("aux")),
+        ("model.", "classifier", layer("criterion", 3, bias=False), 3, AROUND.format("criterion")),
+        ("module.", "classifier", {"n_averaged": np.zeros((), np.int64)}, 3, None),
+        ("", "classifier.1", {}, 3, None),  # torchvision: a dropout and a linear layer
+        ("net.", "classifier.1", layer("aux", 3, 40), 3, AROUND.format("aux")),
+        # All else is listed, with the body alone.
+        ("", "", layer("classifier.1", 64, 1280) | layer("classifier.4", 3, 64), None, "classifier.1, classifier.4"),
+        ("", "", layer("classifier", 3, 1280, bias=False), None, AROUND.format("classifier")),
+        ("", "", layer("classifier.1", 3, 1280, bias=False), None, AROUND.format("classifier.1")),
+        ("", "", layer("classifier", 3, 2560), None, AROUND.format("classifier")),
+        ("", "", layer("a", 3, 1280) | layer("b", 3, 1280), None, AROUND.format("a, b")),
+        ("", "", layer("a", 3, 1280) | layer("b", 2, 1280), None, "To keep one: --head linear:3 or --head linear:2"),
+        (
+            "net.",
+            "",
+            layer("neck", 1280, bias=False) | layer("classifier", 3, 1280),
+            None,
+            AROUND.format("classifier, neck"),
+        ),
+    ],
+)
+@pytest.mark.usefixtures("mini")
+def test_layers_around_a_net_of_timm(start, head, others, classes, left, tmp_path):
+    names = name_translation.foreign_names(resolve(VARIANTS["efficientnet-b0"]), naming_tables.TIMM, 3, 3)
+    values = {key: foreign_values(name) for key, name in names.items()}
+    tensors = {names[key].foreign: value for key, value in values.items() if key[0] != "predictions"}
+    if head:
+        tensors |= {
+            f"{head}.{part}": values["predictions", key] for part, key in (("weight", "kernel"), ("bias", "bias"))
+        }
+    tensors = {f"{start}{name}": np.ascontiguousarray(value) for name, value in tensors.items()} | others
+    path = save_torch(tensors, tmp_path / "my net.safetensors")
+    found = ke.weights.identify(path)
+    assert shlex.split(found.command) == ["keras-effnet", "convert", str(path), "my net.keras"]
+    done = convert.convert(path, tmp_path / "new.keras", padding="same")
+    assert found.left == done.left and (left in done.left[0] if left else not done.left)
+    assert found.classes == classes
+    model = keras.saving.load_model(tmp_path / "new.keras")
+    kernels = [each for each in model.layers if each.name == "predictions"]
+    assert len(kernels) == (classes is not None)
+    for each in kernels:
+        assert np.array_equal(each.get_weights()[0], values["predictions", "kernel"].T)
+    del tensors[f"{start}bn2.running_mean"]  # of the net itself, each tensor is needed
+    with pytest.raises(ValueError, match=r"- .*bn2\.running_mean"):
+        convert.convert(save_torch(tensors, path), tmp_path / "other.keras")
+    assert not (tmp_path / "other.keras").exists()
+
+
+@pytest.mark.usefixtures("mini")
+def test_integers_are_no_weights(tmp_path):
+    tensors = lukemelas_tensors() | {"_conv_head.weight": np.ones((1280, 40, 1, 1), np.int8)}
+    path = save_torch(
+        {name: np.ascontiguousarray(value) for name, value in tensors.items()}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"_conv_head\.weight cannot be read \(Expected floats\. Received: int8"):
+        ke.weights.convert_file(path, tmp_path / "x.keras")
+
+
+@pytest.mark.usefixtures("mini")
+def test_a_torch_file_by_another_name_is_read_as_what_it_is(tmp_path):
+    path = save_torch(lukemelas_tensors(), tmp_path / "zip.pth").rename(tmp_path / "model.keras")
+    assert ke.weights.identify(path).model == "efficientnet-lite0"
+    assert ke.weights.convert_file(path, tmp_path / "new.keras") == "efficientnet-lite0"
 
 
 @pytest.mark.usefixtures("mini")

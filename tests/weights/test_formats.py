@@ -93,10 +93,34 @@ def test_timms_training_checkpoints_give_their_average(legacy, tmp_path):
     torch.save(whole, path, _use_new_zipfile_serialization=not legacy)
     assert np.array_equal(read_all(path)["weight"], average["weight"].numpy())
     assert np.array_equal(read_all(path, raw=True)["weight"], module.weight.detach().numpy())
-    other = {"model": module.state_dict(), "model_ema": average}
-    torch.save(other, path, _use_new_zipfile_serialization=not legacy)
-    assert np.array_equal(read_all(path)["weight"], average["weight"].numpy())
+    for key in ("model_ema", "ema", "ema_state_dict"):
+        other = {"model": module.state_dict(), key: average}
+        torch.save(other, path, _use_new_zipfile_serialization=not legacy)
+        assert np.array_equal(read_all(path)["weight"], average["weight"].numpy())
+        assert np.array_equal(read_all(path, raw=True)["weight"], module.weight.detach().numpy())
+    torch.save({"model": module.state_dict(), "ema": {"decay": 0.9, "shadow": average}}, path)
+    with pytest.raises(ValueError, match=r"'decay' in its 'ema' is no tensor.* pass --raw"):
+        read_all(path)
     assert np.array_equal(read_all(path, raw=True)["weight"], module.weight.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "told"),
+    [
+        (lambda state: {"state": {"model": state}, "epoch": 1}, r"'state' is no tensor\. .*: 'state', 'epoch'$"),
+        (lambda state: state | {"epoch": 3}, r"'epoch' is no tensor\. .*'weight', 'bias', 'epoch'$"),
+        (lambda state: [state], "it holds a list"),
+        (lambda state: {"state_dict": state, "best": np.float64(0.5)}, r"an object of numpy\.\S*scalar"),
+        (lambda state: {"state_dict": state, "args": {"path": Path("x")}}, r"an object of pathlib\.\S+"),
+        (lambda state: {"state_dict": state, "seen": {1}}, r"an object of \S+\.set"),
+    ],
+)
+def test_other_wrappers_say_what_to_save(wrap, told, tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save(wrap(dict(torch.nn.Linear(2, 3).state_dict())), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=told) as caught:
+        read_all(tmp_path / "x.pth")
+    assert "save the state dict alone: torch.save(model.state_dict(), path)" in str(caught.value)
 
 
 class Hostile:

@@ -374,6 +374,69 @@ def test_a_head_of_several_layers_is_left_as_a_whole(kind, old, tmp_path):
     assert done.left[-1] == "a classifier of 3 classes: the file has 0. The new one is of zeros"
 
 
+L = tf_keras.layers
+
+HEADS = {
+    "operation": lambda: [L.GlobalAveragePooling2D(), L.Lambda(lambda x: x * 2), L.Dense(1, name="predictions")],
+    "hidden": lambda: [L.GlobalAveragePooling2D(), L.Lambda(abs), L.Dense(16, name="one"), L.ReLU()],
+    "maximum": lambda: [L.GlobalMaxPooling2D(), L.Dense(4, activation="sigmoid", name="one"), L.Lambda(abs)],
+    "several": lambda: [
+        *(L.GlobalAveragePooling2D(), L.BatchNormalization(name="norm"), L.Dense(8, name="one")),
+        *(L.Lambda(abs), L.Dense(4, name="two")),
+    ],
+    "two": lambda: [L.GlobalAveragePooling2D(), L.Lambda(abs), [L.Dense(4, name="one"), L.Dense(4, name="two")]],
+    "linear": lambda: [L.Lambda(lambda x: x / 3)],
+}
+LEFT = {
+    "operation": ("predictions", 1),
+    "hidden": ("one", 16),
+    "maximum": ("one", 4),
+    "several": ("norm, one, two", None),
+    "two": ("one, two", None),
+    "linear": ("predictions", 4),
+}
+
+
+@pytest.mark.usefixtures("mini")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("operation", "keras"),
+        ("linear", "h5"),
+        ("several", "weights.h5"),
+        *(pytest.param("linear", kind, marks=pytest.mark.long) for kind in ("SavedModel", "keras")),
+        *(pytest.param("maximum", kind, marks=pytest.mark.long) for kind in ("keras", "weights.h5")),
+        *(pytest.param(name, "keras", marks=pytest.mark.long) for name in ("hidden", "several", "two")),
+        *(pytest.param(name, "weights.h5", marks=pytest.mark.long) for name in ("operation", "hidden", "two")),
+    ],
+)
+def test_a_head_that_is_not_rebuilt_is_not_taken_for_the_nets(name, kind, tmp_path):
+    top = {"include_top": True, "classes": 4, "classifier_activation": None} if name == "linear" else {}
+    net = small(64, **top)
+    x = net.output
+    for layer in HEADS[name]():
+        x = [each(x) for each in layer] if isinstance(layer, list) else layer(x)
+    source = Old(tf_keras.Model(net.input, x), tmp_path)
+    path = source.path(kind)
+    done = convert.convert(path, tmp_path / "new.keras")
+    names, classes = LEFT[name]
+    if kind == "weights.h5":  # layers have no names there
+        names = {"several": "batch_normalization_13, dense, dense_1", "two": "dense, dense_1"}.get(name, "dense")
+    hint = f". To keep it: --head linear:{classes}" if classes else ""
+    assert done.left[-1] == f"{names}: layers around the net{hint}"
+    assert len(done.left) == (1 if kind == "weights.h5" else 2)
+    features = keras.saving.load_model(tmp_path / "new.keras", compile=False)(source.pixels)
+    theirs = np.asarray(tf_keras.Model(net.input, net.get_layer("top_activation").output)(source.pixels))
+    assert features.shape == theirs.shape and np.abs(features - theirs).max() < 1e-4 * theirs.std()
+    own = ke.EfficientNetB0(weights=None, include_top=False)
+    assert ke.weights.load(own, path).fits
+    if classes:
+        convert.convert(path, tmp_path / "head.keras", head=f"linear:{classes}")
+        kernel = keras.saving.load_model(tmp_path / "head.keras", compile=False).layers[-1].get_weights()[0]
+        dense = next(layer for layer in source.model.layers if isinstance(layer, L.Dense))
+        np.testing.assert_array_equal(kernel, dense.get_weights()[0].astype("float32"))
+
+
 @pytest.mark.usefixtures("mini")
 @pytest.mark.parametrize("change", leading(["{}_2", "mine_{}", "a_{}_b"], 1))
 def test_renamed_layers_are_found_by_the_names_of_their_variables(change, tmp_path):
@@ -410,6 +473,110 @@ def test_keras_files_of_earlier_releases(make, release, old, tmp_path, monkeypat
     source.check(tmp_path / "new.keras")
 
 
+def shared(body):
+    """Two models in a model that share layers, of which a file stores one copy; and two layers of one description."""
+    net, pixels = body(64), tf_keras.Input((64, 64, 3))
+    front = tf_keras.Model(net.input, net.get_layer("block2a_expand_activation").output, name="front")
+    pooled = [L.GlobalAveragePooling2D()(each(pixels)) for each in (front, net)]
+    parts = [tf_keras.Sequential([L.Dense(4, name="same")], name=name) for name in ("one", "two")]
+    return tf_keras.Model(pixels, L.Concatenate()([part(each) for part, each in zip(parts, pooled, strict=True)]))
+
+
+@pytest.mark.parametrize("kind", leading(("keras", "SavedModel"), 1))
+def test_layers_that_two_models_share(kind, old, tmp_path):
+    assert not convert.convert(old(shared).path(kind), tmp_path / "new.keras").left
+    old(shared).check(tmp_path / "new.keras")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("dense", "dense_2", "dense_3"),  # those that others had
+        *(pytest.param(names, marks=pytest.mark.long) for names in [("dense_1", "dense", "dense_2"), ("a", "b", "c")]),
+    ],
+)
+def test_variables_of_renamed_layers_are_not_permuted(names, tmp_path):
+    head = tf_keras.Sequential([L.Dense(8, name=name) for name in ("dense", "dense_1", "dense_2")], name="head")
+    pixels = tf_keras.Input((64, 64, 3))
+    source = Old(tf_keras.Model(pixels, head(L.GlobalAveragePooling2D()(small(64)(pixels)))), tmp_path)
+    for layer, name in zip(head.layers, names, strict=True):
+        layer._name = name
+    with files.opened_model(source.path("h5")) as found, pytest.raises(ForeignLayerError, match=r"Save .* as \.keras"):
+        conversion.model_of(found, tmp_path / "m.h5")
+    convert.convert(source.path("keras"), tmp_path / "new.keras")
+    source.check(tmp_path / "new.keras")
+
+
+def rebuilt(model, path: Path) -> keras.Model:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the format is old
+        model.save(path)
+    with files.opened_model(path) as found:
+        return conversion.model_of(found, path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([L.LayerNormalization(center=False, scale=False), L.PReLU(), L.Dense(3)], (6,)),
+        ([L.GroupNormalization(3, center=False, scale=False), L.PReLU(shared_axes=[1, 2]), L.Flatten()], (4, 4, 6)),
+        ([L.Embedding(9, 5, input_length=4), L.GlobalAveragePooling1D(), L.Dense(2)], (4,)),
+        ([L.UpSampling2D(2, interpolation="area"), L.Reshape((-1, 6)), L.GlobalMaxPooling1D()], (2, 2, 6)),
+    ],
+)
+@pytest.mark.parametrize("kind", leading(("m.h5", "m.keras"), 1))
+def test_layers_of_the_head_compute_what_they_did(layers, shape, kind, tmp_path):
+    layers = [type(layer).from_config(layer.get_config()) for layer in layers]
+    model = shuffled(tf_keras.Sequential([tf_keras.Input(shape), *layers]))
+    values = np.random.default_rng(0).integers(0, 9, (3, *shape)).astype("float64")
+    theirs = np.asarray(model(values))
+    assert theirs.std() > 1e-3
+    np.testing.assert_allclose(run(rebuilt(model, tmp_path / kind), values), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "dtype", "told"),
+    [
+        (lambda: L.UpSampling2D(2, interpolation="bilinear"), (4, 4, 3), "uint8", "UpSampling2D of uint8 rounds"),
+        (lambda: L.UpSampling2D(2, interpolation="gaussian"), (4, 4, 3), None, "interpolation=gaussian is not conv"),
+        (lambda: L.Resizing(4, 4, interpolation="mitchellcubic"), (9, 9, 3), None, "interpolation=mitchellcubic is"),
+        (lambda: L.Conv2DTranspose(2, 3, dilation_rate=2), (4, 4, 3), None, r"dilation_rate=\[2, 2\] is not converted"),
+        (lambda: L.BatchNormalization(axis=[1, 3]), (4, 4, 3), None, "the list of axes"),
+        (lambda: L.LayerNormalization(axis=[3, 1]), (4, 4, 3), None, "axes in another order"),
+        (lambda: L.Embedding(5, 2, mask_zero=True), (4,), None, "mask_zero=True is not converted"),
+        (lambda: L.TimeDistributed(L.Dense(2)), (4, 3), None, "TimeDistributed is not converted"),
+        (lambda: lambda x: tf.concat([x, x], -1), (4, 3), None, r"no layer of Keras 3 is tf\.concat"),
+        (lambda: lambda x: tf.stack([x, x], 1), (4, 3), None, r"no layer of Keras 3 is tf\.stack"),
+    ],
+)
+def test_layers_that_would_compute_something_else_are_named(make, shape, dtype, told, tmp_path):
+    inputs = tf_keras.Input(shape, dtype=dtype)
+    with pytest.raises(ForeignLayerError, match=told):
+        rebuilt(tf_keras.Model(inputs, make()(inputs)), tmp_path / "m.h5")
+
+
+def test_only_what_is_in_front_of_the_net_normalizes_its_pixels(tmp_path):
+    config = small(64).get_config()
+    config["layers"] = [each for each in config["layers"] if each["name"] not in ("rescaling", "normalization")]
+    pad = next(each for each in config["layers"] if each["name"] == "stem_conv_pad")
+    pad["inbound_nodes"] = [[[config["layers"][0]["name"], 0, 0, {}]]]
+    net, table, pixels = tf_keras.Model.from_config(config), tf_keras.Input((2,)), tf_keras.Input((64, 64, 3))
+    for front, normalizes in ((lambda x: x, False), (L.Rescaling(1 / 255), True)):
+        x = L.GlobalAveragePooling2D()(net(front(pixels))) * 2.0
+        x = L.Concatenate()([x, L.Normalization(mean=[0.0, 1.0], variance=[1.0, 2.0])(table)])
+        model = rebuilt(tf_keras.Model([table, pixels], x), tmp_path / "m.h5")
+        assert (conversion.left_of(model) == ()) is normalizes
+
+
+@pytest.mark.usefixtures("mini")
+@pytest.mark.parametrize("name", leading(("opt", "optim"), 1))
+def test_an_optimizer_is_no_layer_whatever_it_is_called(name, old, tmp_path):
+    checkpoint = tf.train.Checkpoint(net=old(nested).model, **{name: old(nested).model.optimizer})
+    checkpoint.write(str(tmp_path / "ckpt"))
+    done = convert.convert(tmp_path / "ckpt", tmp_path / "new.keras")
+    assert re.fullmatch(r"net/dense(_\d+)?: layers around the net\. To keep it: --head linear:5", *done.left)
+
+
 def edited(source: Path, target: Path, change) -> Path:
     """Copies a whole model in h5, with its description changed."""
     shutil.copy(source, target)
@@ -439,7 +606,7 @@ def test_a_foreign_layer_is_named_and_never_run(old, tmp_path):
         from keras_effnet.weights.keras2.layers import ForeignLayerError
         from keras_effnet.weights.keras2.rebuild import rebuild
 
-        with pytest.raises(ForeignLayerError, match="mine: no layer of Keras 3 is a Lambda"):
+        with pytest.raises(ForeignLayerError, match="mine: Lambda is not converted"):
             rebuild(found.class_name, found.config, found.find)
     assert not Path(MARK).exists()
 
@@ -521,7 +688,7 @@ def _variables(found):
     from keras_effnet.weights.keras2.rebuild import Place
 
     for index, layer in enumerate(found.config["layers"]):
-        place = Place(index, str(layer["config"]["name"]), str(layer["class_name"]), 0)
+        place = Place(index, str(layer["config"]["name"]), str(layer["class_name"]))
         yield from found.find((place,)).items()
 
 

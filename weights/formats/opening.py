@@ -1,7 +1,6 @@
 """Opens a file of any format and returns its tensors by their names in it. No Keras. Runs no code from a file."""
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from keras_effnet.weights.formats import preset_file, torch_file
 from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, opened_h5
 from keras_effnet.weights.formats.keras_file import opened_keras
 from keras_effnet.weights.formats.safetensors_file import read_safetensors
-from keras_effnet.weights.formats.tensorflow_checkpoint import prefix_of, read_tensors, unpack
+from keras_effnet.weights.formats.tensorflow_checkpoint import named_by, prefix_of, read_tensors, unpack
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 from keras_effnet.weights.formats.torch_file import is_torch
 
@@ -49,15 +48,13 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
         OSError: If the file cannot be read.
         ValueError: If the file is damaged, or of no known format.
     """
-    path = _path(path)
-    if path.name == "checkpoint" and path.is_file():  # TensorFlow's file that names the latest one in the folder
-        path = path.parent
+    path = named_by(_path(path))
     preset = preset_file.folder_of(path) if path.is_dir() else None
     if preset is not None:
         with preset_file.opened_preset(preset) as tensors:
             yield tensors
         return
-    if not path.is_file() or path.suffix in (".index", ".meta"):
+    if not path.is_file():
         yield read_tensors(prefix_of(path))
         return
     with path.open("rb") as file:
@@ -82,8 +79,6 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
                 reason = one_line(str(error).replace(f"{folder}{os.sep}", ""))
                 raise ValueError(f"Expected a checkpoint in a .tar.gz. Received: {str(path)!r} ({reason})") from error
             yield tensors
-    elif re.search(r"\.data-\d+-of-\d+$", path.name):
-        yield read_tensors(prefix_of(path))
     else:
         raise ValueError(
             "Expected weights as .keras, .h5, .safetensors, .pth, or a TensorFlow checkpoint (folder, prefix or "

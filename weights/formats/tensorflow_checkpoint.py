@@ -3,6 +3,7 @@
 Reading does not use TensorFlow, which aborts the process on a malformed index. Writing does.
 """
 
+import glob
 import math
 import os
 import re
@@ -95,11 +96,40 @@ def _of_checkpoint(name: str) -> bool:
     return name == "checkpoint" or bool(re.fullmatch(r"(?!\._).*\.(index|data-\d{5}-of-\d{5})", name))
 
 
+_IN_A_FOLDER = ("checkpoint", "saved_model.pb", "keras_metadata.pb")  # parts of what their folder holds
+
+_OF_A_PREFIX = re.compile(r"\.(index|meta|data-\d+-of-\d+)$")
+
+
+def named_by(path: Path) -> Path:
+    """Returns the path of the checkpoint or SavedModel that one of its files belongs to.
+
+    Args:
+        path: Path of any file, folder or prefix.
+
+    Returns:
+        Path: a folder, a prefix, or `path` itself.
+
+    Raises:
+        ValueError: If the prefix is also the path of something else.
+    """
+    if path.name in _IN_A_FOLDER and path.is_file():
+        return path.parent
+    prefix = Path(_OF_A_PREFIX.sub("", str(path)))
+    if path.is_dir() or prefix == path:
+        return path
+    if prefix.exists():
+        raise ValueError(
+            f"Expected a prefix that only a checkpoint has. Received: {str(path)!r} beside {prefix.name!r}"
+        )
+    return prefix
+
+
 def prefix_of(path: Path, told: Path | None = None) -> str:
     """Returns the prefix by which TensorFlow names a checkpoint.
 
     Args:
-        path: Path of a folder, of one of the checkpoint's files, or a prefix.
+        path: See `named_by()`.
         told: Path to name in errors. Defaults to `path`.
 
     Returns:
@@ -108,6 +138,7 @@ def prefix_of(path: Path, told: Path | None = None) -> str:
     Raises:
         ValueError: If the folder contains no checkpoint, or several and no file that names the latest.
     """
+    path = named_by(path)
     if (path / "saved_model.pb").is_file():
         return str(path / "variables" / "variables")
     if path.is_dir():
@@ -121,7 +152,7 @@ def prefix_of(path: Path, told: Path | None = None) -> str:
                 f"{str(told or path)!r} with {', '.join(map(repr, found[:5])) or 'none'}"
             )
         return str(path / found[0])
-    return re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", str(path))
+    return str(path)
 
 
 def _latest(state: Path) -> str | None:
@@ -147,7 +178,7 @@ def read_tensors(prefix: str) -> Tensors:
         OSError: If a file does not exist, or cannot be read.
         ValueError: If the checkpoint is damaged.
     """
-    if not os.path.exists(f"{prefix}.index"):
+    if not os.path.exists(f"{prefix}.index") and not glob.glob(f"{glob.escape(prefix)}.data-*"):
         raise FileNotFoundError(f"Expected a weights file. Received: {prefix!r}, which does not exist")
     found = {name: Stored(*stored) for name, stored in read_checkpoint(prefix).items()}
     graph = read_graph(prefix)
@@ -231,6 +262,7 @@ class _Entry:
     def _extent(self) -> tuple[int, int]:
         """Returns where the bytes start, and how many there are."""
         offset, size = one(self.fields, 4), one(self.fields, 5)
+        _check_there(self.path)
         if size < 0 or offset < 0 or offset + size > os.path.getsize(self.path):
             raise ValueError(
                 f"{self.name[:80]!r} declares {size:,} bytes that {os.path.basename(self.path)} does not hold"
@@ -283,7 +315,14 @@ class _Entry:
         return text
 
 
+def _check_there(part: str) -> None:
+    if not os.path.exists(part):
+        folder, name = os.path.split(part)
+        raise FileNotFoundError(f"Expected all files of a TensorFlow checkpoint. Received: {folder!r} without {name}")
+
+
 def _entries(prefix: str) -> Iterator[_Entry]:
+    _check_there(f"{prefix}.index")
     data = Path(f"{prefix}.index").read_bytes()
     if len(data) < 48 or int.from_bytes(data[-8:], "little") != _TABLE:
         raise ValueError("its index has no valid footer")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_effnet.errors import one_line
+from keras_effnet.errors import few, one_line
 
 MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py: first object of a file from before torch 1.6
 
@@ -46,8 +46,10 @@ class _Tensor(NamedTuple):
 
 
 # Where training programs keep the weights: timm/models/_helpers.py, load_state_dict; Lightning; PyTorch's tutorials.
-_AVERAGES = ("state_dict_ema", "model_ema")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict")
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights")
+
+_ADVICE = "In the program that made it, save the state dict alone: torch.save(model.state_dict(), path)"
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
@@ -105,11 +107,17 @@ def read_torch(path, raw: bool = False) -> dict[str, tuple[tuple[int, ...], Call
     """
     try:
         state, storage = (_read_zip if zipfile.is_zipfile(path) else _read_legacy)(Path(path))
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__.strip('_').lower()}. {_ADVICE}")
         keys = _WEIGHTS + _AVERAGES if raw else _AVERAGES + _WEIGHTS
-        state = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
-        wrong = [name for name, value in state.items() if not isinstance(value, _Tensor)]
+        chosen = next((key for key in keys if isinstance(state.get(key), dict)), None)
+        state = state if chosen is None else state[chosen]
+        wrong = [str(name)[:80] for name, value in state.items() if not isinstance(value, _Tensor)]
         if wrong:
-            raise ValueError(f"{str(wrong[0])[:80]!r} is not a tensor")
+            place = "" if chosen is None else f" in its {chosen!r}"
+            other = ", or pass --raw for its raw weights" if chosen in _AVERAGES else ""
+            keys = few(repr(str(name)[:80]) for name in state)
+            raise ValueError(f"{wrong[0]!r}{place} is no tensor. {_ADVICE}{other}. Its keys: {keys}")
         return {name: (_size(tensor), _viewer(tensor, storage)) for name, tensor in state.items()}
     except Exception as error:  # unpickling a damaged file raises exceptions of any kind
         raise ValueError(
@@ -158,8 +166,8 @@ def _unpickle(file: io.BytesIO):
             case "GLOBAL":
                 if argument not in _GLOBALS:
                     raise ValueError(
-                        f"it asks for {argument[:80].replace(' ', '.')}, which no state dict needs. To save a module "
-                        "without its code, in the program that made it: torch.save(model.state_dict(), path)"
+                        f"it holds an object of {argument[:80].replace(' ', '.')}, which no state dict needs: only "
+                        f"tensors, numbers, texts, lists and dicts are read. {_ADVICE}"
                     )
                 stack.append(_Global(argument))
             case "REDUCE" | "NEWOBJ":

@@ -1,45 +1,21 @@
-"""Converts whole models of Keras 2, and compares the outputs of old and new where TensorFlow can run the old one."""
+"""Converts whole models of Keras 2."""
 
 import os
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from keras_effnet import model_metadata
 from keras_effnet.nets.normalization import constants
-from keras_effnet.weights.keras2 import padding
+from keras_effnet.weights.keras2 import comparison, padding
 from keras_effnet.weights.keras2.files import OldModel, opened_model
 from keras_effnet.weights.keras2.layers import Foreign, ForeignLayerError
 from keras_effnet.weights.keras2.rebuild import rebuild
 
 if TYPE_CHECKING:
     import keras
-
-# Runs a SavedModel in a process of its own, so that whatever its graph does ends with that process.
-_RUN = """
-import sys
-import numpy as np
-import tensorflow as tf
-model = tf.saved_model.load(sys.argv[1])
-call = model.signatures["serving_default"]
-((name, spec),) = call.structured_input_signature[1].items()
-arrays = np.load(sys.argv[2])
-found = {}
-for batch in arrays.files:
-    outputs = call(**{name: tf.cast(arrays[batch], spec.dtype)})
-    found |= {f"{batch} {key}": value.numpy() for key, value in outputs.items()}
-np.savez(sys.argv[3], **found)
-"""
-
-_MINUTES = 10
 
 
 @dataclass(frozen=True)
@@ -103,14 +79,21 @@ def convert(
         raise ValueError(f"Expected {model!r}. Received: {str(place)!r}, which holds {name!r}")
     if verify and not old.saved_model:
         raise ValueError(f"Expected a SavedModel, which TensorFlow can run. Received: {str(place)!r} of {old.writer}")
-    difference = largest_difference(made, place) if verify else None
+    difference = comparison.check(made, place) if verify else None
     if preprocessing is not None:
         if _has_preprocessing(made):
             raise ValueError(
                 f"Expected a model that takes normalized pixels. Received: {str(place)!r}, which normalizes them "
                 "itself. Omit preprocessing"
             )
-        made = _rescaled(made, *constants(preprocessing, made.inputs[0].shape[-1]))
+        pixels = image_input(made)
+        if pixels is None:
+            inputs = ", ".join(f"{each.name} {each.shape[1:]} of {each.dtype}" for each in made.inputs)
+            raise ValueError(
+                f"Expected a model with one input of images, to normalize them. Received: {str(place)!r}, whose inputs "
+                f"are {inputs}. Omit preprocessing"
+            )
+        made = _rescaled(made, pixels, *constants(preprocessing, pixels.shape[-1]))
     model_metadata.save_model(made, path, labels)
     return Conversion(name, os.fspath(path), old.writer, left_of(made), difference)
 
@@ -137,7 +120,22 @@ def left_of(model: "keras.Model") -> tuple[str, ...]:
     Args:
         model: A `keras.Model`.
     """
-    return () if _has_preprocessing(model) else (NO_PREPROCESSING,)
+    if _has_preprocessing(model):
+        return ()
+    return (NO_PREPROCESSING if image_input(model) is not None else _NO_PREPROCESSING,)
+
+
+def image_input(model: "keras.Model") -> Any:
+    """Returns the only input of images of a model, or None.
+
+    Args:
+        model: A `keras.Model`.
+
+    Returns:
+        A Keras tensor of floats, or None where there are several, or none.
+    """
+    images = [tensor for tensor in model.inputs if len(tensor.shape) == 4 and "float" in str(tensor.dtype)]
+    return images[0] if len(images) == 1 else None
 
 
 def head_of(model: "keras.Model") -> tuple[str, ...]:
@@ -166,10 +164,27 @@ def head_of(model: "keras.Model") -> tuple[str, ...]:
 _OF_THE_NET = re.compile(r"(^|_)(stem_|block\d+[a-z]+_|top_conv|top_bn|top_activation)")
 
 
-NO_PREPROCESSING = (
-    "the normalization of pixels, which the program did before the model. To add it to the model, pass --preprocessing "
-    "imagenet, inception or tpu127"
+UNDESCRIBED = (
+    "the SavedModel lacks the description of its layers that model.save() of Keras 2 writes to keras_metadata.pb. If "
+    "model.export() wrote it, convert the original"
 )
+
+
+def is_undescribed(path: Any) -> bool:
+    """Returns whether a path is a SavedModel that does not describe its layers.
+
+    Args:
+        path: Path of any file.
+    """
+    if not isinstance(path, str | os.PathLike) or not (Path(path) / "saved_model.pb").is_file():
+        return False
+    with opened_model(Path(path)) as old:
+        return old is None
+
+
+_NO_PREPROCESSING = "the normalization of pixels, which the program did before the model"
+
+NO_PREPROCESSING = f"{_NO_PREPROCESSING}. To add it to the model, pass --preprocessing imagenet, inception or tpu127"
 
 
 def net_of(model: "keras.Model") -> str:
@@ -187,30 +202,62 @@ def net_of(model: "keras.Model") -> str:
     try:
         reading = inspection.find(model, others=True)[1]
     except ValueError as error:
-        reason = "its layers are not those of one EfficientNet, as keras.applications names them"
+        reason = "its layers are not those of one whole EfficientNet, as keras.applications names them"
         raise ForeignLayerError(Foreign(model.name, reason)) from error
     return identify(reading.architecture.blocks) or reading.architecture.name
 
 
 def _has_preprocessing(model: "keras.Model") -> bool:
-    """Returns whether a model normalizes its pixels itself."""
+    """Returns whether a model normalizes the pixels of its net itself: between its input and the net."""
+    from keras_effnet.nets import inspection
+
+    holder, reading = inspection.find(model, others=True)
+    return any(_normalizes(layer) for layer in _before(model, holder, reading.layers["stem_conv"]))
+
+
+def _normalizes(layer: Any) -> bool:
     import keras
 
     kinds = (keras.layers.Rescaling, keras.layers.Normalization)
-    return any(
-        isinstance(layer, kinds) or (isinstance(layer, keras.Model) and _has_preprocessing(layer))
-        for layer in model.layers
-    )
+    return isinstance(layer, kinds) or (isinstance(layer, keras.Model) and any(map(_normalizes, layer.layers)))
 
 
-def _rescaled(model: "keras.Model", scale: list[float], offset: list[float]) -> "keras.Model":
-    """Returns a model that takes pixels 0-255, for one that takes normalized ones."""
+def _before(model: Any, holder: Any, stem: Any) -> set[Any]:
+    """Returns the layers of a model between its inputs and the first convolution of the net in a model in it."""
+    from keras_effnet import compat
+
+    target = stem
+    if model is not holder:
+        target = next(layer for layer in model.layers if layer is holder or holder in compat.all_layers(layer))
+    parents: dict[Any, set[Any]] = {}
+    tensors = list(model.outputs)
+    while tensors:
+        tensor = tensors.pop()
+        layer, inputs = compat.producer(tensor), compat.inputs_of(tensor)
+        before = {compat.producer(each) for each in inputs}
+        if not before <= parents.setdefault(layer, set()):
+            parents[layer] |= before
+            tensors += inputs
+    found, waiting = set(), [target]
+    while waiting:
+        new = parents.get(waiting.pop(), set()) - found
+        found |= new
+        waiting += new
+    return found | (_before(target, holder, stem) if target is not stem else set())
+
+
+def _rescaled(model: Any, pixels: Any, scale: list[float], offset: list[float]) -> "keras.Model":
+    """Returns a model one of whose inputs takes pixels 0-255, for one that takes normalized ones."""
     import keras
 
-    inputs = keras.Input(model.inputs[0].shape[1:])
+    def fresh(tensor: Any) -> Any:
+        return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
+
     rescaling: Any = keras.layers.Rescaling
     layer = rescaling(scale, offset, name="preprocessing")
-    return keras.Model(inputs, model(layer(inputs)), name=model.name)
+    inputs = keras.tree.map_structure(fresh, comparison.inputs_of(model))
+    given = keras.tree.map_structure(lambda tensor: layer(tensor) if tensor.name == pixels.name else tensor, inputs)
+    return keras.Model(inputs, model(given), name=model.name)
 
 
 def model_of(old: OldModel, path: Path) -> "keras.Model":
@@ -232,75 +279,9 @@ def model_of(old: OldModel, path: Path) -> "keras.Model":
         if taken != old.variables:
             raise ValueError(f"its layers have {taken} variables, and it holds {old.variables}")
     except ValueError as error:
-        from keras_effnet.weights.keras2.layers import ForeignLayerError
-
         if isinstance(error, ForeignLayerError):
             raise
         raise ValueError(f"Expected a model of Keras 2. Received: {str(path)!r}, but {error}") from error
     for layer in model.layers:  # the nets' usual names, by which they are recognised
         layer.name = old.renamed.get(layer.name, layer.name)
     return model
-
-
-def largest_difference(model: "keras.Model", path: Path) -> float:
-    """Compares a rebuilt model with the SavedModel that it came from, on random pixels and on the bundled photos.
-
-    Args:
-        model: A `keras.Model`.
-        path: Path of the SavedModel. TensorFlow runs its graph, in a process of its own.
-
-    Returns:
-        Float. The largest difference of an output, relative to the standard deviation of the outputs.
-
-    Raises:
-        ImportError: If TensorFlow is not installed.
-        ValueError: If the SavedModel cannot be run.
-    """
-    images = _images(model)
-    with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
-        sent, back = Path(folder) / "in.npz", Path(folder) / "out.npz"
-        np.savez(sent, *images)
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", _RUN, path, sent, back], capture_output=True, text=True, timeout=60 * _MINUTES
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ValueError(f"Expected outputs within {_MINUTES} minutes. Received: none of {str(path)!r}") from error
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise ValueError(f"Expected a SavedModel that TensorFlow runs. Received: {str(path)!r} ({last[:200]})")
-        with np.load(back) as found:
-            theirs = {key: found[key] for key in found.files}
-    predictor: Any = model
-    differences = []
-    for number, batch in enumerate(images):
-        outputs = predictor.predict(batch, verbose=0)
-        names = getattr(model, "output_names", None) or [model.layers[-1].name]  # a sequential model has one output
-        ours = dict(zip(names, outputs if isinstance(outputs, list) else [outputs], strict=True))
-        named = {key.partition(" ")[2]: value for key, value in theirs.items() if key.startswith(f"arr_{number} ")}
-        if len(ours) == len(named) == 1:
-            named = dict(zip(ours, named.values(), strict=True))
-        if ours.keys() != named.keys():
-            received = f"{', '.join(named)} of {str(path)!r}"
-            raise ValueError(f"Expected outputs called {', '.join(ours)}. Received: {received}")
-        differences += [_difference(ours[name], named[name]) for name in ours]
-    return max(differences)
-
-
-def _difference(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.abs(one - other).max() / max(float(other.std()), 1e-12))
-
-
-def _images(model: "keras.Model") -> list[np.ndarray]:
-    """Returns batches of random pixels and of photos, in the shape of the model's input."""
-    from PIL import Image
-
-    shape = zip(model.inputs[0].shape[1:], (224, 224, 3), strict=True)
-    height, width, channels = (size or default for size, default in shape)
-    noise = np.random.default_rng(0).integers(0, 256, (4, height, width, channels))
-    batches = [noise]
-    if channels == 3:
-        folder = Path(str(files("keras_effnet"))) / "images" / "photographs"
-        resized = [Image.open(path).convert("RGB").resize((width, height)) for path in sorted(folder.glob("*.jpg"))]
-        batches.append(np.stack([np.asarray(photo) for photo in resized]))
-    return [batch.astype("float32") for batch in batches]

@@ -3,22 +3,33 @@
 import json
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from keras_effnet.errors import one_line
-from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, is_legacy, layers_of, names_when_built, opened_h5_file
-from keras_effnet.weights.formats.keras_file import opened_keras
+from keras_effnet.weights.formats.h5_file import (
+    HDF5_SIGNATURE,
+    is_legacy,
+    layers_of,
+    names_when_built,
+    opened_h5_file,
+    text,
+)
+from keras_effnet.weights.formats.keras_file import is_keras, opened_keras
 from keras_effnet.weights.formats.object_graph import ObjectGraph
 from keras_effnet.weights.formats.protobuf import fields, one
 from keras_effnet.weights.formats.tensorflow_checkpoint import read_checkpoint, read_graph
 from keras_effnet.weights.formats.tensors import Stored, Tensors
-from keras_effnet.weights.keras2.layers import MODELS
-from keras_effnet.weights.keras2.rebuild import Find
+from keras_effnet.weights.keras2.layers import ALWAYS_STORED, MODELS, RENAMED, Foreign, ForeignLayerError
+from keras_effnet.weights.keras2.rebuild import DEPTH, Find, called, entries_of
 from keras_effnet.weights.keras2.rebuild import Path as Place
+
+# What reading a damaged description raises. `rebuild()` says what is wrong with it.
+DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 _CONFIG_SIZE = 8 << 20  # bytes of a description: B7's takes 0.6 MB
 
@@ -69,9 +80,10 @@ def opened_model(path: Path) -> Iterator[OldModel | None]:
         yield _saved_model(path)
     elif path.is_file() and _starts_with(path, HDF5_SIGNATURE):
         with opened_h5_file(path, path) as file:
-            yield _h5(file, path)
-    elif path.suffix == ".keras" and path.is_file() and zipfile.is_zipfile(path):
-        description = _archived(path)
+            old = _h5(file, path)
+            yield old and _told_apart(old, dict(layers_of(file, path)))
+    elif path.suffix == ".keras" and is_keras(path):
+        description = archived(path)
         if description is None:
             yield None
             return
@@ -108,12 +120,13 @@ def _plain(value: Any) -> Any:
 
 def _h5(file, path: Path) -> OldModel | None:
     try:
-        if "model_config" not in file.attrs or not is_legacy(file):
+        description = text(file, "model_config")
+        if description is None or not is_legacy(file):
             return None
-        class_name, config = _parsed(file.attrs["model_config"])
+        class_name, config = _parsed(description)
         stored = dict(layers_of(file, path))
         names = set(_names_of(config))
-        version = _text(file.attrs.get("keras_version", b""))
+        version = text(file, "keras_version") or ""
         if version.startswith("3"):
             return None
     except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
@@ -155,8 +168,78 @@ def _owner(name: str, owners: set[str], names: set[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _archived(path: Path) -> tuple[str, Any, str] | None:
-    """Returns the class and the config in a `.keras` file, and the version of Keras, if that is 2."""
+def _told_apart(old: OldModel, stored: dict[str, dict[tuple[str, str], Stored]]) -> OldModel:
+    """Returns a model of an h5 file that refuses the variables of layers whose names in the file mislead.
+
+    Variables keep the names that their layers had when these were built. Of layers that were renamed later, one may
+    have the name that another had. They are in order, so that the mistake shows: those of frozen layers come last.
+    """
+    names = set(_names_of(old.config))
+    misled: dict[str, str] = {}
+    with suppress(*DAMAGE):
+        for entry in entries_of(old.class_name, old.config):
+            if entry["class_name"] in MODELS:
+                top = called(entry)
+                ranks: dict[str, int] = {}
+                for owner, _ in stored.get(top, {}):
+                    ranks.setdefault(owner, len(ranks))
+                name = _misled(_inner(entry, True), ranks, names)
+                misled |= {top: name} if name else {}
+
+    def find(place: Place) -> dict[str, Stored]:
+        if place[0].name in misled:
+            raise ForeignLayerError(Foreign(misled[place[0].name][:80], _RENAMED))
+        return old.find(place)
+
+    return replace(old, find=find)
+
+
+_RENAMED = (
+    "layers were renamed, and an h5 file does not tell it from others of its class. Save the model as .keras or as a "
+    "SavedModel"
+)
+
+
+def _inner(entry: dict[str, Any], trainable: bool) -> Iterator[tuple[str, str, bool]]:
+    """Yields the name, the class and the trainable flag of each layer in a model that always has variables."""
+    kind, config = RENAMED.get(entry["class_name"], (entry["class_name"],))[0], entry["config"]
+    settings = config if isinstance(config, dict) else {}
+    trainable = trainable and settings.get("trainable") is not False
+    if kind in MODELS:
+        for inner in entries_of(kind, config):
+            yield from _inner(inner, trainable)
+    elif kind in ALWAYS_STORED:
+        yield called(entry), kind, trainable
+
+
+def _misled(layers: Iterable[tuple[str, str, bool]], ranks: dict[str, int], names: set[str]) -> str | None:
+    """Returns the first layer that would get the variables of another, or None."""
+    last: dict[tuple[str, bool], int] = {}
+    found = {name: (kind, trainable) for name, kind, trainable in layers}  # layers that are shared count once
+    for name, key in found.items():
+        owner = _owner(name, set(ranks), names)
+        if owner is None:
+            if any(each.rpartition("/")[2] not in names for each in ranks):
+                return name
+        elif ranks[owner] <= last.get(key, -1):
+            return name
+        else:
+            last[key] = ranks[owner]
+    return None
+
+
+def archived(path: Path) -> tuple[str, Any, str] | None:
+    """Returns the description in a `.keras` file of Keras 2.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Tuple of the model's class, its config, and the version of Keras; or None if that is not 2.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             names = ("metadata.json", "config.json")
@@ -170,16 +253,76 @@ def _archived(path: Path) -> tuple[str, Any, str] | None:
 
 
 def _keras(tensors: Tensors, class_name: str, config: Any, version: str) -> OldModel:
+    groups: dict[tuple[int, ...], str] = {}
+    with suppress(*DAMAGE):
+        groups = groups_of(class_name, config, tensors)
+
     def find(place: Place) -> dict[str, Stored]:
-        # tf_keras/src/saving/saving_lib.py, 2.20: layers are numbered by their class within their model.
-        names = [_snake(step.class_name) + (f"_{step.position}" if step.position else "") for step in place]
-        start = "/layers/".join(names) + "/"
-        found = {name.removeprefix(start): stored for name, stored in tensors.items() if name.startswith(start)}
-        return {number: stored for number, stored in found.items() if number.isdigit()}
+        return numbered(tensors, groups.get(tuple(step.number for step in place), ""))
 
     aside = re.compile(r"(optimizer|metrics)/|.*/(random_generator|seed_generator)/|.*[Rr]andom_[^/]*/")
     count = sum(not aside.match(name) for name in tensors)
     return OldModel(class_name, config, find, count, f"Keras {version}", "a .keras file")
+
+
+def numbered(tensors: Tensors, group: str) -> dict[str, Stored]:
+    """Returns the variables of a layer in a `.keras` file by their numbers.
+
+    Args:
+        tensors: Dict from name to `Stored`.
+        group: String. See `groups_of()`.
+    """
+    found = {name.removeprefix(f"{group}/"): stored for name, stored in tensors.items() if name.startswith(f"{group}/")}
+    return {number: stored for number, stored in found.items() if number.isdigit()}
+
+
+def groups_of(class_name: str, config: Any, tensors: Tensors) -> dict[tuple[int, ...], str]:
+    """Returns the names of the groups of a `.keras` file that hold the variables of layers.
+
+    Layers that two models of a model share are stored once. The description does not say which are shared: they have
+    the same name and settings in both, as other layers may have.
+
+    Args:
+        class_name: String. The model's class.
+        config: Dict. The model's config.
+        tensors: Dict from name to `Stored`.
+
+    Returns:
+        Dict from the places of layers, each a tuple of `Place.number`, to names.
+    """
+    stored = {name.rpartition("/")[0] for name in tensors}
+    for shares in (False, True):
+        groups = {place: (group, kind) for place, group, kind in _walk(class_name, config, shares, {})}
+        if all(group in stored for group, kind in groups.values() if kind in ALWAYS_STORED):
+            break
+    return {place: group for place, (group, _) in groups.items()}
+
+
+def _walk(
+    class_name: str, config: Any, shares: bool, seen: dict[str, str], place: tuple[int, ...] = (), start: str = ""
+) -> Iterator[tuple[tuple[int, ...], str, str]]:
+    """Yields the place, the group and the class of each layer, in the order in which Keras 2 stores them.
+
+    Reference:
+        tf_keras/src/saving/saving_lib.py, 2.20: layers are numbered by their class within their model, those that were
+        stored before excepted.
+    """
+    counts: Counter[str] = Counter()
+    for number, entry in enumerate(entries_of(class_name, config)):
+        kind = str(entry["class_name"])
+        parts = [kind, *(entry.get(key) for key in ("name", "config", "build_config"))]
+        told = json.dumps(parts, sort_keys=True) if shares else ""
+        told = re.sub(r'(, )?"shared_object_id": \d+', "", told)  # of initializers, in one of the models only
+        if told in seen:
+            group = seen[told]
+        else:
+            name = _snake(kind)
+            group = f"{start}{name}_{counts[name]}" if counts[name] else f"{start}{name}"
+            counts[name] += 1
+            seen |= {told: group} if shares else {}
+        yield (*place, number), group, kind
+        if kind in MODELS and len(place) < DEPTH:
+            yield from _walk(kind, entry["config"], shares, seen, (*place, number), f"{group}/layers/")
 
 
 def _snake(name: str) -> str:
@@ -216,6 +359,8 @@ def _metadata(path: Path) -> tuple[str | None, str]:
         tf_keras/protobuf/saved_metadata.proto, 2.20. Until TensorFlow 2.4, objects held their metadata themselves.
     """
     meta = fields(one(fields((path / "saved_model.pb").read_bytes()), 2, b""))
+    if not meta:
+        raise ValueError("its saved_model.pb is empty")
     version = _text(one(fields(one(meta, 1, b"")), 5, b""))
     beside = path / "keras_metadata.pb"
     if beside.is_file():

@@ -31,10 +31,13 @@ SAME = frozenset(
         "Dot",
         "Dropout",
         "ELU",
+        "Embedding",
         "Flatten",
         "GaussianDropout",
         "GaussianNoise",
+        "GlobalAveragePooling1D",
         "GlobalAveragePooling2D",
+        "GlobalMaxPooling1D",
         "GlobalMaxPooling2D",
         "GroupNormalization",
         "InputLayer",
@@ -45,6 +48,7 @@ SAME = frozenset(
         "Minimum",
         "Multiply",
         "Normalization",
+        "PReLU",
         "Permute",
         "RandomBrightness",
         "RandomContrast",
@@ -86,6 +90,18 @@ RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
 
 MODELS = ("Functional", "Model", "Sequential")
 
+# Layers that have variables whatever their settings are.
+ALWAYS_STORED = (
+    "BatchNormalization",
+    "Conv2D",
+    "Conv2DTranspose",
+    "Dense",
+    "DepthwiseConv2D",
+    "Embedding",
+    "PReLU",
+    "SeparableConv2D",
+)
+
 MERGING = ("Add", "Average", "Concatenate", "Dot", "Maximum", "Minimum", "Multiply", "Subtract")
 
 # hard_sigmoid is not among them: Keras 3 computes another function of this name.
@@ -115,8 +131,22 @@ ACTIVATIONS = frozenset(
 # What TensorFlow called the same functions.
 ALIASES = {"softmax_v2": "softmax", "log_softmax_v2": "log_softmax"}
 
-# Settings that a class writes and does not use.
-UNUSED = {"SeparableConv2D": ("kernel_initializer", "kernel_regularizer", "kernel_constraint")}
+# Settings that a class writes and that mean nothing.
+UNUSED = {
+    "Embedding": ("input_length",),
+    "SeparableConv2D": ("kernel_initializer", "kernel_regularizer", "kernel_constraint"),
+}
+
+_INTERPOLATIONS = ("bicubic", "bilinear", "lanczos3", "lanczos5", "nearest")
+
+# The only values of settings at which Keras 3 computes the same, by class and name. Keras 2 had more interpolations.
+# TensorFlow has no transposed convolution with dilation for CPUs, where Keras 2 had its own.
+VALUES: dict[tuple[str, str], tuple] = {
+    ("Conv2DTranspose", "dilation_rate"): (1, [1, 1]),
+    ("Embedding", "mask_zero"): (False,),
+    ("Resizing", "interpolation"): (*_INTERPOLATIONS, "area"),
+    ("UpSampling2D", "interpolation"): (*_INTERPOLATIONS, "area"),
+}
 
 # Settings that have another name in Keras 3, by class and name.
 CALLED: dict[tuple[str, str], str] = {("LeakyReLU", "alpha"): "negative_slope"}
@@ -201,7 +231,9 @@ def make(class_name: str, config: dict[str, Any]) -> "keras.layers.Layer":
     name = str(config.get("name", class_name))
     class_name, more = RENAMED.get(class_name, (class_name, {}))
     if class_name not in SAME:
-        raise ForeignLayerError(Foreign(name[:80], f"no layer of Keras 3 is a {class_name[:80]}"))
+        known = class_name.isidentifier() and hasattr(keras.layers, class_name)
+        reason = f"{class_name} is not converted" if known else f"no layer of Keras 3 is a {class_name[:80]}"
+        raise ForeignLayerError(Foreign(name[:80], reason))
     made: Callable = getattr(keras.layers, class_name)
     config = {**config, **more}
     accepted = _parameters(made)
@@ -217,6 +249,8 @@ def make(class_name: str, config: dict[str, Any]) -> "keras.layers.Layer":
             trainable = bool(value)
         elif key == "dtype":
             given[key] = dtype_of(config)
+        elif value not in VALUES.get((class_name, key), (value,)):
+            raise ForeignLayerError(Foreign(name[:80], f"{class_name} with {key}={str(value)[:40]} is not converted"))
         elif key in accepted:
             given[key] = _translated(class_name, name, key, value)
         elif key not in NEUTRAL or (NEUTRAL[key] is not None and value not in (NEUTRAL[key] or ())):
@@ -267,6 +301,8 @@ def _translated(class_name: str, name: str, key: str, value: Any) -> Any:
             # What a trained variable started from does not matter.
             return "zeros" if made is None and kind == "initializer" else made
     if key == "axis" and class_name == "BatchNormalization" and isinstance(value, list):
+        if len(value) != 1:
+            raise foreign("list of axes")
         return value[0]
     if isinstance(value, dict):  # a tensor, as TensorFlow 2.9 and later store it
         inner = value.get("config")

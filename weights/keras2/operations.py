@@ -59,13 +59,23 @@ def layer_of(config: dict[str, Any], operands: list[Any], settings: dict[str, An
     if function in _FUNCTIONS and tensors:
         found = _layer_of(function, operands, tensors, settings)
     if found is None:
-        arguments = ", ".join(f"{key}={str(value)[:20]}" for key, value in settings.items())
-        raise ForeignLayerError(
-            Foreign(name[:80], f"no layer of Keras 3 is tf.{function[:40]}({arguments[:60]}) of these inputs")
-        )
+        raise no_layer(config, settings)
     class_name, more, inputs = found
     # An operation computes in the type of its inputs, whatever type its layer has in Keras 2.
     return class_name, {"name": name.replace(".", "_"), "dtype": str(tensors[0].dtype)} | more, inputs
+
+
+def no_layer(config: dict[str, Any], settings: dict[str, Any]) -> ForeignLayerError:
+    """Returns the error for an operation that no layer of Keras 3 computes.
+
+    Args:
+        config: See `layer_of()`.
+        settings: See `layer_of()`.
+    """
+    arguments = ", ".join(f"{key}={str(value)[:20]}" for key, value in settings.items())
+    function, name = str(config.get("function")), str(config.get("name"))
+    reason = f"no layer of Keras 3 is tf.{function[:40]}({arguments[:60]}) of these inputs"
+    return ForeignLayerError(Foreign(name[:80], reason))
 
 
 def _layer_of(

@@ -7,12 +7,12 @@ import numpy as np
 
 from keras_effnet.weights.formats.tensors import Stored
 from keras_effnet.weights.keras2.layers import MERGING, MODELS, Foreign, ForeignLayerError, dtype_of, make
-from keras_effnet.weights.keras2.operations import layer_of
+from keras_effnet.weights.keras2.operations import layer_of, no_layer
 
 if TYPE_CHECKING:
     import keras
 
-_DEPTH = 20  # of models in models
+DEPTH = 20  # of models in models
 
 _LAYERS = 20_000
 
@@ -32,13 +32,11 @@ class Place(NamedTuple):
         number: Integer. The number among the model's layers, without the input layer of a sequential model.
         name: String. The layer's name.
         class_name: String. The layer's class.
-        position: Integer. The number among the model's layers of this class.
     """
 
     number: int
     name: str
     class_name: str
-    position: int
 
 
 Path = tuple[Place, ...]  # from the outermost model to a layer
@@ -72,6 +70,27 @@ def rebuild(class_name: str, config: Any, find: Find) -> tuple["keras.Model", in
         raise ValueError(f"its description of the model is damaged ({' '.join(str(error).split())[:200]})") from error
 
 
+def entries_of(class_name: str, config: Any) -> list[dict[str, Any]]:
+    """Returns the descriptions of a model's layers, without the input layer of a sequential model.
+
+    Args:
+        class_name: `"Functional"`, `"Model"` or `"Sequential"`.
+        config: Dict. The model's config, a list of layers in the first releases.
+    """
+    entries = list(config.get("layers", ()) if isinstance(config, dict) else config)
+    has_input = class_name == "Sequential" and entries and entries[0]["class_name"] == "InputLayer"
+    return entries[1:] if has_input else entries
+
+
+def called(entry: dict[str, Any]) -> str:
+    """Returns the name of a layer.
+
+    Args:
+        entry: Dict. Its description.
+    """
+    return str(entry.get("name") or entry["config"]["name"])
+
+
 class _Builder:
     def __init__(self, find: Find):
         self.find = find
@@ -80,8 +99,8 @@ class _Builder:
         self.taken: dict[int, Stored] = {}
 
     def model(self, class_name: str, config: dict[str, Any], path: Path) -> "keras.Model":
-        if len(path) > _DEPTH:
-            raise ValueError(f"models in models, {_DEPTH} deep")
+        if len(path) > DEPTH:
+            raise ValueError(f"models in models, {DEPTH} deep")
         if isinstance(config, dict) and "layers" not in config:  # a class of the user's, which happens to be called so
             name = path[-1].name[:80] if path else "the model"
             raise ForeignLayerError(Foreign(name, f"its {class_name} is a class with layers as attributes"))
@@ -93,13 +112,9 @@ class _Builder:
         self.count += len(entries)
         if self.count > _LAYERS:
             raise ValueError(f"more than {_LAYERS} layers")
-        seen: dict[str, int] = {}
         places = []
         for index, entry in enumerate(entries):
-            name = str(entry.get("name") or entry["config"]["name"])
-            kind = str(entry["class_name"])
-            places.append((*path, Place(index, name, kind, seen.get(kind, 0))))
-            seen[kind] = seen.get(kind, 0) + 1
+            places.append((*path, Place(index, called(entry), str(entry["class_name"]))))
         return places
 
     def _layer(self, entry: dict[str, Any], path: Path) -> Any:
@@ -134,17 +149,17 @@ class _Builder:
     def _sequential(self, config: Any, path: Path) -> "keras.Model":
         import keras
 
-        settings = config if isinstance(config, dict) else {"layers": config}  # a list in the first releases
-        entries = list(settings["layers"])
+        settings = config if isinstance(config, dict) else {"layers": config}
         shape = settings.get("build_input_shape")
-        first = entries[0]["config"]
+        start = settings["layers"][0]
+        first = start["config"]
         dtype = None
-        if entries[0]["class_name"] == "InputLayer":
+        if start["class_name"] == "InputLayer":
             shape, dtype = _shape_of(first), dtype_of(first)
-            entries = entries[1:]
-        elif entries[0]["class_name"] not in MODELS:
+        elif start["class_name"] not in MODELS:
             shape = first.get("batch_input_shape") or shape
         shape = None if shape is None else _shape_of({"batch_input_shape": shape})
+        entries = entries_of("Sequential", config)
         places = self._places(entries, path)
         layers = [self._layer(entry, place) for entry, place in zip(entries, places, strict=True)]
         if shape is None and isinstance(layers[0], keras.Model):
@@ -160,7 +175,7 @@ class _Builder:
     def _functional(self, config: dict[str, Any], path: Path) -> "keras.Model":
         import keras
 
-        entries = list(config["layers"])
+        entries = entries_of("Functional", config)
         places = self._places(entries, path)
         outputs: dict[str, dict[int, list[Any]]] = {}
         configs = {place[-1].name: entry["config"] for entry, place in zip(entries, places, strict=True)}
@@ -183,7 +198,7 @@ class _Builder:
             left = []
             for layer, place, number, node in waiting:
                 if layer is None:
-                    ready, given, arguments = _operands(node, outputs, place)
+                    ready, given, arguments = _operands(node, outputs, place, configs[place[-1].name])
                 else:
                     ready, given, arguments = _inputs(node, outputs, place)
                 if not ready:
@@ -279,9 +294,13 @@ def _inputs(node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path) -> 
     return True, found, arguments
 
 
-def _operands(node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path) -> tuple[bool, Any, dict[str, Any]]:
+def _operands(
+    node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path, config: dict[str, Any]
+) -> tuple[bool, Any, dict[str, Any]]:
     """Returns whether the inputs of an operation are there, its operands, and its other arguments."""
-    name, number, value, *more = node if node and isinstance(node[0], str) else (None, None, None)
+    if not node or not isinstance(node[0], str):  # a list of tensors
+        raise no_layer(config, {})
+    name, number, value, *more = node
     settings = {key: one for key, one in (more[0] if more else {}).items() if one is not None and key != "name"}
     operands: list[Any] = [value] if name == _CONSTANT else [(name, number, value)]
     if "y" in settings:
@@ -304,8 +323,13 @@ def _operands(node: Any, outputs: dict[str, dict[int, list[Any]]], path: Path) -
 def _check_meaning(layer: Any, inputs: Any) -> None:
     """Raises for the inputs of which a layer of Keras 3 makes something else."""
     kind, dtype = type(layer).__name__, str(getattr(inputs, "dtype", ""))
-    if kind == "Resizing" and "int" in dtype:  # which Keras 3 rounds
-        raise ForeignLayerError(Foreign(layer.name[:80], f"Resizing of {dtype} rounds in Keras 3"))
+    interpolates = kind == "Resizing" or (kind == "UpSampling2D" and layer.interpolation != "nearest")
+    if interpolates and "int" in dtype:
+        raise ForeignLayerError(Foreign(layer.name[:80], f"{kind} of {dtype} rounds in Keras 3"))
+    if kind == "LayerNormalization" and isinstance(layer.axis, list):
+        axes = [axis % len(inputs.shape) for axis in layer.axis]
+        if axes != sorted(axes):  # Keras 3 sorts the axes of its variables
+            raise ForeignLayerError(Foreign(layer.name[:80], "LayerNormalization of axes in another order"))
     if kind == "CenterCrop" and None in inputs.shape[1:]:  # smaller images than the crop
         raise ForeignLayerError(Foreign(layer.name[:80], "CenterCrop of any size is another in Keras 3"))
 
@@ -324,8 +348,15 @@ _ALIASES = {"depthwise_kernel": "kernel"}
 def _expected(layer: Any, shape: tuple) -> list[tuple[int, ...]]:
     """Returns the shapes of a layer's variables, without biases and others that are not larger."""
     kind = type(layer).__name__
+    if kind in ("GroupNormalization", "LayerNormalization") and not layer.center and not layer.scale:
+        return []
     if kind in ("BatchNormalization", "GroupNormalization"):
         return [(shape[layer.axis],)]
+    if kind == "Embedding":
+        return [(layer.input_dim, layer.output_dim)]
+    if kind == "PReLU":
+        shared = layer.shared_axes or ()
+        return [tuple(1 if axis in shared else size for axis, size in enumerate(shape[1:], 1))]
     if kind == "LayerNormalization":
         axes = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
         return [tuple(shape[axis] for axis in axes)]
