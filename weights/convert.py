@@ -262,8 +262,9 @@ def pixels_of(path) -> Any:
     if described is not None:
         return described.preprocessing
     found = keras_file.preprocessing_of(path)
-    # The other formats have no statistics of pixels: archives of the original, and PyTorch's.
-    if found is None and (not os.path.isfile(path) or h5_file.is_h5(path) or keras_file.is_keras(path)):
+    # The other formats, PyTorch's and safetensors, have no statistics of pixels.
+    may_have = tensorflow_checkpoint.is_checkpoint(path) or h5_file.is_h5(path) or keras_file.is_keras(path)
+    if found is None and may_have:
         with opening.opened(path) as tensors:
             found = Contents(tensors, path, "auto", raw=False).normalization(h5_file.keras_version(path))
     return found and scheme_near(*found)

@@ -16,7 +16,7 @@ from keras_effnet.nets.architecture import Architecture, with_widths
 from keras_effnet.nets.scaling import resolve
 from keras_effnet.nets.variants import VARIANTS
 from keras_effnet.weights import presets
-from keras_effnet.weights.formats import h5_file
+from keras_effnet.weights.formats import h5_file, keras_file, tensorflow_checkpoint
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 from keras_effnet.weights.layouts import LAYOUTS, adapt_channels
 from keras_effnet.weights.name_translation import Name, foreign_names, has_names, keys_of
@@ -150,7 +150,7 @@ class Contents:
         self._all = tensors
         self.format, self.scope = _recognise(tensors, path)
         self.naming = NAMINGS[self.format]
-        self.title = self.naming.title if h5_file.is_h5(path) else self.naming.checkpoint or self.naming.title
+        self.title = self._title()
         # Keras 3 numbers layers by their class, so that a user's dense layer has the name of the net's classifier. That
         # of keras-hub is the classifier.
         preset = presets.read(path) if self.format == "keras3" else None
@@ -180,6 +180,15 @@ class Contents:
         keys = keys_of(found, self.naming)
         self.tensors: Tensors = {keys[name]: stored for name, stored in found.items()}
         self._names = {key: name for name, key in keys.items()}
+
+    def _title(self) -> str:
+        """Returns how users know a file of this kind."""
+        if not self.naming.checkpoint or h5_file.is_h5(self.path):
+            return self.naming.title
+        if keras_file.is_keras(self.path):
+            return NAMINGS["keras3"].title  # though its layers have their names, as in some files of Keras 2
+        is_checkpoint = tensorflow_checkpoint.is_checkpoint(self.path)
+        return self.naming.checkpoint if is_checkpoint else self.naming.title
 
     def _name_outside(self, name: str) -> str:
         """Returns a name for a tensor outside of the scope, which no tensor inside has."""
@@ -234,7 +243,8 @@ class Contents:
             layers may be between it and the net.
         """
         usual = self._usual(architecture)
-        inside = not any(name.startswith(usual) for name in self._outside)
+        parts = (usual + suffix for suffix, _ in self.naming.variables["Dense"].values())
+        inside = not any(self._called.get(name, name) in self._outside for name in parts)
         sure = (self.naming.owns_classifier and inside) or not any(map(self.is_around, self.tensors))
         return self._heads(architecture).get(usual) if sure else None
 
@@ -308,6 +318,7 @@ class Contents:
             Dict of the classifier's kernel and bias, by (our layer, our variable).
         """
         owners = [owner for owner, found in self._heads(architecture).items() if found == classes]
+        whose = f"{self.path!r}, whose {self._called_owner(owners[0])}" if len(owners) == 1 else ""
         shapes = {"kernel": (architecture.head_filters, classes), "bias": (classes,)}
         values: Values = {}
         for variable, shape in shapes.items():
@@ -315,10 +326,10 @@ class Contents:
             value = np.zeros(shape, np.float32)
             if len(owners) == 1:
                 stored = self.tensors[owners[0] + suffix].read()
-                _check_floats(stored)
+                _check_floats(stored, f"{whose} has ")
                 value = LAYOUTS[layout].to_keras(stored, shape).astype(np.float32, copy=False)
             if not np.isfinite(value).all():
-                raise ValueError(f"Expected finite numbers. Received: {self.path!r}, whose {owners[0]} has others")
+                raise ValueError(f"Expected finite numbers. Received: {whose} has others")
             values["predictions", variable] = value
         return values
 
@@ -493,9 +504,9 @@ def _has_background(contents: Contents, file_classes: int | None, classes: int |
     return contents.format == "tpu" and file_classes == 1001 and classes == 1000
 
 
-def _check_floats(array: np.ndarray) -> None:
+def _check_floats(array: np.ndarray, of: str = "") -> None:
     if array.dtype.kind in "biu":  # of which only a quantized net's scales would make weights
-        raise ValueError(f"Expected floats. Received: {array.dtype}, as in a quantized net")
+        raise ValueError(f"Expected floats. Received: {of}{array.dtype}, as in a quantized net")
 
 
 def _reader(stored: Stored, steps: list[Step], shape: tuple[int, ...]) -> Callable[[], np.ndarray]:

@@ -73,11 +73,10 @@ def rebuilt(path: Path) -> None:
         assert isinstance(padding.difference(old.config, 224), str)
         try:
             model = conversion.model_of(old, path)
+            assert isinstance(model, keras.Model) and isinstance(conversion.net_of(model), str)
         except conversion.ForeignLayerError:  # `convert` and `identify` catch it
             return
-        assert isinstance(model, keras.Model)
-        with contextlib.suppress(ValueError):  # it holds no EfficientNet
-            assert isinstance(conversion.left_of(model), tuple)
+        assert isinstance(conversion.left_of(model), tuple)
 
 
 def identified(path: Path) -> None:

@@ -884,6 +884,18 @@ AROUND = "{}: layers around the net"
         ("module.", "classifier", {"n_averaged": np.zeros((), np.int64)}, 3, None),
         ("", "classifier.1", {}, 3, None),  # torchvision: a dropout and a linear layer
         ("net.", "classifier.1", layer("aux", 3, 40), 3, AROUND.format("aux")),
+        # A layer outside of the net whose name begins like that of the classifier is another layer.
+        ("net.", "classifier", layer("classifier_head", 3, 40), 3, AROUND.format("classifier_head")),
+        ("net.", "classifier", layer("classifier2", 3, 1280), 3, AROUND.format("classifier2")),
+        ("net.", "classifier", layer("classifier.1", 3, 40), 3, AROUND.format("classifier.1")),
+        ("net.", "classifier.1", layer("classifier2", 3, 40), 3, AROUND.format("classifier2")),
+        (
+            "net.",
+            "",
+            layer("neck", 1280, bias=False) | layer("classifier.1", 3, 1280),
+            None,
+            AROUND.format("classifier.1, neck"),
+        ),
         # All else is listed, with the body alone.
         ("", "", layer("classifier.1", 64, 1280) | layer("classifier.4", 3, 64), None, "classifier.1, classifier.4"),
         ("", "", layer("classifier", 3, 1280, bias=False), None, AROUND.format("classifier")),
@@ -935,6 +947,16 @@ def test_integers_are_no_weights(tmp_path):
     )
     with pytest.raises(ValueError, match=r"_conv_head\.weight cannot be read \(Expected floats\. Received: int8"):
         ke.weights.convert_file(path, tmp_path / "x.keras")
+
+
+@pytest.mark.usefixtures("mini")
+@pytest.mark.parametrize(("kind", "told"), [("int8", "Expected floats"), ("float32", "Expected finite numbers")])
+def test_a_head_of_other_numbers_is_named(kind, told, tmp_path):
+    head = {"head.weight": np.full((3, 1280), np.nan if kind == "float32" else 1, kind), "head.bias": np.zeros(3)}
+    tensors = {name: value for name, value in lukemelas_tensors().items() if not name.startswith("_fc")} | head
+    path = save_torch({name: np.ascontiguousarray(value) for name, value in tensors.items()}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=rf"{told}\. Received: '{re.escape(str(path))}', whose head has (int8|others)"):
+        convert.convert(path, tmp_path / "x.keras", head="linear:3")
 
 
 @pytest.mark.usefixtures("mini")

@@ -104,6 +104,17 @@ def test_timms_training_checkpoints_give_their_average(legacy, tmp_path):
     assert np.array_equal(read_all(path, raw=True)["weight"], module.weight.detach().numpy())
 
 
+@pytest.mark.parametrize("average", [{}, {"decay": 0.9, "num_updates": 3}])
+@pytest.mark.parametrize(("weights", "key"), [("model", "ema"), ("state_dict", "state_dict_ema")])
+def test_an_average_without_tensors_does_not_hide_the_weights(weights, key, average, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = torch.nn.Linear(2, 3).state_dict()
+    for whole in ({weights: state, key: average}, {weights: average, key: state}):
+        torch.save(whole, tmp_path / "x.pth")
+        for raw in (False, True):
+            assert np.array_equal(read_all(tmp_path / "x.pth", raw=raw)["weight"], state["weight"].numpy())
+
+
 @pytest.mark.parametrize(
     ("wrap", "told"),
     [
@@ -335,6 +346,17 @@ def test_an_archive_of_zeros_ends_early(tmp_path):
         read_all(path)
 
 
+@pytest.mark.parametrize("folder", ["", "a/"])
+def test_an_archive_without_a_shard_does_not_name_the_temporary_folder(folder, tmp_path):
+    save_checkpoint(tmp_path / "w", {"net/stem/conv2d/kernel": np.ones(3, np.float32)})
+    path = tmp_path / "x.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(tmp_path / "w.index", f"{folder}w.index")
+    with pytest.raises(ValueError, match=r"'x\.tar\.gz' without w\.data-00000-of-00001\)$") as caught:
+        read_all(path)
+    assert "keras_effnet-" not in str(caught.value)
+
+
 @pytest.mark.parametrize("length", [0, 2**63, 10**9])
 def test_a_safetensors_header_is_bounded(length, tmp_path):
     path = tmp_path / "x.safetensors"
@@ -417,6 +439,11 @@ def test_folders_of_checkpoints(tmp_path):
     for path in (tmp_path, tmp_path / "model.ckpt-2", tmp_path / "model.ckpt-2.index"):
         assert read_all(path)["net/stem/conv2d/kernel"].sum() == 6
     assert read_all(tmp_path / "model.ckpt-2.data-00000-of-00001")["net/stem/conv2d/kernel"].sum() == 6
+    (tmp_path / "model.ckpt-2").mkdir()  # which is another thing than the prefix
+    for ending in ("index", "data-00000-of-00001"):
+        assert read_all(tmp_path / f"model.ckpt-2.{ending}")["net/stem/conv2d/kernel"].sum() == 6
+    with pytest.raises(FileNotFoundError, match=r"model\.ckpt-2\.data-00001-of-00002', which does not exist"):
+        read_all(tmp_path / "model.ckpt-2.data-00001-of-00002")
     (tmp_path / "checkpoint").unlink()
     with pytest.raises(ValueError, match=r"'model\.ckpt-1', 'model\.ckpt-2'"):
         read_all(tmp_path)

@@ -507,6 +507,40 @@ def test_variables_of_renamed_layers_are_not_permuted(names, tmp_path):
     source.check(tmp_path / "new.keras")
 
 
+def test_a_body_that_is_frozen_in_part_is_not_taken_for_a_renamed_one(tmp_path):
+    """Users freeze a net and thaw its last layers. An h5 file has those first."""
+    net = small(64)
+    net.trainable = False
+    for layer in net.layers[-8:]:
+        layer.trainable = True
+    source = Old(tf_keras.Sequential([net, L.GlobalAveragePooling2D(), L.Dense(3)]), tmp_path)
+    assert not convert.convert(source.path("h5"), tmp_path / "new.keras").left
+    source.check(tmp_path / "new.keras")
+
+
+@pytest.mark.usefixtures("mini")
+@pytest.mark.parametrize(
+    ("head", "owns"),
+    [
+        (lambda net: [tf_keras.Model(net.input, L.GlobalAveragePooling2D()(net.output))], True),  # pooling="avg"
+        (lambda net: [tf_keras.Model(net.input, L.Lambda(abs)(net.output)), L.GlobalAveragePooling2D()], False),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (lambda net: [net, L.GlobalAveragePooling2D(), L.Dropout(0.1)], True),
+                (lambda net: [net, tf_keras.Sequential([L.Lambda(abs)]), L.GlobalAveragePooling2D()], False),
+            )
+        ),
+    ],
+)
+def test_a_classifier_is_the_nets_if_nothing_is_between(head, owns, tmp_path):
+    top = L.Dense(4, activation="softmax", name="predictions")
+    source = Old(tf_keras.Sequential([*head(small(64)), top]), tmp_path)
+    done = convert.convert(source.path("h5"), tmp_path / "new.safetensors")
+    assert ("predictions: layers around the net. To keep it: --head linear:4" in done.left) is not owns
+    assert ke.weights.identify(tmp_path / "new.safetensors").classes == (4 if owns else None)
+
+
 def rebuilt(model, path: Path) -> keras.Model:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the format is old

@@ -51,9 +51,11 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.mark.usefixtures("mini")
-@pytest.mark.parametrize("name", ["w", "w.index", "w.data-00000-of-00001", "checkpoint", ""])
+@pytest.mark.parametrize("name", ["w", "w.index", "w.data-00000-of-00001", "checkpoint", "", "w.tar.gz"])
 def test_each_file_of_a_checkpoint_names_all_of_it(name, saved, tmp_path):
     path = saved / "checkpoints" / name
+    if name == "w.tar.gz":
+        path = Path(shutil.make_archive(str(tmp_path / "w"), "gztar", saved / "checkpoints"))
     found = ke.weights.identify(path)
     assert found.kind == "weights: a checkpoint of TensorFlow 2 with the layers of keras.applications"
     convert.convert(path, tmp_path / "new.keras")
@@ -68,6 +70,31 @@ def test_a_file_beside_a_prefix_of_its_name_is_not_taken_for_it(saved, tmp_path)
     (tmp_path / "w").write_bytes(b"")
     with pytest.raises(ValueError, match="Expected a prefix that only a checkpoint has"):
         ke.weights.identify(tmp_path / "w.index")
+
+
+@pytest.mark.usefixtures("mini")
+@pytest.mark.parametrize("name", ["w.index", "w.data-00000-of-00001"])
+def test_a_folder_beside_a_prefix_of_its_name_is_no_part_of_it(name, saved, tmp_path):
+    folder = shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
+    (folder / "w").mkdir()
+    (folder / "w" / "notes.txt").touch()
+    found = ke.weights.identify(folder / name)
+    assert found.kind == "weights: a checkpoint of TensorFlow 2 with the layers of keras.applications"
+    assert shlex.split(found.command)[2] == str(folder / name)
+    assert convert.convert(folder / name, tmp_path / "new.keras").model == "efficientnet-b0"
+    layer = keras.saving.load_model(tmp_path / "new.keras").get_layer("preprocessing")
+    np.testing.assert_allclose(np.ravel(layer.scale), SCALE, rtol=1e-6)
+    model = ke.EfficientNetB0(weights=None, include_top=False, input_shape=(64, 64, 3))
+    assert ke.weights.load(model, folder / name).fits
+
+
+@pytest.mark.usefixtures("mini")
+def test_a_keras_file_of_keras_2_is_not_called_a_checkpoint(tmp_path):
+    path = tmp_path / "m.keras"
+    body().save(path)
+    told = "which is a .keras or .weights.h5 file of Keras 2.12 or later"
+    with pytest.raises(ValueError, match=f"Received: '{re.escape(str(path))}', {re.escape(told)}"):
+        ke.weights.load(ke.EfficientNetB0(weights=None, include_top=False), path, source="timm")
 
 
 def without_variables(folder: Path) -> None:

@@ -188,7 +188,7 @@ def layers_of(file, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Sto
         yield layer, found
 
 
-_MARK = "stem_conv"  # each net of keras.applications has a layer of this name
+MARK = "stem_conv"  # each net of keras.applications has a layer of this name
 
 
 def names_when_built(layers: dict[str, dict[tuple[str, str], Stored]], version: str) -> dict[str, str]:
@@ -213,7 +213,7 @@ def names_when_built(layers: dict[str, dict[tuple[str, str], Stored]], version: 
         front, found, back = layer.partition(owner)
         if found and (front or back):
             additions.setdefault((front, back), {})[layer] = owner
-    whole = [place for place, found in additions.items() if _MARK in found.values()]
+    whole = [place for place, found in additions.items() if MARK in found.values()]
     if len(whole) != 1:
         return {}
     (front, back), renamed = whole[0], additions[whole[0]]
@@ -353,7 +353,7 @@ class _Reader:
 def _dataset(dataset, limit: int) -> Stored:
     """Returns a dataset of numbers in this file, no larger than a well-compressed one can be."""
     # How Keras 3 and Keras 2 store a type that h5 lacks.
-    bfloat16 = text(dataset, "dtype") == "bfloat16" or dataset.dtype == np.dtype("V2")
+    bfloat16 = text_of(dataset, "dtype") == "bfloat16" or dataset.dtype == np.dtype("V2")
     if not (dataset.dtype.kind in "fiu" or bfloat16) or dataset.external is not None or dataset.is_virtual:
         raise ValueError(f"{dataset.name[:80]} stores no numbers in this file")
     if dataset.nbytes > limit:
@@ -381,7 +381,7 @@ def is_h5(path) -> bool:
         return file.read(8) == HDF5_SIGNATURE
 
 
-def text(item, attribute: str) -> str | None:
+def text_of(item, attribute: str) -> str | None:
     """Returns an attribute that is a text, or None if there is no such attribute.
 
     Args:
@@ -428,9 +428,30 @@ def keras_version(path) -> str | None:
         return _version(opened_file) or None
 
 
+def names_layers(path) -> bool:
+    """Returns whether an h5 file holds the names of layers.
+
+    Keras numbers layers by their class in `.weights.h5` files. Since 3.6, it adds their names.
+
+    Args:
+        path: Path of an h5 file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    import h5py
+
+    def named(name: str, item: Any) -> bool | None:
+        is_layer = isinstance(item, h5py.Group) and name.rpartition("/")[2] == "vars"
+        return "name" in item.attrs if is_layer else None
+
+    with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
+        return is_legacy(opened_file) or opened_file.visititems(named) is not False
+
+
 def _version(file) -> str:
     group = file.get("model_weights", file)
-    return text(group, "keras_version") or text(file, "keras_version") or ""
+    return text_of(group, "keras_version") or text_of(file, "keras_version") or ""
 
 
 def model_config(path) -> str | None:
@@ -448,7 +469,7 @@ def model_config(path) -> str | None:
     if not (keras_version(path) or "").startswith("3."):
         return None
     with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
-        return text(opened_file, "model_config")
+        return text_of(opened_file, "model_config")
 
 
 def padding_of(path) -> str | None:

@@ -11,7 +11,7 @@ from keras_effnet.weights.formats import preset_file, torch_file
 from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, opened_h5
 from keras_effnet.weights.formats.keras_file import opened_keras
 from keras_effnet.weights.formats.safetensors_file import read_safetensors
-from keras_effnet.weights.formats.tensorflow_checkpoint import named_by, prefix_of, read_tensors, unpack
+from keras_effnet.weights.formats.tensorflow_checkpoint import is_part, named_by, prefix_of, read_tensors, unpack
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 from keras_effnet.weights.formats.torch_file import is_torch
 
@@ -54,7 +54,7 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
         with preset_file.opened_preset(preset) as tensors:
             yield tensors
         return
-    if not path.is_file():
+    if not path.is_file() or is_part(path):
         yield read_tensors(prefix_of(path))
         return
     with path.open("rb") as file:
@@ -76,7 +76,7 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
             try:
                 tensors = read_tensors(prefix)
             except (OSError, ValueError) as error:  # which names the temporary folder
-                reason = one_line(str(error).replace(f"{folder}{os.sep}", ""))
+                reason = one_line(_without(str(error), folder, path.name))
                 raise ValueError(f"Expected a checkpoint in a .tar.gz. Received: {str(path)!r} ({reason})") from error
             yield tensors
     else:
@@ -90,6 +90,13 @@ def _path(path) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(f"Expected the path of a weights file. Received: {path!r}")
     return Path(path)
+
+
+def _without(message: str, folder: str, name: str) -> str:
+    """Returns a message where the files of a folder have no folder, and the folder itself has another name."""
+    for told, instead in ((f"{folder}{os.sep}", ""), (folder, name)):
+        message = message.replace(repr(told)[1:-1], repr(instead)[1:-1]).replace(told, instead)
+    return message
 
 
 def exists(path) -> bool:

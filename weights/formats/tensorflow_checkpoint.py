@@ -108,21 +108,39 @@ def named_by(path: Path) -> Path:
         path: Path of any file, folder or prefix.
 
     Returns:
-        Path: a folder, a prefix, or `path` itself.
+        Path: a folder, a prefix, or `path` itself, which also names a checkpoint beside a folder of its prefix's name.
 
     Raises:
-        ValueError: If the prefix is also the path of something else.
+        ValueError: If the prefix is also the path of a file.
     """
     if path.name in _IN_A_FOLDER and path.is_file():
         return path.parent
     prefix = Path(_OF_A_PREFIX.sub("", str(path)))
-    if path.is_dir() or prefix == path:
+    if path.is_dir() or prefix == path or prefix.is_dir():
         return path
     if prefix.exists():
         raise ValueError(
             f"Expected a prefix that only a checkpoint has. Received: {str(path)!r} beside {prefix.name!r}"
         )
     return prefix
+
+
+def is_part(path: Path) -> bool:
+    """Returns whether a path is that of a file of a checkpoint, by its name.
+
+    Args:
+        path: Path.
+    """
+    return path.is_file() and _OF_A_PREFIX.search(path.name) is not None
+
+
+def is_checkpoint(path) -> bool:
+    """Returns whether weights that could be read are those of a checkpoint.
+
+    Args:
+        path: Path.
+    """
+    return not os.path.isfile(path) or is_part(Path(path)) or tarfile.is_tarfile(path)
 
 
 def prefix_of(path: Path, told: Path | None = None) -> str:
@@ -152,7 +170,7 @@ def prefix_of(path: Path, told: Path | None = None) -> str:
                 f"{str(told or path)!r} with {', '.join(map(repr, found[:5])) or 'none'}"
             )
         return str(path / found[0])
-    return str(path)
+    return _OF_A_PREFIX.sub("", str(path)) if is_part(path) else str(path)
 
 
 def _latest(state: Path) -> str | None:

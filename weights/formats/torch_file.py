@@ -110,7 +110,7 @@ def read_torch(path, raw: bool = False) -> dict[str, tuple[tuple[int, ...], Call
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__.strip('_').lower()}. {_ADVICE}")
         keys = _WEIGHTS + _AVERAGES if raw else _AVERAGES + _WEIGHTS
-        chosen = next((key for key in keys if isinstance(state.get(key), dict)), None)
+        chosen = next((key for key in keys if _holds_tensors(state.get(key))), None)
         state = state if chosen is None else state[chosen]
         wrong = [str(name)[:80] for name, value in state.items() if not isinstance(value, _Tensor)]
         if wrong:
@@ -123,6 +123,11 @@ def read_torch(path, raw: bool = False) -> dict[str, tuple[tuple[int, ...], Call
         raise ValueError(
             f"Expected a state dict saved by torch. Received: {str(path)!r}, but {one_line(error)}"
         ) from error
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Returns whether a value is a dict with a tensor anywhere in it: an average that is switched off has none."""
+    return isinstance(value, dict) and any(True for _ in _tensors(value))
 
 
 def _unpickle(file: io.BytesIO):

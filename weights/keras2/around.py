@@ -14,8 +14,6 @@ from keras_effnet.weights.keras2.rebuild import DEPTH, called, entries_of
 
 _OUTSIDE = "../"  # before the name of a tensor that is not of the net
 
-_MARK = "stem_conv"  # each net of keras.applications has a layer of this name
-
 _FIRST = "conv2d/0"  # its kernel, where layers are numbered by their class
 
 # The variables of layers by their numbers in a file. A dense layer has a kernel and a bias, as convolutions have.
@@ -27,13 +25,17 @@ _KERNEL = ("kernel", "bias")
 
 _FINAL = ("softmax", "linear")  # activations of a net's own classifier
 
+# The layer whose output a net's own classifier averages: of keras.applications, and of keras_cv_attention_models.
+_FEATURES = re.compile(r"top_activation|post_(?!conv|bn)\w+")
+
 
 @contextmanager
 def opened_weights(path, raw: bool = False, logits: bool = False) -> Iterator[Tensors]:
     """Opens a file as `opening.opened()` does, where no layer around a net of Keras 2 can be taken for one of the net.
 
     Such a layer has the name of the net's classifier if a user called it so, or if layers are numbered by their class.
-    Where a file describes its model, the description tells. Otherwise, a classifier is taken for the user's.
+    Where a file describes its model, the description tells. Where layers have numbers, and nothing tells, a dense layer
+    is taken for one of the user's.
 
     Args:
         path: See `opening.opened()`.
@@ -54,8 +56,8 @@ def opened_weights(path, raw: bool = False, logits: bool = False) -> Iterator[Te
             with suppress(*DAMAGE):
                 named = _by_layer(described, tensors)
         if described is None or (described.archived and named is None):
-            by_keras2 = described is not None or _is_of_tf_keras(Path(path))
-            yield _numbered_apart(tensors) if by_keras2 else tensors
+            named_by_class = described is not None or (h5_file.is_h5(path) and not h5_file.names_layers(path))
+            yield _numbered_apart(tensors) if named_by_class else tensors
             return
         tensors = named or tensors
         own = False
@@ -75,7 +77,7 @@ class _Description(NamedTuple):
 
 def _description(path: Path) -> _Description | None:
     """Returns the model that a file of Keras 2 describes."""
-    if path.suffix == ".keras" and keras_file.is_keras(path):
+    if keras_file.is_keras(path):
         found = archived(path)
         return None if found is None else _Description(*found[:2], archived=True)
     with opened_model(path) as old:
@@ -94,7 +96,7 @@ def _by_layer(described: _Description, tensors: Tensors) -> Tensors | None:
         variables = _ORDER.get(kind, _KERNEL)
         names = {str(number): variable for number, variable in enumerate(variables[: len(stored)])}
         found |= {f"{layer}/{names.get(number, number)}": each for number, each in stored.items()}
-    if not any(name.split("/")[-2:] == [_MARK, "kernel"] for name in found):
+    if not any(name.split("/")[-2:] == [h5_file.MARK, "kernel"] for name in found):
         return None
     # The state of the optimizer, and others that no layer has.
     owned = {f"{group}/" for group in taken}
@@ -110,51 +112,59 @@ def _layers(class_name: str, config: Any, place: tuple[int, ...] = (), start: st
             yield from _layers(kind, entry["config"], (*place, number), f"{name}/")
 
 
+class _Layers:
+    """The layers of a described model by their names, and which one each gets its input from.
+
+    Args:
+        class_name: String. The model's class.
+        config: Dict. The model's config.
+    """
+
+    def __init__(self, class_name: str, config: Any):
+        self.entries = {called(entry): entry for entry in entries_of(class_name, config)}
+        if class_name == "Sequential":
+            *front, self.last = self.entries
+            self.before: dict[str, Any] = dict(zip(self.entries, [None, *front], strict=True))
+        else:
+            nodes = {name: entry["inbound_nodes"] for name, entry in self.entries.items()}
+            self.before = {name: links[0][0][0] if links else None for name, links in nodes.items()}
+            outputs = config["output_layers"]
+            (self.last, *_) = outputs[0] if isinstance(outputs[0], list) else outputs
+
+    def source(self, name: str) -> tuple["_Layers", str]:
+        """Returns the layer that a layer gets its input from, and the model that it is in: the innermost one."""
+        layers, found = self, self.before[name]
+        while layers.entries[found]["class_name"] in MODELS:
+            entry = layers.entries[found]
+            layers = _Layers(entry["class_name"], entry["config"])
+            found = layers.last
+        return layers, found
+
+    def kind(self, name: str) -> str:
+        kind = self.entries[name]["class_name"]
+        return RENAMED.get(kind, (kind,))[0]
+
+
 def _is_own_top(class_name: str, config: Any, activations: tuple[str, ...]) -> bool:
     """Returns whether each layer that is called as a net's classifier is one: a dense layer on averages of the net."""
-    entries = {called(entry): entry for entry in entries_of(class_name, config)}
-    before: dict[str, Any] = dict(zip(entries, [None, *entries], strict=False))  # in a sequential model
-    if class_name != "Sequential":
-        nodes = {name: entry["inbound_nodes"] for name, entry in entries.items()}
-        before = {name: links[0][0][0] if links else None for name, links in nodes.items()}
-
-    def source(name: str) -> tuple[str, dict[str, Any]]:
-        found = entries[before[name]]
-        return RENAMED.get(found["class_name"], (found["class_name"], {}))[0], found
-
-    for name, entry in entries.items():
+    model = _Layers(class_name, config)
+    for name, entry in model.entries.items():
         kind, settings = entry["class_name"], entry["config"]
         if kind in MODELS and not _is_own_top(kind, settings, activations):
             return False
         if name not in ("predictions", "probs"):
             continue
-        below, pool = source(name)
-        for _ in entries:
-            below, pool = source(called(pool)) if below == "Dropout" else (below, pool)
-        is_pooled = below == "GlobalAveragePooling2D" and not pool["config"].get("keepdims")
-        net = entries[before[called(pool)]] if is_pooled else {}
-        on_net = is_pooled and (net["class_name"] in MODELS or called(net) == "top_activation")
+        layers, below = model.source(name)
+        for _ in range(DEPTH):
+            layers, below = layers.source(below) if layers.kind(below) == "Dropout" else (layers, below)
+        pool = layers.entries[below]["config"]
+        is_pooled = layers.kind(below) == "GlobalAveragePooling2D" and not pool.get("keepdims")
         final = ALIASES.get(settings["activation"], settings["activation"])
-        if kind != "Dense" or not on_net or final not in activations:
+        if kind != "Dense" or final not in activations:
+            return False
+        if not is_pooled or not _FEATURES.fullmatch(layers.source(below)[1]):
             return False
     return True
-
-
-def _is_of_tf_keras(path: Path) -> bool:
-    """Returns whether a `.weights.h5` file is one of Keras 2: that of Keras 3 also stores the names of layers."""
-    import h5py
-
-    if not path.is_file() or not h5_file.is_h5(path):
-        return False
-    with h5_file.opened_h5_file(path, path) as file:
-        if h5_file.is_legacy(file):
-            return False
-
-        def named(name: str, item: Any) -> bool | None:
-            is_layer = isinstance(item, h5py.Group) and name.rpartition("/")[2] == "vars"
-            return "name" in item.attrs if is_layer else None
-
-        return file.visititems(named) is False
 
 
 def _numbered_apart(tensors: Tensors) -> Tensors:
@@ -165,7 +175,8 @@ def _numbered_apart(tensors: Tensors) -> Tensors:
     scope = next((name.removesuffix(_FIRST) for name in tensors if re.fullmatch(rf"(.*/)?{_FIRST}", name)), None)
     if scope is None:
         return tensors
-    kinds = {name: re.fullmatch(rf"{re.escape(scope)}([a-z_0-9]+?)(?:_(\d+))?/(\d+)", name) for name in tensors}
+    pattern = re.compile(rf"{re.escape(scope)}([a-z_0-9]+?)(?:_(\d{{1,9}}))?/(\d{{1,9}})")
+    kinds = {name: pattern.fullmatch(name) for name in tensors}
     count = sum(
         match[1] in ("conv2d", "depthwise_conv2d") and match[3] == "0" and f"{name[:-1]}1" not in tensors
         for name, match in kinds.items()

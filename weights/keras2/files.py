@@ -17,7 +17,7 @@ from keras_effnet.weights.formats.h5_file import (
     layers_of,
     names_when_built,
     opened_h5_file,
-    text,
+    text_of,
 )
 from keras_effnet.weights.formats.keras_file import is_keras, opened_keras
 from keras_effnet.weights.formats.object_graph import ObjectGraph
@@ -82,7 +82,7 @@ def opened_model(path: Path) -> Iterator[OldModel | None]:
         with opened_h5_file(path, path) as file:
             old = _h5(file, path)
             yield old and _told_apart(old, dict(layers_of(file, path)))
-    elif path.suffix == ".keras" and is_keras(path):
+    elif is_keras(path):
         description = archived(path)
         if description is None:
             yield None
@@ -120,13 +120,13 @@ def _plain(value: Any) -> Any:
 
 def _h5(file, path: Path) -> OldModel | None:
     try:
-        description = text(file, "model_config")
+        description = text_of(file, "model_config")
         if description is None or not is_legacy(file):
             return None
         class_name, config = _parsed(description)
         stored = dict(layers_of(file, path))
         names = set(_names_of(config))
-        version = text(file, "keras_version") or ""
+        version = text_of(file, "keras_version") or ""
         if version.startswith("3"):
             return None
     except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
@@ -183,7 +183,7 @@ def _told_apart(old: OldModel, stored: dict[str, dict[tuple[str, str], Stored]])
                 ranks: dict[str, int] = {}
                 for owner, _ in stored.get(top, {}):
                     ranks.setdefault(owner, len(ranks))
-                name = _misled(_inner(entry, True), ranks, names)
+                name = _misled(_inner(entry), ranks, names)
                 misled |= {top: name} if name else {}
 
     def find(place: Place) -> dict[str, Stored]:
@@ -200,22 +200,25 @@ _RENAMED = (
 )
 
 
-def _inner(entry: dict[str, Any], trainable: bool) -> Iterator[tuple[str, str, bool]]:
-    """Yields the name, the class and the trainable flag of each layer in a model that always has variables."""
-    kind, config = RENAMED.get(entry["class_name"], (entry["class_name"],))[0], entry["config"]
-    settings = config if isinstance(config, dict) else {}
-    trainable = trainable and settings.get("trainable") is not False
-    if kind in MODELS:
-        for inner in entries_of(kind, config):
-            yield from _inner(inner, trainable)
-    elif kind in ALWAYS_STORED:
-        yield called(entry), kind, trainable
+def _inner(entry: dict[str, Any], flags: tuple[bool, ...] = ()) -> Iterator[tuple[str, str, tuple[bool, ...]]]:
+    """Yields the name, the class and the flags of each layer in a model that always has variables.
+
+    The flags say whether the layer, and each model that it is in, is trainable. That of the outermost model does not
+    count: its layers are in the same order whether it is or not.
+    """
+    for inner in entries_of(entry["class_name"], entry["config"]):
+        kind, config = RENAMED.get(inner["class_name"], (inner["class_name"],))[0], inner["config"]
+        own = (*flags, not isinstance(config, dict) or config.get("trainable") is not False)
+        if kind in MODELS:
+            yield from _inner(inner, own)
+        elif kind in ALWAYS_STORED:
+            yield called(inner), kind, own
 
 
-def _misled(layers: Iterable[tuple[str, str, bool]], ranks: dict[str, int], names: set[str]) -> str | None:
+def _misled(layers: Iterable[tuple[str, str, tuple]], ranks: dict[str, int], names: set[str]) -> str | None:
     """Returns the first layer that would get the variables of another, or None."""
-    last: dict[tuple[str, bool], int] = {}
-    found = {name: (kind, trainable) for name, kind, trainable in layers}  # layers that are shared count once
+    last: dict[tuple[str, tuple], int] = {}
+    found = {name: (kind, flags) for name, kind, flags in layers}  # layers that are shared count once
     for name, key in found.items():
         owner = _owner(name, set(ranks), names)
         if owner is None:
