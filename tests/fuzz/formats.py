@@ -543,6 +543,7 @@ FORMATS: dict[str, Format] = {
     "checkpoint_graph": Format(_graphs, _of_graph, "x", "graph"),
     "checkpoint_titles": Format(_graphs, _of_graph, "x"),
     "tar": Format(_tars, _of_tar, "x.tar.gz"),
+    "tar_stated": Format(_tars, _of_tar, "x.tar.gz", "stated"),
     "saved_model": Format(_saved_models, _of_saved_model, "m", "whole_model"),
     **{
         f"image_{kind.lower()}": Format(

@@ -518,25 +518,36 @@ def test_a_body_that_is_frozen_in_part_is_not_taken_for_a_renamed_one(tmp_path):
     source.check(tmp_path / "new.keras")
 
 
+def under_other_names(net):
+    for layer in net.layers[1:]:
+        layer._name += "_2"
+    return tf_keras.Model(net.input, net.output)  # which knows the names
+
+
+# Models by their net and their classifier, and whether the classifier is the net's own.
+TOPS = {
+    "pooling=avg": (lambda net, top: tf_keras.Sequential([pooled(net), top]), True),
+    "activation": (lambda net, top: tf_keras.Sequential([pooled(net, L.ReLU(name="post_relu")), top]), False),
+    "operation": (lambda net, top: tf_keras.Sequential([pooled(net, L.Lambda(abs)), top]), False),
+    "between": (lambda net, top: tf_keras.Sequential([pooled(net), tf_keras.Sequential([L.Lambda(abs)]), top]), False),
+    "dropout": (lambda net, top: tf_keras.Sequential([pooled(net), L.Dropout(0.1), top]), True),
+    "dict": (lambda net, top: tf_keras.Model(net.input, {"label": top(pooled(net).output)}), True),
+    "renamed": (lambda net, top: tf_keras.Sequential([under_other_names(net), L.GlobalAveragePooling2D(), top]), True),
+}
+
+
+def pooled(net, layer=None):
+    return tf_keras.Model(net.input, L.GlobalAveragePooling2D()(layer(net.output) if layer else net.output))
+
+
 @pytest.mark.usefixtures("mini")
-@pytest.mark.parametrize(
-    ("head", "owns"),
-    [
-        (lambda net: [tf_keras.Model(net.input, L.GlobalAveragePooling2D()(net.output))], True),  # pooling="avg"
-        (lambda net: [tf_keras.Model(net.input, L.Lambda(abs)(net.output)), L.GlobalAveragePooling2D()], False),
-        *(
-            pytest.param(*case, marks=pytest.mark.long)
-            for case in (
-                (lambda net: [net, L.GlobalAveragePooling2D(), L.Dropout(0.1)], True),
-                (lambda net: [net, tf_keras.Sequential([L.Lambda(abs)]), L.GlobalAveragePooling2D()], False),
-            )
-        ),
-    ],
-)
-def test_a_classifier_is_the_nets_if_nothing_is_between(head, owns, tmp_path):
-    top = L.Dense(4, activation="softmax", name="predictions")
-    source = Old(tf_keras.Sequential([*head(small(64)), top]), tmp_path)
-    done = convert.convert(source.path("h5"), tmp_path / "new.safetensors")
+@pytest.mark.parametrize("name", leading(TOPS, 2))
+def test_a_classifier_is_the_nets_if_nothing_is_between(name, tmp_path):
+    make, owns = TOPS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the format is old
+        make(small(64), L.Dense(4, activation="softmax", name="predictions")).save(tmp_path / "m.h5")
+    done = convert.convert(tmp_path / "m.h5", tmp_path / "new.safetensors")
     assert ("predictions: layers around the net. To keep it: --head linear:4" in done.left) is not owns
     assert ke.weights.identify(tmp_path / "new.safetensors").classes == (4 if owns else None)
 

@@ -11,7 +11,14 @@ from keras_effnet.weights.formats import preset_file, torch_file
 from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, opened_h5
 from keras_effnet.weights.formats.keras_file import opened_keras
 from keras_effnet.weights.formats.safetensors_file import read_safetensors
-from keras_effnet.weights.formats.tensorflow_checkpoint import is_part, named_by, prefix_of, read_tensors, unpack
+from keras_effnet.weights.formats.tensorflow_checkpoint import (
+    is_archive,
+    is_part,
+    named_by,
+    prefix_of,
+    read_tensors,
+    unpack,
+)
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 from keras_effnet.weights.formats.torch_file import is_torch
 
@@ -69,7 +76,7 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
             yield tensors
     elif start.startswith((b"PK", b"\x80")):
         yield {name: Stored(*stored) for name, stored in torch_file.read_torch(path, raw).items()}
-    elif start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar":
+    elif is_archive(path):
         with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
             unpack(path, Path(folder))
             prefix = prefix_of(Path(folder), path)

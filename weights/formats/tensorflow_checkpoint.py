@@ -140,7 +140,18 @@ def is_checkpoint(path) -> bool:
     Args:
         path: Path.
     """
-    return not os.path.isfile(path) or is_part(Path(path)) or tarfile.is_tarfile(path)
+    return not os.path.isfile(path) or is_part(Path(path)) or is_archive(path)
+
+
+def is_archive(path) -> bool:
+    """Returns whether a file begins as an archive does: compressed or not, damaged or not.
+
+    Args:
+        path: Path of a file.
+    """
+    with open(path, "rb") as file:
+        start = file.read(512)
+    return start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar"
 
 
 def prefix_of(path: Path, told: Path | None = None) -> str:

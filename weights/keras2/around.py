@@ -25,9 +25,6 @@ _KERNEL = ("kernel", "bias")
 
 _FINAL = ("softmax", "linear")  # activations of a net's own classifier
 
-# The layer whose output a net's own classifier averages: of keras.applications, and of keras_cv_attention_models.
-_FEATURES = re.compile(r"top_activation|post_(?!conv|bn)\w+")
-
 
 @contextmanager
 def opened_weights(path, raw: bool = False, logits: bool = False) -> Iterator[Tensors]:
@@ -113,7 +110,7 @@ def _layers(class_name: str, config: Any, place: tuple[int, ...] = (), start: st
 
 
 class _Layers:
-    """The layers of a described model by their names, and which one each gets its input from.
+    """The layers of a described model by their names.
 
     Args:
         class_name: String. The model's class.
@@ -122,27 +119,48 @@ class _Layers:
 
     def __init__(self, class_name: str, config: Any):
         self.entries = {called(entry): entry for entry in entries_of(class_name, config)}
-        if class_name == "Sequential":
-            *front, self.last = self.entries
-            self.before: dict[str, Any] = dict(zip(self.entries, [None, *front], strict=True))
-        else:
-            nodes = {name: entry["inbound_nodes"] for name, entry in self.entries.items()}
-            self.before = {name: links[0][0][0] if links else None for name, links in nodes.items()}
-            outputs = config["output_layers"]
-            (self.last, *_) = outputs[0] if isinstance(outputs[0], list) else outputs
+        self._config = config
+        self._is_sequential = class_name == "Sequential"
 
     def source(self, name: str) -> tuple["_Layers", str]:
         """Returns the layer that a layer gets its input from, and the model that it is in: the innermost one."""
-        layers, found = self, self.before[name]
+        layers, (found, number) = self, self._before(name)
         while layers.entries[found]["class_name"] in MODELS:
             entry = layers.entries[found]
             layers = _Layers(entry["class_name"], entry["config"])
-            found = layers.last
+            found, number = layers._output(number)
         return layers, found
 
     def kind(self, name: str) -> str:
         kind = self.entries[name]["class_name"]
         return RENAMED.get(kind, (kind,))[0]
+
+    def is_last_of_net(self, name: str) -> bool:
+        """Returns whether a layer is the last activation of a net, of keras.applications or keras_cv_attention_models.
+
+        Its layers may have been renamed.
+        """
+        norm = self.source(name)[1] if self.kind(name) in ("Activation", "ReLU") else ""
+        return bool(re.fullmatch(r"(\w+_)?(top|post)_bn(_\w+)?", norm))
+
+    def _before(self, name: str) -> tuple[str, int]:
+        """Returns the name of the layer or model before a layer, and the number of its output."""
+        if self._is_sequential:
+            names = [*self.entries]
+            return names[names.index(name) - 1] if name != names[0] else "", 0
+        link = self.entries[name]["inbound_nodes"][0]
+        link = link[0] if isinstance(link[0], list) else link
+        return link[0], link[2]
+
+    def _output(self, number: int) -> tuple[str, int]:
+        """Returns the name of the layer that computes an output, and the number of the output of this layer."""
+        if self._is_sequential:
+            return [*self.entries][-1], 0
+        outputs = self._config["output_layers"]
+        if isinstance(outputs, dict):
+            outputs = [outputs[key] for key in sorted(outputs)]
+        found = outputs[number] if isinstance(outputs[0], list) else outputs
+        return found[0], found[2]
 
 
 def _is_own_top(class_name: str, config: Any, activations: tuple[str, ...]) -> bool:
@@ -162,7 +180,10 @@ def _is_own_top(class_name: str, config: Any, activations: tuple[str, ...]) -> b
         final = ALIASES.get(settings["activation"], settings["activation"])
         if kind != "Dense" or final not in activations:
             return False
-        if not is_pooled or not _FEATURES.fullmatch(layers.source(below)[1]):
+        if not is_pooled:
+            return False
+        layers, features = layers.source(below)
+        if not layers.is_last_of_net(features):
             return False
     return True
 
