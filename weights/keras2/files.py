@@ -80,8 +80,7 @@ def opened_model(path: Path) -> Iterator[OldModel | None]:
         yield _saved_model(path)
     elif path.is_file() and _starts_with(path, HDF5_SIGNATURE):
         with opened_h5_file(path, path) as file:
-            old = _h5(file, path)
-            yield old and _told_apart(old, dict(layers_of(file, path)))
+            yield _h5(file, path)
     elif is_keras(path):
         description = archived(path)
         if description is None:
@@ -143,7 +142,8 @@ def _h5(file, path: Path) -> OldModel | None:
 
     count = sum(len(variables) for variables in stored.values())
     writer = f"Keras {version}".strip()
-    return OldModel(class_name, config, find, count, writer, "an h5 file", names_when_built(stored, version))
+    old = OldModel(class_name, config, find, count, writer, "an h5 file", names_when_built(stored, version))
+    return _told_apart(old, stored)
 
 
 def _names_of(config: Any) -> Iterator[str]:
