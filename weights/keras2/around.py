@@ -128,7 +128,7 @@ class _Layers:
         while layers.entries[found]["class_name"] in MODELS:
             entry = layers.entries[found]
             layers = _Layers(entry["class_name"], entry["config"])
-            found, number = layers._output(number)
+            found, number = layers.output(number)
         return layers, found
 
     def kind(self, name: str) -> str:
@@ -152,7 +152,7 @@ class _Layers:
         link = link[0] if isinstance(link[0], list) else link
         return link[0], link[2]
 
-    def _output(self, number: int) -> tuple[str, int]:
+    def output(self, number: int) -> tuple[str, int]:
         """Returns the name of the layer that computes an output, and the number of the output of this layer."""
         if self._is_sequential:
             return [*self.entries][-1], 0
