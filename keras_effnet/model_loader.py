@@ -173,7 +173,10 @@ def load_model(
         return attach(made, {})
     import keras
 
+    from keras_effnet.weights.formats import keras_file
+
     try:
+        keras_file.check_weights(found.place)
         loaded: Any = keras.saving.load_model(found.place, compile=False)
     except (ImportError, MemoryError):
         raise

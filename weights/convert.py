@@ -604,7 +604,12 @@ def convert(
     if head is not None:
         metadata = {key: value for key, value in metadata.items() if key != "labels"}
     net = tensors.values, architecture, tensors.channels, tensors.classes
-    if labels is not None and tensors.classes is not None:
+    if labels is not None:
+        if tensors.classes is None:
+            raise ValueError(
+                f"Expected a model with a classifier, to save labels with. Received: {str(source_path)!r}, of which "
+                f"only the body is converted. To add a classifier, pass --head linear:{len(labels)} (or head=...)"
+            )
         metadata = metadata | {"labels": model_metadata.checked(labels, tensors.classes)}
     if target == "own":
         _write_own(*net, path, model, preprocessing, record, metadata, preset, head is None)

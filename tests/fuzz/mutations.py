@@ -694,13 +694,20 @@ def of_h5(data: bytes) -> st.SearchStrategy[bytes]:
         new = of_json_text(value).map(lambda text: np.bytes_(text.rstrip(b"\0")))
         edits += [st.tuples(st.just("attribute"), st.just(place), new)] * 3
     damage = [st.lists(st.one_of(*edits), min_size=1, max_size=3).map(changed), of_bytes(data)]
-    # The type, the shape and the place of an attribute's value follow its name.
-    titles = {re.escape(name.encode() + b"\0") for _, name in attributes}
-    ends = [found.end() for title in sorted(titles) for found in re.finditer(title, data)]
-    places = [place for end in ends for place in range(end, min(end + 72, len(data)))]
+    # The type, the shape and the place of an attribute's value follow its name. Headers of objects, nodes of trees, and
+    # heaps with the lengths of texts begin with these bytes.
+    titles = {re.escape(name.encode() + b"\0") for _, name in attributes} | {rb"\x01\0.\0\x01\0\0\0"}
+    titles |= {b"GCOL", b"HEAP", b"SNOD", b"TREE"}
+    ends = [found.end() for title in sorted(titles) for found in re.finditer(title, data, re.DOTALL)]
+    places = [place for end in ends for place in range(end, min(end + 144, len(data)))]
     if places:
-        edit = st.tuples(_of(places), st.integers(0, 255))
-        damage.append(edit.map(lambda edit: data[: edit[0]] + bytes([edit[1]]) + data[edit[0] + 1 :]))
+        byte = st.integers(0, 255).map(lambda number: bytes([number]))
+        number = st.one_of(_of([0, 1, 15, 16, 1 << 31]), st.integers(1, 40).map(lambda number: -number))
+        address = _of([found.start() for found in re.finditer(b"GCOL|HEAP|SNOD|TREE", data)] or [0])
+        values = [each.map(lambda number: struct.pack("<Q", number % (1 << 64))) for each in (number, address)]
+        value = st.one_of(byte, *values)
+        edit = st.tuples(_of(places), value)
+        damage.append(edit.map(lambda edit: data[: edit[0]] + edit[1] + data[edit[0] + len(edit[1]) :]))
     return st.one_of(damage)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -17,12 +18,16 @@ from pathlib import Path
 
 import google_crc32c
 import h5py
+import keras
 import numpy as np
 import pytest
 from helpers import BACKEND, fill, leading, lite0_package, save_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import keras_effnet as ke
-from keras_effnet.weights.formats import opening, torch_file
+from keras_effnet.weights.formats import h5_file, opening, torch_file
+from keras_effnet.weights.formats.h5_structure import Headers
 
 SMALL = {"weights": None, "classes": 2, "input_shape": (32, 32, 3)}
 
@@ -272,6 +277,186 @@ def test_h5_files_with_traps_are_refused(kind, fault, tmp_path):
             group[name] = h5py.ExternalLink(str(other), "/x") if fault == "link" else h5py.SoftLink("/elsewhere")
     with pytest.raises(ValueError, match=r"structure|names of an EfficientNet"):
         ke.weights.verify(path, "efficientnet-b0")
+
+
+_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30)
+_BYTES = _TEXT.map(str.encode)
+_LISTS = [st.lists(each, min_size=1, max_size=5) for each in (_TEXT, _BYTES)]
+_VALUES = st.one_of(_TEXT, _BYTES.map(np.bytes_), *_LISTS, _LISTS[1].map(np.array), st.just([]))
+
+
+@pytest.mark.parametrize("layout", [{}, {"libver": "latest"}, {"track_order": True}], ids=str)
+@settings(deadline=None)
+@given(st.dictionaries(_TEXT, _VALUES, max_size=8))
+def test_attributes_of_an_h5_file_are_read_as_h5py_reads_them(layout, values):
+    stored = io.BytesIO()
+    with h5py.File(stored, "w", **layout) as file:
+        group = file.create_group("a")
+        group["x"] = file["y"] = 1.0
+        for name, value in values.items():  # in turn, so that headers are continued
+            group["x"].attrs[name] = group.attrs[name] = file.attrs[name] = value
+            file["y"].attrs[name] = 1.5
+    with h5py.File(stored) as root:
+        file = h5_file.H5File(root, Headers(stored))
+        for item in (root, root["a"], root["a/x"]):
+            assert file.attributes(item).keys() == item.attrs.keys() == values.keys()
+            for name, value in values.items():
+                expected = item.attrs[name]
+                if isinstance(value, list | np.ndarray):
+                    expected = [each.decode() if isinstance(each, bytes) else each for each in expected]
+                    found = list(file.names(item, name)) if f"{name}1" not in values else expected
+                    with pytest.raises(ValueError, match="is not a text"):
+                        file.text(item, name)
+                else:
+                    expected = expected.decode() if isinstance(expected, bytes) else expected
+                    found = file.text(item, name)
+                assert found == expected
+        for name in values:
+            with pytest.raises(ValueError, match="is not a text"):
+                file.text(root["y"], name)
+        assert file.text(root, "none\0") is None
+
+
+@pytest.mark.parametrize("values", [{f"a{number}": ["a"] for number in range(9)}, {"a": np.full(999, b"a" * 99)}])
+def test_attributes_that_hdf5_stores_apart_are_refused(values):
+    stored = io.BytesIO()
+    with h5py.File(stored, "w", libver="latest") as file:
+        file.attrs.update(values)
+    with h5py.File(stored) as root, pytest.raises(ValueError, match="without libver and track_order"):
+        h5_file.H5File(root, Headers(stored)).attributes(root)
+
+
+def test_attributes_that_other_programs_write_are_read(tmp_path):
+    h5t, path = h5py.h5t, tmp_path / "x.h5"
+    stored = {h5t.STR_NULLTERM: b"ab\0cd", h5t.STR_NULLPAD: b"ab\0\0\0", h5t.STR_SPACEPAD: b"ab   "}
+    with h5py.File(path, "w") as file:
+        file["type"] = np.dtype("float32")
+        for padding, value in stored.items():
+            kind = h5t.C_S1.copy()
+            kind.set_size(5)
+            kind.set_strpad(padding)
+            made = h5py.h5a.create(file.id, f"text{padding}".encode(), kind, h5py.h5s.create(h5py.h5s.SCALAR))
+            made.write(np.array(value, "S5"), h5t.py_create(np.dtype("S5")))
+        file.attrs["nothing"] = h5py.Empty("f4")
+        file.attrs.create("number", 1.0, dtype=file["type"])
+        file.attrs[b"\xe9"] = "name"
+    with h5_file.opened_h5_file(path, path) as file:
+        assert file.attributes(file.root).keys() - {"\udce9"} == file.root.attrs.keys() - {b"\xe9"}
+        for padding in stored:
+            assert file.text(file.root, f"text{padding}") == "ab" == file.root.attrs[f"text{padding}"].decode()
+        for name in ("nothing", "number"):
+            with pytest.raises(ValueError, match="is not a text"):
+                file.text(file.root, name)
+
+
+def circle(data: bytearray, kind: str) -> None:
+    """Makes parts of an h5 file link to each other in circles."""
+    if kind == "free space":
+        heap = data.index(b"HEAP")
+        _, free, address = struct.unpack_from("<QQQ", data, heap + 8)
+        struct.pack_into("<Q", data, address + free, free)
+        return
+    part, tree = kind.split(" of ")
+    for found in re.finditer(b"TREE", data):
+        level, used = struct.unpack_from("<BH", data, found.end() + 1)
+        if data[found.end()] == (tree == "chunks"):
+            if part == "siblings":
+                struct.pack_into("<Q", data, found.start() + 16, found.start())
+            for child in range(used if part == "children" and level else 0):
+                place = found.start() + 24 + (24 + 32 * child if tree == "chunks" else 8 + 16 * child)
+                assert data[struct.unpack_from("<Q", data, place)[0] :].startswith(b"TREE")
+                struct.pack_into("<Q", data, place, found.start())
+
+
+CIRCLES = ["free space", *(f"{part} of {tree}" for part in ("siblings", "children") for tree in ("groups", "chunks"))]
+
+
+@pytest.mark.parametrize("kind", CIRCLES)
+@pytest.mark.parametrize("names", ["legacy", "keras3"])
+def test_parts_of_an_h5_file_that_link_in_a_circle_do_not_hang(names, kind, tmp_path):
+    """HDF5 2.0 follows such links without end, or until it crashes."""
+    path, place = tmp_path / "x.h5", "stem_conv/stem_conv/kernel:0" if names == "legacy" else "layers/conv2d/vars/0"
+    with h5py.File(path, "w") as file:
+        chunks = (1,) if kind.endswith("chunks") else None
+        file.create_dataset(place, data=np.arange(99.0, dtype="float32"), chunks=chunks)
+        for number in range(999):  # so that trees have nodes
+            file.create_group(f"layers/activation_{number}")
+        if names == "legacy":
+            file.attrs["layer_names"] = ["stem_conv"]
+            file["stem_conv"].attrs["weight_names"] = ["stem_conv/kernel:0"]
+    data = bytearray(path.read_bytes())
+    circle(data, kind)
+    assert data != path.read_bytes()
+    path.write_bytes(data)
+    code = (
+        "import sys; from pathlib import Path; from keras_effnet.weights.formats import h5_file\n"
+        "path = Path(sys.argv[1])\n"
+        "h5_file.keras_version(path), h5_file.names_layers(path), h5_file.padding_of(path)\n"
+        "with h5_file.opened_h5(path, path) as tensors: print(*tensors)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
+    expected = {"legacy": "stem_conv/kernel", "keras3": "conv2d/0"}[names]
+    if kind.startswith("siblings"):
+        assert done.stdout.split() == [expected]
+    else:
+        assert re.search(
+            r"ValueError: Expected an h5 file .*(in a circle|chunks of a dataset are damaged)", done.stderr
+        )
+
+
+def test_a_keras_file_with_a_circle_in_its_weights_is_refused(tmp_path):
+    path = ke.save_model(keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)]), tmp_path / "x.keras")
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: bytearray(archive.read(name)) for name in archive.namelist()}
+    circle(parts["model.weights.h5"], "free space")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    with pytest.raises(ValueError, match=r"x\.keras.*in a circle"):
+        ke.load_model(path)
+
+
+def test_texts_that_share_their_bytes_are_refused(tmp_path):
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = ["a" * 5000]
+        for number in range(1, 50):
+            file.attrs[f"layer_names{number}"] = ["b"]
+    data = bytearray(path.read_bytes())
+    text = data.index(struct.pack("<IQ", 5000, data.index(b"GCOL")))
+    reference = data[text : text + 16]
+    for found in list(re.finditer(re.escape(struct.pack("<I", 1) + reference[4:12]), data)):
+        data[found.start() : found.start() + 16] = reference
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="a text in it is damaged"):
+        h5_file.padding_of(path)
+
+
+@pytest.mark.parametrize(
+    "link", [h5py.SoftLink("/elsewhere"), h5py.ExternalLink("other.h5", "/m")], ids=["soft", "external"]
+)
+def test_the_layers_of_an_h5_file_are_in_this_file(link, tmp_path):
+    path = tmp_path / "x.h5"
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other.create_group("m").attrs["keras_version"] = "2.15.0"
+    with h5py.File(path, "w") as file:
+        file["model_weights"] = link
+    for call in (h5_file.keras_version, h5_file.padding_of, ke.weights.identify):
+        with pytest.raises(ValueError, match="'model_weights' is not in this file"):
+            call(path)
+
+
+@pytest.mark.parametrize("length", [-16, -1, 1 << 62, 4096], ids=hex)
+def test_the_wrong_length_of_a_text_is_refused(length, tmp_path):
+    """HDF5 2.0 never stops reading if the length of a text plus 16 is 2**64."""
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["keras_version"] = "2.15.0"
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<Q", data, data.index(b"GCOL") + 24, length % (1 << 64))
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.h5.*a text in it is damaged"):
+        h5_file.keras_version(path)
 
 
 @pytest.mark.parametrize("fault", ["linked", "never written"])

@@ -159,6 +159,21 @@ def renamed(body, change="{}_2"):
     return tf_keras.Model(net.input, tf_keras.layers.Dense(3)(tf_keras.layers.GlobalAveragePooling2D()(net.output)))
 
 
+def under_other_names(net):
+    for layer in net.layers[1:]:
+        layer._name += "_2"
+    return tf_keras.Model(net.input, net.output)  # which knows the names
+
+
+def renamed_with_top(body):
+    return under_other_names(body(64, include_top=True, classes=5))
+
+
+def renamed_and_nested(body):
+    layers = tf_keras.layers
+    return tf_keras.Sequential([under_other_names(body(64)), layers.GlobalAveragePooling2D(), layers.Dense(5)])
+
+
 def subclassed(body):
     model = Subclassed(body(64), tf_keras.layers.Dense(3))
     model(np.zeros((1, 64, 64, 3)))
@@ -238,7 +253,10 @@ def old(tmp_path_factory):
         (functional, "keras"),
         (custom, "h5"),
         (operations, "h5"),
+        (renamed_with_top, "keras"),
+        (renamed_and_nested, "h5"),
         pytest.param(renamed, "h5", marks=pytest.mark.long),
+        *(pytest.param(renamed_and_nested, kind, marks=pytest.mark.long) for kind in ("SavedModel", "keras")),
         *(pytest.param(nested, kind, marks=pytest.mark.long) for kind in ("h5", "keras")),
         *(pytest.param(functional, kind, marks=pytest.mark.long) for kind in ("h5", "SavedModel")),
         *(pytest.param(twice_wrapped, kind, marks=pytest.mark.long) for kind in KINDS),
@@ -516,12 +534,6 @@ def test_a_body_that_is_frozen_in_part_is_not_taken_for_a_renamed_one(tmp_path):
     source = Old(tf_keras.Sequential([net, L.GlobalAveragePooling2D(), L.Dense(3)]), tmp_path)
     assert not convert.convert(source.path("h5"), tmp_path / "new.keras").left
     source.check(tmp_path / "new.keras")
-
-
-def under_other_names(net):
-    for layer in net.layers[1:]:
-        layer._name += "_2"
-    return tf_keras.Model(net.input, net.output)  # which knows the names
 
 
 # Models by their net and their classifier, and whether the classifier is the net's own.

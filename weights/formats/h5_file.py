@@ -3,9 +3,8 @@
 import mmap
 import os
 import re
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import numpy as np
 
 from keras_effnet.errors import one_line
 from keras_effnet.files import replacing, writing
+from keras_effnet.weights.formats.h5_structure import HDF5_SIGNATURE, Attribute, Headers, check
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 
-HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-
 _DEEP = "depthwise_conv2d"
+_WHOLE = "model_weights"  # the group of the layers, beside that of the optimizer
 
 
 @contextmanager
@@ -41,8 +40,136 @@ def opened_h5(file, path: Path) -> Iterator[Tensors]:
         yield tensors
 
 
+class H5File:
+    """An open h5 file.
+
+    Args:
+        root: A `h5py.File`.
+        headers: `Headers` of its groups and datasets.
+    """
+
+    def __init__(self, root, headers: Headers):
+        self.root = root
+        self.headers = headers
+
+    def attributes(self, item) -> dict[str, Attribute]:
+        """Returns the attributes of a group or dataset.
+
+        Args:
+            item: A group or dataset of h5py.
+        """
+        return self.headers.attributes(address_of(item))
+
+    def text(self, item, name: str) -> str | None:
+        """Returns an attribute that is a text, or None if there is no such attribute.
+
+        Args:
+            item: A group or dataset of h5py.
+            name: String. The name of the attribute.
+
+        Raises:
+            ValueError: If the attribute is not a text, or damaged.
+        """
+        attribute = self.attributes(item).get(name)
+        if attribute is None:
+            return None
+        if not attribute.stored or attribute.shape:
+            raise ValueError(f"its attribute {name!r} is not a text")
+        return self.headers.values(attribute)[0].decode(errors="replace")
+
+    def names(self, group, name: str) -> Iterator[str]:
+        """Yields a list of names. Keras splits those that are too long for one attribute.
+
+        Args:
+            group: A group of h5py.
+            name: String. The name of the attribute, without the number of a part.
+
+        Raises:
+            ValueError: If there is no such attribute, if it is not a list of texts, or if it is damaged.
+        """
+        attributes = self.attributes(group)
+        parts = [name] if name in attributes else []
+        while f"{name}{len(parts)}" in attributes:
+            parts.append(f"{name}{len(parts)}")
+        for part in parts or [name]:
+            attribute = attributes.get(part)
+            if attribute is None:
+                raise ValueError(f"it has no attribute {part!r}")
+            if attribute.shape == (0,):  # the names of a layer without weights, an empty list of numbers
+                continue
+            if not attribute.stored or len(attribute.shape) != 1:
+                raise ValueError(f"its attribute {part!r} is not a list of names")
+            for each in self.headers.values(attribute):
+                yield each.decode()
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Yields the path and the object of each group and dataset, once, in the order of their names.
+
+        It follows hard links only, so that nothing is read from outside of the file. So does h5py's `visititems()`, but
+        that never ends where parts of a damaged group link to each other in a circle.
+        """
+        import h5py
+
+        seen = {address_of(self.root)}
+        waiting = [("", self.root)]
+        while waiting:
+            path, item = waiting.pop()
+            if path:
+                yield path, item
+            members = []
+            for name in self._members(item) if isinstance(item, h5py.Group) else ():
+                if isinstance(item.get(name, getlink=True), h5py.HardLink):
+                    member = item[name]
+                    address = address_of(member)
+                    if address not in seen:
+                        seen.add(address)
+                        members.append((f"{path}/{name}" if path else name, member))
+            waiting += reversed(members)
+
+    def _members(self, group) -> list[str]:
+        """Returns the names of a group's members. They are in the file, and do not overlap there."""
+        found: list[str] = []
+        left = self.root.id.get_filesize()
+
+        def note(name: bytes) -> None:
+            nonlocal left
+            left -= len(name)
+            if left < 0:
+                raise ValueError("names in it overlap")
+            found.append(name.decode(errors="surrogateescape"))
+
+        group.id.links.iterate(note)
+        return found
+
+    def layers(self) -> Any:
+        """Returns the group that has the layers of a legacy file.
+
+        Raises:
+            ValueError: If it is in another file.
+        """
+        return _inside(self.root, _WHOLE) if self.is_whole else self.root
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a legacy file with the layers of a whole model."""
+        return self.root.get(_WHOLE, getlink=True) is not None
+
+
+def address_of(item) -> int:
+    """Returns the address of the header of a group or dataset.
+
+    Args:
+        item: A group or dataset of h5py.
+    """
+    import h5py
+
+    # h5o.get_info() also follows the links between parts of a group, which may form circles.
+    low, high = h5py.h5g.get_objinfo(item.id).objno
+    return low + (high << 32)
+
+
 @contextmanager
-def opened_h5_file(file, path: Path) -> Iterator[Any]:
+def opened_h5_file(file, path: Path) -> Iterator[H5File]:
     """Opens an h5 file.
 
     Args:
@@ -50,94 +177,20 @@ def opened_h5_file(file, path: Path) -> Iterator[Any]:
         path: Path to name in errors.
 
     Yields:
-        A `h5py.File`.
+        An `H5File`.
 
     Raises:
         ValueError: If the file is damaged.
     """
     import h5py
 
-    with _damage_named(path):
-        _check(file)
-        opened_file = h5py.File(file, "r")
-    with opened_file:
-        yield opened_file
-
-
-def _check(path) -> None:
-    """Raises for damage that HDF5 2.0 does not stand: it would fill the memory, or never end.
-
-    Reference:
-        HDF5 File Format Specification 3.0. Its sections stand in the functions.
-    """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        _check_superblock(data)
-        _check_texts(data, _lengths_of_texts(data))
-
-
-def _check_superblock(data: mmap.mmap) -> None:
-    """Raises for a file without addresses and lengths of 8 bytes, or with a driver, whose size is not checked.
-
-    Reference:
-        "II.A. Disk Format: Level 0A - Format Signature and Superblock".
-    """
-    sizes = data[13:15] if data[8] < 2 else data[9:11]
-    drivers = {0: data[48:56], 1: data[52:60]}
-    if data[:8] != HDF5_SIGNATURE or sizes != b"\x08\x08" or drivers.get(data[8], b"\xff" * 8) != b"\xff" * 8:
-        raise ValueError("it does not begin as the files of Keras do")
-
-
-def _lengths_of_texts(data: mmap.mmap) -> dict[int, dict[int, int]]:
-    """Returns a dict from the address of a heap of texts to a dict from the index of a text to its length.
-
-    Raises:
-        ValueError: If a free entry has no length: HDF5 searches the heap without end. Or if heaps overlap.
-
-    Reference:
-        "III.E. Level 1E - Global Heap".
-    """
-    found: dict[int, dict[int, int]] = {}
-    left = len(data) // 16 + 1  # texts to look at: more only where heaps overlap
-    for heap in re.finditer(rb"GCOL\x01\0\0\0", data):
-        place = heap.end() + 8
-        end = min(heap.start() + int.from_bytes(data[heap.end() : place], "little"), len(data))
-        lengths = found.setdefault(heap.start(), {})
-        while place + 16 <= end:
-            left -= 1
-            if not left:
-                raise ValueError("its texts overlap")
-            index, length = struct.unpack("<H6xQ", data[place : place + 16])
-            if not index and length < 16:  # it counts these 16 bytes
-                raise ValueError("a text in it is damaged")
-            lengths[index] = length
-            place += 16 + -(-length // 8) * 8 if index else length
-    return found
-
-
-def _check_texts(data: mmap.mmap, heaps: dict[int, dict[int, int]]) -> None:
-    """Raises for an attribute whose text is declared longer than it is: HDF5 reserves that many bytes, up to 4 GB.
-
-    Reference:
-        "IV.A.2.b. The Dataspace Message", "IV.A.2.d. The Datatype Message" and "IV.A.2.m. The Attribute Message".
-    """
-    left = len(data) // 16 + 1  # texts to look at: more only where attributes overlap
-    for declared in re.finditer(rb"\x10\0\0\0\x10\0\0\0\x01\0\0\0", data):  # the type of a text of any length
-        for shape in (declared.end() + 4, declared.end() + 8):  # without and with padding
-            head = {b"\x01": 8, b"\x02": 4}.get(data[shape : shape + 1])
-            if head is None or shape + head > len(data):
-                continue
-            sides, has_limits = data[shape + 1], data[shape + 2] & 1
-            place = shape + head + 8 * sides * (1 + has_limits)
-            while place + 16 <= len(data):
-                length, address, index = struct.unpack("<IQI", data[place : place + 16])
-                if address not in heaps:
-                    break
-                left -= 1
-                if not left:
-                    raise ValueError("its texts overlap")
-                if length > heaps[address].get(index, len(data)):
-                    raise ValueError("a text in it is damaged")
-                place += 16
+    with ExitStack() as stack:
+        with _damage_named(path):
+            data = stack.enter_context(open(file, "rb"))
+            with mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                check(mapped)
+            root = stack.enter_context(h5py.File(file, "r"))
+        yield H5File(root, Headers(data))
 
 
 @contextmanager
@@ -150,20 +203,20 @@ def _damage_named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def is_legacy(file) -> bool:
+def is_legacy(file: H5File) -> bool:
     """Returns whether an h5 file has the structure of Keras 2 and of Keras 1.
 
     Args:
-        file: A `h5py.File`.
+        file: `H5File`.
     """
-    return "model_weights" in file or any(key.startswith("layer_names") for key in file.attrs)
+    return file.is_whole or any(name.startswith("layer_names") for name in file.attributes(file.root))
 
 
-def layers_of(file, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Stored]]]:
+def layers_of(file: H5File, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Stored]]]:
     """Yields the layers of a legacy file, with their variables.
 
     Args:
-        file: A `h5py.File`.
+        file: `H5File`.
         path: Path whose size limits what the file may declare.
 
     Yields:
@@ -173,11 +226,15 @@ def layers_of(file, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Sto
     Raises:
         ValueError: If two variables have the same name.
     """
-    group: Any = _inside(file, "model_weights") if "model_weights" in file else file
+    group = file.layers()
+    taken: set[str] = set()
     stored = _Reader(file, path)
-    for layer in _names(group, "layer_names"):
+    for layer in file.names(group, "layer_names"):
+        if layer in taken:
+            raise ValueError(f"{layer[:80]!r} occurs twice")
+        taken.add(layer)
         members = _inside(group, layer)
-        names = list(_names(members, "weight_names"))
+        names = list(file.names(members, "weight_names"))
         found: dict[tuple[str, str], Stored] = {}
         for name in names:
             *front, variable = name.split(":")[0].split("/")
@@ -229,7 +286,7 @@ def names_when_built(layers: dict[str, dict[tuple[str, str], Stored]], version: 
     return renamed
 
 
-def _h5_legacy(file, path: Path) -> Iterator[tuple[str, Stored]]:
+def _h5_legacy(file: H5File, path: Path) -> Iterator[tuple[str, Stored]]:
     layers = dict(layers_of(file, path))
     renamed = names_when_built(layers, _version(file))
     for layer, variables in layers.items():
@@ -238,22 +295,18 @@ def _h5_legacy(file, path: Path) -> Iterator[tuple[str, Stored]]:
             yield f"{layer}/{owner}/{variable}" if is_model else f"{renamed.get(layer, layer)}/{variable}", stored
 
 
-def _h5_keras3(file, path: Path) -> Iterator[tuple[str, Stored]]:
+def _h5_keras3(file: H5File, path: Path) -> Iterator[tuple[str, Stored]]:
     import h5py
 
     found: list[str] = []
     dependencies: dict[str, list[str]] = {}
 
-    def note(name: str, item: Any) -> None:
+    for name, item in file.items():
+        model, _, layer = _with_slashes(name).rpartition("/")
         if isinstance(item, h5py.Dataset):
             found.append(name)
-            return
-        model, _, layer = _with_slashes(name).rpartition("/")
-        if model.rpartition("/")[2] == _DEPENDENCIES:
+        elif model.rpartition("/")[2] == _DEPENDENCIES:
             dependencies.setdefault(model, []).append(layer)
-
-    # Follows hard links only, so that nothing is read from outside of the file, or twice.
-    file.visititems(note)
     usual = {f"{model}/{old}": new for model, names in dependencies.items() for old, new in _renumbered(names).items()}
     taken: set[str] = set()
     stored = _Reader(file, path)
@@ -264,7 +317,7 @@ def _h5_keras3(file, path: Path) -> Iterator[tuple[str, Stored]]:
             if told in taken:
                 raise ValueError(f"{told[:80]!r} occurs twice")
             taken.add(told)
-        yield told.removeprefix("layers/").replace("/vars/", "/"), stored(file[name])
+        yield told.removeprefix("layers/").replace("/vars/", "/"), stored(file.root[name])
 
 
 def _with_slashes(name: str) -> str:
@@ -304,16 +357,6 @@ def _renumbered(names: list[str]) -> dict[str, str]:
     return found
 
 
-def _names(group, attribute: str) -> Iterator[str]:
-    """Yields a list of names. Keras splits those that are too long for one attribute."""
-    parts = [attribute] if attribute in group.attrs else []
-    while f"{attribute}{len(parts)}" in group.attrs:
-        parts.append(f"{attribute}{len(parts)}")
-    for part in parts or [attribute]:
-        for name in _attribute(group, part, dimensions=1):
-            yield name.decode() if isinstance(name, bytes) else str(name)
-
-
 def _inside(group, name: str):
     """Returns a member by its path. Follows hard links only."""
     import h5py
@@ -329,17 +372,18 @@ class _Reader:
     """Reads the datasets of a file: each once, and together no more than the file can hold.
 
     Args:
-        file: A `h5py.File`.
+        file: `H5File`.
         path: Path whose size limits what a compressed dataset may declare.
     """
 
-    def __init__(self, file, path: Path):
+    def __init__(self, file: H5File, path: Path):
+        self._file = file
         self._limit = 1000 * path.stat().st_size
-        self._left = file.id.get_filesize()
+        self._left = file.root.id.get_filesize()
         self._taken: set[Any] = set()
 
     def __call__(self, dataset) -> Stored:
-        stored = _dataset(dataset, self._limit)
+        stored = self._stored(dataset)
         if dataset.id in self._taken:  # which compares the places in the file
             raise ValueError(f"{dataset.name[:80]} is also the dataset of another variable")
         self._taken.add(dataset.id)
@@ -349,24 +393,24 @@ class _Reader:
             raise ValueError("its datasets declare more bytes than it has")
         return stored
 
+    def _stored(self, dataset) -> Stored:
+        """Returns a dataset of numbers in this file, no larger than a well-compressed one can be."""
+        self._file.headers.check_chunks(address_of(dataset))
+        # How Keras 3 and Keras 2 store a type that h5 lacks.
+        bfloat16 = self._file.text(dataset, "dtype") == "bfloat16" or dataset.dtype == np.dtype("V2")
+        if not (dataset.dtype.kind in "fiu" or bfloat16) or dataset.external is not None or dataset.is_virtual:
+            raise ValueError(f"{dataset.name[:80]} stores no numbers in this file")
+        if dataset.nbytes > self._limit:
+            raise ValueError(f"{dataset.name[:80]} declares {dataset.nbytes:,} bytes")
 
-def _dataset(dataset, limit: int) -> Stored:
-    """Returns a dataset of numbers in this file, no larger than a well-compressed one can be."""
-    # How Keras 3 and Keras 2 store a type that h5 lacks.
-    bfloat16 = text_of(dataset, "dtype") == "bfloat16" or dataset.dtype == np.dtype("V2")
-    if not (dataset.dtype.kind in "fiu" or bfloat16) or dataset.external is not None or dataset.is_virtual:
-        raise ValueError(f"{dataset.name[:80]} stores no numbers in this file")
-    if dataset.nbytes > limit:
-        raise ValueError(f"{dataset.name[:80]} declares {dataset.nbytes:,} bytes")
+        def read() -> np.ndarray:
+            if bfloat16:
+                import ml_dtypes
 
-    def read() -> np.ndarray:
-        if bfloat16:
-            import ml_dtypes
+                return np.asarray(dataset[()]).view(ml_dtypes.bfloat16)
+            return np.asarray(dataset)
 
-            return np.asarray(dataset[()]).view(ml_dtypes.bfloat16)
-        return np.asarray(dataset)
-
-    return Stored(tuple(dataset.shape), read)
+        return Stored(tuple(dataset.shape), read)
 
 
 def is_h5(path) -> bool:
@@ -381,41 +425,6 @@ def is_h5(path) -> bool:
         return file.read(8) == HDF5_SIGNATURE
 
 
-def text_of(item, attribute: str) -> str | None:
-    """Returns an attribute that is a text, or None if there is no such attribute.
-
-    Args:
-        item: A group or dataset of h5py.
-        attribute: String. The name of the attribute.
-
-    Raises:
-        ValueError: If the attribute is not a text.
-    """
-    if attribute not in item.attrs:
-        return None
-    value = _attribute(item, attribute, dimensions=0)
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _attribute(item, attribute: str, dimensions: int) -> Any:
-    """Returns an attribute that is a text, or a list of texts: Keras stores no others.
-
-    Raises:
-        ValueError: If the attribute is of another type. It is not read then: for some types that only a damaged file
-            declares, h5py 3.16 with HDF5 2.0 ends the process.
-    """
-    import h5py
-
-    stored = item.attrs.get_id(attribute)
-    if len(stored.shape) == dimensions == 1 and not stored.shape[0]:
-        return []  # the names of a layer without weights, stored as an empty list of numbers
-    if len(stored.shape) == dimensions and isinstance(stored.get_type(), h5py.h5t.TypeStringID):
-        value = item.attrs[attribute]
-        if all(isinstance(each, bytes | str) for each in (value if dimensions else [value])):
-            return value
-    raise ValueError(f"its attribute {attribute} is not {'a list of names' if dimensions else 'a text'}")
-
-
 def keras_version(path) -> str | None:
     """Returns the version of Keras that wrote an h5 file, or None for any other file.
 
@@ -424,8 +433,8 @@ def keras_version(path) -> str | None:
     """
     if not is_h5(path):
         return None
-    with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
-        return _version(opened_file) or None
+    with opened_h5_file(path, Path(path)) as file, _damage_named(Path(path)):
+        return _version(file) or None
 
 
 def names_layers(path) -> bool:
@@ -441,17 +450,14 @@ def names_layers(path) -> bool:
     """
     import h5py
 
-    def named(name: str, item: Any) -> bool | None:
-        is_layer = isinstance(item, h5py.Group) and name.rpartition("/")[2] == "vars"
-        return "name" in item.attrs if is_layer else None
-
-    with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
-        return is_legacy(opened_file) or opened_file.visititems(named) is not False
+    with opened_h5_file(path, Path(path)) as file, _damage_named(Path(path)):
+        groups = (item for name, item in file.items() if name.rpartition("/")[2] == "vars")
+        first = next((item for item in groups if isinstance(item, h5py.Group)), None)
+        return is_legacy(file) or first is None or "name" in file.attributes(first)
 
 
-def _version(file) -> str:
-    group = file.get("model_weights", file)
-    return text_of(group, "keras_version") or text_of(file, "keras_version") or ""
+def _version(file: H5File) -> str:
+    return file.text(file.layers(), "keras_version") or file.text(file.root, "keras_version") or ""
 
 
 def model_config(path) -> str | None:
@@ -468,8 +474,8 @@ def model_config(path) -> str | None:
     """
     if not (keras_version(path) or "").startswith("3."):
         return None
-    with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
-        return text_of(opened_file, "model_config")
+    with opened_h5_file(path, Path(path)) as file, _damage_named(Path(path)):
+        return file.text(file.root, "model_config")
 
 
 def padding_of(path) -> str | None:
@@ -488,14 +494,12 @@ def padding_of(path) -> str | None:
     """
     if not is_h5(path):
         return None
-    with opened_h5_file(path, Path(path)) as opened_file, _damage_named(Path(path)):
-        group = opened_file.get("model_weights", opened_file)
-        if is_legacy(opened_file):
-            names, own, pad = list(_names(group, "layer_names")), "preprocessing", "stem_conv_pad"
+    with opened_h5_file(path, Path(path)) as file, _damage_named(Path(path)):
+        if is_legacy(file):
+            names, own, pad = list(file.names(file.layers(), "layer_names")), "preprocessing", "stem_conv_pad"
         else:
-            found: list[str] = []
-            opened_file.visit(found.append)
-            names = list(dict.fromkeys(part for name in found for part in _with_slashes(name).split("/")))
+            parts = (part for name, _ in file.items() for part in _with_slashes(name).split("/"))
+            names = list(dict.fromkeys(parts))
             own, pad = "rescaling", "zero_padding2d"
             # keras_hub/src/models/efficientnet/efficientnet_backbone.py, 0.32: before the stem and each depthwise one.
             pads, deep = (sum(bool(re.fullmatch(rf"{kind}(_\d+)?", name)) for name in names) for kind in (pad, _DEEP))

@@ -15,6 +15,7 @@ import numpy as np
 from keras_effnet.errors import one_line
 from keras_effnet.nets.architecture import padding_of
 from keras_effnet.weights.formats.h5_file import model_config, opened_h5
+from keras_effnet.weights.formats.h5_structure import check
 from keras_effnet.weights.formats.tensors import Tensors
 from keras_effnet.weights.formats.torch_file import is_torch
 
@@ -35,14 +36,31 @@ def opened_keras(path: Path) -> Iterator[Tensors]:
     with tempfile.TemporaryDirectory(prefix="keras_effnet-") as folder:
         try:
             with zipfile.ZipFile(path) as archive:
-                entry = archive.getinfo("model.weights.h5")
-                if entry.file_size > (64 << 20) + 20 * path.stat().st_size:  # Keras does not compress them
-                    raise ValueError(f"it declares {entry.file_size:,} bytes")
-                archive.extract(entry, folder)
+                archive.extract(_weights(archive, path), folder)
         except Exception as error:  # zipfile and zlib raise exceptions of many kinds for a damaged file
             raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({one_line(error)})") from error
         with opened_h5(Path(folder) / "model.weights.h5", path) as tensors:
             yield tensors
+
+
+def _weights(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
+    entry = archive.getinfo("model.weights.h5")
+    if entry.file_size > (64 << 20) + 20 * path.stat().st_size:  # Keras does not compress them
+        raise ValueError(f"it declares {entry.file_size:,} bytes")
+    return entry
+
+
+def check_weights(path) -> None:
+    """Raises for a file whose weights HDF5 cannot cope with. Keras reads them without a check.
+
+    Args:
+        path: Path of a `.keras` file.
+
+    Raises:
+        Exception: Of many kinds if the file is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        check(archive.read(_weights(archive, Path(path))))
 
 
 def is_keras(path) -> bool:

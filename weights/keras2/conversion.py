@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from keras_effnet import model_metadata
 from keras_effnet.nets.normalization import constants
+from keras_effnet.weights.formats.h5_file import MARK
 from keras_effnet.weights.keras2 import comparison, padding
 from keras_effnet.weights.keras2.files import OldModel, opened_model
 from keras_effnet.weights.keras2.layers import Foreign, ForeignLayerError
@@ -282,6 +283,26 @@ def model_of(old: OldModel, path: Path) -> "keras.Model":
         if isinstance(error, ForeignLayerError):
             raise
         raise ValueError(f"Expected a model of Keras 2. Received: {str(path)!r}, but {error}") from error
-    for layer in model.layers:  # the nets' usual names, by which they are recognised
-        layer.name = old.renamed.get(layer.name, layer.name)
+    _restore_names(model)
     return model
+
+
+def _restore_names(model: "keras.Model") -> None:
+    """Gives the layers of a renamed net the names by which it is recognized.
+
+    Users of Keras 2 write `layer._name += "_2"` for each layer of a net, so that two nets fit in a model.
+    """
+    import keras
+
+    from keras_effnet.nets import inspection
+
+    names = {layer.name for layer in model.layers}
+    stems = [layer.name for layer in model.layers if isinstance(layer, keras.layers.Conv2D) and MARK in layer.name]
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            _restore_names(layer)
+        elif len(stems) == 1:
+            front, _, back = stems[0].partition(MARK)
+            name = layer.name[len(front) : len(layer.name) - len(back)]
+            if layer.name == front + name + back and name not in names and inspection.LAYER.fullmatch(name):
+                layer.name = name

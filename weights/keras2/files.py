@@ -6,18 +6,17 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from keras_effnet.errors import one_line
 from keras_effnet.weights.formats.h5_file import (
     HDF5_SIGNATURE,
+    H5File,
     is_legacy,
     layers_of,
-    names_when_built,
     opened_h5_file,
-    text_of,
 )
 from keras_effnet.weights.formats.keras_file import is_keras, opened_keras
 from keras_effnet.weights.formats.object_graph import ObjectGraph
@@ -45,7 +44,6 @@ class OldModel:
         variables: Integer, the number of variables of its layers.
         writer: String. The program that wrote the file.
         kind: String. What the file is.
-        renamed: Dict from the names of layers to those that they had before they were renamed.
     """
 
     class_name: str
@@ -54,7 +52,6 @@ class OldModel:
     variables: int
     writer: str
     kind: str
-    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def saved_model(self) -> bool:
@@ -117,15 +114,15 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _h5(file, path: Path) -> OldModel | None:
+def _h5(file: H5File, path: Path) -> OldModel | None:
     try:
-        description = text_of(file, "model_config")
+        description = file.text(file.root, "model_config")
         if description is None or not is_legacy(file):
             return None
         class_name, config = _parsed(description)
         stored = dict(layers_of(file, path))
         names = set(_names_of(config))
-        version = text_of(file, "keras_version") or ""
+        version = file.text(file.root, "keras_version") or ""
         if version.startswith("3"):
             return None
     except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
@@ -142,8 +139,7 @@ def _h5(file, path: Path) -> OldModel | None:
 
     count = sum(len(variables) for variables in stored.values())
     writer = f"Keras {version}".strip()
-    old = OldModel(class_name, config, find, count, writer, "an h5 file", names_when_built(stored, version))
-    return _told_apart(old, stored)
+    return _told_apart(OldModel(class_name, config, find, count, writer, "an h5 file"), stored)
 
 
 def _names_of(config: Any) -> Iterator[str]:
@@ -158,13 +154,15 @@ def _names_of(config: Any) -> Iterator[str]:
 def _owner(name: str, owners: set[str], names: set[str]) -> str | None:
     """Returns the name by which the variables of a layer of an inner model are stored.
 
-    It is the layer's, perhaps within scopes. Where a net was built twice, TensorFlow has numbered the second's.
+    It is the layer's, perhaps within scopes. Where a net was built twice, TensorFlow has numbered the second's. Where
+    layers were renamed (`layer._name += "_2"`), it is the name before that.
     """
     found = [owner for owner in owners if owner == name or owner.endswith(f"/{name}")]
     if not found:
         plain = re.sub(r"_\d+$", "", name)
         free = [owner for owner in owners if owner.rpartition("/")[2] not in names]
-        found = [owner for owner in free if re.sub(r"_\d+$", "", owner.rpartition("/")[2]) in (name, plain)]
+        last = {owner: owner.rpartition("/")[2] for owner in free}
+        found = [owner for owner in free if {last[owner], re.sub(r"_\d+$", "", last[owner])} & {name, plain}]
     return found[0] if len(found) == 1 else None
 
 
