@@ -857,7 +857,7 @@ def test_a_net_with_another_head_of_pytorch(start, small_path, tmp_path):
         ke.weights.load(model, path)
     done = convert.convert(path, tmp_path / "body.keras")
     assert done.left == ("head: layers around the net. To keep it: --head linear:5",)
-    with pytest.raises(ValueError, match=r"a classifier, to save labels with.*To add a classifier, pass --head linear:2"):
+    with pytest.raises(ValueError, match=r"a classifier, to save labels with.*pass --head linear:2"):
         convert.convert(path, tmp_path / "new.keras", labels=["cat", "dog"])
     assert not (tmp_path / "new.keras").exists()
     assert convert.convert(path, tmp_path / "new.keras", head="linear:5").left == ()
