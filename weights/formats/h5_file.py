@@ -1,10 +1,9 @@
 """Reads h5 files of Keras 2, Keras 3 and keras.applications, and writes those of keras.applications."""
 
-import mmap
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from keras_effnet.errors import one_line
 from keras_effnet.files import replacing, writing
-from keras_effnet.weights.formats.h5_structure import HDF5_SIGNATURE, Attribute, Headers, check
+from keras_effnet.weights.formats import hdf5
 from keras_effnet.weights.formats.tensors import Stored, Tensors
 
 _DEEP = "depthwise_conv2d"
@@ -25,7 +24,7 @@ def opened_h5(file, path: Path) -> Iterator[Tensors]:
 
     Args:
         file: Path of the h5 file.
-        path: Path to name in errors, and whose size limits what the file may declare.
+        path: Path to name in errors.
 
     Yields:
         Dict from name to `Stored`. Names are layer/variable in legacy files (weights only or a whole model), and
@@ -36,140 +35,12 @@ def opened_h5(file, path: Path) -> Iterator[Tensors]:
     """
     with opened_h5_file(file, path) as opened_file:
         with _damage_named(path):
-            tensors = dict((_h5_legacy if is_legacy(opened_file) else _h5_keras3)(opened_file, path))
+            tensors = dict((_h5_legacy if is_legacy(opened_file) else _h5_keras3)(opened_file))
         yield tensors
 
 
-class H5File:
-    """An open h5 file.
-
-    Args:
-        root: A `h5py.File`.
-        headers: `Headers` of its groups and datasets.
-    """
-
-    def __init__(self, root, headers: Headers):
-        self.root = root
-        self.headers = headers
-
-    def attributes(self, item) -> dict[str, Attribute]:
-        """Returns the attributes of a group or dataset.
-
-        Args:
-            item: A group or dataset of h5py.
-        """
-        return self.headers.attributes(address_of(item))
-
-    def text(self, item, name: str) -> str | None:
-        """Returns an attribute that is a text, or None if there is no such attribute.
-
-        Args:
-            item: A group or dataset of h5py.
-            name: String. The name of the attribute.
-
-        Raises:
-            ValueError: If the attribute is not a text, or damaged.
-        """
-        attribute = self.attributes(item).get(name)
-        if attribute is None:
-            return None
-        if not attribute.stored or attribute.shape:
-            raise ValueError(f"its attribute {name!r} is not a text")
-        return self.headers.values(attribute)[0].decode(errors="replace")
-
-    def names(self, group, name: str) -> Iterator[str]:
-        """Yields a list of names. Keras splits those that are too long for one attribute.
-
-        Args:
-            group: A group of h5py.
-            name: String. The name of the attribute, without the number of a part.
-
-        Raises:
-            ValueError: If there is no such attribute, if it is not a list of texts, or if it is damaged.
-        """
-        attributes = self.attributes(group)
-        parts = [name] if name in attributes else []
-        while f"{name}{len(parts)}" in attributes:
-            parts.append(f"{name}{len(parts)}")
-        for part in parts or [name]:
-            attribute = attributes.get(part)
-            if attribute is None:
-                raise ValueError(f"it has no attribute {part!r}")
-            if attribute.shape == (0,):  # the names of a layer without weights, an empty list of numbers
-                continue
-            if not attribute.stored or len(attribute.shape) != 1:
-                raise ValueError(f"its attribute {part!r} is not a list of names")
-            for each in self.headers.values(attribute):
-                yield each.decode()
-
-    def items(self) -> Iterator[tuple[str, Any]]:
-        """Yields the path and the object of each group and dataset, once, in the order of their names.
-
-        It follows hard links only, so that nothing is read from outside of the file. So does h5py's `visititems()`, but
-        that never ends where parts of a damaged group link to each other in a circle.
-        """
-        import h5py
-
-        seen = {address_of(self.root)}
-        waiting = [("", self.root)]
-        while waiting:
-            path, item = waiting.pop()
-            if path:
-                yield path, item
-            members = []
-            for name in self._members(item) if isinstance(item, h5py.Group) else ():
-                if isinstance(item.get(name, getlink=True), h5py.HardLink):
-                    member = item[name]
-                    address = address_of(member)
-                    if address not in seen:
-                        seen.add(address)
-                        members.append((f"{path}/{name}" if path else name, member))
-            waiting += reversed(members)
-
-    def _members(self, group) -> list[str]:
-        """Returns the names of a group's members. They are in the file, and do not overlap there."""
-        found: list[str] = []
-        left = self.root.id.get_filesize()
-
-        def note(name: bytes) -> None:
-            nonlocal left
-            left -= len(name)
-            if left < 0:
-                raise ValueError("names in it overlap")
-            found.append(name.decode(errors="surrogateescape"))
-
-        group.id.links.iterate(note)
-        return found
-
-    def layers(self) -> Any:
-        """Returns the group that has the layers of a legacy file.
-
-        Raises:
-            ValueError: If it is in another file.
-        """
-        return _inside(self.root, _WHOLE) if self.is_whole else self.root
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is a legacy file with the layers of a whole model."""
-        return self.root.get(_WHOLE, getlink=True) is not None
-
-
-def address_of(item) -> int:
-    """Returns the address of the header of a group or dataset.
-
-    Args:
-        item: A group or dataset of h5py.
-    """
-    import h5py
-
-    # h5o.get_info() also follows the links between parts of a group, which may form circles.
-    low, high = h5py.h5g.get_objinfo(item.id).objno
-    return low + (high << 32)
-
-
 @contextmanager
-def opened_h5_file(file, path: Path) -> Iterator[H5File]:
+def opened_h5_file(file, path: Path) -> Iterator[hdf5.File]:
     """Opens an h5 file.
 
     Args:
@@ -177,47 +48,46 @@ def opened_h5_file(file, path: Path) -> Iterator[H5File]:
         path: Path to name in errors.
 
     Yields:
-        An `H5File`.
+        A `hdf5.File`.
 
     Raises:
         ValueError: If the file is damaged.
     """
-    import h5py
-
-    with ExitStack() as stack:
+    with open(file, "rb") as data:
         with _damage_named(path):
-            data = stack.enter_context(open(file, "rb"))
-            with mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                check(mapped)
-            root = stack.enter_context(h5py.File(file, "r"))
-        yield H5File(root, Headers(data))
+            opened_file = hdf5.File(data)
+        yield opened_file
 
 
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
+    except Exception as error:  # of many kinds
         raise ValueError(
             f"Expected an h5 file of Keras' structure. Received: {str(path)!r} ({one_line(error)})"
         ) from error
 
 
-def is_legacy(file: H5File) -> bool:
+def is_legacy(file: hdf5.File) -> bool:
     """Returns whether an h5 file has the structure of Keras 2 and of Keras 1.
 
     Args:
-        file: `H5File`.
+        file: `hdf5.File`.
     """
-    return file.is_whole or any(name.startswith("layer_names") for name in file.attributes(file.root))
+    return _WHOLE in file.members(file.root) or any(name.startswith("layer_names") for name in file.root.attributes)
 
 
-def layers_of(file: H5File, path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Stored]]]:
+def _with_layers(file: hdf5.File) -> hdf5.Item:
+    """Returns the group that has the layers of a legacy file."""
+    return file.find(file.root, _WHOLE) if _WHOLE in file.members(file.root) else file.root
+
+
+def layers_of(file: hdf5.File) -> Iterator[tuple[str, dict[tuple[str, str], Stored]]]:
     """Yields the layers of a legacy file, with their variables.
 
     Args:
-        file: `H5File`.
-        path: Path whose size limits what the file may declare.
+        file: `hdf5.File`.
 
     Yields:
         Tuple of the layer's name, and a dict from (owner, variable) to `Stored`. The owner is the name that the layer
@@ -226,14 +96,14 @@ def layers_of(file: H5File, path: Path) -> Iterator[tuple[str, dict[tuple[str, s
     Raises:
         ValueError: If two variables have the same name.
     """
-    group = file.layers()
+    group = _with_layers(file)
     taken: set[str] = set()
-    stored = _Reader(file, path)
+    stored = _Reader(file)
     for layer in file.names(group, "layer_names"):
         if layer in taken:
             raise ValueError(f"{layer[:80]!r} occurs twice")
         taken.add(layer)
-        members = _inside(group, layer)
+        members = file.find(group, layer)
         names = list(file.names(members, "weight_names"))
         found: dict[tuple[str, str], Stored] = {}
         for name in names:
@@ -241,7 +111,7 @@ def layers_of(file: H5File, path: Path) -> Iterator[tuple[str, dict[tuple[str, s
             key = ("/".join(front) or layer, variable)
             if key in found:
                 raise ValueError(f"{name[:80]!r} occurs twice in {layer[:80]!r}")
-            found[key] = stored(_inside(members, name))
+            found[key] = stored(file.find(members, name), name)
         yield layer, found
 
 
@@ -286,8 +156,8 @@ def names_when_built(layers: dict[str, dict[tuple[str, str], Stored]], version: 
     return renamed
 
 
-def _h5_legacy(file: H5File, path: Path) -> Iterator[tuple[str, Stored]]:
-    layers = dict(layers_of(file, path))
+def _h5_legacy(file: hdf5.File) -> Iterator[tuple[str, Stored]]:
+    layers = dict(layers_of(file))
     renamed = names_when_built(layers, _version(file))
     for layer, variables in layers.items():
         is_model = len({owner for owner, _ in variables}) > 1
@@ -295,29 +165,27 @@ def _h5_legacy(file: H5File, path: Path) -> Iterator[tuple[str, Stored]]:
             yield f"{layer}/{owner}/{variable}" if is_model else f"{renamed.get(layer, layer)}/{variable}", stored
 
 
-def _h5_keras3(file: H5File, path: Path) -> Iterator[tuple[str, Stored]]:
-    import h5py
-
-    found: list[str] = []
+def _h5_keras3(file: hdf5.File) -> Iterator[tuple[str, Stored]]:
+    found: list[tuple[str, hdf5.Item]] = []
     dependencies: dict[str, list[str]] = {}
 
     for name, item in file.items():
         model, _, layer = _with_slashes(name).rpartition("/")
-        if isinstance(item, h5py.Dataset):
-            found.append(name)
+        if item.is_dataset:
+            found.append((name, item))
         elif model.rpartition("/")[2] == _DEPENDENCIES:
             dependencies.setdefault(model, []).append(layer)
     usual = {f"{model}/{old}": new for model, names in dependencies.items() for old, new in _renumbered(names).items()}
     taken: set[str] = set()
-    stored = _Reader(file, path)
-    for name in found:
+    stored = _Reader(file)
+    for name, item in found:
         told = _with_slashes(name)
         if usual:
             told = _as_layers(told, usual)
             if told in taken:
                 raise ValueError(f"{told[:80]!r} occurs twice")
             taken.add(told)
-        yield told.removeprefix("layers/").replace("/vars/", "/"), stored(file.root[name])
+        yield told.removeprefix("layers/").replace("/vars/", "/"), stored(item, name)
 
 
 def _with_slashes(name: str) -> str:
@@ -357,60 +225,40 @@ def _renumbered(names: list[str]) -> dict[str, str]:
     return found
 
 
-def _inside(group, name: str):
-    """Returns a member by its path. Follows hard links only."""
-    import h5py
-
-    for part in name.strip("/").split("/"):
-        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise ValueError(f"{name[:80]!r} is not in this file")
-        group = group[part]
-    return group
-
-
 class _Reader:
     """Reads the datasets of a file: each once, and together no more than the file can hold.
 
     Args:
-        file: `H5File`.
-        path: Path whose size limits what a compressed dataset may declare.
+        file: `hdf5.File`.
     """
 
-    def __init__(self, file: H5File, path: Path):
+    def __init__(self, file: hdf5.File):
         self._file = file
-        self._limit = 1000 * path.stat().st_size
-        self._left = file.root.id.get_filesize()
-        self._taken: set[Any] = set()
+        # Bytes that may still be declared: by datasets that are whole, and in chunks, which may be compressed.
+        self._left = [file.size, hdf5.LIMIT * file.size]
+        self._taken: set[int] = set()
 
-    def __call__(self, dataset) -> Stored:
-        stored = self._stored(dataset)
-        if dataset.id in self._taken:  # which compares the places in the file
-            raise ValueError(f"{dataset.name[:80]} is also the dataset of another variable")
-        self._taken.add(dataset.id)
-        if dataset.chunks is None:  # not compressed
-            self._left -= dataset.nbytes
-        if self._left < 0 or (dataset.nbytes and not dataset.id.get_storage_size()):
-            raise ValueError("its datasets declare more bytes than it has")
-        return stored
-
-    def _stored(self, dataset) -> Stored:
-        """Returns a dataset of numbers in this file, no larger than a well-compressed one can be."""
-        self._file.headers.check_chunks(address_of(dataset))
+    def __call__(self, item: hdf5.Item, name: str) -> Stored:
+        if item.address in self._taken:
+            raise ValueError(f"{name[:80]!r} is also the dataset of another variable")
+        self._taken.add(item.address)
         # How Keras 3 and Keras 2 store a type that h5 lacks.
-        bfloat16 = self._file.text(dataset, "dtype") == "bfloat16" or dataset.dtype == np.dtype("V2")
-        if not (dataset.dtype.kind in "fiu" or bfloat16) or dataset.external is not None or dataset.is_virtual:
-            raise ValueError(f"{dataset.name[:80]} stores no numbers in this file")
-        if dataset.nbytes > self._limit:
-            raise ValueError(f"{dataset.name[:80]} declares {dataset.nbytes:,} bytes")
+        dataset, stated = self._file.dataset(item, name), self._file.text(item, "dtype")
+        bfloat16 = stated == "bfloat16" or dataset.dtype == np.dtype("V2")
+        if dataset.dtype == np.dtype("bool"):
+            raise ValueError(f"{name[:80]!r} stores no numbers")
+        self._left[dataset.is_chunked] -= dataset.nbytes
+        if self._left[dataset.is_chunked] < 0:
+            raise ValueError("its datasets declare more bytes than it has")
 
         def read() -> np.ndarray:
             if bfloat16:
                 import ml_dtypes
 
-                return np.asarray(dataset[()]).view(ml_dtypes.bfloat16)
-            return np.asarray(dataset)
+                return dataset.read().view(ml_dtypes.bfloat16)
+            return dataset.read()
 
-        return Stored(tuple(dataset.shape), read)
+        return Stored(dataset.shape, read)
 
 
 def is_h5(path) -> bool:
@@ -422,7 +270,7 @@ def is_h5(path) -> bool:
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        return file.read(8) == HDF5_SIGNATURE
+        return file.read(8) == hdf5.SIGNATURE
 
 
 def keras_version(path) -> str | None:
@@ -448,16 +296,14 @@ def names_layers(path) -> bool:
     Raises:
         ValueError: If the file is damaged.
     """
-    import h5py
-
     with opened_h5_file(path, Path(path)) as file, _damage_named(Path(path)):
-        groups = (item for name, item in file.items() if name.rpartition("/")[2] == "vars")
-        first = next((item for item in groups if isinstance(item, h5py.Group)), None)
-        return is_legacy(file) or first is None or "name" in file.attributes(first)
+        groups = (item for name, item in file.items() if name.rpartition("/")[2] == "vars" and item.is_group)
+        first = next(groups, None)
+        return is_legacy(file) or first is None or "name" in first.attributes
 
 
-def _version(file: H5File) -> str:
-    return file.text(file.layers(), "keras_version") or file.text(file.root, "keras_version") or ""
+def _version(file: hdf5.File) -> str:
+    return file.text(_with_layers(file), "keras_version") or file.text(file.root, "keras_version") or ""
 
 
 def model_config(path) -> str | None:
@@ -496,7 +342,7 @@ def padding_of(path) -> str | None:
         return None
     with opened_h5_file(path, Path(path)) as file, _damage_named(Path(path)):
         if is_legacy(file):
-            names, own, pad = list(file.names(file.layers(), "layer_names")), "preprocessing", "stem_conv_pad"
+            names, own, pad = list(file.names(_with_layers(file), "layer_names")), "preprocessing", "stem_conv_pad"
         else:
             parts = (part for name, _ in file.items() for part in _with_slashes(name).split("/"))
             names = list(dict.fromkeys(parts))

@@ -1,5 +1,6 @@
 """Reads `.keras` files, and the layers of models in them and in h5 files of Keras 3."""
 
+import io
 import json
 import os
 import re
@@ -14,10 +15,12 @@ import numpy as np
 
 from keras_effnet.errors import one_line
 from keras_effnet.nets.architecture import padding_of
+from keras_effnet.weights.formats import hdf5
 from keras_effnet.weights.formats.h5_file import model_config, opened_h5
-from keras_effnet.weights.formats.h5_structure import check
 from keras_effnet.weights.formats.tensors import Tensors
 from keras_effnet.weights.formats.torch_file import is_torch
+
+_WEIGHTS = "model.weights.h5"
 
 
 @contextmanager
@@ -44,14 +47,14 @@ def opened_keras(path: Path) -> Iterator[Tensors]:
 
 
 def _weights(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
-    entry = archive.getinfo("model.weights.h5")
+    entry = archive.getinfo(_WEIGHTS)
     if entry.file_size > (64 << 20) + 20 * path.stat().st_size:  # Keras does not compress them
         raise ValueError(f"it declares {entry.file_size:,} bytes")
     return entry
 
 
 def check_weights(path) -> None:
-    """Raises for a file whose weights HDF5 cannot cope with. Keras reads them without a check.
+    """Raises for a file whose weights would crash or hang Keras, which reads them with HDF5.
 
     Args:
         path: Path of a `.keras` file.
@@ -60,7 +63,8 @@ def check_weights(path) -> None:
         Exception: Of many kinds if the file is damaged.
     """
     with zipfile.ZipFile(path) as archive:
-        check(archive.read(_weights(archive, Path(path))))
+        if _WEIGHTS in archive.namelist():
+            hdf5.check(io.BytesIO(archive.read(_weights(archive, Path(path)))))
 
 
 def is_keras(path) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from keras_effnet.errors import one_line
 from keras_effnet.weights.formats import preset_file, torch_file
-from keras_effnet.weights.formats.h5_file import HDF5_SIGNATURE, opened_h5
+from keras_effnet.weights.formats.h5_file import opened_h5
+from keras_effnet.weights.formats.hdf5 import SIGNATURE
 from keras_effnet.weights.formats.keras_file import opened_keras
 from keras_effnet.weights.formats.safetensors_file import read_safetensors
 from keras_effnet.weights.formats.tensorflow_checkpoint import (
@@ -66,7 +67,7 @@ def opened(path, raw: bool = False) -> Iterator[Tensors]:
         return
     with path.open("rb") as file:
         start = file.read(512)
-    if start.startswith(HDF5_SIGNATURE):
+    if start.startswith(SIGNATURE):
         with opened_h5(path, path) as tensors:
             yield tensors
     elif len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:

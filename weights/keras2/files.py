@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from keras_effnet.errors import one_line
+from keras_effnet.weights.formats import hdf5
 from keras_effnet.weights.formats.h5_file import (
-    HDF5_SIGNATURE,
-    H5File,
     is_legacy,
     layers_of,
     opened_h5_file,
@@ -75,7 +74,7 @@ def opened_model(path: Path) -> Iterator[OldModel | None]:
     """
     if (path / "saved_model.pb").is_file():
         yield _saved_model(path)
-    elif path.is_file() and _starts_with(path, HDF5_SIGNATURE):
+    elif path.is_file() and _starts_with(path, hdf5.SIGNATURE):
         with opened_h5_file(path, path) as file:
             yield _h5(file, path)
     elif is_keras(path):
@@ -114,18 +113,18 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _h5(file: H5File, path: Path) -> OldModel | None:
+def _h5(file: hdf5.File, path: Path) -> OldModel | None:
     try:
         description = file.text(file.root, "model_config")
         if description is None or not is_legacy(file):
             return None
         class_name, config = _parsed(description)
-        stored = dict(layers_of(file, path))
+        stored = dict(layers_of(file))
         names = set(_names_of(config))
         version = file.text(file.root, "keras_version") or ""
         if version.startswith("3"):
             return None
-    except Exception as error:  # h5py raises exceptions of many kinds for a damaged file
+    except Exception as error:  # of many kinds
         raise ValueError(
             f"Expected an h5 file of Keras' structure. Received: {str(path)!r} ({one_line(error)})"
         ) from error
