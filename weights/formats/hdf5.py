@@ -22,16 +22,16 @@ _FILTERS, _ATTRIBUTE, _CONTINUATION, _SYMBOLS, _ATTRIBUTES = 0x0B, 0x0C, 0x10, 0
 _SHARED = 2  # a flag of messages: the body is stored elsewhere
 _NOWHERE = b"\xff" * 8
 
-_INTEGER, _FLOAT, _TEXT, _OPAQUE, _ENUMERATION, _TEXT_IN_HEAP = 0, 1, 3, 5, 8, 9  # kinds of types
+_INTEGER, _FLOAT, _TEXT, _OPAQUE, _TEXT_IN_HEAP = 0, 1, 3, 5, 9  # kinds of types
 _COMPACT, _CONTIGUOUS, _CHUNKED = 0, 1, 2  # kinds of layouts
 _DEFLATE, _SHUFFLE = 1, 2  # filters
 
 # Offset, precision, place and size of the exponent and of the mantissa, and bias of IEEE's numbers by their bytes.
 _FLOATS = {2: (0, 16, 10, 5, 0, 10, 15), 4: (0, 32, 23, 8, 0, 23, 127), 8: (0, 64, 52, 11, 0, 52, 1023)}
 
-LIMIT = 1000  # how many times larger than the file its compressed numbers may be
-
-_UNUSUAL = "is stored in a format that is not read. Save the file again without libver and track_order"
+_UNUSUAL = "is stored in a format that is not read. Save the file again with h5py's default options"
+_TOO_MUCH = "its datasets declare more bytes than it has"
+_LONG_TYPE = 1000  # bytes of the description of a type. HDF5 fills the memory for one of 64 KB, of types in types
 
 # How texts are stored: in a heap, or in the attribute and padded. A function takes the padding away.
 _HEAP = "heap"
@@ -40,25 +40,6 @@ _PADDED: dict[str, Callable[[bytes], bytes]] = {
     "zeros": lambda text: text.rstrip(b"\0"),
     "spaces": lambda text: text.rstrip(b"\0").rstrip(b" "),
 }
-
-
-def check(file: BinaryIO) -> None:
-    """Reads a file as Keras does with HDF5, which may crash, hang or fill the memory if the file is damaged.
-
-    Args:
-        file: Binary file.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
-    opened = File(file)
-    for path, item in opened.items():
-        for name in ("dtype", "name"):
-            opened.text(item, name)
-        if item.is_dataset:
-            dataset = opened.dataset(item, path)
-            if dataset.is_chunked:
-                dataset.read()
 
 
 class Attribute(NamedTuple):
@@ -124,13 +105,13 @@ class File:
     """An HDF5 file.
 
     What describes the data is read once, and together no more than the file's size: in a valid file, its parts do not
-    overlap. So the time and the memory that a file takes follow from its size.
+    overlap. So the time and the memory that a file takes follow from its size. Checksums of headers are not compared.
 
     Args:
         file: Binary file, open while this is used.
 
     Raises:
-        ValueError: If it is not an HDF5 file, or damaged.
+        ValueError, IndexError or struct.error: If it is not an HDF5 file, or damaged. So do all methods.
     """
 
     def __init__(self, file: BinaryIO):
@@ -139,6 +120,7 @@ class File:
         self.size = file.seek(0, os.SEEK_END)
         self._left = self.size  # bytes of descriptions that may still be read
         self._names_left, self._texts_left = 2 * self.size, 4 * self.size  # texts are read where they are asked for
+        self._data_left, self._unpacked_left = self.size, (64 << 20) + 20 * self.size  # Keras does not compress
         self._items: dict[int, Item] = {}
         self._members: dict[int, dict[str, int]] = {}
         self._heaps: dict[int, dict[int, tuple[int, int]]] = {}
@@ -173,7 +155,7 @@ class File:
         Raises:
             ValueError: If it does not exist, or is a link to another file.
         """
-        for name in path.strip("/").split("/"):
+        for name in filter(None, path.split("/")):
             members = self.members(group) if group.is_group else {}
             if name not in members:
                 raise ValueError(f"{path[:80]!r} is not in this file")
@@ -212,7 +194,7 @@ class File:
         if start[:5] != b"HEAP\0":
             raise ValueError("the names in a group are damaged")
         names, found = self._part(data, size), {}
-        while free + 16 <= size:  # free parts, which HDF5 lists when it opens the group
+        while free != 1 and free + 16 <= size:  # free parts, which HDF5 lists when it opens the group
             self._spend(16)
             (free,) = struct.unpack_from("<Q", names, free)
         for node in self._leaves(tree, 0, "<8xQ"):
@@ -281,8 +263,8 @@ class File:
         Raises:
             ValueError: If there is no such attribute, if it is not a list of texts, or if it is damaged.
         """
-        parts = [name] if name in group.attributes else []
-        while f"{name}{len(parts)}" in group.attributes:
+        parts: list[str] = []
+        while name not in group.attributes and f"{name}{len(parts)}" in group.attributes:
             parts.append(f"{name}{len(parts)}")
         for part in parts or [name]:
             attribute = group.attributes.get(part)
@@ -333,12 +315,28 @@ class File:
 
     # Datasets
 
-    def dataset(self, item: Item, path: str) -> Dataset:
-        """Returns the numbers of a dataset.
+    def check(self) -> None:
+        """Reads all that Keras may read with HDF5, and raises if it is damaged."""
+        for path, item in self.items():
+            for name in ("dtype", "name"):
+                attribute = item.attributes.get(name)
+                if attribute is not None and attribute.stored:
+                    self._texts(attribute)
+            if item.is_dataset:
+                dataset = self.dataset(item, path, any_type=True)
+                size, stored = _text_type(item.messages[_TYPE][0])
+                if stored == _HEAP:
+                    self._texts(Attribute(dataset.shape, size, stored, dataset.read().tobytes()))
+                elif dataset.is_chunked:
+                    dataset.read()
+
+    def dataset(self, item: Item, path: str, any_type: bool = False) -> Dataset:
+        """Returns the numbers of a dataset. Call it once for each dataset: their bytes are counted.
 
         Args:
             item: `Item` of a dataset.
             path: String. Its path, to name in errors.
+            any_type: Boolean. Whether values of other types are returned as opaque ones. Defaults to False.
 
         Raises:
             ValueError: If it stores no numbers, none in this file, or none in a way that Keras stores them.
@@ -346,8 +344,13 @@ class File:
         Reference:
             "IV.A.2.i. The Data Layout Message".
         """
+        if not item.is_dataset:
+            raise ValueError(f"{path[:80]!r} is not a dataset")
         (space,), (kind,), (layout,) = (item.messages.get(each, [b""]) for each in (_SPACE, _TYPE, _LAYOUT))
         dtype, shape = _number_type(kind), _shape(space)
+        if any_type and len(kind) <= _LONG_TYPE:
+            dtype = dtype or np.dtype(f"V{int.from_bytes(kind[4:8], 'little')}")
+            shape = (0,) if shape is None else shape
         if dtype is None or shape is None or _EXTERNAL in item.messages:
             raise ValueError(f"{path[:80]!r} stores no numbers in this file")
         whole, version, form = prod(shape) * dtype.itemsize, layout[0], layout[1]
@@ -358,8 +361,9 @@ class File:
             return Dataset(shape, dtype, True, lambda: self._assembled(chunks, shape, dtype))
         inside = layout[4:] if form == _COMPACT else b""
         place, size = (0, len(inside)) if form == _COMPACT else struct.unpack_from("<QQ", layout, 2)
-        if whole and (size < whole or place + whole > self.size):  # an address of nothing is larger than any file
-            raise ValueError("its datasets declare more bytes than it has")
+        self._data_left -= whole
+        if self._data_left < 0 or (whole and (size < whole or place + whole > self.size)):  # or it was never written
+            raise ValueError(_TOO_MUCH)
 
         def read() -> np.ndarray:
             data = np.frombuffer(bytearray(inside[:whole]), np.uint8) if inside else self._array(place, whole)
@@ -376,8 +380,7 @@ class File:
             entries = self._leaves(int.from_bytes(root, "little"), 1, f"<II{layout[2]}QQ")
             found = {tuple(place[:-1]): (address, size, skipped) for size, skipped, *place, address in entries}
         *chunk, itemsize = sides
-        is_large = prod(sides) > LIMIT * self.size
-        if len(chunk) != len(shape) or itemsize != dtype.itemsize or not all(chunk) or is_large:
+        if len(chunk) != len(shape) or itemsize != dtype.itemsize or not all(chunk):
             raise ValueError("the chunks of a dataset are damaged")
         expected = prod(-(-side // step) for side, step in zip(shape, chunk, strict=True))
         fits = all(
@@ -385,8 +388,10 @@ class File:
             and address + size <= self.size
             for place, (address, size, _) in found.items()
         )
-        if len(found) != expected or not fits:
-            raise ValueError("its datasets declare more bytes than it has")
+        self._data_left -= sum(size for _, size, _ in found.values())
+        self._unpacked_left -= len(found) * prod(sides)
+        if len(found) != expected or not fits or self._data_left < 0 or self._unpacked_left < 0:
+            raise ValueError(_TOO_MUCH)
         return _Chunks(tuple(chunk), filters, found)
 
     def _assembled(self, chunks: "_Chunks", shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -528,14 +533,19 @@ class _Chunks(NamedTuple):
 
 
 def _inflated(data: np.ndarray, most: int) -> bytes:
+    packed = zlib.decompressobj()
     try:
-        return zlib.decompressobj().decompress(data.tobytes(), most)
+        found = packed.decompress(data.tobytes(), most)
     except zlib.error as error:
         raise ValueError(f"the chunks of a dataset are damaged ({error})") from error
+    return found if packed.eof else b""
 
 
 def _link(body: bytes) -> tuple[bytes, int] | None:
-    """Returns the name and the address of a member, or None for a link to another place.
+    """Returns the name and the address of a member, or None for a link to another name.
+
+    Raises:
+        ValueError: If it is in another file.
 
     Reference:
         "IV.A.2.g. The Link Message".
@@ -543,8 +553,10 @@ def _link(body: bytes) -> tuple[bytes, int] | None:
     flags = body[1]
     place = 2
     if flags & 8:
-        if body[place]:
+        if body[place] == 1:
             return None
+        if body[place]:
+            raise ValueError("a group in it links to another file")
         place += 1
     place += (8 if flags & 4 else 0) + (1 if flags & 0x10 else 0)
     width = 1 << (flags & 3)
@@ -587,7 +599,7 @@ def _text_type(body: bytes) -> tuple[int, str]:
 
 
 def _number_type(body: bytes) -> np.dtype | None:
-    """Returns the type of numbers, of truth values, or of opaque values of two bytes; or None.
+    """Returns the type of numbers, or of opaque values of two bytes; or None.
 
     Reference:
         "IV.A.2.d. The Datatype Message".
@@ -598,7 +610,7 @@ def _number_type(body: bytes) -> np.dtype | None:
         return np.dtype(f"{order}{'i' if flags & 8 else 'u'}{size}")
     if kind & 15 == _FLOAT and not flags & 0x40 and struct.unpack_from("<HHBBBBI", body, 8) == _FLOATS.get(size):
         return np.dtype(f"{order}f{size}")
-    return {(_ENUMERATION, 1): np.dtype("bool"), (_OPAQUE, 2): np.dtype("V2")}.get((kind & 15, size))
+    return np.dtype("V2") if kind & 15 == _OPAQUE and size == 2 else None
 
 
 def _shape(body: bytes) -> tuple[int, ...] | None:
@@ -635,5 +647,5 @@ def _filters(body: bytes, dtype: np.dtype) -> tuple[int, ...]:
         place += 4 * (values + (values & 1 if version == 1 else 0))
         found.append(kind)
     if not set(found) <= {_DEFLATE, _SHUFFLE} or len(set(found)) < len(found):
-        raise ValueError("a dataset is compressed in another way than by gzip")
+        raise ValueError("a dataset is stored with other filters than gzip and shuffle")
     return tuple(found)

@@ -64,7 +64,7 @@ def check_weights(path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         if _WEIGHTS in archive.namelist():
-            hdf5.check(io.BytesIO(archive.read(_weights(archive, Path(path)))))
+            hdf5.File(io.BytesIO(archive.read(_weights(archive, Path(path))))).check()
 
 
 def is_keras(path) -> bool:
