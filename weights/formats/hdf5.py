@@ -19,6 +19,8 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # Kinds of messages in the header of an object.
 _SPACE, _LINKS, _TYPE, _LINK, _EXTERNAL, _LAYOUT = 0x01, 0x02, 0x03, 0x06, 0x07, 0x08
 _FILTERS, _ATTRIBUTE, _CONTINUATION, _SYMBOLS, _ATTRIBUTES = 0x0B, 0x0C, 0x10, 0x11, 0x15
+# An item has one of each, or a few attributes, in its own header.
+_ONCE = (_SPACE, _TYPE, _LAYOUT, _FILTERS, _ATTRIBUTE, _SYMBOLS)
 _SHARED = 2  # a flag of messages: the body is stored elsewhere
 _NOWHERE = b"\xff" * 8
 
@@ -74,10 +76,12 @@ class Item:
 
     @property
     def is_dataset(self) -> bool:
+        """Whether it is a dataset."""
         return _LAYOUT in self.messages
 
     @property
     def is_group(self) -> bool:
+        """Whether it is a group. A type that has a name is neither."""
         return not self.is_dataset and not self.messages.keys().isdisjoint((_SYMBOLS, _LINKS, _LINK))
 
 
@@ -96,10 +100,6 @@ class Dataset(NamedTuple):
     is_chunked: bool
     read: Callable[[], np.ndarray]
 
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
 
 class File:
     """An HDF5 file.
@@ -117,10 +117,10 @@ class File:
     def __init__(self, file: BinaryIO):
         self._file = file
         self._lock = Lock()
-        self.size = file.seek(0, os.SEEK_END)
-        self._left = self.size  # bytes of descriptions that may still be read
-        self._names_left, self._texts_left = 2 * self.size, 4 * self.size  # texts are read where they are asked for
-        self._data_left, self._unpacked_left = self.size, (64 << 20) + 20 * self.size  # Keras does not compress
+        self._size = file.seek(0, os.SEEK_END)
+        self._left = self._size  # bytes of descriptions that may still be read
+        self._names_left, self._texts_left = 2 * self._size, 4 * self._size  # texts are read where they are asked for
+        self._data_left, self._unpacked_left = self._size, (64 << 20) + 20 * self._size  # Keras does not compress
         self._items: dict[int, Item] = {}
         self._members: dict[int, dict[str, int]] = {}
         self._heaps: dict[int, dict[int, tuple[int, int]]] = {}
@@ -153,7 +153,7 @@ class File:
             path: String. Names separated by slashes.
 
         Raises:
-            ValueError: If it does not exist, or is a link to another file.
+            ValueError: If there is no such member, or if it is a link to another name.
         """
         for name in filter(None, path.split("/")):
             members = self.members(group) if group.is_group else {}
@@ -163,7 +163,7 @@ class File:
         return group
 
     def members(self, group: Item) -> dict[str, int]:
-        """Returns a dict from the names of a group's members to their addresses, without links to other places.
+        """Returns a dict from the names of a group's members to their addresses. Links to other names are left out.
 
         Args:
             group: `Item`.
@@ -362,7 +362,7 @@ class File:
         inside = layout[4:] if form == _COMPACT else b""
         place, size = (0, len(inside)) if form == _COMPACT else struct.unpack_from("<QQ", layout, 2)
         self._data_left -= whole
-        if self._data_left < 0 or (whole and (size < whole or place + whole > self.size)):  # or it was never written
+        if self._data_left < 0 or (whole and (size < whole or place + whole > self._size)):  # or it was never written
             raise ValueError(_TOO_MUCH)
 
         def read() -> np.ndarray:
@@ -385,7 +385,7 @@ class File:
         expected = prod(-(-side // step) for side, step in zip(shape, chunk, strict=True))
         fits = all(
             all(start % step == 0 and start < side for start, step, side in zip(place, chunk, shape, strict=True))
-            and address + size <= self.size
+            and address + size <= self._size
             for place, (address, size, _) in found.items()
         )
         self._data_left -= sum(size for _, size, _ in found.values())
@@ -421,7 +421,7 @@ class File:
         Reference:
             "II.A. Format Signature and Superblock".
         """
-        start = self._read(0, min(96, self.size))
+        start = self._read(0, min(96, self._size))
         version = start[8:9]
         sizes = start[13:15] if version < b"\2" else start[9:11]
         drivers = {b"\0": start[48:56], b"\1": start[52:60]}
@@ -446,7 +446,7 @@ class File:
                 if kind == _ATTRIBUTE and not flags & _SHARED:
                     name, attribute = _attribute(body)
                     attributes[name] = attribute
-                elif kind in (_SPACE, _TYPE, _LAYOUT, _FILTERS, _SYMBOLS) and (flags & _SHARED or kind in messages):
+                elif kind in _ONCE and (flags & _SHARED or kind in messages):
                     raise ValueError(f"a group or a dataset in it {_UNUSUAL}")
                 else:
                     messages.setdefault(kind, []).append(body)
@@ -497,7 +497,7 @@ class File:
         return found
 
     def _read(self, place: int, length: int) -> bytes:
-        if place + length > self.size:
+        if place + length > self._size:
             raise ValueError("it is cut")
         with self._lock:
             self._file.seek(place)
