@@ -44,6 +44,15 @@ _PADDED: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+def most_unpacked(size: int) -> int:
+    """Returns how many bytes of weights a file may unpack to. Keras does not compress them.
+
+    Args:
+        size: Integer, the bytes of the file.
+    """
+    return (64 << 20) + 20 * size
+
+
 class Attribute(NamedTuple):
     """An attribute, before its value is read.
 
@@ -120,7 +129,7 @@ class File:
         self._size = file.seek(0, os.SEEK_END)
         self._left = self._size  # bytes of descriptions that may still be read
         self._names_left, self._texts_left = 2 * self._size, 4 * self._size  # texts are read where they are asked for
-        self._data_left, self._unpacked_left = self._size, (64 << 20) + 20 * self._size  # Keras does not compress
+        self._data_left, self._unpacked_left = self._size, most_unpacked(self._size)
         self._items: dict[int, Item] = {}
         self._members: dict[int, dict[str, int]] = {}
         self._heaps: dict[int, dict[int, tuple[int, int]]] = {}
@@ -197,7 +206,7 @@ class File:
         while free != 1 and free + 16 <= size:  # free parts, which HDF5 lists when it opens the group
             self._spend(16)
             (free,) = struct.unpack_from("<Q", names, free)
-        for node in self._leaves(tree, 0, "<8xQ"):
+        for (node,) in self._leaves(tree, 0, "<8xQ"):
             start, count = struct.unpack("<6sH", self._part(node, 8))
             if start[:5] != b"SNOD\1":
                 raise ValueError("a group in it is damaged")
@@ -209,7 +218,7 @@ class File:
         return found
 
     def _leaves(self, root: int, kind: int, layout: str) -> Iterator[Any]:
-        """Yields what the lowest nodes of a tree point to.
+        """Yields the entries of the lowest nodes of a tree, each a tuple that ends with an address.
 
         Args:
             root: Integer. Address of the tree.
@@ -229,10 +238,8 @@ class File:
             entries = [*struct.iter_unpack(layout, self._part(place + 24, used * size))]
             if level:
                 waiting += [(entry[-1], level - 1) for entry in reversed(entries)]
-            elif kind:
-                yield from entries
             else:
-                yield from (address for (address,) in entries)
+                yield from entries
 
     # Attributes
 

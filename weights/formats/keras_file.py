@@ -42,13 +42,13 @@ def opened_keras(path: Path) -> Iterator[Tensors]:
                 archive.extract(_weights(archive, path), folder)
         except Exception as error:  # zipfile and zlib raise exceptions of many kinds for a damaged file
             raise ValueError(f"Expected a .keras file. Received: {str(path)!r} ({one_line(error)})") from error
-        with opened_h5(Path(folder) / "model.weights.h5", path) as tensors:
+        with opened_h5(Path(folder) / _WEIGHTS, path) as tensors:
             yield tensors
 
 
 def _weights(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
     entry = archive.getinfo(_WEIGHTS)
-    if entry.file_size > (64 << 20) + 20 * path.stat().st_size:  # Keras does not compress them
+    if entry.file_size > hdf5.most_unpacked(path.stat().st_size):
         raise ValueError(f"it declares {entry.file_size:,} bytes")
     return entry
 

@@ -290,7 +290,8 @@ def model_of(old: OldModel, path: Path) -> "keras.Model":
 def _restore_names(model: "keras.Model") -> None:
     """Gives the layers of a renamed net the names by which it is recognized.
 
-    Users of Keras 2 write `layer._name += "_2"` for each layer of a net, so that two nets fit in a model.
+    Users of Keras 2 write `layer._name += "_2"` for each layer of a net, so that two nets fit in a model. What they put
+    before or after the name of its first convolution is taken from the names of its other layers too.
     """
     import keras
 

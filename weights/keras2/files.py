@@ -12,11 +12,7 @@ from typing import Any
 
 from keras_effnet.errors import one_line
 from keras_effnet.weights.formats import hdf5
-from keras_effnet.weights.formats.h5_file import (
-    is_legacy,
-    layers_of,
-    opened_h5_file,
-)
+from keras_effnet.weights.formats.h5_file import is_h5, is_legacy, layers_of, opened_h5_file
 from keras_effnet.weights.formats.keras_file import is_keras, opened_keras
 from keras_effnet.weights.formats.object_graph import ObjectGraph
 from keras_effnet.weights.formats.protobuf import fields, one
@@ -74,7 +70,7 @@ def opened_model(path: Path) -> Iterator[OldModel | None]:
     """
     if (path / "saved_model.pb").is_file():
         yield _saved_model(path)
-    elif path.is_file() and _starts_with(path, hdf5.SIGNATURE):
+    elif is_h5(path):
         with opened_h5_file(path, path) as file:
             yield _h5(file, path)
     elif is_keras(path):
@@ -86,11 +82,6 @@ def opened_model(path: Path) -> Iterator[OldModel | None]:
             yield _keras(tensors, *description)
     else:
         yield None
-
-
-def _starts_with(path: Path, start: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(start)) == start
 
 
 def _parsed(text: Any) -> tuple[str, Any]:
